@@ -1,0 +1,41 @@
+// Where blocks lie: inside rows, so that sharding a tensor along its leading dimensions falls between
+// them. torchao8/block_layout.py is the same rule in Python, with its reasons.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace torchao8 {
+
+struct BlockLayout {
+  int64_t rows = 1;
+  int64_t row_length = 1;
+  int64_t blocks_per_row = 1;
+  std::vector<int64_t> scale_shape;
+};
+
+// `sizes` is anything with size() and operator[].
+template <class Sizes>
+BlockLayout block_layout(const Sizes& sizes, int64_t block_size) {
+  const int64_t ndim = int64_t(sizes.size());
+  const auto elements_from = [&](int64_t k) {
+    int64_t product = 1;
+    for (int64_t d = k; d < ndim; d++) product *= sizes[d];
+    return product;
+  };
+  // A row is the shortest run of trailing dimensions that holds a block; else all but the first.
+  int64_t k = ndim < 2 ? 0 : ndim - 1;
+  while (k > 1 && elements_from(k) < block_size) k--;
+
+  BlockLayout layout;
+  layout.row_length = elements_from(k);
+  layout.blocks_per_row = (layout.row_length + block_size - 1) / block_size;
+  for (int64_t d = 0; d < k; d++) {
+    layout.rows *= sizes[d];
+    layout.scale_shape.push_back(sizes[d]);
+  }
+  layout.scale_shape.push_back(layout.blocks_per_row);
+  return layout;
+}
+
+}  // namespace torchao8

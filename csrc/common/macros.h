@@ -1,0 +1,53 @@
+// What host, device and vector code share: inlining, bit casts, and the IEEE operations by name.
+//
+// Everything here is forced inline. These headers are compiled into translation units built for
+// different instruction sets, and an out-of-line copy could be shared between them by the linker.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define TORCHAO8_HD __host__ __device__ __forceinline__
+#elif defined(_MSC_VER)
+#define TORCHAO8_HD __forceinline
+#else
+#define TORCHAO8_HD inline __attribute__((always_inline))
+#endif
+
+// Behind the parameters of a lambda: lambdas do not take the inlining of the function around them.
+#if defined(_MSC_VER)
+#define TORCHAO8_LAMBDA
+#else
+#define TORCHAO8_LAMBDA __attribute__((always_inline))
+#endif
+
+// MSVC builds take the scalar path: it has no way to compile one function for another target.
+#if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))
+#define TORCHAO8_X86 1
+#else
+#define TORCHAO8_X86 0
+#endif
+
+namespace torchao8 {
+
+TORCHAO8_HD uint32_t float_bits(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, sizeof u);
+  return u;
+}
+
+TORCHAO8_HD float bits_float(uint32_t u) {
+  float x;
+  std::memcpy(&x, &u, sizeof x);
+  return x;
+}
+
+// The vocabulary of an update rule (see rules/): each is one correctly rounded IEEE operation.
+// Vector types provide the same names, so that a rule is written once.
+TORCHAO8_HD float fma(float a, float b, float c) { return std::fma(a, b, c); }
+TORCHAO8_HD float sqrt(float a) { return std::sqrt(a); }
+TORCHAO8_HD float max(float a, float b) { return a > b ? a : b; }
+
+}  // namespace torchao8

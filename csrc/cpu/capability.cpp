@@ -1,0 +1,57 @@
+// Which of the instruction sets this processor has, unless TORCHAO8_CPU says otherwise.
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdlib>
+#include <string>
+
+#include "cpu/kernels.h"
+
+namespace torchao8 {
+namespace {
+
+Capability processor_capability() {
+#if TORCHAO8_X86
+  __builtin_cpu_init();  // also asks whether the system saves the registers
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) {
+    return Capability::kScalar;
+  }
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    return Capability::kAvx512;
+  }
+  return Capability::kAvx2;
+#else
+  return Capability::kScalar;
+#endif
+}
+
+Capability choose() {
+  const Capability best = processor_capability();
+  const char* variable = std::getenv("TORCHAO8_CPU");
+  if (variable == nullptr || *variable == '\0') return best;
+  const std::string name = variable;
+  STD_TORCH_CHECK(name == "avx512" || name == "avx2" || name == "scalar",
+                  "TORCHAO8_CPU must be avx512, avx2 or scalar, got ", name);
+  const Capability wanted = name == "avx512" ? Capability::kAvx512
+                            : name == "avx2" ? Capability::kAvx2
+                                             : Capability::kScalar;
+  STD_TORCH_CHECK(wanted <= best, "TORCHAO8_CPU asks for ", name, ", which this processor does not have");
+  return wanted;
+}
+
+}  // namespace
+
+Capability cpu_capability() {
+  static const Capability chosen = choose();
+  return chosen;
+}
+
+const CodecKernels& codec_kernels() {
+#if TORCHAO8_X86
+  if (cpu_capability() == Capability::kAvx512) return avx512_codec();
+  if (cpu_capability() == Capability::kAvx2) return avx2_codec();
+#endif
+  return scalar_codec();
+}
+
+}  // namespace torchao8

@@ -1,0 +1,131 @@
+#include "cpu/codec_tables.h"
+
+#include <cmath>
+#include <limits>
+
+namespace torchao8 {
+namespace {
+
+constexpr int kDecades = 7;
+
+int last_kk(bool is_signed) { return is_signed ? 128 : 256; }
+int first_kk(bool is_signed, int decade) { return is_signed ? 1 << decade : 2 << decade; }
+
+// The scalar decoder, of which the vector ones are the same arithmetic.
+float value_of(bool is_signed, int kk) {
+  if (kk == last_kk(is_signed)) return 1.0f;
+  const int exponent = kk > 0 ? std::ilogb(kk) : -1;
+  const int decade = is_signed ? exponent : exponent - 1;
+  if (decade < 0) return 0.0f;
+  const Line line = decade_line(is_signed, decade);
+  return std::fma(float(line.a), float(kk), float(line.b));
+}
+
+void build_map(float* map, bool is_signed) {
+  for (int code = 0; code < 256; code++) {
+    const int k = is_signed ? code - 127 : code + 1;
+    map[code] = std::copysign(value_of(is_signed, std::abs(k)), k < 0 ? -1.0f : 1.0f);
+  }
+}
+
+// Vector paths hold 4 * kk (signed) or 2 * kk (unsigned): see vec_*.h.
+void build_decode_lines(DecodeLines& t, bool is_signed) {
+  const double step = is_signed ? 4 : 2;
+  for (int half = 0; half < 16; half += 8) {
+    for (int i = 0; i < kDecades; i++) {
+      const Line line = decade_line(is_signed, i);
+      t.a[half + i + 1] = float(float(line.a) / step);
+      t.b[half + i + 1] = float(line.b);
+    }
+    // Zero and 1.0 share an entry. Signed: kk = 0 and 128. Unsigned: kk = 1 and 256, and
+    // 255 * float(1 / 255) rounds to 1.0.
+    t.a[half] = is_signed ? float(1.0 / 128 / step) : float(1.0 / 255) / float(step);
+    t.b[half] = is_signed ? 0.0f : -float(1.0 / 255);
+  }
+}
+
+// First float that is not below the midpoint of two neighbouring magnitudes.
+float rounds_up_from(float below, float above) {
+  const double midpoint = (double(below) + double(above)) / 2;  // exact in double
+  float x = float(midpoint);
+  if (double(x) < midpoint) x = std::nextafter(x, std::numeric_limits<float>::infinity());
+  return x;
+}
+
+void build_nearest(uint32_t* words, const float* map, bool is_signed) {
+  const uint32_t zero = is_signed ? kZeroCodeSigned : kZeroCodeUnsigned;
+  uint32_t code = is_signed ? zero : 1;  // a second moment is never rounded to zero
+  for (uint32_t cell = 0; cell < kCells; cell++) {
+    uint32_t low = 0x10000;  // no midpoint in this cell
+    const uint32_t start_code = code;
+    if (code < 255) {
+      const uint32_t up = float_bits(rounds_up_from(map[code], map[code + 1]));
+      if (up >> 16 == cell) {
+        low = up & 0xffff;
+        code++;
+      }
+    }
+    words[cell] = (start_code << 16) + 0x10000 - low - (cell << 16);
+  }
+}
+
+struct Point {
+  double value, position;
+};
+
+// The line through two codes, in floats.
+void set_line(float* a, float* b, int d, Point from, Point to) {
+  const double slope = (to.position - from.position) / (to.value - from.value);
+  a[d] = float(slope);
+  b[d] = float(from.position - slope * from.value);
+}
+
+void build_position(PositionLines& t, const float* map) {
+  // Position is code - 1: the random number that is added lies in [1, 2).
+  const auto at = [&](int kk) { return Point{map[kk - 1], double(kk) - 2}; };
+  for (int half = 0; half < 16; half += 8) {
+    for (int d = 0; d < kDecades; d++) {
+      const int first = first_kk(false, d), last = 2 * first - 1;
+      set_line(t.a, t.b, half + d, at(first), at(last));
+      // Class 0 needs no gap: what lies between 0 and the first code is never rounded to 0.
+      if (d > 0) set_line(t.gap_a, t.gap_b, half + d, at(first - 1), at(first));
+      t.start[d] = d > 0 ? map[first - 2] : 0.0f;
+    }
+    t.gap_a[half] = t.a[half];
+    t.gap_b[half] = t.b[half];
+    set_line(t.a, t.b, half + kDecades, at(255), at(256));
+    t.gap_a[half + kDecades] = t.a[half + kDecades];
+    t.gap_b[half + kDecades] = t.b[half + kDecades];
+  }
+  const float infinity = std::numeric_limits<float>::infinity();
+  t.floor = map[1];
+  while (std::fma(t.floor, t.a[0], t.b[0]) < 0.0f) t.floor = std::nextafter(t.floor, infinity);
+  t.start[kDecades] = map[254];
+  t.start[kDecades + 1] = infinity;
+  for (int j = 0; j < 16; j++) {
+    const double low = std::ldexp(1.0, 2 * (j - 16) + 1), high = 4 * low;
+    int d = 0;
+    while (d < kDecades && t.start[d + 1] <= low) d++;
+    t.cell_class[j] = uint32_t(d);
+    const bool inside = d < kDecades && t.start[d + 1] < high;
+    t.cell_start[j] = inside ? t.start[d + 1] : infinity;
+  }
+}
+
+}  // namespace
+
+CodecTables::CodecTables() {
+  for (int is_signed = 0; is_signed < 2; is_signed++) {
+    build_map(map[is_signed], is_signed);
+    build_decode_lines(decode[is_signed], is_signed);
+    build_nearest(nearest[is_signed], map[is_signed], is_signed);
+  }
+  build_position(position, map[0]);
+}
+
+const CodecTables& codec_tables() {
+  static const CodecTables tables;
+  return tables;
+}
+
+}  // namespace torchao8

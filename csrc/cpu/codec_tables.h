@@ -1,0 +1,54 @@
+// The tables behind the codec, built once from the arithmetic of common/dynamic_map.h.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dynamic_map.h"
+
+namespace torchao8 {
+
+// Decoding: value = fma(a, kk, b), with the line (a, b) looked up by the exponent of kk. The vector
+// paths hold kk times a power of two, chosen so that exponents fall on 1..7 and what is left over
+// (zero and 1.0) on index 0 (mod 8); `a` is divided by it, which is exact.
+struct DecodeLines {
+  alignas(64) float a[16];
+  alignas(64) float b[16];
+};
+
+// Nearest rounding: one look-up. The top 16 bits of the magnitude |y| pick a cell, no cell holds two
+// midpoints, and the cell's word is such that (word + bits(|y|)) >> 16 has the code in its low byte:
+//     word = (code at the cell's start << 16) + 65536 - (low bits of the midpoint) - (cell << 16).
+// The thresholds are exact: the first float at or above the real midpoint of two codebook values gets
+// the upper code. The signed table is that of positive numbers; a negative one's code is 254 minus
+// it, and 0 where that is -1 (there is no -1.0). The unsigned table never gives 0.
+constexpr uint32_t kCells = 0x3f81;  // [1.0, 1.0078) is the last
+
+// Stochastic rounding (unsigned only): the real-valued position of y between the codes, to which a
+// random number is added before truncation. Position is piecewise linear in y: class d is the gap
+// below decade d and the decade itself, and since the gap's slope is the larger, the lower of the
+// two lines holds. Class 7 is the gap between the last decade and 1.0.
+//     position = min(fma(y, gap_a[d], gap_b[d]), fma(y, a[d], b[d])) = code - 1
+struct PositionLines {
+  alignas(64) float start[9];  // the class's first value: the last code of the decade below; infinity
+  alignas(64) float gap_a[16], gap_b[16], a[16], b[16];
+  // To look d up: the two binades [2^(2j-31), 2^(2j-29)), j = bits(y) >> 24 & 15, hold at most one
+  // start. What lies below it is of class cell_class[j].
+  alignas(64) float cell_start[16];
+  alignas(64) uint32_t cell_class[16];
+  // A smaller y counts as this, the first float whose position is not below that of code 1: a second
+  // moment is never rounded to zero.
+  float floor;
+};
+
+struct CodecTables {
+  float map[2][256];  // [signed][code]: the codebook
+  DecodeLines decode[2];
+  PositionLines position;
+  alignas(64) uint32_t nearest[2][kCells];
+
+  CodecTables();
+};
+
+const CodecTables& codec_tables();
+
+}  // namespace torchao8

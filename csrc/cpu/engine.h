@@ -1,0 +1,204 @@
+// The CPU engine: cuts the tensors of one op call into blocks, shares them among torch's threads, and
+// hands runs of them to the kernels of the instruction set in use. It knows neither rules nor codecs.
+//
+// Every block is computed alone, so nothing depends on how they are shared out.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "common/block_layout.h"
+#include "cpu/kernels.h"
+#include "cpu/memory.h"
+#if TORCHAO8_X86
+#include <xmmintrin.h>
+#endif
+
+namespace torchao8 {
+
+// Rounding to nearest with subnormal numbers, whatever the calling thread was set to
+// (torch.set_flush_denormal): the results must not depend on which thread took a block.
+class DefaultFloatingPoint {
+#if TORCHAO8_X86
+ public:
+  DefaultFloatingPoint() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~DefaultFloatingPoint() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#endif
+};
+
+// One tensor and its state: 8-bit where codes are set, else 32-bit.
+template <class Rule>
+struct Item {
+  Rule rule;
+  FloatArray param, grad;
+  uint8_t* codes[kMaxStates] = {};
+  float* scales[kMaxStates] = {};
+  float* states[kMaxStates] = {};
+  uint64_t keys[kMaxStates] = {};
+  int64_t rows = 1, row_length = 0, units_per_row = 0;
+  int64_t shard_offset = 0, row_stride = 0;  // global index of the first element; between rows
+  int64_t first_cost = 0, unit_cost = 0;     // place in the sum of all work
+  int64_t units() const { return rows * units_per_row; }
+  bool direct() const {  // the kernels can work on the memory itself
+    return param.dense() && grad.dense() && param.type() == grad.type() && param.type() != FloatType::kFloat16;
+  }
+};
+
+template <class Rule>
+class Engine {
+ public:
+  Engine(int64_t block_size, bool stochastic) : block_size_(block_size), stochastic_(stochastic) {}
+
+  void add(Item<Rule> item) {
+    if (item.units() == 0) return;
+    const bool blocks = item.codes[0] != nullptr;
+    const int64_t unit = blocks ? block_size_ : kChunk;
+    item.unit_cost = std::min(unit, item.row_length) * (item.direct() ? 1 : 4) + kUnitOverhead;
+    item.first_cost = total_cost_;
+    total_cost_ += item.units() * item.unit_cost;
+    items_.push_back(std::move(item));
+  }
+
+  void run() const {
+    torch::stable::parallel_for(0, total_cost_, kGrain, [this](int64_t begin, int64_t end) {
+      const DefaultFloatingPoint guard;
+      const auto after = [](int64_t cost, const Item<Rule>& item) { return cost < item.first_cost; };
+      auto item = std::upper_bound(items_.begin(), items_.end(), begin, after) - 1;
+      for (; item != items_.end() && item->first_cost < end; ++item) {
+        // A unit belongs to the thread in whose share it starts.
+        const int64_t first = units_before(*item, begin), last = units_before(*item, end);
+        if (first == last) continue;
+        if (item->codes[0]) {
+          step_blocks(*item, first, last);
+        } else {
+          step_elements(*item, first * kChunk, std::min(last * kChunk, item->row_length));
+        }
+      }
+    });
+  }
+
+  static int64_t chunks(int64_t count) { return (count + kChunk - 1) / kChunk; }
+
+ private:
+  static constexpr int64_t kChunk = 1024;       // elements of 32-bit state in a unit of work
+  static constexpr int64_t kUnitOverhead = 64;  // what a unit costs beside its elements
+  static constexpr int64_t kGrain = 32768;      // less work than this is not worth a thread
+
+  static int64_t units_before(const Item<Rule>& item, int64_t cost) {
+    const int64_t inside = std::max<int64_t>(0, cost - item.first_cost);
+    return std::min(item.units(), (inside + item.unit_cost - 1) / item.unit_cost);
+  }
+
+  // Units [first, last) of an 8-bit tensor: whole blocks in runs, a row's short last block alone.
+  void step_blocks(const Item<Rule>& item, int64_t first, int64_t last) const {
+    const bool seamless = item.row_length % block_size_ == 0 && item.row_stride == item.row_length;
+    const int64_t whole = item.row_length / block_size_;
+    while (first < last) {
+      const int64_t row = first / item.units_per_row, column = first % item.units_per_row;
+      const int64_t begin = row * item.row_length + column * block_size_;
+      int64_t count = 1, length = item.row_length - column * block_size_;
+      if (length >= block_size_) {
+        count = seamless ? last - first : std::min(last - first, whole - column);
+        length = block_size_;
+      }
+      BlockRun run = {};
+      run.blocks = count;
+      run.length = int(length);
+      run.stochastic = stochastic_;
+      run.first_element = uint64_t(item.shard_offset + row * item.row_stride + column * block_size_);
+      for (int s = 0; s < Rule::kStates; s++) {
+        run.codes[s] = item.codes[s] + begin;
+        run.scales[s] = item.scales[s] + first;
+        run.keys[s] = item.keys[s];
+      }
+      if (item.direct() && length % kWidest == 0) {
+        run.param = item.param.at(begin);
+        run.grad = item.grad.at(begin);
+        blocks_kernel(item.param.type())(item.rule, tables_, run);
+      } else {
+        step_staged(item, begin, run);
+      }
+      first += count;
+    }
+  }
+
+  auto blocks_kernel(FloatType type) const {
+    return type == FloatType::kBFloat16 ? kernels_.blocks_bfloat16 : kernels_.blocks_float32;
+  }
+
+  // Blocks that the kernels cannot take from memory, because of types, strides or an odd length, go
+  // through buffers as float32, padded with elements that have no gradient and no state.
+  void step_staged(const Item<Rule>& item, int64_t begin, BlockRun run) const {
+    alignas(64) float param[kMaxBlock], grad[kMaxBlock];
+    alignas(64) uint8_t codes[Rule::kStates][kMaxBlock];
+    uint8_t* home[Rule::kStates];
+    const int length = run.length, padded = (length + kWidest - 1) / kWidest * kWidest;
+    const int64_t blocks = run.blocks;
+    for (int s = 0; s < Rule::kStates; s++) {
+      home[s] = run.codes[s];
+      run.codes[s] = codes[s];
+    }
+    run.param = param;
+    run.grad = grad;
+    run.length = padded;
+    run.blocks = 1;
+    for (int64_t block = 0; block < blocks; block++) {
+      item.param.read(codec_, begin, length, param);
+      item.grad.read(codec_, begin, length, grad);
+      std::fill(param + length, param + padded, 0.0f);
+      std::fill(grad + length, grad + padded, 0.0f);
+      for (int s = 0; s < Rule::kStates; s++) {
+        std::memcpy(codes[s], home[s], size_t(length));
+        std::memset(codes[s] + length, Rule::kSigned[s] ? kZeroCodeSigned : kZeroCodeUnsigned, size_t(padded - length));
+      }
+      kernels_.blocks_float32(item.rule, tables_, run);
+      item.param.write(codec_, param, begin, length);
+      for (int s = 0; s < Rule::kStates; s++) {
+        std::memcpy(home[s], codes[s], size_t(length));
+        home[s] += length;
+        run.scales[s]++;
+      }
+      begin += length;
+      run.first_element += uint64_t(length);
+    }
+  }
+
+  void step_elements(const Item<Rule>& item, int64_t begin, int64_t end) const {
+    ElementRun run = {};
+    for (int s = 0; s < Rule::kStates; s++) run.states[s] = item.states[s] + begin;
+    if (item.direct()) {
+      run.param = item.param.at(begin);
+      run.grad = item.grad.at(begin);
+      run.count = end - begin;
+      const auto kernel =
+          item.param.type() == FloatType::kBFloat16 ? kernels_.elements_bfloat16 : kernels_.elements_float32;
+      return kernel(item.rule, run);
+    }
+    alignas(64) float param[kChunk], grad[kChunk];
+    run.param = param;
+    run.grad = grad;
+    for (; begin < end; begin += run.count) {
+      run.count = std::min(kChunk, end - begin);
+      item.param.read(codec_, begin, run.count, param);
+      item.grad.read(codec_, begin, run.count, grad);
+      kernels_.elements_float32(item.rule, run);
+      item.param.write(codec_, param, begin, run.count);
+      for (int s = 0; s < Rule::kStates; s++) run.states[s] += run.count;
+    }
+  }
+
+  const int64_t block_size_;
+  const bool stochastic_;
+  const CodecTables& tables_ = codec_tables();
+  const CodecKernels& codec_ = codec_kernels();
+  const StepKernels<Rule>& kernels_ = step_kernels<Rule>();
+  std::vector<Item<Rule>> items_;
+  int64_t total_cost_ = 0;
+};
+
+}  // namespace torchao8

@@ -1,0 +1,26 @@
+// The rules that each instruction set is built for; a new rule is two lines here. Their headers are
+// included here because a rule's functions must be compiled for the target that they are inlined in.
+#include "rules/adam.h"
+
+namespace torchao8 {
+
+template <class Rule>
+const StepKernels<Rule>& TORCHAO8_KERNELS() {
+  static constexpr StepKernels<Rule> kernels = TORCHAO8_ISA::make_step_kernels<Rule>();
+  return kernels;
+}
+
+const CodecKernels& TORCHAO8_CODEC() {
+  static constexpr CodecKernels kernels = TORCHAO8_ISA::make_codec_kernels();
+  return kernels;
+}
+
+#define TORCHAO8_RULE(...) \
+  template const StepKernels<__VA_ARGS__>& TORCHAO8_KERNELS<__VA_ARGS__>()
+TORCHAO8_RULE(AdamRule<false, false>);
+TORCHAO8_RULE(AdamRule<false, true>);
+TORCHAO8_RULE(AdamRule<true, false>);
+TORCHAO8_RULE(AdamRule<true, true>);
+#undef TORCHAO8_RULE
+
+}  // namespace torchao8

@@ -1,0 +1,34 @@
+// The AVX2 path. Everything that is included before the target changes is either forced inline or
+// built for the baseline, so that no function of the standard library is emitted for the target.
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/kernels.h"
+#include "cpu/vec_scalar.h"
+
+#if TORCHAO8_X86
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#include "cpu/vec_avx2.h"
+
+#define TORCHAO8_ISA avx2
+#include "cpu/kernels.inl"
+
+#define TORCHAO8_KERNELS avx2_kernels
+#define TORCHAO8_CODEC avx2_codec
+#include "cpu/instances.inl"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif  // TORCHAO8_X86

@@ -1,0 +1,90 @@
+// What the engine (engine.h) asks of an instruction set. Each isa_*.cpp provides one table of these
+// functions per update rule, and one for the codec; all give the same bits.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "common/floats.h"
+#include "common/random.h"
+#include "cpu/codec_tables.h"
+
+namespace torchao8 {
+
+constexpr int kMaxBlock = 2048;
+constexpr int kMaxStates = 3;
+constexpr int kWidest = 16;  // every vector path takes lengths that are multiples of this
+
+// Neighbouring blocks of one tensor, each `length` elements, contiguous in every array.
+struct BlockRun {
+  void* param;
+  const void* grad;
+  uint8_t* codes[kMaxStates];
+  float* scales[kMaxStates];
+  int64_t blocks;
+  int length;
+  bool stochastic;
+  uint64_t keys[kMaxStates];
+  uint64_t first_element;  // global index, for the random numbers
+};
+
+// Neighbouring elements of one tensor with 32-bit state.
+struct ElementRun {
+  void* param;
+  const void* grad;
+  float* states[kMaxStates];
+  int64_t count;
+};
+
+// param and grad have one type: float32 or bfloat16. What else there is comes converted.
+template <class Rule>
+struct StepKernels {
+  void (*blocks_float32)(const Rule&, const CodecTables&, const BlockRun&);
+  void (*blocks_bfloat16)(const Rule&, const CodecTables&, const BlockRun&);
+  void (*elements_float32)(const Rule&, const ElementRun&);
+  void (*elements_bfloat16)(const Rule&, const ElementRun&);
+
+  template <class T>
+  auto blocks() const {
+    if constexpr (std::is_same_v<T, float>) {
+      return blocks_float32;
+    } else {
+      return blocks_bfloat16;
+    }
+  }
+};
+
+struct CodecKernels {
+  // One block of float32, nearest rounding: writes codes, returns the scale. A block with an element
+  // that is not finite gets scale NaN.
+  float (*quantize[2])(const CodecTables&, const float* x, int n, uint8_t* codes);  // [signed]
+  void (*dequantize[2])(const CodecTables&, const uint8_t* codes, int n, float scale, float* x);
+  void (*widen)(FloatType, const void* from, int64_t n, float* to);
+  void (*narrow)(FloatType, const float* from, int64_t n, void* to);
+};
+
+enum class Capability : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
+Capability cpu_capability();
+
+// One table per instruction set; step_kernels() and codec_kernels() are those of the path in use.
+template <class Rule>
+const StepKernels<Rule>& scalar_kernels();
+template <class Rule>
+const StepKernels<Rule>& avx2_kernels();
+template <class Rule>
+const StepKernels<Rule>& avx512_kernels();
+const CodecKernels& scalar_codec();
+const CodecKernels& avx2_codec();
+const CodecKernels& avx512_codec();
+
+template <class Rule>
+const StepKernels<Rule>& step_kernels() {
+#if TORCHAO8_X86
+  if (cpu_capability() == Capability::kAvx512) return avx512_kernels<Rule>();
+  if (cpu_capability() == Capability::kAvx2) return avx2_kernels<Rule>();
+#endif
+  return scalar_kernels<Rule>();
+}
+const CodecKernels& codec_kernels();
+
+}  // namespace torchao8

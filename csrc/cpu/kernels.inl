@@ -1,0 +1,365 @@
+// The loops over memory, written once for every instruction set and rule. An isa_*.cpp includes this
+// after the vector type F and the codec of its set, with TORCHAO8_ISA naming their namespace.
+//
+// A block takes two passes. The first decodes the state, computes the new moments into buffers in
+// the first-level cache and finds the extreme elements; the second updates the parameter and encodes.
+//
+// On the vector paths a block with an element that is not usable (a gradient that is NaN or
+// infinite, or whose square overflows) is found after the first pass, when nothing has been written,
+// and left to the scalar path, which selects for each element. The common case pays nothing for it.
+
+namespace torchao8::TORCHAO8_ISA {
+
+// Applies f to 0, 1, ... N-1 as constants, so that each state's sign is known when compiling.
+template <int N, class Function>
+TORCHAO8_HD void for_each_state(Function f) {
+  f(std::integral_constant<int, 0>());
+  if constexpr (N > 1) f(std::integral_constant<int, 1>());
+  if constexpr (N > 2) f(std::integral_constant<int, 2>());
+}
+
+TORCHAO8_HD bool usable(float scale) {
+  return (float_bits(scale) & 0x7fffffffu) < float_bits(kOverflow);
+}
+
+// What a block's values are multiplied by before encoding: zero where its scale counts as zero, or
+// is not a number (a corrupt state stays visibly corrupt).
+TORCHAO8_HD float inverse_of(float extreme) {
+  if (!usable(extreme) || std::fabs(extreme) < kMinScale) return 0.0f;
+  return std::copysign(inverse_scale(std::fabs(extreme)), extreme);
+}
+
+template <bool kSigned>
+TORCHAO8_HD float final_scale(float extreme, int length, uint8_t* codes) {
+  if (std::fabs(extreme) >= kMinScale && usable(extreme)) return extreme;
+  std::memset(codes, zero_code<kSigned>(), size_t(length));
+  return usable(extreme) ? 0.0f : bits_float(0x7fc00000u);
+}
+
+// One block's place in memory.
+template <class Rule, class T>
+struct Block {
+  T* param;
+  const T* grad;
+  uint8_t* codes[Rule::kStates];
+  float* scales[Rule::kStates];
+  uint64_t first_element;
+
+  TORCHAO8_HD explicit Block(const BlockRun& run)
+      : param(static_cast<T*>(run.param)),
+        grad(static_cast<const T*>(run.grad)),
+        first_element(run.first_element) {
+    for (int s = 0; s < Rule::kStates; s++) {
+      codes[s] = run.codes[s];
+      scales[s] = run.scales[s];
+    }
+  }
+  TORCHAO8_HD void advance(int length) {
+    param += length;
+    grad += length;
+    for (int s = 0; s < Rule::kStates; s++) {
+      codes[s] += length;
+      scales[s]++;
+    }
+    first_element += uint64_t(length);
+  }
+};
+
+// First pass: decode, compute the moments into a buffer, find the extreme elements. Called for each
+// vector of the block in turn, then finish(). On the vector paths it writes nothing but the buffer.
+template <class Rule, class T>
+struct Moments {
+  static constexpr int N = Rule::kStates;
+  static constexpr bool kSelect = kWidth == 1;
+  Decoder<true> decode_signed;
+  Decoder<false> decode_unsigned;
+  Extreme<true> extreme_signed[N];
+  Extreme<false> extreme_unsigned[N];
+  Block<Rule, T> block;
+  float (*buffer)[kMaxBlock];
+  float scale[N];
+  Rule rule;
+
+  TORCHAO8_HD Moments(const Rule& r, const CodecTables& t, const Block<Rule, T>& b, float (*to)[kMaxBlock])
+      : decode_signed(t), decode_unsigned(t), block(b), buffer(to) {
+    for (int s = 0; s < N; s++) scale[s] = *block.scales[s];
+    rule = r.with_scales(scale);
+  }
+
+  TORCHAO8_HD void operator()(int i) {
+    F old[N], state[N], p(0.0f);
+    for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
+      if constexpr (Rule::kSigned[s]) {
+        old[s] = decode_signed(block.codes[s] + i);
+      } else {
+        old[s] = decode_unsigned(block.codes[s] + i);
+      }
+      state[s] = old[s];
+    });
+    if constexpr (Rule::kMomentsNeedParam) p = load(block.param + i);
+    rule.moments(p, load(block.grad + i), state);
+    if constexpr (kSelect) {
+      Mask good = in_range(state[0]);
+      for (int s = 1; s < N; s++) good = both(good, in_range(state[s]));
+      for (int s = 0; s < N; s++) state[s] = select(good, state[s], old[s] * F(scale[s]));
+      if (all(good)) store(block.param + i, rule.update(load(block.param + i), state));
+    }
+    for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
+      store(buffer[s] + i, state[s]);
+      if constexpr (Rule::kSigned[s]) {
+        extreme_signed[s].add(state[s]);
+      } else {
+        extreme_unsigned[s].add(state[s]);
+      }
+    });
+  }
+
+  // The extreme elements. False: an element is not usable, and the block has to be done again.
+  TORCHAO8_HD bool finish(float* extreme) const {
+    bool good = true;
+    for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
+      extreme[s] = Rule::kSigned[s] ? extreme_signed[s].result() : extreme_unsigned[s].result();
+      good = good && usable(scale[s]) && usable(extreme[s]);
+    });
+    return kSelect || good;
+  }
+};
+
+// Second pass: update the parameter (the scalar path has done it), encode the buffered moments.
+template <class Rule, class T, bool kStochastic>
+struct UpdateAndEncode {
+  static constexpr int N = Rule::kStates;
+  NearestEncoder<true> encode_signed;
+  NearestEncoder<false> encode_unsigned;
+  StochasticEncoder encode_stochastic;
+  RandomStream stream[N];
+  Block<Rule, T> block;
+  const float (*buffer)[kMaxBlock];
+  float extreme[N], inverse[N];
+  Rule rule;
+
+  TORCHAO8_HD UpdateAndEncode(const Rule& r, const CodecTables& t, const Block<Rule, T>& b,
+                              const float (*from)[kMaxBlock], const float* extremes,
+                              const uint64_t* keys)
+      : encode_signed(t), encode_unsigned(t), encode_stochastic(t), block(b), buffer(from), rule(r) {
+    for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
+      extreme[s] = extremes[s];
+      inverse[s] = inverse_of(extreme[s]);
+      if constexpr (kStochastic && !Rule::kSigned[s]) {
+        BlockRandom random;
+        random.start(keys[s], block.first_element);
+        stream[s].start(random);
+      }
+    });
+  }
+
+  TORCHAO8_HD void operator()(int i) {
+    F state[N];
+    for (int s = 0; s < N; s++) state[s] = load(buffer[s] + i);
+    if constexpr (kWidth > 1) store(block.param + i, rule.update(load(block.param + i), state));
+    for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
+      if constexpr (Rule::kSigned[s]) {
+        encode_signed(state[s], inverse[s], block.codes[s] + i);
+      } else if constexpr (kStochastic) {
+        encode_stochastic(state[s], inverse[s], stream[s].next(), block.codes[s] + i);
+      } else {
+        encode_unsigned(state[s], inverse[s], block.codes[s] + i);
+      }
+    });
+  }
+
+  TORCHAO8_HD void finish(int length) const {
+    for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
+      *block.scales[s] = final_scale<Rule::kSigned[s]>(extreme[s], length, block.codes[s]);
+    });
+  }
+};
+
+template <class Rule, class T>
+void scalar_block(const Rule& rule, const CodecTables& tables, const Block<Rule, T>& block, BlockRun run) {
+  run.param = block.param;
+  run.grad = block.grad;
+  for (int s = 0; s < Rule::kStates; s++) {
+    run.codes[s] = block.codes[s];
+    run.scales[s] = block.scales[s];
+  }
+  run.blocks = 1;
+  run.first_element = block.first_element;
+  scalar_kernels<Rule>().template blocks<T>()(rule, tables, run);
+}
+
+// The second pass of a block goes together with the first pass of the next one, vector by vector:
+// they have nothing to wait for in each other.
+template <class Rule, class T, bool kStochastic>
+void step_blocks(const Rule& rule, const CodecTables& tables, const BlockRun& run) {
+  using First = Moments<Rule, T>;
+  using Second = UpdateAndEncode<Rule, T, kStochastic>;
+  alignas(64) float buffers[2][Rule::kStates][kMaxBlock];
+  float extreme[Rule::kStates];
+  const int length = run.length;
+  Block<Rule, T> block(run);
+
+  First first(rule, tables, block, buffers[0]);
+  for (int i = 0; i < length; i += kWidth) first(i);
+  bool good = first.finish(extreme);
+  for (int64_t k = 1; k < run.blocks; k++) {
+    Block<Rule, T> next = block;
+    next.advance(length);
+    First ahead(rule, tables, next, buffers[k & 1]);
+    if (good) {
+      Second second(rule, tables, block, buffers[(k - 1) & 1], extreme, run.keys);
+      for (int i = 0; i < length; i += kWidth) {
+        ahead(i);
+        second(i);
+      }
+      second.finish(length);
+    } else {
+      scalar_block(rule, tables, block, run);
+      for (int i = 0; i < length; i += kWidth) ahead(i);
+    }
+    good = ahead.finish(extreme);
+    block = next;
+  }
+  if (good) {
+    Second second(rule, tables, block, buffers[(run.blocks - 1) & 1], extreme, run.keys);
+    for (int i = 0; i < length; i += kWidth) second(i);
+    second.finish(length);
+  } else {
+    scalar_block(rule, tables, block, run);
+  }
+}
+
+template <class Rule, class T>
+void step_blocks_of(const Rule& rule, const CodecTables& tables, const BlockRun& run) {
+  if (run.stochastic) {
+    step_blocks<Rule, T, true>(rule, tables, run);
+  } else {
+    step_blocks<Rule, T, false>(rule, tables, run);
+  }
+}
+
+template <class Rule, class T>
+TORCHAO8_HD void step_vector(const Rule& r, T* param, const T* grad, float* const* states) {
+  constexpr int N = Rule::kStates;
+  F old[N], state[N];
+  for (int s = 0; s < N; s++) state[s] = old[s] = load(states[s]);
+  const F p = load(param);
+  r.moments(p, load(grad), state);
+  Mask good = in_range(state[0]);
+  for (int s = 1; s < N; s++) good = both(good, in_range(state[s]));
+  for (int s = 0; s < N; s++) state[s] = select(good, state[s], old[s]);
+  for (int s = 0; s < N; s++) store(states[s], state[s]);
+  store(param, select(good, r.update(p, state), p));
+}
+
+template <class Rule, class T>
+void step_elements(const Rule& rule, const ElementRun& run) {
+  constexpr int N = Rule::kStates;
+  const Rule r = rule;
+  T* param = static_cast<T*>(run.param);
+  const T* grad = static_cast<const T*>(run.grad);
+  int64_t i = 0;
+  for (; i + kWidth <= run.count; i += kWidth) {
+    float* states[N];
+    for (int s = 0; s < N; s++) states[s] = run.states[s] + i;
+    step_vector(r, param + i, grad + i, states);
+  }
+  const size_t left = size_t(run.count - i);
+  if (left == 0) return;
+  T tail_param[kWidth] = {}, tail_grad[kWidth] = {};
+  float tail[N][kWidth] = {};
+  float* states[N];
+  std::memcpy(tail_param, param + i, left * sizeof(T));
+  std::memcpy(tail_grad, grad + i, left * sizeof(T));
+  for (int s = 0; s < N; s++) {
+    std::memcpy(tail[s], run.states[s] + i, left * sizeof(float));
+    states[s] = tail[s];
+  }
+  step_vector(r, tail_param, tail_grad, states);
+  std::memcpy(param + i, tail_param, left * sizeof(T));
+  for (int s = 0; s < N; s++) std::memcpy(run.states[s] + i, tail[s], left * sizeof(float));
+}
+
+template <class Rule>
+constexpr StepKernels<Rule> make_step_kernels() {
+  return {step_blocks_of<Rule, float>, step_blocks_of<Rule, BFloat16>, step_elements<Rule, float>,
+          step_elements<Rule, BFloat16>};
+}
+
+// ---- the codec alone: n is any length, the last vector is padded with zeros ----
+
+template <bool kSigned>
+float quantize_block(const CodecTables& tables, const float* x, int n, uint8_t* codes) {
+  const NearestEncoder<kSigned> encode(tables);
+  scalar::Extreme<kSigned> extremes;
+  for (int i = 0; i < n; i++) extremes.add(x[i]);
+  float extreme = extremes.result(), factor = 1.0f;
+  if (!usable(extreme) && std::isfinite(extreme)) factor = 0.25f;  // its inverse would be subnormal
+  const float inverse = inverse_of(extreme * factor);
+  if (inverse == 0.0f) return final_scale<kSigned>(extreme * factor, n, codes);
+  int i = 0;
+  for (; i + kWidth <= n; i += kWidth) encode(load(x + i) * F(factor), inverse, codes + i);
+  if (i < n) {
+    float tail[kWidth] = {};
+    uint8_t tail_codes[kWidest];
+    std::memcpy(tail, x + i, size_t(n - i) * sizeof(float));
+    encode(load(tail) * F(factor), inverse, tail_codes);
+    std::memcpy(codes + i, tail_codes, size_t(n - i));
+  }
+  return extreme;
+}
+
+template <bool kSigned>
+void dequantize_block(const CodecTables& tables, const uint8_t* codes, int n, float scale, float* x) {
+  const Decoder<kSigned> decode(tables);
+  int i = 0;
+  for (; i + kWidest <= n; i += kWidth) store(x + i, decode(codes + i) * F(scale));
+  if (i < n) {
+    float tail[2 * kWidest];
+    uint8_t tail_codes[3 * kWidest] = {};
+    std::memcpy(tail_codes, codes + i, size_t(n - i));
+    for (int j = 0; j < n - i; j += kWidth) store(tail + j, decode(tail_codes + j) * F(scale));
+    std::memcpy(x + i, tail, size_t(n - i) * sizeof(float));
+  }
+}
+
+template <class T>
+void widen_as(const void* from, int64_t n, float* to) {
+  const T* x = static_cast<const T*>(from);
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(to + i, load(x + i));
+  for (; i < n; i++) to[i] = scalar::load(x + i);
+}
+
+template <class T>
+void narrow_as(const float* from, int64_t n, void* to) {
+  T* x = static_cast<T*>(to);
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(x + i, load(from + i));
+  for (; i < n; i++) scalar::store(x + i, from[i]);
+}
+
+inline void widen(FloatType type, const void* from, int64_t n, float* to) {
+  switch (type) {
+    case FloatType::kFloat32: return widen_as<float>(from, n, to);
+    case FloatType::kBFloat16: return widen_as<BFloat16>(from, n, to);
+    case FloatType::kFloat16: return widen_as<Half>(from, n, to);
+  }
+}
+
+inline void narrow(FloatType type, const float* from, int64_t n, void* to) {
+  switch (type) {
+    case FloatType::kFloat32: return narrow_as<float>(from, n, to);
+    case FloatType::kBFloat16: return narrow_as<BFloat16>(from, n, to);
+    case FloatType::kFloat16: return narrow_as<Half>(from, n, to);
+  }
+}
+
+constexpr CodecKernels make_codec_kernels() {
+  return {{quantize_block<false>, quantize_block<true>},
+          {dequantize_block<false>, dequantize_block<true>},
+          widen,
+          narrow};
+}
+
+}  // namespace torchao8::TORCHAO8_ISA

@@ -1,0 +1,85 @@
+// Tensors as memory: dense ones by pointer, others through their strides, a piece at a time.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "common/checks.h"
+#include "cpu/kernels.h"
+
+namespace torchao8 {
+
+constexpr int64_t size_of(FloatType type) { return type == FloatType::kFloat32 ? 4 : 2; }
+
+// A tensor of floats, addressed by the flat index of its elements in row-major order.
+class FloatArray {
+ public:
+  FloatArray() = default;
+  FloatArray(const Tensor& t, FloatType type, const void* data)
+      : type_(type), data_(static_cast<char*>(const_cast<void*>(data))), dense_(t.is_contiguous()) {
+    if (dense_) return;
+    const auto sizes = t.sizes(), strides = t.strides();
+    sizes_.assign(sizes.begin(), sizes.end());
+    strides_.assign(strides.begin(), strides.end());
+  }
+
+  FloatType type() const { return type_; }
+  bool dense() const { return dense_; }
+  char* at(int64_t i) const { return data_ + i * size_of(type_); }  // dense only
+
+  void read(const CodecKernels& codec, int64_t begin, int64_t n, float* to) const {
+    if (dense_) return codec.widen(type_, at(begin), n, to);
+    for_each_run(begin, n, [&](int64_t offset, int64_t stride, int64_t count) {
+      for (int64_t i = 0; i < count; i++) codec.widen(type_, at(offset + i * stride), 1, to + i);
+      to += count;
+    });
+  }
+
+  void write(const CodecKernels& codec, const float* from, int64_t begin, int64_t n) const {
+    if (dense_) return codec.narrow(type_, from, n, at(begin));
+    for_each_run(begin, n, [&](int64_t offset, int64_t stride, int64_t count) {
+      for (int64_t i = 0; i < count; i++) codec.narrow(type_, from + i, 1, at(offset + i * stride));
+      from += count;
+    });
+  }
+
+ private:
+  // Calls f(offset, stride, count) for the runs of the innermost dimension that make up [begin, begin + n).
+  template <class Function>
+  void for_each_run(int64_t begin, int64_t n, Function f) const {
+    const int64_t inner = sizes_.back(), stride = strides_.back();
+    while (n > 0) {
+      const int64_t column = begin % inner, count = std::min(n, inner - column);
+      int64_t rest = begin / inner, offset = column * stride;
+      for (size_t d = sizes_.size() - 1; d-- > 0; rest /= sizes_[d]) offset += rest % sizes_[d] * strides_[d];
+      f(offset, stride, count);
+      begin += count;
+      n -= count;
+    }
+  }
+
+  FloatType type_ = FloatType::kFloat32;
+  char* data_ = nullptr;
+  bool dense_ = true;
+  std::vector<int64_t> sizes_, strides_;
+};
+
+// Refuses a tensor that is written to and may hold an element twice.
+inline void check_no_overlap(const Argument& a, const Tensor& t) {
+  if (t.is_contiguous()) return;
+  const auto sizes = t.sizes(), strides = t.strides();
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (size_t d = 0; d < sizes.size(); d++) {
+    if (sizes[d] > 1) dims.emplace_back(strides[d], sizes[d]);
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t extent = 1;  // of the dimensions so far
+  for (const auto& [stride, size] : dims) {
+    STD_TORCH_CHECK(stride >= extent, a.text(), " is updated in place and must not overlap itself, got strides ",
+                    shape_text(strides), " for shape ", shape_text(sizes));
+    extent = stride * (size - 1) + extent;
+  }
+}
+
+}  // namespace torchao8

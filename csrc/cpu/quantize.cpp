@@ -1,0 +1,100 @@
+// The ops quantize_blockwise and dequantize_blockwise on the CPU.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "common/block_layout.h"
+#include "cpu/engine.h"
+#include "cpu/memory.h"
+
+namespace torchao8 {
+namespace {
+
+constexpr int64_t kGrainBlocks = 64;
+
+// Calls f(block, begin, length) for every block, shared among torch's threads.
+template <class Function>
+void for_each_block(const BlockLayout& layout, int64_t block_size, const Function& f) {
+  torch::stable::parallel_for(0, layout.rows * layout.blocks_per_row, kGrainBlocks, [&](int64_t first, int64_t last) {
+    const DefaultFloatingPoint guard;
+    for (int64_t block = first; block < last; block++) {
+      const int64_t column = block % layout.blocks_per_row * block_size;
+      const int64_t begin = block / layout.blocks_per_row * layout.row_length + column;
+      f(block, begin, int(std::min(block_size, layout.row_length - column)));
+    }
+  });
+}
+
+Tensor new_contiguous(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()), dtype);
+}
+
+std::tuple<Tensor, Tensor> quantize_blockwise_cpu(Tensor input, int64_t block_size, bool is_signed) {
+  const char* op = "quantize_blockwise";
+  check_cpu({op, "input"}, input);
+  const FloatType type = check_float_type({op, "input"}, input);
+  check_block_size(op, block_size);
+  const auto sizes = input.sizes();
+  const BlockLayout layout = block_layout(sizes, block_size);
+  Tensor codes = new_contiguous(input, {sizes.begin(), sizes.end()}, ScalarType::Byte);
+  Tensor scale = new_contiguous(input, layout.scale_shape, ScalarType::Float);
+  const FloatArray values(input, type, input.const_data_ptr());
+  const CodecTables& tables = codec_tables();
+  const CodecKernels& codec = codec_kernels();
+  uint8_t* code = codes.mutable_data_ptr<uint8_t>();
+  float* scales = scale.mutable_data_ptr<float>();
+  for_each_block(layout, block_size, [&](int64_t block, int64_t begin, int length) {
+    alignas(64) float buffer[kMaxBlock];
+    values.read(codec, begin, length, buffer);
+    if (!is_signed) {  // what is negative counts as zero; NaN is kept
+      for (int i = 0; i < length; i++) buffer[i] = buffer[i] <= 0.0f ? 0.0f : buffer[i];
+    }
+    scales[block] = codec.quantize[is_signed](tables, buffer, length, code + begin);
+  });
+  return {codes, scale};
+}
+
+Tensor dequantize_blockwise_cpu(Tensor codes, Tensor scale, int64_t block_size, bool is_signed, ScalarType dtype) {
+  const char* op = "dequantize_blockwise";
+  check_cpu({op, "codes"}, codes);
+  check_cpu({op, "scale"}, scale);
+  check_dtype({op, "codes"}, codes, ScalarType::Byte);
+  check_dtype({op, "scale"}, scale, ScalarType::Float);
+  check_block_size(op, block_size);
+  check_contiguous({op, "codes"}, codes);
+  check_contiguous({op, "scale"}, scale);
+  const auto sizes = codes.sizes();
+  const BlockLayout layout = block_layout(sizes, block_size);
+  check_shape({op, "scale"}, scale, layout.scale_shape, "one scale per block of a row of codes");
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op,
+                  ": dtype must be float32, bfloat16 or float16, got ", dtype_name(dtype));
+  Tensor result = new_contiguous(codes, {sizes.begin(), sizes.end()}, dtype);
+  const FloatArray values(result, check_float_type({op, "result"}, result), result.mutable_data_ptr());
+  const CodecTables& tables = codec_tables();
+  const CodecKernels& codec = codec_kernels();
+  const uint8_t* code = codes.const_data_ptr<uint8_t>();
+  const float* scales = scale.const_data_ptr<float>();
+  for_each_block(layout, block_size, [&](int64_t block, int64_t begin, int length) {
+    alignas(64) float buffer[kMaxBlock];
+    codec.dequantize[is_signed](tables, code + begin, length, scales[block], buffer);
+    values.write(codec, buffer, begin, length);
+  });
+  return result;
+}
+
+int64_t cpu_capability_number() { return int64_t(cpu_capability()); }
+
+}  // namespace
+}  // namespace torchao8
+
+STABLE_TORCH_LIBRARY_IMPL(torchao8, CPU, m) {
+  m.impl("quantize_blockwise", TORCH_BOX(&torchao8::quantize_blockwise_cpu));
+  m.impl("dequantize_blockwise", TORCH_BOX(&torchao8::dequantize_blockwise_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(torchao8, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&torchao8::cpu_capability_number));
+}

@@ -1,0 +1,189 @@
+// Eight floats in an AVX register (AVX2, FMA, F16C: Haswell and later, Zen and later). Included
+// inside a region compiled for that target: see isa_avx2.cpp. The arithmetic is that of vec_scalar.h.
+#pragma once
+
+namespace torchao8::avx2 {
+
+constexpr int kWidth = 8;
+
+struct F {
+  __m256 x;
+  TORCHAO8_HD F() {}
+  TORCHAO8_HD F(__m256 v) : x(v) {}
+  TORCHAO8_HD explicit F(float v) : x(_mm256_set1_ps(v)) {}
+};
+TORCHAO8_HD F operator*(F a, F b) { return _mm256_mul_ps(a.x, b.x); }
+TORCHAO8_HD F operator+(F a, F b) { return _mm256_add_ps(a.x, b.x); }
+TORCHAO8_HD F operator-(F a, F b) { return _mm256_sub_ps(a.x, b.x); }
+TORCHAO8_HD F operator/(F a, F b) { return _mm256_div_ps(a.x, b.x); }
+TORCHAO8_HD F fma(F a, F b, F c) { return _mm256_fmadd_ps(a.x, b.x, c.x); }
+TORCHAO8_HD F sqrt(F a) { return _mm256_sqrt_ps(a.x); }
+TORCHAO8_HD F max(F a, F b) { return _mm256_max_ps(a.x, b.x); }
+TORCHAO8_HD __m256i bits(F a) { return _mm256_castps_si256(a.x); }
+TORCHAO8_HD F from_bits(__m256i a) { return _mm256_castsi256_ps(a); }
+
+// Eight 32-bit numbers to the low halves, or to bytes, with saturation.
+TORCHAO8_HD __m128i pack16(__m256i x) {
+  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(x, x), 0x08));
+}
+TORCHAO8_HD void store_bytes(uint8_t* to, __m256i x) {
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
+}
+
+TORCHAO8_HD F load(const float* x) { return _mm256_loadu_ps(x); }
+TORCHAO8_HD void store(float* x, F v) { _mm256_storeu_ps(x, v.x); }
+TORCHAO8_HD F load(const BFloat16* x) {
+  const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  return from_bits(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
+TORCHAO8_HD void store(BFloat16* x, F v) {
+  const __m256i u = bits(v), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i r = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v.x, v.x, _CMP_UNORD_Q));
+  const __m256i h = _mm256_srli_epi32(_mm256_blendv_epi8(r, quiet, nan), 16);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(x), pack16(h));
+}
+TORCHAO8_HD F load(const Half* x) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+}
+TORCHAO8_HD void store(Half* x, F v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm256_cvtps_ph(v.x, _MM_FROUND_TO_NEAREST_INT));
+}
+
+using Mask = __m256;
+TORCHAO8_HD Mask in_range(F v) {
+  const __m256i magnitude = _mm256_and_si256(bits(v), _mm256_set1_epi32(0x7fffffff));
+  return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(0x7e800000), magnitude));
+}
+TORCHAO8_HD Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
+TORCHAO8_HD bool all(Mask a) { return _mm256_movemask_ps(a) == 0xff; }
+TORCHAO8_HD F select(Mask m, F yes, F no) { return _mm256_blendv_ps(no.x, yes.x, m); }
+
+TORCHAO8_HD float reduce_max(__m256 v) {
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+
+// Signed: NaN is not seen here, but in the unsigned moment, which has one wherever a gradient has.
+template <bool kSigned>
+struct Extreme;
+template <>
+struct Extreme<true> {
+  __m256 high, negated_low;
+  TORCHAO8_HD Extreme() : high(_mm256_setzero_ps()), negated_low(_mm256_setzero_ps()) {}
+  TORCHAO8_HD void add(F v) {
+    high = _mm256_max_ps(v.x, high);
+    negated_low = _mm256_max_ps(_mm256_xor_ps(v.x, _mm256_set1_ps(-0.0f)), negated_low);
+  }
+  TORCHAO8_HD float result() const {
+    const float h = reduce_max(high), l = reduce_max(negated_low);
+    return l >= h ? -l : h;
+  }
+};
+template <>
+struct Extreme<false> {
+  __m256i high;
+  TORCHAO8_HD Extreme() : high(_mm256_setzero_si256()) {}
+  TORCHAO8_HD void add(F v) { high = _mm256_max_epu32(high, bits(v)); }
+  TORCHAO8_HD float result() const {
+    __m128i x = _mm_max_epu32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+    x = _mm_max_epu32(x, _mm_shuffle_epi32(x, 0x4e));
+    x = _mm_max_epu32(x, _mm_shuffle_epi32(x, 0xb1));
+    return bits_float(uint32_t(_mm_cvtsi128_si32(x)));
+  }
+};
+
+template <bool kSigned>
+struct Decoder {
+  __m256 a, b;
+  TORCHAO8_HD explicit Decoder(const CodecTables& t)
+      : a(_mm256_load_ps(t.decode[kSigned].a)), b(_mm256_load_ps(t.decode[kSigned].b)) {}
+
+  // As in vec_avx512.h; the tables' period is 8.
+  TORCHAO8_HD F operator()(const uint8_t* codes) const {
+    const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
+    const __m256i magic = _mm256_set1_epi32(kSigned ? 0x4c000000 : 0x4b800000);
+    const __m256 raw = _mm256_castsi256_ps(_mm256_or_si256(_mm256_cvtepu8_epi32(eight), magic));
+    const __m256 k = _mm256_sub_ps(raw, _mm256_set1_ps(kSigned ? 33554940.0f : 16777214.0f));
+    const __m256i exponent = _mm256_srli_epi32(_mm256_castps_si256(k), 23);
+    __m256 offset = _mm256_permutevar8x32_ps(b, exponent);
+    if constexpr (kSigned) offset = _mm256_xor_ps(offset, _mm256_and_ps(k, _mm256_set1_ps(-0.0f)));
+    return _mm256_fmadd_ps(_mm256_permutevar8x32_ps(a, exponent), k, offset);
+  }
+};
+
+template <bool kSigned>
+struct NearestEncoder {
+  const uint32_t* words;
+  TORCHAO8_HD explicit NearestEncoder(const CodecTables& t) : words(t.nearest[kSigned]) {}
+
+  TORCHAO8_HD void operator()(F x, float inverse, uint8_t* codes) const {
+    const F y = x * F(inverse);
+    const __m256i magnitude =
+        kSigned ? _mm256_and_si256(bits(y), _mm256_set1_epi32(0x7fffffff)) : bits(y);
+    const __m256i cell = _mm256_srli_epi32(magnitude, 16);
+    const __m256i word = _mm256_i32gather_epi32(reinterpret_cast<const int*>(words), cell, 4);
+    __m256i code = _mm256_srli_epi32(_mm256_add_epi32(word, magnitude), 16);
+    if constexpr (kSigned) {  // 254 - code where negative; -1 saturates to 0
+      const __m256i negative = _mm256_srai_epi32(bits(y), 31);
+      code = _mm256_xor_si256(code, negative);
+      code = _mm256_add_epi32(code, _mm256_srli_epi32(negative, 24));
+    } else {
+      code = _mm256_andnot_si256(_mm256_cmpeq_epi32(bits(x), _mm256_setzero_si256()), code);
+    }
+    store_bytes(codes, code);
+  }
+};
+
+// h(i) = c0 + c1 i + c2 i^2 at 8 neighbouring i, advanced by its first and second differences.
+struct RandomStream {
+  __m256i h, difference, second;
+  TORCHAO8_HD void start(BlockRandom r) {
+    const __m256i i = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+    const __m256i c2i = _mm256_mullo_epi32(_mm256_set1_epi32(int(r.c2)), i);
+    h = _mm256_mullo_epi32(_mm256_add_epi32(_mm256_set1_epi32(int(r.c1)), c2i), i);
+    h = _mm256_add_epi32(h, _mm256_set1_epi32(int(r.c0)));
+    difference = _mm256_add_epi32(_mm256_slli_epi32(c2i, 4), _mm256_set1_epi32(int(8 * r.c1 + 64 * r.c2)));
+    second = _mm256_set1_epi32(int(128 * r.c2));
+  }
+  TORCHAO8_HD F next() {
+    const __m256i random = _mm256_and_si256(h, _mm256_set1_epi32(int(kRandomMask)));
+    h = _mm256_add_epi32(h, difference);
+    difference = _mm256_add_epi32(difference, second);
+    return from_bits(_mm256_or_si256(random, _mm256_set1_epi32(int(kOneBits))));
+  }
+};
+
+struct StochasticEncoder {
+  __m256 floor, next_start, gap_a, gap_b, a, b;
+  TORCHAO8_HD explicit StochasticEncoder(const CodecTables& tables) {
+    const PositionLines& t = tables.position;
+    floor = _mm256_set1_ps(t.floor);
+    next_start = _mm256_loadu_ps(t.start + 1);
+    gap_a = _mm256_load_ps(t.gap_a);
+    gap_b = _mm256_load_ps(t.gap_b);
+    a = _mm256_load_ps(t.a);
+    b = _mm256_load_ps(t.b);
+  }
+
+  TORCHAO8_HD void operator()(F x, float inverse, F one_to_two, uint8_t* codes) const {
+    const __m256 y = max(x * F(inverse), F(floor)).x;
+    // The bits of a float are its base-2 logarithm, scaled, up to 0.086 too low. The class guessed
+    // from them is the right one or the one below.
+    const __m256 log2 = _mm256_cvtepi32_ps(_mm256_castps_si256(y));
+    const __m256i guess = _mm256_cvttps_epi32(
+        _mm256_fmadd_ps(log2, _mm256_set1_ps(3.5885572e-8f), _mm256_set1_ps(-31.230809f)));
+    const __m256 above = _mm256_cmp_ps(y, _mm256_permutevar8x32_ps(next_start, guess), _CMP_GE_OQ);
+    const __m256i d = _mm256_sub_epi32(guess, _mm256_castps_si256(above));
+    const __m256 gap = _mm256_fmadd_ps(y, _mm256_permutevar8x32_ps(gap_a, d), _mm256_permutevar8x32_ps(gap_b, d));
+    const __m256 decade = _mm256_fmadd_ps(y, _mm256_permutevar8x32_ps(a, d), _mm256_permutevar8x32_ps(b, d));
+    const F position = F(_mm256_min_ps(gap, decade)) + one_to_two;
+    // Zero stays zero: where x is not zero, its bits are a number above any code it can have.
+    store_bytes(codes, _mm256_min_epu32(_mm256_cvttps_epi32(position.x), bits(x)));
+  }
+};
+
+}  // namespace torchao8::avx2

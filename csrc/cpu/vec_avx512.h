@@ -1,0 +1,178 @@
+// Sixteen floats in an AVX-512 register (F, BW, DQ and VL, so Skylake-X and later, Zen 4 and later).
+// Included inside a region compiled for that target: see isa_avx512.cpp. The arithmetic is that of
+// vec_scalar.h.
+#pragma once
+
+namespace torchao8::avx512 {
+
+constexpr int kWidth = 16;
+
+struct F {
+  __m512 x;
+  TORCHAO8_HD F() {}
+  TORCHAO8_HD F(__m512 v) : x(v) {}
+  TORCHAO8_HD explicit F(float v) : x(_mm512_set1_ps(v)) {}
+};
+TORCHAO8_HD F operator*(F a, F b) { return _mm512_mul_ps(a.x, b.x); }
+TORCHAO8_HD F operator+(F a, F b) { return _mm512_add_ps(a.x, b.x); }
+TORCHAO8_HD F operator-(F a, F b) { return _mm512_sub_ps(a.x, b.x); }
+TORCHAO8_HD F operator/(F a, F b) { return _mm512_div_ps(a.x, b.x); }
+TORCHAO8_HD F fma(F a, F b, F c) { return _mm512_fmadd_ps(a.x, b.x, c.x); }
+TORCHAO8_HD F sqrt(F a) { return _mm512_sqrt_ps(a.x); }
+TORCHAO8_HD F max(F a, F b) { return _mm512_max_ps(a.x, b.x); }
+TORCHAO8_HD __m512i bits(F a) { return _mm512_castps_si512(a.x); }
+
+TORCHAO8_HD F load(const float* x) { return _mm512_loadu_ps(x); }
+TORCHAO8_HD void store(float* x, F v) { _mm512_storeu_ps(x, v.x); }
+TORCHAO8_HD F load(const BFloat16* x) {
+  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+TORCHAO8_HD void store(BFloat16* x, F v) {
+  const __m512i u = bits(v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  __m512i r = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(v.x, v.x, _CMP_UNORD_Q);
+  r = _mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x400000));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16)));
+}
+TORCHAO8_HD F load(const Half* x) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+}
+TORCHAO8_HD void store(Half* x, F v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm512_cvtps_ph(v.x, _MM_FROUND_TO_NEAREST_INT));
+}
+
+using Mask = __mmask16;
+TORCHAO8_HD Mask in_range(F v) {
+  const __m512i magnitude = _mm512_and_si512(bits(v), _mm512_set1_epi32(0x7fffffff));
+  return _mm512_cmplt_epu32_mask(magnitude, _mm512_set1_epi32(int(0x7e800000)));
+}
+TORCHAO8_HD Mask both(Mask a, Mask b) { return Mask(a & b); }
+TORCHAO8_HD bool all(Mask a) { return a == 0xffff; }
+TORCHAO8_HD F select(Mask m, F yes, F no) { return _mm512_mask_blend_ps(m, no.x, yes.x); }
+
+// Signed: NaN is not seen here, but in the unsigned moment, which has one wherever a gradient has.
+template <bool kSigned>
+struct Extreme;
+template <>
+struct Extreme<true> {
+  __m512 high, low;
+  TORCHAO8_HD Extreme() : high(_mm512_setzero_ps()), low(_mm512_setzero_ps()) {}
+  TORCHAO8_HD void add(F v) {
+    high = _mm512_max_ps(v.x, high);
+    low = _mm512_min_ps(v.x, low);
+  }
+  TORCHAO8_HD float result() const {
+    const float h = _mm512_reduce_max_ps(high), l = _mm512_reduce_min_ps(low);
+    return -l >= h ? l : h;
+  }
+};
+template <>
+struct Extreme<false> {
+  __m512i high;
+  TORCHAO8_HD Extreme() : high(_mm512_setzero_si512()) {}
+  TORCHAO8_HD void add(F v) { high = _mm512_max_epu32(high, bits(v)); }
+  TORCHAO8_HD float result() const { return bits_float(_mm512_reduce_max_epu32(high)); }
+};
+
+template <bool kSigned>
+struct Decoder {
+  __m512 a, b;
+  TORCHAO8_HD explicit Decoder(const CodecTables& t)
+      : a(_mm512_load_ps(t.decode[kSigned].a)), b(_mm512_load_ps(t.decode[kSigned].b)) {}
+
+  // Code c becomes the float 2^25 + 4 * c (2^24 + 2 * c) by putting its byte into the mantissa;
+  // a subtraction leaves 4 * (c - 127) (2 * (c + 1)), exactly, whose exponent is the table's index.
+  TORCHAO8_HD F operator()(const uint8_t* codes) const {
+    const __m512i four_times =
+        _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    const __m512i spread = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i magic = _mm512_set1_epi32(kSigned ? 0x4c000000 : 0x4b800000);
+    const __m512 raw = _mm512_castsi512_ps(
+        _mm512_mask_shuffle_epi8(magic, 0x1111111111111111u, four_times, spread));
+    const __m512 k = _mm512_sub_ps(raw, _mm512_set1_ps(kSigned ? 33554940.0f : 16777214.0f));
+    const __m512i exponent = _mm512_srli_epi32(_mm512_castps_si512(k), 23);
+    __m512 offset = _mm512_permutexvar_ps(exponent, b);
+    if constexpr (kSigned) {  // offset ^ (k & sign)
+      offset = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(
+          _mm512_castps_si512(offset), _mm512_castps_si512(k), _mm512_set1_epi32(INT32_MIN), 0x78));
+    }
+    return _mm512_fmadd_ps(_mm512_permutexvar_ps(exponent, a), k, offset);
+  }
+};
+
+template <bool kSigned>
+struct NearestEncoder {
+  const uint32_t* words;
+  TORCHAO8_HD explicit NearestEncoder(const CodecTables& t) : words(t.nearest[kSigned]) {}
+
+  TORCHAO8_HD void operator()(F x, float inverse, uint8_t* codes) const {
+    const F y = x * F(inverse);
+    const __m512i magnitude = kSigned ? _mm512_and_si512(bits(y), _mm512_set1_epi32(0x7fffffff)) : bits(y);
+    // Gathers into a register known to be ready; the plain intrinsic merges into one that is not.
+    __m512i word = _mm512_setzero_si512();
+    asm("" : "+v"(word));
+    word = _mm512_mask_i32gather_epi32(word, 0xffff, _mm512_srli_epi32(magnitude, 16), words, 4);
+    const __m512i code = _mm512_srli_epi32(_mm512_add_epi32(word, magnitude), 16);
+    __m128i packed;
+    if constexpr (kSigned) {
+      packed = _mm512_cvtepi32_epi8(code);
+      packed = _mm_mask_subs_epu8(packed, _mm512_movepi32_mask(bits(y)), _mm_set1_epi8(char(254)), packed);
+    } else {
+      packed = _mm512_maskz_cvtepi32_epi8(_mm512_test_epi32_mask(bits(x), bits(x)), code);
+    }
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), packed);
+  }
+};
+
+// h(i) = c0 + c1 i + c2 i^2 at 16 neighbouring i, advanced by its first and second differences.
+struct RandomStream {
+  __m512i h, difference, second;
+  TORCHAO8_HD void start(BlockRandom r) {
+    const __m512i i = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i c2i = _mm512_mullo_epi32(_mm512_set1_epi32(int(r.c2)), i);
+    h = _mm512_mullo_epi32(_mm512_add_epi32(_mm512_set1_epi32(int(r.c1)), c2i), i);
+    h = _mm512_add_epi32(h, _mm512_set1_epi32(int(r.c0)));
+    difference = _mm512_add_epi32(_mm512_slli_epi32(c2i, 5), _mm512_set1_epi32(int(16 * r.c1 + 256 * r.c2)));
+    second = _mm512_set1_epi32(int(512 * r.c2));
+  }
+  TORCHAO8_HD F next() {
+    // (h & mask) | 1.0
+    const __m512i u = _mm512_ternarylogic_epi32(h, _mm512_set1_epi32(int(kRandomMask)),
+                                                _mm512_set1_epi32(int(kOneBits)), 0xea);
+    h = _mm512_add_epi32(h, difference);
+    difference = _mm512_add_epi32(difference, second);
+    return _mm512_castsi512_ps(u);
+  }
+};
+
+struct StochasticEncoder {
+  __m512 floor, cell_start, gap_a, gap_b, a, b;
+  __m512i cell_class;
+  TORCHAO8_HD explicit StochasticEncoder(const CodecTables& tables) {
+    const PositionLines& t = tables.position;
+    floor = _mm512_set1_ps(t.floor);
+    cell_start = _mm512_load_ps(t.cell_start);
+    cell_class = _mm512_load_si512(t.cell_class);
+    gap_a = _mm512_load_ps(t.gap_a);
+    gap_b = _mm512_load_ps(t.gap_b);
+    a = _mm512_load_ps(t.a);
+    b = _mm512_load_ps(t.b);
+  }
+
+  TORCHAO8_HD void operator()(F x, float inverse, F one_to_two, uint8_t* codes) const {
+    const __m512 y = max(x * F(inverse), F(floor)).x;
+    const __m512i cell = _mm512_srli_epi32(_mm512_castps_si512(y), 24);
+    const __mmask16 above = _mm512_cmp_ps_mask(y, _mm512_permutexvar_ps(cell, cell_start), _CMP_GE_OQ);
+    __m512i d = _mm512_permutexvar_epi32(cell, cell_class);
+    d = _mm512_mask_add_epi32(d, above, d, _mm512_set1_epi32(1));
+    const __m512 gap = _mm512_fmadd_ps(y, _mm512_permutexvar_ps(d, gap_a), _mm512_permutexvar_ps(d, gap_b));
+    const __m512 decade = _mm512_fmadd_ps(y, _mm512_permutexvar_ps(d, a), _mm512_permutexvar_ps(d, b));
+    const F position = F(_mm512_min_ps(gap, decade)) + one_to_two;
+    // Zero stays zero: where x is not zero, its bits are a number above any code it can have.
+    const __m512i code = _mm512_min_epu32(_mm512_cvttps_epi32(position.x), bits(x));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtusepi32_epi8(code));
+  }
+};
+
+}  // namespace torchao8::avx512

@@ -1,0 +1,89 @@
+// The vector interface at width one, in plain C++ that any compiler accepts. It is the definition:
+// vec_avx2.h and vec_avx512.h do the same arithmetic on 8 and 16 values.
+#pragma once
+
+#include <cstdint>
+
+#include "common/floats.h"
+#include "common/random.h"
+#include "cpu/codec_tables.h"
+
+namespace torchao8::scalar {
+
+using F = float;
+constexpr int kWidth = 1;
+
+TORCHAO8_HD F load(const float* x) { return *x; }
+TORCHAO8_HD void store(float* x, F v) { *x = v; }
+TORCHAO8_HD F load(const BFloat16* x) { return to_float(*x); }
+TORCHAO8_HD void store(BFloat16* x, F v) { *x = to_bfloat16(v); }
+TORCHAO8_HD F load(const Half* x) { return to_float(*x); }
+TORCHAO8_HD void store(Half* x, F v) { *x = to_half(v); }
+
+// Every lane below 2^126 in magnitude: neither NaN nor infinite, nor close to it.
+using Mask = bool;
+TORCHAO8_HD Mask in_range(F v) { return (float_bits(v) & 0x7fffffffu) < float_bits(kOverflow); }
+TORCHAO8_HD Mask both(Mask a, Mask b) { return a && b; }
+TORCHAO8_HD bool all(Mask a) { return a; }
+TORCHAO8_HD F select(Mask m, F yes, F no) { return m ? yes : no; }
+
+// The extreme element of a block: the one of largest magnitude, the negative one in a tie.
+template <bool kSigned>
+struct Extreme {
+  uint32_t rotated = 0;
+  TORCHAO8_HD void add(F v) {
+    const uint32_t u = float_bits(v), r = (u << 1) | (u >> 31);
+    rotated = r > rotated ? r : rotated;
+  }
+  TORCHAO8_HD float result() const { return bits_float((rotated >> 1) | (rotated << 31)); }
+};
+
+template <bool kSigned>
+struct Decoder {
+  const float* map;
+  TORCHAO8_HD explicit Decoder(const CodecTables& t) : map(t.map[kSigned]) {}
+  TORCHAO8_HD F operator()(const uint8_t* codes) const { return map[*codes]; }
+};
+
+template <bool kSigned>
+struct NearestEncoder {
+  const uint32_t* words;
+  TORCHAO8_HD explicit NearestEncoder(const CodecTables& t) : words(t.nearest[kSigned]) {}
+  TORCHAO8_HD void operator()(F x, float inverse, uint8_t* codes) const {
+    const float y = x * inverse;
+    const uint32_t magnitude = float_bits(y) & 0x7fffffffu;
+    const uint32_t code = ((words[magnitude >> 16] + magnitude) >> 16) & 255;
+    if constexpr (kSigned) {
+      const bool negative = float_bits(y) >> 31;
+      *codes = uint8_t(!negative ? code : code < 254 ? 254 - code : 0);
+    } else {
+      *codes = x == 0.0f ? kZeroCodeUnsigned : uint8_t(code);
+    }
+  }
+};
+
+// The hashes of a block's elements, in order.
+struct RandomStream {
+  BlockRandom block;
+  uint32_t i;
+  TORCHAO8_HD void start(BlockRandom b) {
+    block = b;
+    i = 0;
+  }
+  TORCHAO8_HD F next() { return one_to_two(block(i++)); }
+};
+
+struct StochasticEncoder {
+  const PositionLines& t;
+  TORCHAO8_HD explicit StochasticEncoder(const CodecTables& tables) : t(tables.position) {}
+  TORCHAO8_HD void operator()(F x, float inverse, F one_to_two, uint8_t* codes) const {
+    const float y = max(x * inverse, t.floor);
+    int d = 0;
+    while (d < 7 && y >= t.start[d + 1]) d++;
+    const float gap = fma(y, t.gap_a[d], t.gap_b[d]), decade = fma(y, t.a[d], t.b[d]);
+    const int code = int((gap < decade ? gap : decade) + one_to_two);
+    *codes = x == 0.0f ? kZeroCodeUnsigned : uint8_t(code < 255 ? code : 255);
+  }
+};
+
+}  // namespace torchao8::scalar

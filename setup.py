@@ -1,0 +1,141 @@
+"""Builds `torchao8._C`, the extension that registers the ops; everything else is in pyproject.toml.
+
+The extension uses the LibTorch Stable ABI and CPython's limited API: one built file serves every
+torch from `OLDEST_TORCH` on and every Python from `OLDEST_PYTHON` on. tools/check_abi.py checks it.
+
+DEBUG=1 in the environment builds with debug information and little optimization.
+"""
+
+from __future__ import annotations
+
+import os
+import site
+import sys
+import sysconfig
+from pathlib import Path
+
+import setuptools
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+OLDEST_TORCH = (2, 10)
+OLDEST_PYTHON = (3, 10)
+
+OLDEST_SETUPTOOLS = 77  # the first that reads the license of pyproject.toml
+
+TORCH_MISSING = """\
+torchao8: no torch >= {}.{} found to build with. Install torch first, then run
+    pip install --no-build-isolation .
+or, for a wheel,
+    python -m build --wheel --no-isolation"""
+
+
+def import_torch() -> bool:
+    """Import torch >= OLDEST_TORCH and tell whether there is one.
+
+    In an isolated build pip hides the environment that it installs into. The torch there is as good
+    as any for the stable ABI, so its directories are searched last.
+    """
+    hidden = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    if site.ENABLE_USER_SITE is not False:
+        hidden.append(site.getusersitepackages())
+    sys.path.extend(p for p in dict.fromkeys(hidden) if p not in sys.path)
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return False
+    return tuple(int(n) for n in torch.__version__.split(".")[:2]) >= OLDEST_TORCH
+
+
+class BuildWithoutTorch(build_ext):
+    """Metadata and source distributions need no torch; compiling does."""
+
+    def run(self) -> None:
+        raise SystemExit(TORCH_MISSING.format(*OLDEST_TORCH))
+
+
+def compile_flags() -> list[str]:
+    """Flags for the C++ compiler.
+
+    The results must have the same bits on every machine, so the compiler may neither fuse a
+    multiply with an add that the source keeps apart nor use the instructions of the machine it runs
+    on: the files for AVX2 and AVX-512 ask for theirs with `#pragma GCC target`. No C++ standard is
+    named: torch adds the one that its own headers are written for.
+    """
+    macros = [
+        f"TORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000",
+        "TORCH_STABLE_ONLY",
+        f"Py_LIMITED_API=0x{OLDEST_PYTHON[0]:02X}{OLDEST_PYTHON[1]:02X}0000",
+    ]
+    debug = os.environ.get("DEBUG") == "1"
+    if sys.platform == "win32":
+        optimize = ["/Od", "/Z7"] if debug else ["/O2"]
+        return [*optimize, "/fp:precise", "/W3", *(f"/D{macro}" for macro in macros)]
+    return [
+        *(["-O1", "-g"] if debug else ["-O3", "-g0"]),
+        "-fvisibility=hidden",
+        # Without these two, square roots and selects keep the loops over a block scalar. Neither
+        # changes a result: nothing here reads errno or the floating-point exception flags.
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-ffp-contract=off",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unused-parameter",  # torch's headers have some
+        *(f"-D{macro}" for macro in macros),
+    ]
+
+
+def relative(*patterns: str) -> list[str]:
+    """The files that match, relative to the repository as setuptools wants them, sorted."""
+    return sorted(
+        p.relative_to(ROOT).as_posix() for pattern in patterns for p in ROOT.glob(pattern)
+    )
+
+
+def make_extension(with_torch: bool) -> Extension:
+    """Describe `torchao8._C`."""
+    sources = relative("csrc/*.cpp", "csrc/cpu/*.cpp")
+    options = {
+        "depends": relative("csrc/**/*.h", "csrc/**/*.inl"),
+        "include_dirs": [str(ROOT / "csrc")],
+        "extra_compile_args": compile_flags(),
+        "py_limited_api": True,
+    }
+    if not with_torch:
+        return Extension("torchao8._C", sources, **options)
+    from torch.utils.cpp_extension import CppExtension
+
+    extension = CppExtension("torchao8._C", sources, **options)
+    # The whole C interface of the stable ABI is in this one. CppExtension would also have the file
+    # depend on libtorch and libc10, which it uses nothing of.
+    extension.libraries = ["torch_cpu"]
+    return extension
+
+
+def build_command(with_torch: bool) -> type[build_ext]:
+    """The command that compiles."""
+    if not with_torch:
+        return BuildWithoutTorch
+    from torch.utils.cpp_extension import BuildExtension
+
+    return BuildExtension
+
+
+def main() -> None:
+    """Run setuptools."""
+    if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+        raise SystemExit(
+            f"torchao8: setuptools >= {OLDEST_SETUPTOOLS} is needed to build, and this is "
+            f"{setuptools.__version__}; run: pip install --upgrade setuptools"
+        )
+    with_torch = import_torch()
+    setup(
+        ext_modules=[make_extension(with_torch)],
+        cmdclass={"build_ext": build_command(with_torch)},
+        options={"bdist_wheel": {"py_limited_api": "cp{}{}".format(*OLDEST_PYTHON)}},
+    )
+
+
+main()

@@ -1,0 +1,1 @@
+"""The compiled extension: importing it registers the ops under torch.ops.torchao8."""

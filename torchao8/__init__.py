@@ -1,0 +1,32 @@
+"""Optimizers for PyTorch that keep their state in 8 bits.
+
+    >>> optimizer = torchao8.AdamW8bit(model.parameters(), lr=1e-3)
+
+takes the place of ``torch.optim.AdamW``. ``python -m torchao8`` prints what a bug report needs.
+"""
+
+import sys
+
+from torchao8._version import __version__
+
+try:
+    from torchao8 import optim
+    from torchao8.ops import dequantize_blockwise, dynamic_map, quantize_blockwise
+    from torchao8.optim import Adam, Adam8bit, AdamW, AdamW8bit
+except ImportError:
+    # Python imports the package before it runs `python -m torchao8`, whose report is wanted most
+    # when the extension does not load. While it looks for the module, argv[0] is "-m".
+    if sys.argv[:1] != ["-m"] or "torchao8" not in sys.orig_argv:
+        raise
+
+__all__ = [
+    "Adam",
+    "Adam8bit",
+    "AdamW",
+    "AdamW8bit",
+    "__version__",
+    "dequantize_blockwise",
+    "dynamic_map",
+    "optim",
+    "quantize_blockwise",
+]

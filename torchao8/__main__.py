@@ -1,0 +1,48 @@
+"""``python -m torchao8``: what a bug report needs. Exits with 1 where something does not work."""
+
+import os
+import platform
+import sys
+
+import torch
+
+from torchao8 import __version__, _selfcheck
+
+
+def main() -> int:
+    _line("torchao8", __version__)
+    _line("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}")
+    _line("python", f"{platform.python_version()} ({sys.executable})")
+    _line("platform", f"{platform.platform()}, {platform.machine()}")
+    _line("CUDA devices", ", ".join(_cuda_devices()) or "none")
+    _line("threads", f"{torch.get_num_threads()} of {os.cpu_count()} CPUs")
+    try:
+        from torchao8 import ops
+    except ImportError as error:
+        _line("extension", "NOT LOADED")
+        print(error)
+        return 1
+    _line("extension", ops.EXTENSION_FILE)
+    forced = os.environ.get("TORCHAO8_CPU")
+    _line("CPU path", ops.cpu_capability() + (f" (TORCHAO8_CPU={forced})" if forced else ""))
+    results = _selfcheck.run()
+    for result in results:
+        _line("self-check", f"{'ok' if result.passed else 'FAILED'}: {result.name}")
+        _line("", result.detail)
+    return 0 if all(result.passed for result in results) else 1
+
+
+def _line(name: str, value: object) -> None:
+    print(f"{name:<14}{value}")
+
+
+def _cuda_devices() -> list[str]:
+    return [
+        f"{torch.cuda.get_device_name(i)} (sm_{major}{minor})"
+        for i in range(torch.cuda.device_count())
+        for major, minor in [torch.cuda.get_device_capability(i)]
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Whether the installed ops compute what they should: a part of ``python -m torchao8``."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LR, BETAS, EPS, WEIGHT_DECAY = 1e-2, (0.9, 0.999), 1e-8, 0.1
+# Rows of 300 end in a short block; a vector and a scalar are laid out in their own ways.
+SHAPES = ((70, 300), (5000,), ())
+STEPS = 3
+
+
+class Result(NamedTuple):
+    name: str
+    passed: bool
+    detail: str
+
+
+def run() -> list[Result]:
+    """Runs every check. One that raises has failed, with what it raised as the detail."""
+    checks = {
+        "32-bit AdamW against torch.optim.AdamW": _check_32bit,
+        "8-bit AdamW against float64": _check_8bit,
+    }
+    return [_run_one(name, check) for name, check in checks.items()]
+
+
+def _run_one(name: str, check: Callable[[], tuple[bool, str]]) -> Result:
+    try:
+        return Result(name, *check())
+    except Exception as error:
+        return Result(name, False, f"{type(error).__name__}: {error}")
+
+
+def _params(generator: torch.Generator) -> list[Tensor]:
+    return [torch.randn(s, generator=generator).requires_grad_() for s in SHAPES]
+
+
+def _check_32bit() -> tuple[bool, str]:
+    """Float32 rounding is all that may differ: a few units in the last place of numbers near 1."""
+    from torchao8 import AdamW
+
+    generator = torch.Generator().manual_seed(0)
+    ours = _params(generator)
+    theirs = [p.detach().clone().requires_grad_() for p in ours]
+    optimizers = (
+        AdamW(ours, LR, BETAS, EPS, WEIGHT_DECAY),
+        torch.optim.AdamW(theirs, LR, BETAS, EPS, WEIGHT_DECAY),
+    )
+    for _ in range(STEPS):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    worst = _largest([(p - q).detach() for p, q in zip(ours, theirs, strict=True)])
+    return worst < 2e-6, f"largest difference of a parameter {worst:.1e}"
+
+
+def _check_8bit() -> tuple[bool, str]:
+    """Each step is repeated in float64 from the state before it.
+
+    Parameters are updated before the moments are quantized, so they may differ by float32 rounding
+    only. A stored moment may be one gap of the map away: 0.9 / 128 of its scale, where the map is
+    coarsest, for second moments, which are rounded up or down, and half of 0.9 / 64 for first ones.
+    """
+    from torchao8 import AdamW8bit
+
+    generator = torch.Generator().manual_seed(1)
+    params = _params(generator)
+    optimizer = AdamW8bit(params, LR, BETAS, EPS, WEIGHT_DECAY)
+    param_errors, state_errors = [], []
+    for step in range(1, STEPS + 1):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator)
+        before = [(p.detach().double(), *_moments(optimizer.state[p], p)) for p in params]
+        optimizer.step()
+        for p, (old, m, v) in zip(params, before, strict=True):
+            assert p.grad is not None
+            new, m, v = _adamw(old, p.grad.double(), m, v, step)
+            param_errors.append((p - new).detach())
+            for got, want in zip(_moments(optimizer.state[p], p), (m, v), strict=True):
+                limit = 0.9 / 128 * _scales(want) * (1 + 1e-4)
+                state_errors.append((got - want) / limit)
+    worst_param, worst_state = _largest(param_errors), _largest(state_errors)
+    passed = worst_param < 2e-6 and worst_state <= 1
+    return passed, (
+        f"largest difference of a parameter {worst_param:.1e}, "
+        f"of a moment {worst_state:.2f} of what 8 bits allow"
+    )
+
+
+def _adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    m = BETAS[0] * m + (1 - BETAS[0]) * g
+    v = BETAS[1] * v + (1 - BETAS[1]) * g * g
+    denominator = (v / (1 - BETAS[1] ** step)).sqrt() + EPS
+    p = p * (1 - LR * WEIGHT_DECAY) - LR * (m / (1 - BETAS[0] ** step)) / denominator
+    return p, m, v
+
+
+def _moments(state: dict[str, Tensor], p: Tensor) -> tuple[Tensor, Tensor]:
+    """Both moments in float64, zeros before the first step."""
+    from torchao8 import dequantize_blockwise
+
+    def moment(name: str, signed: bool) -> Tensor:
+        if not state:
+            return torch.zeros(p.shape, dtype=torch.float64)
+        if name in state:
+            return state[name].double()
+        codes, scale = state[f"{name}_codes"], state[f"{name}_scale"]
+        return dequantize_blockwise(codes, scale, signed=signed).double()
+
+    return moment("exp_avg", True), moment("exp_avg_sq", False)
+
+
+def _largest(errors: list[Tensor]) -> float:
+    """The largest magnitude; NaN, which passes no check, where there is one."""
+    return float(torch.stack([e.abs().max() for e in errors]).max())
+
+
+def _scales(moment: Tensor) -> Tensor:
+    """The magnitude of the largest element of its block, for each element; a scalar is its own."""
+    if moment.dim() == 0:
+        return moment.abs()
+    blocks = moment.abs().split(256, dim=-1)
+    return torch.cat([b.amax(-1, keepdim=True).expand_as(b) for b in blocks], dim=-1)

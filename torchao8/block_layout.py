@@ -1,0 +1,64 @@
+"""Where the blocks of a quantized tensor lie.
+
+A block is a run of elements that share one scale. Blocks divide rows (runs of trailing elements)
+and never straddle two of them, so any split of the tensor along its leading dimensions falls
+between blocks. All of it follows from the shape alone: nothing here looks at values, strides or
+devices.
+"""
+
+import math
+from collections.abc import Sequence
+
+MIN_BLOCK_SIZE = 64
+MAX_BLOCK_SIZE = 2048
+# In a shorter row the scales would cost what the codes save.
+MIN_ROW_LENGTH = 16
+
+
+def check_block_size(block_size: int) -> None:
+    """Raises ValueError unless ``block_size`` is a power of two from 64 to 2048."""
+    valid = (
+        isinstance(block_size, int)
+        and MIN_BLOCK_SIZE <= block_size <= MAX_BLOCK_SIZE
+        and block_size & (block_size - 1) == 0
+    )
+    if not valid:
+        raise ValueError(
+            f"block_size: expected a power of two from {MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE}, "
+            f"got {block_size!r}"
+        )
+
+
+def _row_start(shape: Sequence[int], block_size: int) -> int:
+    """Where a row starts: the largest k >= 1 whose ``shape[k:]`` fills a block, or 1."""
+    for k in range(len(shape) - 1, 1, -1):
+        if math.prod(shape[k:]) >= block_size:
+            return k
+    return 1
+
+
+def row_length(shape: Sequence[int], block_size: int) -> int:
+    """Elements of one row of a tensor of this shape: 1 for a scalar, all of a vector."""
+    if len(shape) < 2:
+        return math.prod(shape)
+    return math.prod(shape[_row_start(shape, block_size) :])
+
+
+def scale_shape(shape: Sequence[int], block_size: int) -> tuple[int, ...]:
+    """The shape of the scales: one number a block, the last block of a row may be short.
+
+    >>> scale_shape((3072, 768), 256), scale_shape((64, 64, 3, 3), 256), scale_shape((5000,), 256)
+    ((3072, 3), (64, 3), (20,))
+    """
+    blocks = -(-row_length(shape, block_size) // block_size)
+    leading = tuple(shape[: _row_start(shape, block_size)]) if len(shape) >= 2 else ()
+    return (*leading, blocks)
+
+
+def fits_8bit(shape: Sequence[int], block_size: int, min_8bit_size: int) -> bool:
+    """Whether the state of a parameter of this (global) shape is worth keeping in 8 bits."""
+    return (
+        len(shape) > 0
+        and math.prod(shape) >= min_8bit_size
+        and row_length(shape, block_size) >= MIN_ROW_LENGTH
+    )

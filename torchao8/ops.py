@@ -1,0 +1,199 @@
+"""The ops of the compiled extension: their loading, typed wrappers, and what tracing needs.
+
+Importing this module loads ``torchao8/_C.abi3.so``, whose only effect is to register the ops with
+torch's dispatcher under ``torch.ops.torchao8``.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torchao8.block_layout import scale_shape
+
+try:
+    import torchao8._C as _C
+except ImportError as error:
+    raise ImportError(
+        "torchao8: the compiled extension torchao8/_C could not be loaded "
+        f"({error}). In a clone of the repository, build it with\n"
+        "    pip install --no-build-isolation -e .\n"
+        "which needs a C++ compiler and torch >= 2.10 in the same environment; "
+        "`python -m torchao8` prints what was found."
+    ) from error
+
+# Where the ops came from, for bug reports.
+EXTENSION_FILE = _C.__file__
+
+_quantize = torch.ops.torchao8.quantize_blockwise.default
+_dequantize = torch.ops.torchao8.dequantize_blockwise.default
+_adam_step_ = torch.ops.torchao8.adam_step_.default
+
+
+def quantize_blockwise(
+    input: Tensor, *, block_size: int = 256, signed: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Quantizes a tensor to 8 bits with one scale a block, to the nearest code of the dynamic map.
+
+    Args:
+        input: float32, bfloat16 or float16, any shape and strides. With ``signed=False`` it must be
+            >= 0, as a second moment is; then no element above 0 gets the code of 0.
+        block_size: elements that share a scale, a power of two from 64 to 2048. Blocks lie inside
+            rows, see :mod:`torchao8.block_layout`.
+        signed: which of the two maps, see :func:`dynamic_map`.
+
+    Returns:
+        ``codes``, uint8 of the shape of ``input``, and ``scale``, float32 of the shape
+        ``torchao8.block_layout.scale_shape(input.shape, block_size)``: each block's element of
+        largest magnitude with its sign, 0 where that is below the smallest normal float32, NaN
+        where the block holds an element that is not finite.
+
+    Raises:
+        RuntimeError: wrong dtype, block size or device; the message names the argument.
+    """
+    codes, scale = _quantize(input, block_size=block_size, signed=signed)
+    return codes, scale
+
+
+def dequantize_blockwise(
+    codes: Tensor,
+    scale: Tensor,
+    *,
+    block_size: int = 256,
+    signed: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The values that codes stand for: ``dynamic_map(signed)[codes]`` times the scale of the block.
+
+    Args:
+        codes: uint8, any shape.
+        scale: float32 of the shape ``torchao8.block_layout.scale_shape(codes.shape, block_size)``.
+        block_size, signed: as given to :func:`quantize_blockwise`.
+        dtype: of the result: float32, bfloat16 or float16. The product is rounded to it once.
+
+    Returns:
+        A tensor of the shape of ``codes``.
+
+    Raises:
+        RuntimeError: wrong dtype, shape, block size or device; the message names the argument.
+    """
+    result: Tensor = _dequantize(codes, scale, block_size=block_size, signed=signed, dtype=dtype)
+    return result
+
+
+def dynamic_map(signed: bool = True) -> Tensor:
+    """The codebook: the value of each of the 256 codes at scale 1, ascending, float32 on the CPU.
+
+    The dynamic tree of `8-Bit Approximations for Parallelism in Deep Learning
+    <https://arxiv.org/abs/1511.04561>`_ over seven decades, as in `8-bit Optimizers via Block-wise
+    Quantization <https://arxiv.org/abs/2110.02861>`_. The signed map runs from -0.993 to 1 and has
+    0 at code 127; the unsigned one runs from 0 at code 0 to 1.
+    """
+    codes = torch.arange(256, dtype=torch.uint8)
+    return dequantize_blockwise(codes, torch.ones(1), block_size=256, signed=signed)
+
+
+def adam_step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    exp_avg_scales: list[Tensor],
+    exp_avg_sq_scales: list[Tensor],
+    max_exp_avg_sq_scales: list[Tensor],
+    steps: list[Tensor],
+    lr: Tensor,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled_weight_decay: bool,
+    maximize: bool,
+    block_size: int = 256,
+    stochastic_rounding: bool = True,
+    seed: int = 0,
+) -> None:
+    """One step of Adam or AdamW, in place, on tensors of one device and one state format.
+
+    The i-th entries of all lists belong together. With 8-bit state the moments are uint8 codes and
+    the ``*_scales`` their scales; with 32-bit state the moments are float32 and the ``*_scales``
+    lists are empty. ``max_exp_avg_sqs`` is empty without amsgrad.
+
+    Args:
+        params, grads: float32, bfloat16 or float16, of any strides.
+        steps: 0-d float32 tensors, incremented here.
+        lr: 0-d, float32 or float64.
+        grad_scale: a number to divide the gradients by; none where None.
+        found_inf: where it is not 0, nothing changes at all.
+
+    Raises:
+        RuntimeError: an argument does not fit the others; nothing has changed then.
+    """
+    _adam_step_(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
+        exp_avg_scales,
+        exp_avg_sq_scales,
+        max_exp_avg_sq_scales,
+        steps,
+        lr,
+        grad_scale,
+        found_inf,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        decoupled_weight_decay=decoupled_weight_decay,
+        maximize=maximize,
+        block_size=block_size,
+        stochastic_rounding=stochastic_rounding,
+        seed=seed,
+    )
+    _mark_modified(params)
+
+
+def cpu_capability() -> str:
+    """The CPU code in use: "avx512", "avx2" or "scalar". TORCHAO8_CPU=<one of them> forces one."""
+    return ("scalar", "avx2", "avx512")[torch.ops.torchao8.cpu_capability.default()]
+
+
+def _mark_modified(tensors: Sequence[Tensor]) -> None:
+    """Tells autograd that an op wrote to the tensors, so that a stale backward raises.
+
+    A traced graph does without: torch.compile counts the writes to its inputs itself.
+    """
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(tensors)
+
+
+@torch.library.register_fake("torchao8::quantize_blockwise")
+def _(input: Tensor, *, block_size: int = 256, signed: bool = True) -> tuple[Tensor, Tensor]:
+    codes = torch.empty(input.shape, dtype=torch.uint8, device=input.device)
+    scale = torch.empty(
+        scale_shape(input.shape, block_size), dtype=torch.float32, device=input.device
+    )
+    return codes, scale
+
+
+@torch.library.register_fake("torchao8::dequantize_blockwise")
+def _(
+    codes: Tensor,
+    scale: Tensor,
+    *,
+    block_size: int = 256,
+    signed: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    return torch.empty(codes.shape, dtype=dtype, device=codes.device)
+
+
+@torch.library.register_fake("torchao8::adam_step_")
+def _(*args: object, **kwargs: object) -> None:
+    return None

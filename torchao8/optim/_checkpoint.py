@@ -1,0 +1,78 @@
+"""What the state of a parameter is made of, and its way through ``load_state_dict``."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchao8.optim._checks import is_dtensor
+
+
+class TensorSpec(NamedTuple):
+    """A tensor of ``optimizer.state[p]``: what it must be, and what it is full of at the start."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    fill: int = 0
+
+    def empty(self, device: torch.device) -> Tensor:
+        """The tensor of a parameter that has made no step yet."""
+        return torch.full(self.shape, self.fill, dtype=self.dtype, device=device)
+
+    def __str__(self) -> str:
+        return f"{self.dtype} of shape {list(self.shape)}"
+
+
+class Sealed:
+    """A checked state tensor on its way through ``Optimizer.load_state_dict``.
+
+    Torch would cast it to the dtype of the parameter, which destroys codes and rounds moments. What
+    is neither a tensor nor iterable passes untouched.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def seal(index: int, layout: dict[str, TensorSpec], saved: dict[str, Any]) -> dict[str, Sealed]:
+    """Checks the saved state of one parameter and makes it ready to be loaded.
+
+    Args:
+        index: the parameter's number in the state dict, for messages.
+        layout: what the state must be.
+
+    Raises:
+        ValueError: other keys, or a value that is no tensor or of another dtype or shape.
+    """
+    if set(saved) != set(layout):
+        raise ValueError(
+            f"state of parameter {index}: expected the keys {list(layout)}, got {list(saved)}"
+        )
+    return {key: Sealed(_checked(index, key, spec, saved[key])) for key, spec in layout.items()}
+
+
+def _checked(index: int, key: str, spec: TensorSpec, value: Any) -> Tensor:
+    if key == "step":
+        value = _step_tensor(value)
+    if not isinstance(value, Tensor) or is_dtensor(value):
+        raise ValueError(f"{key} of parameter {index}: expected {spec}, got {type(value).__name__}")
+    got = TensorSpec(value.dtype, tuple(value.shape))
+    if got[:2] != spec[:2] or value.layout is not torch.strided:
+        raise ValueError(f"{key} of parameter {index}: expected {spec}, got {got}")
+    return value.detach().contiguous()
+
+
+def _step_tensor(value: Any) -> Any:
+    """Steps also come as numbers, in old checkpoints, and as tensors of other dtypes."""
+    if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1):
+        return torch.as_tensor(value, dtype=torch.float32).reshape(())
+    return value
+
+
+def unseal(state: dict[Any, Any]) -> None:
+    """Takes the tensors out of their seals, in place, on the device of their parameter."""
+    for p, tensors in state.items():
+        if isinstance(p, Tensor):
+            for key, value in tensors.items():
+                if isinstance(value, Sealed):
+                    tensors[key] = value.tensor.to(p.device)

@@ -1,0 +1,107 @@
+"""Checks of options, parameters and gradients: what is wrong, what was expected, what came."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPE_NAMES = "float32, bfloat16 or float16"
+
+
+def is_int(value: object) -> bool:
+    """An int in the sense of an option: True and False are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_number(
+    name: str, value: Any, *, below: float | None = None, tensor: bool = False
+) -> None:
+    """Raises ValueError unless ``value`` is a number >= 0, less than ``below`` where that is given.
+
+    Args:
+        tensor: whether a tensor of one element will do.
+    """
+    limit = "a number >= 0" if below is None else f"a number in [0, {below:g})"
+    if isinstance(value, Tensor):
+        if not tensor:
+            raise ValueError(f"{name}: expected {limit}, got a tensor")
+        if value.numel() != 1:
+            raise ValueError(
+                f"{name}: expected one element, got a tensor of shape {list(value.shape)}"
+            )
+    elif not isinstance(value, (int, float)):
+        raise ValueError(f"{name}: expected {limit}, got {value!r}")
+    if not value >= 0 or (below is not None and not value < below):
+        raise ValueError(f"{name}: expected {limit}, got {value}")
+
+
+def check_params(params: Iterable[Any]) -> None:
+    """Refuses parameters that no step could update; an entry may be a (name, parameter) pair.
+
+    What is not a tensor is left for torch to refuse, and so is everything about a parameter that is
+    frozen: quantized weights of any dtype may stand in a group.
+
+    Raises:
+        ValueError: a parameter given twice, of an unsupported dtype or layout, or with elements
+            that share memory.
+        NotImplementedError: a DTensor.
+    """
+    seen: set[int] = set()
+    for index, entry in enumerate(params):
+        p = entry[1] if isinstance(entry, tuple) else entry
+        if not isinstance(p, Tensor):
+            continue
+        if id(p) in seen:
+            raise ValueError(f"params[{index}]: the same parameter stands in the group twice")
+        seen.add(id(p))
+        if is_dtensor(p):
+            raise NotImplementedError(
+                f"params[{index}] is a DTensor: sharded training comes in a later version"
+            )
+        if p.requires_grad or p.grad is not None:
+            _check_trainable(index, p)
+
+
+def _check_trainable(index: int, p: Tensor) -> None:
+    if p.dtype not in PARAM_DTYPES or p.layout is not torch.strided:
+        raise ValueError(
+            f"params[{index}]: expected a dense tensor of {_DTYPE_NAMES}, "
+            f"got {p.layout} of {p.dtype}"
+        )
+    if torch._debug_has_internal_overlap(p) == 1:
+        raise ValueError(
+            f"params[{index}]: expected elements that do not share memory, "
+            f"got shape {list(p.shape)} with strides {list(p.stride())}"
+        )
+
+
+def check_grad(optimizer: Optimizer, p: Tensor) -> None:
+    """Raises RuntimeError, as torch.optim does, unless a step can read the gradient of ``p``."""
+    grad = p.grad
+    if grad is not None and (grad.layout is not torch.strided or grad.dtype not in PARAM_DTYPES):
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: gradient of {describe(optimizer, p)}: "
+            f"expected a dense tensor of {_DTYPE_NAMES}, got {grad.layout} of {grad.dtype}"
+        )
+
+
+def describe(optimizer: Optimizer, p: Tensor) -> str:
+    """``parameter 3 (layer.weight)``: its number in the state dict, and its name if it has one."""
+    number = 0
+    for group in optimizer.param_groups:
+        for i, q in enumerate(group["params"]):
+            if q is p:
+                name = f" ({group['param_names'][i]})" if "param_names" in group else ""
+                return f"parameter {number}{name}"
+            number += 1
+    raise ValueError("the parameter is not in the optimizer")
+
+
+def is_dtensor(value: object) -> bool:
+    # Not imported: it takes longer than all of torchao8, and where nobody has, there is no DTensor.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)

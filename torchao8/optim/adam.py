@@ -1,0 +1,244 @@
+"""Adam and AdamW, with 32-bit and with 8-bit state."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from torchao8 import ops
+from torchao8.optim._checks import check_number
+from torchao8.optim.base import Bucket, Group, LowPrecisionOptimizer, State
+
+
+class _Adam(LowPrecisionOptimizer):
+    """What the four classes below share: they differ in their defaults and in the kind of decay."""
+
+    # The kind of decay is what the class is for; a checkpoint does not change it.
+    _own_options = (*LowPrecisionOptimizer._own_options, "decoupled_weight_decay")
+
+    def _check_options(self, group: Group) -> None:
+        super()._check_options(group)
+        betas = group["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise ValueError(f"betas: expected two numbers, got {betas!r}")
+        check_number("betas[0]", betas[0], below=1)
+        check_number("betas[1]", betas[1], below=1)
+        check_number("eps", group["eps"])
+        check_number("weight_decay", group["weight_decay"])
+
+    def _states(self, group: Group) -> tuple[State, ...]:
+        states = (State("exp_avg", signed=True), State("exp_avg_sq", signed=False))
+        return (*states, State("max_exp_avg_sq", signed=False)) if group["amsgrad"] else states
+
+    def _update(
+        self,
+        group: Group,
+        bucket: Bucket,
+        lr: Tensor,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        values, scales = bucket.values, bucket.scales
+        beta1, beta2 = group["betas"]
+        ops.adam_step_(
+            bucket.params,
+            bucket.grads,
+            values["exp_avg"],
+            values["exp_avg_sq"],
+            values.get("max_exp_avg_sq", []),
+            scales["exp_avg"],
+            scales["exp_avg_sq"],
+            scales.get("max_exp_avg_sq", []),
+            bucket.steps,
+            lr,
+            grad_scale,
+            found_inf,
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            decoupled_weight_decay=group["decoupled_weight_decay"],
+            maximize=group["maximize"],
+            block_size=group["block_size"],
+            stochastic_rounding=group["state_rounding"] == "stochastic",
+            seed=group["seed"],
+        )
+
+
+def _options(arguments: dict[str, Any], *, decoupled_weight_decay: bool) -> Group:
+    """A constructor's local variables as the options of a group: all arguments but ``params``."""
+    options = {k: v for k, v in arguments.items() if k not in ("self", "params", "__class__")}
+    return {**options, "decoupled_weight_decay": decoupled_weight_decay}
+
+
+class Adam(_Adam):
+    """Adam with 32-bit state, as ``torch.optim.Adam``: weight decay is added to the gradient (L2).
+
+    With m and v the moving averages of the gradient g and of its square, at step t::
+
+        m = beta1 * m + (1 - beta1) * g            v = beta2 * v + (1 - beta2) * g^2
+        p = p - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+
+    `Adam: A Method for Stochastic Optimization <https://arxiv.org/abs/1412.6980>`_. amsgrad takes
+    the
+    largest v so far: `On the Convergence of Adam and Beyond
+    <https://openreview.net/forum?id=ryQu7f-RZ>`_.
+
+    Moments are float32 whatever the dtype of the parameter. An element whose gradient is not finite
+    keeps its value and its moments.
+
+    Every argument but ``params`` is an option of the parameter groups and may be set for each of
+    them: ``[{"params": embedding, "optim_bits": 32}, {"params": others}]``.
+
+    Args:
+        params: parameters, (name, parameter) pairs or dicts of groups; float32, bfloat16 or
+            float16.
+        lr: learning rate, a number or a tensor of one element. A tensor may change from step to
+            step under ``torch.compile`` without a recompilation.
+        betas: the decay rates of the two averages, in [0, 1).
+        eps: added to the root.
+        weight_decay: the factor of the decay.
+        amsgrad: divide by the largest second moment so far.
+        maximize: ascend.
+        foreach, capturable: hints for torch.optim, accepted and without effect: the step is always
+            multi-tensor and capturable.
+        fused: the step is always fused; True also lets ``torch.amp.GradScaler`` leave unscaling and
+            the skipping of a step to the op.
+        differentiable: must be False.
+        optim_bits: 8 or 32, the bits of a state value.
+        min_8bit_size: a parameter with fewer elements keeps 32-bit state, and so do scalars and
+            parameters with rows of fewer than 16 elements.
+        block_size: elements that share a scale in 8 bits, a power of two from 64 to 2048.
+        state_rounding: how second moments are rounded to 8 bits, "stochastic" or "nearest". First
+            moments are always rounded to nearest.
+        seed: of the stochastic rounding. The same seed, step and gradients give the same bits.
+
+    Raises:
+        ValueError: an option out of range, or parameters that cannot be optimized.
+        NotImplementedError: an option of a later version.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        optim_bits: int = 32,
+        min_8bit_size: int = 4096,
+        block_size: int = 256,
+        state_rounding: str = "stochastic",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(params, _options(locals(), decoupled_weight_decay=False))
+
+
+class AdamW(_Adam):
+    """:class:`Adam` with decoupled weight decay, as ``torch.optim.AdamW``.
+
+    Before the update, p = p * (1 - lr * weight_decay).
+
+    `Decoupled Weight Decay Regularization <https://arxiv.org/abs/1711.05101>`_. Arguments and
+    errors are those of :class:`Adam`.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        optim_bits: int = 32,
+        min_8bit_size: int = 4096,
+        block_size: int = 256,
+        state_rounding: str = "stochastic",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(params, _options(locals(), decoupled_weight_decay=True))
+
+
+class Adam8bit(_Adam):
+    """:class:`Adam` with 8-bit state: about 2 bytes a parameter in place of 8.
+
+    Weight decay is L2, as in ``torch.optim.Adam``; the class of this name in bitsandbytes decays
+    decoupled, as :class:`AdamW8bit` does. `8-bit Optimizers via Block-wise Quantization
+    <https://arxiv.org/abs/2110.02861>`_. Arguments and errors are those of :class:`Adam`, and
+
+    Args:
+        percentile_clipping: must be 100.
+        block_wise: must be True.
+        is_paged: must be False.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        optim_bits: int = 8,
+        min_8bit_size: int = 4096,
+        percentile_clipping: int = 100,
+        block_wise: bool = True,
+        is_paged: bool = False,
+        *,
+        block_size: int = 256,
+        state_rounding: str = "stochastic",
+        seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__(params, _options(locals(), decoupled_weight_decay=False))
+
+
+class AdamW8bit(_Adam):
+    """:class:`AdamW` with 8-bit state: about 2 bytes a parameter in place of 8.
+
+    Arguments and errors are those of :class:`Adam8bit`.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        optim_bits: int = 8,
+        min_8bit_size: int = 4096,
+        percentile_clipping: int = 100,
+        block_wise: bool = True,
+        is_paged: bool = False,
+        *,
+        block_size: int = 256,
+        state_rounding: str = "stochastic",
+        seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__(params, _options(locals(), decoupled_weight_decay=True))

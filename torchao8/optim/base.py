@@ -1,0 +1,351 @@
+"""What every optimizer here shares: groups, the layout of the state, buckets and checkpoints.
+
+An optimizer is a subclass that gives its options, declares its states (:class:`State`) and calls
+the op of its update rule on one :class:`Bucket`. Nothing in this file knows a rule.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from torchao8.block_layout import check_block_size, fits_8bit, scale_shape
+from torchao8.optim._checkpoint import TensorSpec, seal, unseal
+from torchao8.optim._checks import (
+    PARAM_DTYPES,
+    check_grad,
+    check_number,
+    check_params,
+    describe,
+    is_int,
+)
+
+Group = dict[str, Any]
+
+# Torch's hints of implementation. The step here is always fused, multi-tensor and capturable, so
+# they choose nothing, but for fused=True, which opts in to the fused protocol of
+# torch.amp.GradScaler.
+HINTS = ("foreach", "fused", "capturable", "differentiable")
+# Options of every optimizer that have one value so far, and what the others would be.
+FIXED = {
+    "differentiable": (False, "a step that autograd records"),
+    "percentile_clipping": (100, "clipping by a percentile of the gradient norms"),
+    "block_wise": (True, "one scale for a whole tensor"),
+    "is_paged": (False, "paged state"),
+}
+
+
+class State(NamedTuple):
+    """A state of a parameter: ``name`` in 32 bits, ``name_codes`` and ``name_scale`` in 8."""
+
+    name: str
+    signed: bool
+
+
+class Bucket(NamedTuple):
+    """The tensors of one op call: one device, one dtype of parameters and of gradients, one format.
+
+    ``values`` and ``scales`` hold a list for each state, by its name: the codes and their scales,
+    or the float32 values and an empty list.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    steps: list[Tensor]
+    values: dict[str, list[Tensor]]
+    scales: dict[str, list[Tensor]]
+
+
+class LowPrecisionOptimizer(Optimizer):
+    """Base class: a ``torch.optim.Optimizer`` that keeps its state in 8 or 32 bits.
+
+    A subclass defines :meth:`_states` and :meth:`_update`, and extends :meth:`_check_options`.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or dicts of a group's ``params`` and options.
+        options: the default of every option of the class. All of them live in the parameter groups
+            and may differ from group to group. They are read at every step, except that the format
+            of a parameter's state is settled when the parameter gets it, at the first step.
+    """
+
+    # The options that a checkpoint does not replace: they say where the bytes of the state lie. A
+    # checkpoint that was laid out otherwise is refused, not taken over.
+    _own_options: tuple[str, ...] = ("optim_bits", "min_8bit_size", "block_size")
+
+    def __init__(self, params: ParamsT, options: Group) -> None:
+        fixed = {name: value for name, (value, _) in FIXED.items()}
+        defaults = _plain_hints({**fixed, **options})
+        self._check_options(defaults)
+        super().__init__(params, defaults)
+        self._step_supports_amp_scaling = bool(defaults["fused"])
+
+    # -- what a subclass defines ---------------------------------------------------------------
+
+    def _states(self, group: Group) -> tuple[State, ...]:
+        """The states of a parameter under these options."""
+        raise NotImplementedError
+
+    def _update(
+        self,
+        group: Group,
+        bucket: Bucket,
+        lr: Tensor,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Updates one bucket in place, ``steps`` included."""
+        raise NotImplementedError
+
+    def _check_options(self, group: Group) -> None:
+        """Raises ValueError or NotImplementedError for an option that is out of range."""
+        for name, (value, other) in FIXED.items():
+            if group[name] != value:
+                raise NotImplementedError(
+                    f"{name}={group[name]!r}: {other} is not implemented, it must be {value!r}"
+                )
+        check_number("lr", group["lr"], tensor=True)
+        if group["optim_bits"] not in (8, 32):
+            raise ValueError(f"optim_bits: expected 8 or 32, got {group['optim_bits']!r}")
+        if not is_int(group["min_8bit_size"]) or group["min_8bit_size"] < 0:
+            raise ValueError(f"min_8bit_size: expected an int >= 0, got {group['min_8bit_size']!r}")
+        check_block_size(group["block_size"])
+        rounding = group["state_rounding"]
+        if rounding not in ("stochastic", "nearest"):
+            raise ValueError(
+                f"state_rounding: expected 'stochastic' or 'nearest', got {rounding!r}"
+            )
+        if not is_int(group["seed"]) or not -(2**63) <= group["seed"] < 2**63:
+            raise ValueError(f"seed: expected an int of 64 bits, got {group['seed']!r}")
+
+    # -- groups --------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Adds a group; nothing is added if one of its options or parameters is refused.
+
+        Raises:
+            TypeError: not a dict, or ``params`` not an ordered collection of tensors.
+            ValueError: an option out of range; a parameter that is not a leaf, not of a supported
+                dtype, or already in the optimizer.
+            NotImplementedError: an option of a later version, or a DTensor parameter.
+        """
+        if isinstance(param_group, dict):
+            given = param_group["params"]
+            if not isinstance(given, (Tensor, list, set)):
+                param_group["params"] = given = list(given)  # an iterator can be read only once
+            self._check_options({**self.defaults, **_plain_hints(param_group)})
+            check_params([given] if isinstance(given, Tensor) else given)
+        super().add_param_group(param_group)
+        self.param_groups[-1].update(_plain_hints(self.param_groups[-1]))
+
+    # -- state ---------------------------------------------------------------------------------
+
+    def _layout(self, group: Group, p: Tensor) -> dict[str, TensorSpec]:
+        """Every key of ``state[p]`` under the options of its group, and what stands there."""
+        shape, block_size = tuple(p.shape), group["block_size"]
+        in_8bit = group["optim_bits"] == 8 and fits_8bit(shape, block_size, group["min_8bit_size"])
+        layout = {"step": TensorSpec(torch.float32, ())}
+        for name, signed in self._states(group):
+            if in_8bit:
+                zero_code = 127 if signed else 0
+                layout[f"{name}_codes"] = TensorSpec(torch.uint8, shape, zero_code)
+                layout[f"{name}_scale"] = TensorSpec(torch.float32, scale_shape(shape, block_size))
+            else:
+                layout[name] = TensorSpec(torch.float32, shape)
+        return layout
+
+    def _init_states(self) -> None:
+        """Gives state to every parameter that lacks it, or, if anything is refused, to none.
+
+        All trainable parameters get theirs at the first step, with a gradient or without: then no
+        checkpoint is partial, and a first gradient that comes late meets nothing new.
+        """
+        fresh = []
+        for group in self.param_groups:
+            check_params(group["params"])
+            for p in group["params"]:
+                if p.grad is not None:
+                    check_grad(self, p)
+                if (p.requires_grad or p.grad is not None) and not self.state.get(p):
+                    fresh.append((p, self._layout(group, p)))
+        for p, layout in fresh:
+            self.state[p] = {key: spec.empty(p.device) for key, spec in layout.items()}
+
+    # -- the step ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Performs one step on every parameter that has a gradient.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: a gradient is sparse or of an unsupported dtype, or a state does not fit
+                its parameter and options.
+            ValueError: a parameter put into a group after construction is of an unsupported dtype.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        calls = []
+        for group in self.param_groups:
+            rows32: list[Tensor] = []
+            rows8: list[Tensor] = []
+            self._init_group(group, rows32, rows8)
+            lr = _lr_tensor(group["lr"])
+            calls += [(group, lr, bucket) for bucket in self._buckets(group, rows32, rows8)]
+        # Only now: what is refused in one group leaves all of them as they were.
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        for group, lr, bucket in calls:
+            device = bucket.params[0].device
+            self._update(
+                group, bucket, lr, _to_device(grad_scale, device), _to_device(found_inf, device)
+            )
+        return loss
+
+    def _init_group(self, group: Group, rows32: list[Tensor], rows8: list[Tensor]) -> None:
+        """Appends a row for each parameter with a gradient: (param, grad, step, states...).
+
+        torch.compile runs the method of this name as it is while it traces a step, and then puts
+        into the two lists what it found there, with the guards it needs. That is why they are flat
+        lists of tensors, and why the rows of the two state formats are kept apart.
+        """
+        keys32, keys8 = self._row_keys(group)
+        first_codes = keys8[1] if len(keys8) > 1 else None
+        for p in group["params"]:
+            grad, state = p.grad, self.state.get(p)
+            if not state:
+                if grad is None and not p.requires_grad:
+                    continue
+                self._init_states()
+                state = self.state[p]
+            if grad is None:
+                continue
+            if grad.layout is not torch.strided:
+                check_grad(self, p)
+            rows, keys = (rows8, keys8) if first_codes in state else (rows32, keys32)
+            rows.append(p)
+            rows.append(grad)
+            try:
+                rows.extend([state[key] for key in keys])
+            except KeyError:
+                raise RuntimeError(
+                    f"{type(self).__name__}: state of {describe(self, p)}: expected the keys "
+                    f"{keys}, got {list(state)}. An option that decides which state there is, "
+                    "such as amsgrad, must be set before the first step."
+                ) from None
+
+    def _row_keys(self, group: Group) -> tuple[list[str], list[str]]:
+        """The keys of a row after its parameter and gradient, in 32 and in 8 bits."""
+        names = [state.name for state in self._states(group)]
+        codes, scales = [f"{name}_codes" for name in names], [f"{name}_scale" for name in names]
+        return ["step", *names], ["step", *codes, *scales]
+
+    def _buckets(self, group: Group, rows32: list[Tensor], rows8: list[Tensor]) -> list[Bucket]:
+        """Splits the rows by device and dtypes, and turns each part into a list for each column."""
+        names = [state.name for state in self._states(group)]
+        buckets = []
+        for columns in _split(rows32, 3 + len(names)):
+            values = dict(zip(names, columns[3:], strict=True))
+            buckets.append(
+                Bucket(columns[0], columns[1], columns[2], values, {name: [] for name in names})
+            )
+        for columns in _split(rows8, 3 + 2 * len(names)):
+            values = dict(zip(names, columns[3 : 3 + len(names)], strict=True))
+            scales = dict(zip(names, columns[3 + len(names) :], strict=True))
+            buckets.append(Bucket(columns[0], columns[1], columns[2], values, scales))
+        for bucket in buckets:
+            if bucket.grads[0].dtype not in PARAM_DTYPES:
+                check_grad(self, bucket.params[0])
+        return buckets
+
+    # -- checkpoints and copies ----------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a checkpoint, or raises and changes nothing.
+
+        As in ``torch.optim``, the options of the checkpoint replace those of the groups, except
+        those that lay out the state (``optim_bits``, ``min_8bit_size``, ``block_size``). State
+        tensors keep their bytes; they move to the device of their parameter.
+
+        Args:
+            state_dict: what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: groups of another number or size, an option out of range, or a state whose
+                keys, dtypes or shapes are not those of the parameter.
+        """
+        # Registered for this call only: so it runs after the user's hooks, and copies and pickles
+        # of the optimizer, which carry no hooks, load checkpoints as well.
+        handle = self.register_load_state_dict_pre_hook(_seal_state_dict)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        unseal(state["state"])
+        super().__setstate__(state)
+        self.__dict__.setdefault("_step_supports_amp_scaling", bool(self.defaults["fused"]))
+
+
+def _seal_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+    """Load hook: checks a checkpoint against the optimizer and protects its tensors from a cast."""
+    assert isinstance(optimizer, LowPrecisionOptimizer)
+    live, saved = optimizer.param_groups, state_dict["param_groups"]
+    if [len(g["params"]) for g in live] != [len(g["params"]) for g in saved]:
+        return None  # torch refuses it, and says so
+    groups, state, index = [], dict(state_dict["state"]), 0
+    for live_group, saved_group in zip(live, saved, strict=True):
+        kept = {name: live_group[name] for name in optimizer._own_options}
+        missing = {name: live_group[name] for name in optimizer.defaults}
+        group = {**missing, **_plain_hints(saved_group), **kept}
+        optimizer._check_options(group)
+        groups.append(group)
+        for p, saved_id in zip(live_group["params"], saved_group["params"], strict=True):
+            if state.get(saved_id):
+                layout = optimizer._layout(group, p)
+                state[saved_id] = seal(index, layout, state[saved_id])
+            index += 1
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _plain_hints(options: Group) -> Group:
+    """The same options with torch's hints as bools: checkpoint tools take no None."""
+    return {k: bool(v) if k in HINTS else v for k, v in options.items()}
+
+
+def _lr_tensor(lr: float | Tensor) -> Tensor:
+    """The learning rate as the op takes it: 0-d, float64 where it comes as a number."""
+    if not isinstance(lr, Tensor):
+        if torch.compiler.is_compiling():
+            # torch.compile makes a graph input of a float that changes if it meets it in arithmetic
+            # with a tensor; torch.tensor(lr) would burn its value into the graph.
+            return torch.ones((), dtype=torch.float64) * lr
+        return torch.tensor(lr, dtype=torch.float64)
+    if lr.dtype not in (torch.float32, torch.float64):
+        lr = lr.to(torch.float32)
+    return lr if lr.dim() == 0 else lr.reshape(())
+
+
+def _to_device(value: Tensor | None, device: torch.device) -> Tensor | None:
+    """GradScaler keeps its tensors on one device; a model may lie on several."""
+    return value if value is None else value.to(device)
+
+
+def _split(rows: list[Tensor], width: int) -> list[list[list[Tensor]]]:
+    """The columns of rows of ``width`` tensors, for each device and dtypes of the first two."""
+    params, grads = rows[0::width], rows[1::width]
+    kinds: list[Any] = [(p.device, p.dtype, g.dtype) for p, g in zip(params, grads, strict=True)]
+    if kinds.count(kinds[0] if kinds else None) == len(kinds):
+        return [[rows[i::width] for i in range(width)]] if kinds else []
+    parts: dict[Any, list[Tensor]] = {}
+    for i, kind in enumerate(kinds):
+        parts.setdefault(kind, []).extend(rows[i * width : (i + 1) * width])
+    return [[part[i::width] for i in range(width)] for part in parts.values()]
