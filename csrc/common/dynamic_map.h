@@ -37,7 +37,7 @@ inline Line decade_line(bool is_signed, int i) {
 // is then exactly 1.0 or the float above it, and gets the code of 1.0. scale in [2^-126, 2^126).
 TORCHAO8_HD float inverse_scale(float scale) {
   const float r = 1.0f / scale;
-  return scale * r < 1.0f ? bits_float(float_bits(r) + 1) : r;
+  return bits_float(float_bits(r) + uint32_t(scale * r < 1.0f));  // as a branch it is a coin toss
 }
 
 }  // namespace torchao8

@@ -152,7 +152,7 @@ void step_all(const AdamCall& call, const AdamOptions& options) {
   for (size_t i = 0; i < call.params.size(); i++) {
     const int64_t step = int64_t(*call.steps[i].const_data_ptr<float>()) + 1;
     if (step != latest_step) {
-      latest.rule = Rule::at_step(options, step);
+      latest.rule = Rule::at_step(options, step, call.quantized());
       for (int s = 0; s < Rule::kStates; s++) latest.keys[s] = random_key(uint64_t(call.seed), uint64_t(step), s);
       latest_step = step;
     }

@@ -16,7 +16,7 @@ Capability processor_capability() {
     return Capability::kScalar;
   }
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi")) {
     return Capability::kAvx512;
   }
   return Capability::kAvx2;

@@ -66,6 +66,7 @@ void build_nearest(uint32_t* words, const float* map, bool is_signed) {
       }
     }
     words[cell] = (start_code << 16) + 0x10000 - low - (cell << 16);
+    words[kNegativeCells + cell] = words[cell] - (kNegativeCells << 16);
   }
 }
 
@@ -94,8 +95,9 @@ void build_position(PositionLines& t, const float* map) {
     t.gap_a[half] = t.a[half];
     t.gap_b[half] = t.b[half];
     set_line(t.a, t.b, half + kDecades, at(255), at(256));
-    t.gap_a[half + kDecades] = t.a[half + kDecades];
-    t.gap_b[half + kDecades] = t.b[half + kDecades];
+    // No gap in class 7 either; but y may be the float above 1, and position must end at code 255.
+    t.gap_a[half + kDecades] = 0.0f;
+    t.gap_b[half + kDecades] = 254.0f;
   }
   const float infinity = std::numeric_limits<float>::infinity();
   t.floor = map[1];

@@ -15,13 +15,14 @@ struct DecodeLines {
   alignas(64) float b[16];
 };
 
-// Nearest rounding: one look-up. The top 16 bits of the magnitude |y| pick a cell, no cell holds two
-// midpoints, and the cell's word is such that (word + bits(|y|)) >> 16 has the code in its low byte:
+// Nearest rounding: one look-up. The top 16 bits of y pick a cell, no cell holds two midpoints, and
+// the cell's word is such that (word + bits(y)) >> 16 has the code in its low byte:
 //     word = (code at the cell's start << 16) + 65536 - (low bits of the midpoint) - (cell << 16).
 // The thresholds are exact: the first float at or above the real midpoint of two codebook values gets
-// the upper code. The signed table is that of positive numbers; a negative one's code is 254 minus
-// it, and 0 where that is -1 (there is no -1.0). The unsigned table never gives 0.
-constexpr uint32_t kCells = 0x3f81;  // [1.0, 1.0078) is the last
+// the upper code. Cells of a negative y give the code of |y|; its own code is 254 minus that, and 0
+// where that is -1 (there is no -1.0). The unsigned table never gives 0.
+constexpr uint32_t kCells = 0x3f81;  // [1.0, 1.0078) is the last one
+constexpr uint32_t kNegativeCells = 0x8000;  // where those of a negative y begin
 
 // Stochastic rounding (unsigned only): the real-valued position of y between the codes, to which a
 // random number is added before truncation. Position is piecewise linear in y: class d is the gap
@@ -44,7 +45,7 @@ struct CodecTables {
   float map[2][256];  // [signed][code]: the codebook
   DecodeLines decode[2];
   PositionLines position;
-  alignas(64) uint32_t nearest[2][kCells];
+  alignas(64) uint32_t nearest[2][kNegativeCells + kCells];
 
   CodecTables();
 };

@@ -29,11 +29,23 @@ TORCHAO8_HD float inverse_of(float extreme) {
   return std::copysign(inverse_scale(std::fabs(extreme)), extreme);
 }
 
+// The scale to store. Where it counts as zero, or is not a number, so do all codes.
 template <bool kSigned>
-TORCHAO8_HD float final_scale(float extreme, int length, uint8_t* codes) {
-  if (std::fabs(extreme) >= kMinScale && usable(extreme)) return extreme;
+TORCHAO8_HD float final_scale(float extreme, float unit, int length, uint8_t* codes) {
+  const float scale = extreme * unit;
+  if (inverse_of(extreme) != 0.0f && std::fabs(scale) >= kMinScale && usable(scale)) return scale;
   std::memset(codes, zero_code<kSigned>(), size_t(length));
-  return usable(extreme) ? 0.0f : bits_float(0x7fc00000u);
+  return usable(extreme) && usable(scale) ? 0.0f : bits_float(0x7fc00000u);
+}
+
+// Elements ahead of the ones at work that are asked for from memory. The hardware's own prefetchers
+// stop at pages of 4 KiB, and a block spends its time in four arrays at once.
+constexpr int kAhead = 768;
+
+TORCHAO8_HD void prefetch(const void* p) {
+#if defined(__GNUC__) || defined(__clang__)
+  __builtin_prefetch(p);
+#endif
 }
 
 // One block's place in memory.
@@ -65,6 +77,14 @@ struct Block {
   }
 };
 
+// What the second pass needs to know of a block. Not good: an element is not usable.
+template <int N>
+struct Plan {
+  float extreme[N], inverse[N];
+  BlockRandom random[N];
+  bool good;
+};
+
 // First pass: decode, compute the moments into a buffer, find the extreme elements. Called for each
 // vector of the block in turn, then finish(). On the vector paths it writes nothing but the buffer.
 template <class Rule, class T>
@@ -87,6 +107,11 @@ struct Moments {
   }
 
   TORCHAO8_HD void operator()(int i) {
+    if constexpr (!kSelect) {
+      prefetch(block.grad + i + kAhead);
+      prefetch(block.param + i + kAhead);
+      for (int s = 0; s < N; s++) prefetch(block.codes[s] + i + kAhead);
+    }
     F old[N], state[N], p(0.0f);
     for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
       if constexpr (Rule::kSigned[s]) {
@@ -97,11 +122,11 @@ struct Moments {
       state[s] = old[s];
     });
     if constexpr (Rule::kMomentsNeedParam) p = load(block.param + i);
-    rule.moments(p, load(block.grad + i), state);
+    rule.template moments<true>(p, load(block.grad + i), state);
     if constexpr (kSelect) {
       Mask good = in_range(state[0]);
       for (int s = 1; s < N; s++) good = both(good, in_range(state[s]));
-      for (int s = 0; s < N; s++) state[s] = select(good, state[s], old[s] * F(scale[s]));
+      for (int s = 0; s < N; s++) state[s] = select(good, state[s], old[s] * F(scale[s] / rule.unit[s]));
       if (all(good)) store(block.param + i, rule.update(load(block.param + i), state));
     }
     for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
@@ -114,14 +139,15 @@ struct Moments {
     });
   }
 
-  // The extreme elements. False: an element is not usable, and the block has to be done again.
-  TORCHAO8_HD bool finish(float* extreme) const {
+  TORCHAO8_HD void finish(Plan<N>& plan, const uint64_t* keys) const {
     bool good = true;
     for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
-      extreme[s] = Rule::kSigned[s] ? extreme_signed[s].result() : extreme_unsigned[s].result();
-      good = good && usable(scale[s]) && usable(extreme[s]);
+      plan.extreme[s] = Rule::kSigned[s] ? extreme_signed[s].result() : extreme_unsigned[s].result();
+      plan.inverse[s] = inverse_of(plan.extreme[s]);
+      if constexpr (!Rule::kSigned[s]) plan.random[s].start(keys[s], block.first_element);
+      good = good && usable(scale[s]) && usable(plan.extreme[s]);
     });
-    return kSelect || good;
+    plan.good = kSelect || good;
   }
 };
 
@@ -135,28 +161,23 @@ struct UpdateAndEncode {
   RandomStream stream[N];
   Block<Rule, T> block;
   const float (*buffer)[kMaxBlock];
-  float extreme[N], inverse[N];
+  const Plan<N>& plan;
+  float inverse[N];
   Rule rule;
 
   TORCHAO8_HD UpdateAndEncode(const Rule& r, const CodecTables& t, const Block<Rule, T>& b,
-                              const float (*from)[kMaxBlock], const float* extremes,
-                              const uint64_t* keys)
-      : encode_signed(t), encode_unsigned(t), encode_stochastic(t), block(b), buffer(from), rule(r) {
+                              const float (*from)[kMaxBlock], const Plan<N>& p)
+      : encode_signed(t), encode_unsigned(t), encode_stochastic(t), block(b), buffer(from), plan(p), rule(r) {
     for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
-      extreme[s] = extremes[s];
-      inverse[s] = inverse_of(extreme[s]);
-      if constexpr (kStochastic && !Rule::kSigned[s]) {
-        BlockRandom random;
-        random.start(keys[s], block.first_element);
-        stream[s].start(random);
-      }
+      inverse[s] = p.inverse[s];
+      if constexpr (kStochastic && !Rule::kSigned[s]) stream[s].start(p.random[s]);
     });
   }
 
   TORCHAO8_HD void operator()(int i) {
     F state[N];
     for (int s = 0; s < N; s++) state[s] = load(buffer[s] + i);
-    if constexpr (kWidth > 1) store(block.param + i, rule.update(load(block.param + i), state));
+    if constexpr (kWidth > 1) store_quiet(block.param + i, rule.update(load(block.param + i), state));
     for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
       if constexpr (Rule::kSigned[s]) {
         encode_signed(state[s], inverse[s], block.codes[s] + i);
@@ -170,7 +191,7 @@ struct UpdateAndEncode {
 
   TORCHAO8_HD void finish(int length) const {
     for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
-      *block.scales[s] = final_scale<Rule::kSigned[s]>(extreme[s], length, block.codes[s]);
+      *block.scales[s] = final_scale<Rule::kSigned[s]>(plan.extreme[s], rule.unit[s], length, block.codes[s]);
     });
   }
 };
@@ -189,39 +210,42 @@ void scalar_block(const Rule& rule, const CodecTables& tables, const Block<Rule,
 }
 
 // The second pass of a block goes together with the first pass of the next one, vector by vector:
-// they have nothing to wait for in each other.
+// neither waits for the other, and the divider, the look-ups and the arithmetic are all kept busy.
 template <class Rule, class T, bool kStochastic>
 void step_blocks(const Rule& rule, const CodecTables& tables, const BlockRun& run) {
+  constexpr int N = Rule::kStates;
   using First = Moments<Rule, T>;
   using Second = UpdateAndEncode<Rule, T, kStochastic>;
-  alignas(64) float buffers[2][Rule::kStates][kMaxBlock];
-  float extreme[Rule::kStates];
+  alignas(64) float buffers[2][N][kMaxBlock];
+  Plan<N> plans[2];
   const int length = run.length;
   Block<Rule, T> block(run);
 
-  First first(rule, tables, block, buffers[0]);
-  for (int i = 0; i < length; i += kWidth) first(i);
-  bool good = first.finish(extreme);
-  for (int64_t k = 1; k < run.blocks; k++) {
+  First head(rule, tables, block, buffers[0]);
+  for (int i = 0; i < length; i += kWidth) head(i);
+  head.finish(plans[0], run.keys);
+  for (int64_t k = 0; k + 1 < run.blocks; k++) {
+    const int now = int(k & 1);
     Block<Rule, T> next = block;
     next.advance(length);
-    First ahead(rule, tables, next, buffers[k & 1]);
-    if (good) {
-      Second second(rule, tables, block, buffers[(k - 1) & 1], extreme, run.keys);
+    First first(rule, tables, next, buffers[!now]);
+    if (plans[now].good) {
+      Second second(rule, tables, block, buffers[now], plans[now]);
       for (int i = 0; i < length; i += kWidth) {
-        ahead(i);
+        first(i);
         second(i);
       }
       second.finish(length);
     } else {
       scalar_block(rule, tables, block, run);
-      for (int i = 0; i < length; i += kWidth) ahead(i);
+      for (int i = 0; i < length; i += kWidth) first(i);
     }
-    good = ahead.finish(extreme);
+    first.finish(plans[!now], run.keys);
     block = next;
   }
-  if (good) {
-    Second second(rule, tables, block, buffers[(run.blocks - 1) & 1], extreme, run.keys);
+  const int now = int((run.blocks - 1) & 1);
+  if (plans[now].good) {
+    Second second(rule, tables, block, buffers[now], plans[now]);
     for (int i = 0; i < length; i += kWidth) second(i);
     second.finish(length);
   } else {
@@ -244,7 +268,7 @@ TORCHAO8_HD void step_vector(const Rule& r, T* param, const T* grad, float* cons
   F old[N], state[N];
   for (int s = 0; s < N; s++) state[s] = old[s] = load(states[s]);
   const F p = load(param);
-  r.moments(p, load(grad), state);
+  r.template moments<false>(p, load(grad), state);
   Mask good = in_range(state[0]);
   for (int s = 1; s < N; s++) good = both(good, in_range(state[s]));
   for (int s = 0; s < N; s++) state[s] = select(good, state[s], old[s]);
@@ -296,7 +320,7 @@ float quantize_block(const CodecTables& tables, const float* x, int n, uint8_t* 
   float extreme = extremes.result(), factor = 1.0f;
   if (!usable(extreme) && std::isfinite(extreme)) factor = 0.25f;  // its inverse would be subnormal
   const float inverse = inverse_of(extreme * factor);
-  if (inverse == 0.0f) return final_scale<kSigned>(extreme * factor, n, codes);
+  if (inverse == 0.0f) return final_scale<kSigned>(extreme, 1.0f, n, codes);
   int i = 0;
   for (; i + kWidth <= n; i += kWidth) encode(load(x + i) * F(factor), inverse, codes + i);
   if (i < n) {

@@ -37,14 +37,22 @@ TORCHAO8_HD F load(const BFloat16* x) {
   const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
   return from_bits(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
 }
-TORCHAO8_HD void store(BFloat16* x, F v) {
-  const __m256i u = bits(v), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-  const __m256i r = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
-  const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
-  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v.x, v.x, _CMP_UNORD_Q));
-  const __m256i h = _mm256_srli_epi32(_mm256_blendv_epi8(r, quiet, nan), 16);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(x), pack16(h));
+TORCHAO8_HD __m256i round_to_bfloat16(__m256i u) {  // in the high halves
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  return _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
 }
+TORCHAO8_HD void store(BFloat16* x, F v) {
+  const __m256i quiet = _mm256_or_si256(bits(v), _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v.x, v.x, _CMP_UNORD_Q));
+  const __m256i r = _mm256_blendv_epi8(round_to_bfloat16(bits(v)), quiet, nan);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(x), pack16(_mm256_srli_epi32(r, 16)));
+}
+// For values that are not NaN, or one that came from memory as bfloat16, which rounding leaves alone.
+TORCHAO8_HD void store_quiet(BFloat16* x, F v) {
+  const __m256i r = round_to_bfloat16(bits(v));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(x), pack16(_mm256_srli_epi32(r, 16)));
+}
+TORCHAO8_HD void store_quiet(float* x, F v) { store(x, v); }
 TORCHAO8_HD F load(const Half* x) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
 }
@@ -80,7 +88,7 @@ struct Extreme<true> {
   }
   TORCHAO8_HD float result() const {
     const float h = reduce_max(high), l = reduce_max(negated_low);
-    return l >= h ? -l : h;
+    return l > h ? -l : h;
   }
 };
 template <>
@@ -122,11 +130,9 @@ struct NearestEncoder {
 
   TORCHAO8_HD void operator()(F x, float inverse, uint8_t* codes) const {
     const F y = x * F(inverse);
-    const __m256i magnitude =
-        kSigned ? _mm256_and_si256(bits(y), _mm256_set1_epi32(0x7fffffff)) : bits(y);
-    const __m256i cell = _mm256_srli_epi32(magnitude, 16);
+    const __m256i cell = _mm256_srli_epi32(bits(y), 16);
     const __m256i word = _mm256_i32gather_epi32(reinterpret_cast<const int*>(words), cell, 4);
-    __m256i code = _mm256_srli_epi32(_mm256_add_epi32(word, magnitude), 16);
+    __m256i code = _mm256_srli_epi32(_mm256_add_epi32(word, bits(y)), 16);
     if constexpr (kSigned) {  // 254 - code where negative; -1 saturates to 0
       const __m256i negative = _mm256_srai_epi32(bits(y), 31);
       code = _mm256_xor_si256(code, negative);

@@ -1,4 +1,5 @@
-// Sixteen floats in an AVX-512 register (F, BW, DQ and VL, so Skylake-X and later, Zen 4 and later).
+// Sixteen floats in an AVX-512 register. VBMI's byte permutation is needed too, so this is Ice Lake
+// and later, Zen 4 and later; what has AVX-512 without it takes the AVX2 path.
 // Included inside a region compiled for that target: see isa_avx512.cpp. The arithmetic is that of
 // vec_scalar.h.
 #pragma once
@@ -24,17 +25,48 @@ TORCHAO8_HD __m512i bits(F a) { return _mm512_castps_si512(a.x); }
 
 TORCHAO8_HD F load(const float* x) { return _mm512_loadu_ps(x); }
 TORCHAO8_HD void store(float* x, F v) { _mm512_storeu_ps(x, v.x); }
-TORCHAO8_HD F load(const BFloat16* x) {
-  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+
+// Byte orders for permutations: byte i of the result comes from byte at[i].
+struct ByteOrder {
+  alignas(64) uint8_t at[64];
+};
+// Of each dword `count` bytes from number `first` on, packed together.
+constexpr ByteOrder pack_order(int first, int count) {
+  ByteOrder order = {};
+  for (int i = 0; i < 16 * count; i++) order.at[i] = uint8_t(i / count * 4 + first + i % count);
+  return order;
+}
+// Words to the high halves of dwords (the low halves are to be masked).
+constexpr ByteOrder spread_order() {
+  ByteOrder order = {};
+  for (int i = 0; i < 64; i++) order.at[i] = uint8_t(i / 4 * 2 + i % 2);
+  return order;
+}
+constexpr ByteOrder kLowBytes = pack_order(0, 1), kThirdBytes = pack_order(2, 1), kHighHalves = pack_order(2, 2);
+constexpr ByteOrder kSpreadWords = spread_order();
+TORCHAO8_HD __m512i load_order(const ByteOrder& order) { return _mm512_load_si512(order.at); }
+
+TORCHAO8_HD F load(const BFloat16* x) {  // each to the high half of a dword
+  const __m512i h = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi8(0xccccccccccccccccu, load_order(kSpreadWords), h));
+}
+TORCHAO8_HD __m512i round_to_bfloat16(__m512i u) {  // in the high halves
+  const __mmask16 odd = _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000));
+  const __m512i r = _mm512_add_epi32(u, _mm512_set1_epi32(0x7fff));
+  return _mm512_mask_add_epi32(r, odd, r, _mm512_set1_epi32(1));
+}
+TORCHAO8_HD void store_high_halves(BFloat16* x, __m512i r) {
+  const __m512i packed = _mm512_permutexvar_epi8(load_order(kHighHalves), r);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm512_castsi512_si256(packed));
 }
 TORCHAO8_HD void store(BFloat16* x, F v) {
-  const __m512i u = bits(v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  __m512i r = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
   const __mmask16 nan = _mm512_cmp_ps_mask(v.x, v.x, _CMP_UNORD_Q);
-  r = _mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x400000));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16)));
+  const __m512i r = round_to_bfloat16(bits(v));
+  store_high_halves(x, _mm512_mask_or_epi32(r, nan, bits(v), _mm512_set1_epi32(0x400000)));
 }
+// For values that are not NaN, or one that came from memory as bfloat16, which rounding leaves alone.
+TORCHAO8_HD void store_quiet(BFloat16* x, F v) { store_high_halves(x, round_to_bfloat16(bits(v))); }
+TORCHAO8_HD void store_quiet(float* x, F v) { store(x, v); }
 TORCHAO8_HD F load(const Half* x) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
 }
@@ -56,15 +88,15 @@ template <bool kSigned>
 struct Extreme;
 template <>
 struct Extreme<true> {
-  __m512 high, low;
-  TORCHAO8_HD Extreme() : high(_mm512_setzero_ps()), low(_mm512_setzero_ps()) {}
-  TORCHAO8_HD void add(F v) {
-    high = _mm512_max_ps(v.x, high);
-    low = _mm512_min_ps(v.x, low);
-  }
+  static constexpr int kLargerMagnitude = 0b0111;  // with its sign; positive in a tie
+  __m512 extreme;
+  TORCHAO8_HD Extreme() : extreme(_mm512_setzero_ps()) {}
+  TORCHAO8_HD void add(F v) { extreme = _mm512_range_ps(v.x, extreme, kLargerMagnitude); }
   TORCHAO8_HD float result() const {
-    const float h = _mm512_reduce_max_ps(high), l = _mm512_reduce_min_ps(low);
-    return -l >= h ? l : h;
+    const __m256 a = _mm256_range_ps(_mm512_castps512_ps256(extreme), _mm512_extractf32x8_ps(extreme, 1), kLargerMagnitude);
+    __m128 b = _mm_range_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1), kLargerMagnitude);
+    b = _mm_range_ps(b, _mm_movehl_ps(b, b), kLargerMagnitude);
+    return _mm_cvtss_f32(_mm_range_ps(b, _mm_movehdup_ps(b), kLargerMagnitude));
   }
 };
 template <>
@@ -74,6 +106,15 @@ struct Extreme<false> {
   TORCHAO8_HD void add(F v) { high = _mm512_max_epu32(high, bits(v)); }
   TORCHAO8_HD float result() const { return bits_float(_mm512_reduce_max_epu32(high)); }
 };
+
+// A look-up for each lane. The register it goes to is known to be ready; the plain intrinsics merge
+// into one that is not, and GCC sees through a zero.
+TORCHAO8_HD __m512i gather(const void* table, __m512i index) {
+  __m512i to = _mm512_setzero_si512();
+  __mmask16 all = 0xffff;
+  asm("vpgatherdd (%2,%3,4), %0%{%1%}" : "+&v"(to), "+&Yk"(all) : "r"(table), "v"(index) : "memory");
+  return to;
+}
 
 template <bool kSigned>
 struct Decoder {
@@ -108,18 +149,16 @@ struct NearestEncoder {
 
   TORCHAO8_HD void operator()(F x, float inverse, uint8_t* codes) const {
     const F y = x * F(inverse);
-    const __m512i magnitude = kSigned ? _mm512_and_si512(bits(y), _mm512_set1_epi32(0x7fffffff)) : bits(y);
-    // Gathers into a register known to be ready; the plain intrinsic merges into one that is not.
-    __m512i word = _mm512_setzero_si512();
-    asm("" : "+v"(word));
-    word = _mm512_mask_i32gather_epi32(word, 0xffff, _mm512_srli_epi32(magnitude, 16), words, 4);
-    const __m512i code = _mm512_srli_epi32(_mm512_add_epi32(word, magnitude), 16);
+    const __m512i word = gather(words, _mm512_srli_epi32(bits(y), 16));
+    const __m512i sum = _mm512_add_epi32(word, bits(y));
+    const __m512i order = load_order(kThirdBytes);
     __m128i packed;
-    if constexpr (kSigned) {
-      packed = _mm512_cvtepi32_epi8(code);
+    if constexpr (kSigned) {  // 254 - code where negative; -1 saturates to 0
+      packed = _mm512_castsi512_si128(_mm512_permutexvar_epi8(order, sum));
       packed = _mm_mask_subs_epu8(packed, _mm512_movepi32_mask(bits(y)), _mm_set1_epi8(char(254)), packed);
     } else {
-      packed = _mm512_maskz_cvtepi32_epi8(_mm512_test_epi32_mask(bits(x), bits(x)), code);
+      const __mmask16 nonzero = _mm512_test_epi32_mask(bits(x), bits(x));
+      packed = _mm512_castsi512_si128(_mm512_maskz_permutexvar_epi8(nonzero, order, sum));
     }
     _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), packed);
   }
@@ -130,10 +169,11 @@ struct RandomStream {
   __m512i h, difference, second;
   TORCHAO8_HD void start(BlockRandom r) {
     const __m512i i = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i c2i = _mm512_mullo_epi32(_mm512_set1_epi32(int(r.c2)), i);
-    h = _mm512_mullo_epi32(_mm512_add_epi32(_mm512_set1_epi32(int(r.c1)), c2i), i);
+    const __m512i c1 = _mm512_set1_epi32(int(r.c1)), c2 = _mm512_set1_epi32(int(r.c2));
+    h = _mm512_add_epi32(_mm512_mullo_epi32(c1, i), _mm512_mullo_epi32(c2, _mm512_mullo_epi32(i, i)));
     h = _mm512_add_epi32(h, _mm512_set1_epi32(int(r.c0)));
-    difference = _mm512_add_epi32(_mm512_slli_epi32(c2i, 5), _mm512_set1_epi32(int(16 * r.c1 + 256 * r.c2)));
+    difference = _mm512_mullo_epi32(c2, _mm512_slli_epi32(i, 5));
+    difference = _mm512_add_epi32(difference, _mm512_set1_epi32(int(16 * r.c1 + 256 * r.c2)));
     second = _mm512_set1_epi32(int(512 * r.c2));
   }
   TORCHAO8_HD F next() {
@@ -171,7 +211,8 @@ struct StochasticEncoder {
     const F position = F(_mm512_min_ps(gap, decade)) + one_to_two;
     // Zero stays zero: where x is not zero, its bits are a number above any code it can have.
     const __m512i code = _mm512_min_epu32(_mm512_cvttps_epi32(position.x), bits(x));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtusepi32_epi8(code));
+    const __m512i packed = _mm512_permutexvar_epi8(load_order(kLowBytes), code);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_castsi512_si128(packed));
   }
 };
 

@@ -20,6 +20,12 @@ TORCHAO8_HD void store(BFloat16* x, F v) { *x = to_bfloat16(v); }
 TORCHAO8_HD F load(const Half* x) { return to_float(*x); }
 TORCHAO8_HD void store(Half* x, F v) { *x = to_half(v); }
 
+// For values that are not NaN, or one that came from memory as T: then no payload bits are lost.
+template <class T>
+TORCHAO8_HD void store_quiet(T* x, F v) {
+  store(x, v);
+}
+
 // Every lane below 2^126 in magnitude: neither NaN nor infinite, nor close to it.
 using Mask = bool;
 TORCHAO8_HD Mask in_range(F v) { return (float_bits(v) & 0x7fffffffu) < float_bits(kOverflow); }
@@ -27,15 +33,16 @@ TORCHAO8_HD Mask both(Mask a, Mask b) { return a && b; }
 TORCHAO8_HD bool all(Mask a) { return a; }
 TORCHAO8_HD F select(Mask m, F yes, F no) { return m ? yes : no; }
 
-// The extreme element of a block: the one of largest magnitude, the negative one in a tie.
+// The extreme element of a block: the one of largest magnitude, the positive one in a tie. NaN counts
+// as larger than anything.
 template <bool kSigned>
 struct Extreme {
-  uint32_t rotated = 0;
+  uint32_t key = 0;  // magnitude first, then whether it is positive
   TORCHAO8_HD void add(F v) {
-    const uint32_t u = float_bits(v), r = (u << 1) | (u >> 31);
-    rotated = r > rotated ? r : rotated;
+    const uint32_t u = float_bits(v), k = (u << 1) | (~u >> 31);
+    key = k > key ? k : key;
   }
-  TORCHAO8_HD float result() const { return bits_float((rotated >> 1) | (rotated << 31)); }
+  TORCHAO8_HD float result() const { return bits_float((key >> 1) | (~key << 31)); }
 };
 
 template <bool kSigned>
@@ -51,10 +58,9 @@ struct NearestEncoder {
   TORCHAO8_HD explicit NearestEncoder(const CodecTables& t) : words(t.nearest[kSigned]) {}
   TORCHAO8_HD void operator()(F x, float inverse, uint8_t* codes) const {
     const float y = x * inverse;
-    const uint32_t magnitude = float_bits(y) & 0x7fffffffu;
-    const uint32_t code = ((words[magnitude >> 16] + magnitude) >> 16) & 255;
+    const uint32_t u = float_bits(y), code = ((words[u >> 16] + u) >> 16) & 255;
     if constexpr (kSigned) {
-      const bool negative = float_bits(y) >> 31;
+      const bool negative = u >> 31;
       *codes = uint8_t(!negative ? code : code < 254 ? 254 - code : 0);
     } else {
       *codes = x == 0.0f ? kZeroCodeUnsigned : uint8_t(code);
@@ -81,8 +87,8 @@ struct StochasticEncoder {
     int d = 0;
     while (d < 7 && y >= t.start[d + 1]) d++;
     const float gap = fma(y, t.gap_a[d], t.gap_b[d]), decade = fma(y, t.a[d], t.b[d]);
-    const int code = int((gap < decade ? gap : decade) + one_to_two);
-    *codes = x == 0.0f ? kZeroCodeUnsigned : uint8_t(code < 255 ? code : 255);
+    const float position = gap < decade ? gap : decade;
+    *codes = x == 0.0f ? kZeroCodeUnsigned : uint8_t(position + one_to_two);
   }
 };
 

@@ -37,54 +37,64 @@ struct AdamRule {
   // The gradient of coupled (L2) decay contains the parameter.
   static constexpr bool kMomentsNeedParam = kCoupledDecay;
 
-  float decay1, decay2, decay_max;       // what a stored moment is multiplied by
-  float gain1, gain2;                    // what g and g^2 are multiplied by
-  float inverse_root, eps, step_size;    // 1 / sqrt(1 - beta2^t), eps, -lr / (1 - beta1^t)
-  float shrink, coupled, grad_gain;      // 1 - lr * wd (decoupled); wd, 1 / grad_scale (coupled)
+  // The moments are computed in units of what a gradient adds to them, which saves multiplying the
+  // gradient by it. With scaled state a unit disappears in the scale; with 32-bit state it is 1.
+  float unit[3];
+  float gain[2];                // what g and g^2 are multiplied by, in units
+  float decay[3];               // what a stored moment is multiplied by
+  float root_factor, eps_term;  // of the denominator, both divided by -lr / (1 - beta1^t)
+  float shrink, coupled, grad_gain;  // 1 - lr * wd (decoupled); wd, 1 / grad_scale (coupled)
 
   // t: the step being taken, from 1.
-  TORCHAO8_HD static AdamRule at_step(const AdamOptions& o, int64_t t) {
+  TORCHAO8_HD static AdamRule at_step(const AdamOptions& o, int64_t t, bool scaled_state) {
     AdamRule r;
-    const double gain = (o.maximize ? -1.0 : 1.0) / o.grad_scale;
+    const double grad_gain = (o.maximize ? -1.0 : 1.0) / o.grad_scale;
     // Without coupled decay the gradient only ever appears times a constant: scaling it is free.
-    const double folded = kCoupledDecay ? 1.0 : gain;
-    r.decay1 = float(o.beta1);
-    r.decay2 = float(o.beta2);
-    r.decay_max = 1.0f;
-    r.gain1 = float((1 - o.beta1) * folded);
-    r.gain2 = float((1 - o.beta2) * (folded * folded));
-    r.inverse_root = float(1.0 / std::sqrt(1 - integer_power(o.beta2, t)));
-    r.eps = float(o.eps);
-    r.step_size = float(-(o.lr / (1 - integer_power(o.beta1, t))));
+    const double folded = kCoupledDecay ? 1.0 : grad_gain;
+    const double gain1 = (1 - o.beta1) * folded, gain2 = (1 - o.beta2) * (folded * folded);
+    const double unit1 = scaled_state ? gain1 : 1, unit2 = scaled_state ? gain2 : 1;
+    r.unit[0] = float(unit1);
+    r.unit[1] = r.unit[2] = float(unit2);
+    r.gain[0] = float(gain1);
+    r.gain[1] = float(gain2);
+    r.decay[0] = float(o.beta1 / unit1);
+    r.decay[1] = float(o.beta2 / unit2);
+    r.decay[2] = float(1 / unit2);
+    // p - lr / bc1 * m / (sqrt(v / bc2) + eps) = p + m / (sqrt(v) * root_factor + eps_term). A step
+    // size of zero makes both infinite, and the quotient zero.
+    const double step_size = -(o.lr / (1 - integer_power(o.beta1, t))) * unit1;
+    const double inverse_root = 1.0 / std::sqrt(1 - integer_power(o.beta2, t));
+    r.root_factor = float(inverse_root * std::sqrt(unit2) / step_size);
+    r.eps_term = o.eps > 0 ? float(o.eps / step_size) : 0.0f;
     r.shrink = kCoupledDecay ? 1.0f : float(1 - o.lr * o.weight_decay);
     r.coupled = float(o.weight_decay);
-    r.grad_gain = float(gain);
+    r.grad_gain = float(grad_gain);
     return r;
   }
 
   // A stored moment is state * scale; folding the scale into the decay saves a multiplication.
   TORCHAO8_HD AdamRule with_scales(const float* scale) const {
     AdamRule r = *this;
-    r.decay1 = decay1 * scale[0];
-    r.decay2 = decay2 * scale[1];
-    if (kAmsgrad) r.decay_max = scale[2];
+    for (int s = 0; s < kStates; s++) r.decay[s] = decay[s] * scale[s];
     return r;
   }
 
-  // state: the stored values on entry, the new moments on exit.
-  template <class F>
+  // state: the stored values on entry, the new moments (in units) on exit.
+  template <bool kScaledState, class F>
   TORCHAO8_HD void moments(F p, F g, F* state) const {
     if constexpr (kCoupledDecay) g = fma(p, F(coupled), g * F(grad_gain));
-    state[0] = fma(state[0], F(decay1), g * F(gain1));
-    state[1] = fma(state[1], F(decay2), (g * F(gain2)) * g);
-    if constexpr (kAmsgrad) state[2] = max(state[1], state[2] * F(decay_max));
+    const F m = kScaledState ? g : g * F(gain[0]);
+    const F v = kScaledState ? g * g : (g * F(gain[1])) * g;
+    state[0] = fma(state[0], F(decay[0]), m);
+    state[1] = fma(state[1], F(decay[1]), v);
+    if constexpr (kAmsgrad) state[2] = max(state[1], state[2] * F(decay[2]));
   }
 
   // The new parameter.
   template <class F>
   TORCHAO8_HD F update(F p, const F* state) const {
     const F root = sqrt(max(state[kStates - 1], F(kRootFloor)));
-    const F step = (state[0] * F(step_size)) / fma(root, F(inverse_root), F(eps));
+    const F step = state[0] / fma(root, F(root_factor), F(eps_term));
     return kCoupledDecay ? p + step : fma(p, F(shrink), step);
   }
 };
