@@ -195,5 +195,12 @@ def _(
 
 
 @torch.library.register_fake("torchao8::adam_step_")
-def _(*args: object, **kwargs: object) -> None:
-    return None
+def _(params: list[Tensor], *others: list[Tensor] | Tensor | None, **options: object) -> None:
+    # Tensors on the meta device come here too, and would pass for a step that was made.
+    for tensors in [params, *others]:
+        for t in tensors if isinstance(tensors, list) else ():
+            if t.device != params[0].device:
+                raise RuntimeError(
+                    f"adam_step_: expected all tensors on {params[0].device}, as params[0], "
+                    f"got one on {t.device}"
+                )

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchao8.optim._checks import is_dtensor
+from torchao8.optim._checks import is_dtensor, kind
 
 
 class TensorSpec(NamedTuple):
@@ -56,9 +56,12 @@ def _checked(index: int, key: str, spec: TensorSpec, value: Any) -> Tensor:
         value = _step_tensor(value)
     if not isinstance(value, Tensor) or is_dtensor(value):
         raise ValueError(f"{key} of parameter {index}: expected {spec}, got {type(value).__name__}")
-    got = TensorSpec(value.dtype, tuple(value.shape))
-    if got[:2] != spec[:2] or value.layout is not torch.strided:
-        raise ValueError(f"{key} of parameter {index}: expected {spec}, got {got}")
+    dense = value.layout is torch.strided
+    if not dense or (value.dtype, tuple(value.shape)) != (spec.dtype, spec.shape):
+        raise ValueError(
+            f"{key} of parameter {index}: expected {spec}, "
+            f"got {kind(value)} of shape {list(value.shape)}"
+        )
     return value.detach().contiguous()
 
 

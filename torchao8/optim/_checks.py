@@ -56,7 +56,7 @@ def check_params(params: Iterable[Any]) -> None:
         if not isinstance(p, Tensor):
             continue
         if id(p) in seen:
-            raise ValueError(f"params[{index}]: the same parameter stands in the group twice")
+            raise ValueError(f"params[{index}]: expected each parameter once, got this one again")
         seen.add(id(p))
         if is_dtensor(p):
             raise NotImplementedError(
@@ -69,8 +69,7 @@ def check_params(params: Iterable[Any]) -> None:
 def _check_trainable(index: int, p: Tensor) -> None:
     if p.dtype not in PARAM_DTYPES or p.layout is not torch.strided:
         raise ValueError(
-            f"params[{index}]: expected a dense tensor of {_DTYPE_NAMES}, "
-            f"got {p.layout} of {p.dtype}"
+            f"params[{index}]: expected a dense tensor of {_DTYPE_NAMES}, got {kind(p)}"
         )
     if torch._debug_has_internal_overlap(p) == 1:
         raise ValueError(
@@ -85,7 +84,7 @@ def check_grad(optimizer: Optimizer, p: Tensor) -> None:
     if grad is not None and (grad.layout is not torch.strided or grad.dtype not in PARAM_DTYPES):
         raise RuntimeError(
             f"{type(optimizer).__name__}: gradient of {describe(optimizer, p)}: "
-            f"expected a dense tensor of {_DTYPE_NAMES}, got {grad.layout} of {grad.dtype}"
+            f"expected a dense tensor of {_DTYPE_NAMES}, got {kind(grad)}"
         )
 
 
@@ -99,6 +98,11 @@ def describe(optimizer: Optimizer, p: Tensor) -> str:
                 return f"parameter {number}{name}"
             number += 1
     raise ValueError("the parameter is not in the optimizer")
+
+
+def kind(t: Tensor) -> str:
+    """The dtype of a tensor, and its layout if that is not the dense one."""
+    return f"{t.dtype}" if t.layout is torch.strided else f"{t.dtype} in layout {t.layout}"
 
 
 def is_dtensor(value: object) -> bool:

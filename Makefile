@@ -1,0 +1,154 @@
+# Every target does the set-up that it needs, once, in a virtual environment inside the checkout;
+# `make help` lists them. Variables:
+#   PYTHON=python3.12     the Python to use (3.10 or newer)
+#   TORCH=torch==2.12.0   the torch to use, any pip requirement for torch >= 2.10
+#   ARGS="-k codec"       arguments for what the target runs
+#   MAX_JOBS=4            compilations at once
+# Each choice of PYTHON and TORCH has an environment of its own, .venv-<choice>.
+
+PINNED_TORCH := torch==2.13.0
+TORCH ?= $(PINNED_TORCH)
+PYTHON ?= python3
+MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+export MAX_JOBS
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# A requirement or a path as part of a file name: torch==2.12.0 -> torch-2.12.0
+name_of = $(shell printf '%s' '$(1)' | sed -e 's/==/-/g; s/>/gt/g; s/</lt/g; s/=/eq/g' -e 's/[^A-Za-z0-9._+~-]/_/g')
+TORCH_NAME := $(call name_of,$(TORCH))
+SUFFIX :=
+ifneq ($(TORCH),$(PINNED_TORCH))
+SUFFIX := $(SUFFIX)-$(TORCH_NAME)
+endif
+ifneq ($(PYTHON),python3)
+SUFFIX := $(SUFFIX)-$(call name_of,$(PYTHON))
+endif
+
+VENV := .venv$(SUFFIX)
+VPYTHON := $(VENV)/bin/python
+PIP_INSTALL := $(VPYTHON) -m pip install
+BUILD := build/env$(SUFFIX)
+# The compilers that torch and `build` start are looked up in PATH.
+IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+
+VENV_READY := $(VENV)/.ready
+TORCH_READY := $(VENV)/.has-$(TORCH_NAME)
+EXTENSION_READY := $(BUILD)/extension.ready
+tools = $(addprefix $(VENV)/.has-tools-,$(1))
+
+CSRC := $(shell find csrc 2>/dev/null)
+CXX_FILES = $(shell find csrc test benchmarks -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+
+say = @printf '==> %s\n' '$(1)'
+
+.PHONY: help demo test test-slow bench lint format build wheel clean distclean FORCE
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo       train a small GPT with 8-bit Adam and compare (tutorials/train_gpt.py)'
+	@echo 'make test       run the tests, but for those marked slow'
+	@echo 'make test-slow  run the tests marked slow'
+	@echo 'make bench      time a step against other libraries (benchmarks/step.py)'
+	@echo 'make lint       ruff, clang-format and mypy'
+	@echo 'make format     format Python and C++'
+	@echo 'make build      build the extension in place'
+	@echo 'make wheel      build dist/*.whl and check its ABI'
+	@echo 'make clean      remove what was built (distclean: the environments too)'
+	@echo 'Variables:'; sed -n 's/^#   /  /p' Makefile
+
+demo: $(call tools,demo) $(EXTENSION_READY)
+	$(call say,training a small GPT)
+	$(VPYTHON) tutorials/train_gpt.py $(ARGS)
+
+test: $(call tools,test) $(EXTENSION_READY)
+	$(call say,running the tests)
+	$(VPYTHON) -m pytest $(ARGS)
+
+test-slow: $(call tools,test) $(EXTENSION_READY)
+	$(call say,running the slow tests)
+	$(VPYTHON) -m pytest -m slow $(ARGS)
+
+bench: $(call tools,bench) $(EXTENSION_READY)
+	$(call say,timing a step)
+	$(VPYTHON) benchmarks/step.py $(ARGS)
+
+lint: $(call tools,lint)
+	$(call say,checking style and types)
+	@status=0; run() { echo "$$@"; "$$@" || status=1; }; \
+	run $(VPYTHON) -m ruff check .; \
+	run $(VPYTHON) -m ruff format --check .; \
+	run $(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES); \
+	run $(VPYTHON) -m mypy; \
+	exit $$status
+
+format: $(call tools,lint)
+	$(VPYTHON) -m ruff check --fix-only .
+	$(VPYTHON) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+build: $(EXTENSION_READY)
+
+# Anything left in build/lib from an earlier state of the package would end up in the wheel.
+wheel: $(call tools,build)
+	$(call say,building the wheel)
+	rm -rf build/lib* build/bdist.* dist/torchao8-*.whl
+	$(IN_VENV) $(VPYTHON) -m build --wheel --no-isolation
+	$(VPYTHON) tools/check_abi.py dist/torchao8-*.whl
+
+clean:
+	rm -rf build dist torchao8.egg-info torchao8/_C*.so .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find torchao8 test tools tutorials benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv .venv-*
+
+# --- set-up -------------------------------------------------------------------------------------
+
+# An environment that is there already is kept, whoever made it.
+$(VENV_READY):
+	@if [ ! -x $(VPYTHON) ]; then \
+	  command -v $(PYTHON) >/dev/null || { echo '$(PYTHON) not found; name a Python >= 3.10: make PYTHON=...'; exit 1; }; \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "torchao8 needs Python >= 3.10, and $(PYTHON) is $$($(PYTHON) -V); name another: make PYTHON=..."; exit 1; }; \
+	  echo "==> making $(VENV) with $$($(PYTHON) -V)"; $(PYTHON) -m venv $(VENV); \
+	elif ! $(VPYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then \
+	  echo "torchao8 needs Python >= 3.10, and $(VENV) is $$($(VPYTHON) -V); remove it or name another: make PYTHON=..."; exit 1; \
+	fi
+	@$(VPYTHON) -m pip --version >/dev/null 2>&1 || $(VPYTHON) -m ensurepip
+	@$(VPYTHON) -c 'import pathlib, sysconfig; \
+	  pathlib.Path(sysconfig.get_path("purelib"), "torchao8-checkout.pth").write_text("$(CURDIR)\n")'
+	@touch $@
+
+# torch comes first, and is named in every later installation, so that no tool brings another.
+$(TORCH_READY): $(VENV_READY)
+	$(call say,installing $(TORCH) into $(VENV))
+	$(PIP_INSTALL) '$(TORCH)'
+	@touch $@
+
+$(VENV)/.has-tools-%: pyproject.toml tools/requirements.py $(TORCH_READY)
+	$(call say,installing the $* tools into $(VENV))
+	@$(VPYTHON) tools/requirements.py $* > $(VENV)/requirements-$*.txt
+	$(PIP_INSTALL) --quiet '$(TORCH)' -r $(VENV)/requirements-$*.txt
+	@touch $@
+
+# Some of these may not install on a given machine; the benchmark runs with those that do.
+$(VENV)/.has-tools-bench: pyproject.toml tools/requirements.py $(TORCH_READY)
+	$(call say,installing the libraries to compare with into $(VENV))
+	@$(VPYTHON) tools/requirements.py bench > $(VENV)/requirements-bench.txt
+	@while read -r requirement; do \
+	  $(PIP_INSTALL) --quiet '$(TORCH)' "$$requirement" </dev/null || echo "==> left out: $$requirement"; \
+	done < $(VENV)/requirements-bench.txt
+	@touch $@
+
+# All environments build into the one torchao8/: when the file there is another's, link it anew
+# (objects are kept per environment, and ninja compiles only what changed).
+ifneq ($(shell test -f torchao8/_C.abi3.so && cat build/in-place 2>/dev/null),$(VENV))
+$(EXTENSION_READY): FORCE
+endif
+$(EXTENSION_READY): $(TORCH_READY) $(call tools,build) setup.py $(CSRC)
+	$(call say,building the extension for $(TORCH))
+	@command -v $${CXX:-c++} >/dev/null || { echo 'no C++ compiler found; install g++ or clang, or set CXX'; exit 1; }
+	$(IN_VENV) $(VPYTHON) setup.py build_ext --inplace --build-temp $(BUILD)/temp --build-lib $(BUILD)/lib
+	@echo $(VENV) > build/in-place
+	@touch $@

@@ -1,0 +1,216 @@
+"""Check what a built extension needs at run time: `check_abi.py FILE...`, each a wheel or an .so.
+
+The extension is to run with every torch from 2.10 and every CPython from 3.10 on, so it may use
+torch's stable C interface and module creation of CPython's limited API, and nothing else of either.
+Symbols are looked up in the headers of the torch installed here: the functions of the stable C
+interface are declared there, within preprocessor gates that name the release that brought them.
+
+Prints the oldest torch, glibc and libstdc++ that will do; exits with 1 if a file breaks the rules.
+Needs `readelf` (binutils), so it checks Linux builds only.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+Version = tuple[int, ...]
+
+OLDEST_TORCH: Version = (2, 10)
+OLDEST_PYTHON_TAG = "cp310"
+
+# Declared with no gate: part of the interface from the first release that had gates, or before.
+UNGATED: Version = (2, 9)
+
+# The headers that torch/csrc/stable includes. Inductor's own shims (c_shim_cpu.h and others) are
+# not among them: nothing promises that those last.
+SHIM_HEADERS = (
+    "stable/c/shim.h",
+    "inductor/aoti_torch/c/shim.h",
+    "inductor/aoti_torch/c/shim_deprecated.h",
+    "inductor/aoti_torch/generated/c_shim_aten.h",
+)
+
+SHIM_PREFIXES = ("torch_", "aoti_torch_")
+PYTHON_SYMBOLS = {"PyModuleDef_Init"}
+LIBRARIES = re.compile(
+    r"(libtorch_cpu|libstdc\+\+|libgcc_s|libm|libc|libpthread|ld-linux.*)\.so(\..*)?"
+)
+
+# Itanium-mangled names that mention one of torch's namespaces: at, c10, torch, caffe2.
+TORCH_CPP = re.compile(r"^_Z.*?(?<!\d)(2at|3c10|5torch|6caffe2)[A-Z\d]")
+
+
+@dataclass
+class Needs:
+    """What one shared library needs of the machine it is loaded on."""
+
+    libraries: list[str]
+    undefined: list[str]
+    exported: list[str]
+    versions: dict[str, Version] = field(default_factory=dict)  # newest GLIBC, GLIBCXX, CXXABI
+
+
+def parse_version(text: str) -> Version:
+    """'2.34' -> (2, 34)."""
+    return tuple(int(part) for part in text.split("."))
+
+
+def show(version: Version) -> str:
+    """(2, 34) -> '2.34'."""
+    return ".".join(map(str, version))
+
+
+def declared_since(header: str) -> dict[str, Version]:
+    """Map the C functions that a header declares to the torch release that brought them.
+
+    Follows `#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_10_0` gates, nested ones too; any other
+    condition counts as always true.
+    """
+    header = re.sub(r"/\*.*?\*/", " ", header, flags=re.DOTALL)
+    since: dict[str, Version] = {}
+    gates: list[Version] = []
+    for line in re.sub(r"//[^\n]*", "", header).splitlines():
+        directive = re.match(r"\s*#\s*(if|el|endif|\w*)", line)
+        if directive is None:
+            for name in re.findall(r"\b((?:aoti_)?torch_\w+)\s*\(", line):
+                release = max(gates, default=UNGATED)
+                since[name] = min(since.get(name, release), release)
+        elif directive[1] == "if":
+            gate = re.search(r"TORCH_FEATURE_VERSION\s*>=\s*TORCH_VERSION_(\d+)_(\d+)", line)
+            gates.append((int(gate[1]), int(gate[2])) if gate else UNGATED)
+        elif directive[1] == "el":
+            gates[-1] = UNGATED
+        elif directive[1] == "endif":
+            gates.pop()
+    return since
+
+
+def stable_symbols() -> dict[str, Version]:
+    """Map every function of the stable C interface to its first release, by the installed torch."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise SystemExit("check_abi: torch is not installed, and its headers are needed")
+    include = Path(spec.origin).parent / "include" / "torch" / "csrc"
+    since: dict[str, Version] = {}
+    for name in SHIM_HEADERS:
+        for symbol, release in declared_since((include / name).read_text(encoding="utf-8")).items():
+            since[symbol] = min(since.get(symbol, release), release)
+    return since
+
+
+def read_needs(path: Path) -> Needs:
+    """Read the dynamic section, symbols and symbol versions of a shared library."""
+    command = ["readelf", "--wide", "--dynamic", "--dyn-syms", "--version-info", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0 or "Dynamic section" not in done.stdout:
+        raise ValueError(f"not an ELF shared library: {done.stderr.strip() or path}")
+    needs = Needs(re.findall(r"\(NEEDED\).*\[(.+)\]", done.stdout), [], [])
+    for line in done.stdout.splitlines():
+        # Num: Value Size Type Bind Vis Ndx Name[@version]
+        symbol = re.match(r"\s*\d+: [\da-f]+\s+\S+ \S+\s+(\S+)\s+\S+\s+(\S+) ([^\s@]+)", line)
+        if symbol and symbol[2] == "UND":
+            needs.undefined.append(symbol[3])
+        elif symbol:
+            needs.exported.append(symbol[3])
+        version = re.search(r"Name: (GLIBC|GLIBCXX|CXXABI)_([\d.]+)", line)
+        if version:
+            newest = max(needs.versions.get(version[1], ()), parse_version(version[2]))
+            needs.versions[version[1]] = newest
+    return needs
+
+
+def torch_needed(needs: Needs, since: dict[str, Version]) -> tuple[Version, list[str]]:
+    """The oldest torch that has every symbol used, and the symbols that set it."""
+    used = [name for name in needs.undefined if name in since]
+    oldest = max((since[name] for name in used), default=UNGATED)
+    return oldest, [name for name in used if since[name] == oldest]
+
+
+def violations(needs: Needs, since: dict[str, Version]) -> list[str]:
+    """What the library uses and must not, one message each."""
+    found = []
+    for library in needs.libraries:
+        if not LIBRARIES.fullmatch(library):
+            found.append(f"is linked to {library}")
+    for name in needs.undefined:
+        if TORCH_CPP.match(name):
+            found.append(f"uses {name}, torch's C++ interface, which changes between releases")
+        elif name.startswith(("THP", "THC")):
+            found.append(f"uses {name} of libtorch_python")
+        elif name.startswith(("Py", "_Py")) and name not in PYTHON_SYMBOLS:
+            found.append(f"uses {name} of Python; only {', '.join(PYTHON_SYMBOLS)} is expected")
+        elif name.startswith(SHIM_PREFIXES) and name not in since:
+            found.append(f"uses {name}, which torch's stable headers do not declare")
+    oldest, because = torch_needed(needs, since)
+    if oldest > OLDEST_TORCH:
+        found.append(
+            f"needs torch >= {show(oldest)} because of {', '.join(because)}; "
+            f"{show(OLDEST_TORCH)} must do"
+        )
+    for name in needs.exported:
+        if TORCH_CPP.match(name):
+            found.append(f"exports {name}, which may clash with another library's copy")
+    if "PyInit__C" not in needs.exported:
+        found.append("does not export PyInit__C")
+    return found
+
+
+def check_library(path: Path, label: str, since: dict[str, Version]) -> list[str]:
+    """Print what a shared library needs; return its violations."""
+    found = [] if label.endswith("_C.abi3.so") else ["is not named _C.abi3.so"]
+    try:
+        needs = read_needs(path)
+    except ValueError as error:
+        return [*found, str(error)]
+    oldest, because = torch_needed(needs, since)
+    runtime = ", ".join(f"{name} {show(needs.versions[name])}" for name in sorted(needs.versions))
+    print(f"{label}: needs torch >= {show(oldest)} ({', '.join(because)}), {runtime or 'no libc'}")
+    return found + violations(needs, since)
+
+
+def check_wheel(path: Path, since: dict[str, Version]) -> list[str]:
+    """Check the tags of a wheel and the one extension in it; return the violations."""
+    found = []
+    tags = path.stem.split("-")[-3:]
+    if tags[:2] != [OLDEST_PYTHON_TAG, "abi3"]:
+        found.append(f"is tagged {'-'.join(tags)}, not {OLDEST_PYTHON_TAG}-abi3-*")
+    with zipfile.ZipFile(path) as wheel, tempfile.TemporaryDirectory() as scratch:
+        libraries = [name for name in wheel.namelist() if name.endswith(".so")]
+        if libraries != ["torchao8/_C.abi3.so"]:
+            found.append(f"must hold torchao8/_C.abi3.so and no other library, has {libraries}")
+        for name in libraries:
+            found += check_library(Path(wheel.extract(name, scratch)), name, since)
+    return found
+
+
+def main(arguments: Iterable[str]) -> int:
+    """Check every file and return the exit status."""
+    paths = [Path(argument) for argument in arguments]
+    if not paths:
+        print("usage: check_abi.py FILE...  (wheels or shared libraries)", file=sys.stderr)
+        return 2
+    since = stable_symbols()
+    failed = False
+    for path in paths:
+        if path.suffix == ".whl":
+            found = check_wheel(path, since)
+        else:
+            found = check_library(path, str(path), since)
+        for violation in found:
+            print(f"{path.name}: error: {violation}", file=sys.stderr)
+        failed |= bool(found)
+        if not found:
+            print(f"{path.name}: ok")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
