@@ -1,10 +1,10 @@
 // Every op schema of the library. The kernels are registered beside their code.
 //
 // What changes from step to step (lr, steps, grad_scale, found_inf) is a tensor, so that a compiled
-// step is traced once. Lists that belong together have an element per parameter; an empty list means
-// that no parameter has it. shard_offsets and shard_row_strides place a local shard in its global
-// tensor (flat index of its first element; elements between two rows) and only feed the random
-// numbers of stochastic rounding.
+// step is traced once. Lists that belong together have an element per parameter; an empty list
+// means that no parameter has it. shard_offsets and shard_row_strides place a local shard in its
+// global tensor (flat index of its first element; elements between two rows) and only feed the
+// random numbers of stochastic rounding.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(torchao8, m) {

@@ -1,5 +1,5 @@
-// Where blocks lie: inside rows, so that sharding a tensor along its leading dimensions falls between
-// them. torchao8/block_layout.py is the same rule in Python, with its reasons.
+// Where blocks lie: inside rows, so that sharding a tensor along its leading dimensions falls
+// between them. torchao8/block_layout.py is the same rule in Python, with its reasons.
 #pragma once
 
 #include <cstdint>

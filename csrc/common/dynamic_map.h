@@ -1,5 +1,5 @@
-// The dynamic map of "8-Bit Approximations for Parallelism in Deep Learning" (Dettmers, 2016) in the
-// form that "8-bit Optimizers via Block-wise Quantization" (2022) uses, as arithmetic.
+// The dynamic map of "8-Bit Approximations for Parallelism in Deep Learning" (Dettmers, 2016) in
+// the form that "8-bit Optimizers via Block-wise Quantization" (2022) uses, as arithmetic.
 //
 // With kk = |code - 127| (signed) or code + 1 (unsigned), decade i = 0..6 holds kk in [n, 2n),
 // n = 2^i (signed) or 2^(i+1) (unsigned), and
@@ -14,8 +14,8 @@ namespace torchao8 {
 
 constexpr uint8_t kZeroCodeSigned = 127;
 constexpr uint8_t kZeroCodeUnsigned = 0;
-constexpr float kMinScale = 1.17549435e-38f;      // smallest normal; a smaller scale counts as zero
-constexpr float kOverflow = 8.50705917302346e37f; // 2^126: above it 1 / scale is subnormal
+constexpr float kMinScale = 1.17549435e-38f;  // smallest normal; a smaller scale counts as zero
+constexpr float kOverflow = 8.50705917302346e37f;  // 2^126: above it 1 / scale is subnormal
 
 template <bool kSigned>
 constexpr uint8_t zero_code() {

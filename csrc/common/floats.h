@@ -15,7 +15,9 @@ struct Half {
   uint16_t bits;
 };
 
-TORCHAO8_HD float to_float(BFloat16 x) { return bits_float(uint32_t(x.bits) << 16); }
+TORCHAO8_HD float to_float(BFloat16 x) {
+  return bits_float(uint32_t(x.bits) << 16);
+}
 
 TORCHAO8_HD BFloat16 to_bfloat16(float x) {
   const uint32_t u = float_bits(x);

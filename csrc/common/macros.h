@@ -46,8 +46,14 @@ TORCHAO8_HD float bits_float(uint32_t u) {
 
 // The vocabulary of an update rule (see rules/): each is one correctly rounded IEEE operation.
 // Vector types provide the same names, so that a rule is written once.
-TORCHAO8_HD float fma(float a, float b, float c) { return std::fma(a, b, c); }
-TORCHAO8_HD float sqrt(float a) { return std::sqrt(a); }
-TORCHAO8_HD float max(float a, float b) { return a > b ? a : b; }
+TORCHAO8_HD float fma(float a, float b, float c) {
+  return std::fma(a, b, c);
+}
+TORCHAO8_HD float sqrt(float a) {
+  return std::sqrt(a);
+}
+TORCHAO8_HD float max(float a, float b) {
+  return a > b ? a : b;
+}
 
 }  // namespace torchao8

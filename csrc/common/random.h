@@ -5,9 +5,9 @@
 // A block gets three 32-bit coefficients by hashing; its element i draws
 //     h(i) = c0 + c1 * i + c2 * i^2  (mod 2^23),
 // of which the top 16 bits are used. With random coefficients such a polynomial is uniform and its
-// values are independent in pairs, and in threes but for the lowest bits (polynomial hashing: Carter
-// and Wegman, "Universal classes of hash functions", 1979). A vector loop produces it with two
-// additions, and 23 bits are a float's mantissa: no shift is needed to make one of it.
+// values are independent in pairs, and in threes but for the lowest bits (polynomial hashing:
+// Carter and Wegman, "Universal classes of hash functions", 1979). A vector loop produces it with
+// two additions, and 23 bits are a float's mantissa: no shift is needed to make one of it.
 #pragma once
 
 #include "common/macros.h"
@@ -44,6 +44,8 @@ struct BlockRandom {
 // least 16 fraction bits in a float, so that the sum of the two is exact and the rounding unbiased.
 constexpr uint32_t kRandomMask = 0x007fff80u;
 constexpr uint32_t kOneBits = 0x3f800000u;
-TORCHAO8_HD float one_to_two(uint32_t hash) { return bits_float((hash & kRandomMask) | kOneBits); }
+TORCHAO8_HD float one_to_two(uint32_t hash) {
+  return bits_float((hash & kRandomMask) | kOneBits);
+}
 
 }  // namespace torchao8

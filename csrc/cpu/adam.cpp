@@ -30,16 +30,19 @@ struct AdamCall {
 
   bool amsgrad() const { return !moments[2]->empty(); }
   int states() const { return amsgrad() ? 3 : 2; }
-  bool quantized() const { return !params.empty() && (*moments[0])[0].scalar_type() == ScalarType::Byte; }
+  bool quantized() const {
+    return !params.empty() && (*moments[0])[0].scalar_type() == ScalarType::Byte;
+  }
 };
 
 constexpr const char* kMomentNames[kMoments] = {"exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"};
-constexpr const char* kScaleNames[kMoments] = {"exp_avg_scales", "exp_avg_sq_scales", "max_exp_avg_sq_scales"};
+constexpr const char* kScaleNames[kMoments] = {"exp_avg_scales", "exp_avg_sq_scales",
+                                               "max_exp_avg_sq_scales"};
 
 template <class List>
 void check_length(const char* name, const List& list, size_t expected, const char* why) {
-  STD_TORCH_CHECK(list.size() == expected, kOp, ": ", name, " must have ", expected, " elements (", why, "), got ",
-                  list.size());
+  STD_TORCH_CHECK(list.size() == expected, kOp, ": ", name, " must have ", expected, " elements (",
+                  why, "), got ", list.size());
 }
 
 void check_lengths(const AdamCall& call) {
@@ -58,8 +61,10 @@ void check_lengths(const AdamCall& call) {
                                       : "none, max_exp_avg_sqs being empty";
     check_length(kScaleNames[s], *call.scales[s], present ? n : 0, reason);
   }
-  check_length("shard_row_strides", call.shard_row_strides, call.shard_offsets.size(), "as many as shard_offsets");
-  if (!call.shard_offsets.empty()) check_length("shard_offsets", call.shard_offsets, n, "none, or one per parameter");
+  check_length("shard_row_strides", call.shard_row_strides, call.shard_offsets.size(),
+               "as many as shard_offsets");
+  if (!call.shard_offsets.empty())
+    check_length("shard_offsets", call.shard_offsets, n, "none, or one per parameter");
 }
 
 void check_state(const AdamCall& call, int s, int64_t i, const BlockLayout& layout) {
@@ -102,10 +107,11 @@ void check_parameter(const AdamCall& call, int64_t i) {
 double read_scalar(const char* name, const Tensor& t) {
   const Argument argument{kOp, name};
   check_cpu(argument, t);
-  STD_TORCH_CHECK(t.numel() == 1, argument.text(), " must have one element, got shape ", shape_text(t.sizes()));
+  STD_TORCH_CHECK(t.numel() == 1, argument.text(), " must have one element, got shape ",
+                  shape_text(t.sizes()));
   if (t.scalar_type() == ScalarType::Double) return *t.const_data_ptr<double>();
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, argument.text(), " must be float32 or float64, got ",
-                  dtype_name(t.scalar_type()));
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, argument.text(),
+                  " must be float32 or float64, got ", dtype_name(t.scalar_type()));
   return *t.const_data_ptr<float>();
 }
 
@@ -114,19 +120,22 @@ void check_options(const AdamOptions& o) {
   STD_TORCH_CHECK(in_unit(o.beta1), kOp, ": beta1 must be in [0, 1), got ", o.beta1);
   STD_TORCH_CHECK(in_unit(o.beta2), kOp, ": beta2 must be in [0, 1), got ", o.beta2);
   STD_TORCH_CHECK(o.eps >= 0, kOp, ": eps must not be negative, got ", o.eps);
-  STD_TORCH_CHECK(o.weight_decay >= 0, kOp, ": weight_decay must not be negative, got ", o.weight_decay);
+  STD_TORCH_CHECK(o.weight_decay >= 0, kOp, ": weight_decay must not be negative, got ",
+                  o.weight_decay);
 }
 
 template <class Rule>
 Item<Rule> make_item(const AdamCall& call, int64_t i) {
   Item<Rule> item;
   const Tensor &param = call.params[i], &grad = call.grads[i];
-  item.param = FloatArray(param, check_float_type({kOp, "params", i}, param), param.mutable_data_ptr());
+  item.param =
+      FloatArray(param, check_float_type({kOp, "params", i}, param), param.mutable_data_ptr());
   item.grad = FloatArray(grad, check_float_type({kOp, "grads", i}, grad), grad.const_data_ptr());
   if (!call.quantized()) {
     item.row_length = param.numel();
     item.units_per_row = Engine<Rule>::chunks(item.row_length);
-    for (int s = 0; s < Rule::kStates; s++) item.states[s] = (*call.moments[s])[i].template mutable_data_ptr<float>();
+    for (int s = 0; s < Rule::kStates; s++)
+      item.states[s] = (*call.moments[s])[i].template mutable_data_ptr<float>();
     return item;
   }
   const BlockLayout layout = block_layout(param.sizes(), call.block_size);
@@ -153,7 +162,8 @@ void step_all(const AdamCall& call, const AdamOptions& options) {
     const int64_t step = int64_t(*call.steps[i].const_data_ptr<float>()) + 1;
     if (step != latest_step) {
       latest.rule = Rule::at_step(options, step, call.quantized());
-      for (int s = 0; s < Rule::kStates; s++) latest.keys[s] = random_key(uint64_t(call.seed), uint64_t(step), s);
+      for (int s = 0; s < Rule::kStates; s++)
+        latest.keys[s] = random_key(uint64_t(call.seed), uint64_t(step), s);
       latest_step = step;
     }
     Item<Rule> item = make_item<Rule>(call, int64_t(i));
@@ -166,11 +176,13 @@ void step_all(const AdamCall& call, const AdamOptions& options) {
 }
 
 void adam_step_cpu(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,
-                   TensorList max_exp_avg_sqs, TensorList exp_avg_scales, TensorList exp_avg_sq_scales,
-                   TensorList max_exp_avg_sq_scales, TensorList steps, Tensor lr, std::optional<Tensor> grad_scale,
-                   std::optional<Tensor> found_inf, double beta1, double beta2, double eps, double weight_decay,
-                   bool decoupled_weight_decay, bool maximize, int64_t block_size, bool stochastic_rounding,
-                   int64_t seed, std::vector<int64_t> shard_offsets, std::vector<int64_t> shard_row_strides) {
+                   TensorList max_exp_avg_sqs, TensorList exp_avg_scales,
+                   TensorList exp_avg_sq_scales, TensorList max_exp_avg_sq_scales, TensorList steps,
+                   Tensor lr, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+                   double beta1, double beta2, double eps, double weight_decay,
+                   bool decoupled_weight_decay, bool maximize, int64_t block_size,
+                   bool stochastic_rounding, int64_t seed, std::vector<int64_t> shard_offsets,
+                   std::vector<int64_t> shard_row_strides) {
   const AdamCall call{params,
                       grads,
                       {&exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs},
@@ -183,7 +195,12 @@ void adam_step_cpu(TensorList params, TensorList grads, TensorList exp_avgs, Ten
                       shard_row_strides};
   check_block_size(kOp, block_size);
   const AdamOptions options{
-      beta1,    beta2, eps, weight_decay, read_scalar("lr", lr), grad_scale ? read_scalar("grad_scale", *grad_scale) : 1,
+      beta1,
+      beta2,
+      eps,
+      weight_decay,
+      read_scalar("lr", lr),
+      grad_scale ? read_scalar("grad_scale", *grad_scale) : 1,
       maximize,
   };
   check_options(options);
@@ -203,4 +220,6 @@ void adam_step_cpu(TensorList params, TensorList grads, TensorList exp_avgs, Ten
 }  // namespace
 }  // namespace torchao8
 
-STABLE_TORCH_LIBRARY_IMPL(torchao8, CPU, m) { m.impl("adam_step_", TORCH_BOX(&torchao8::adam_step_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(torchao8, CPU, m) {
+  m.impl("adam_step_", TORCH_BOX(&torchao8::adam_step_cpu));
+}

@@ -12,11 +12,13 @@ namespace {
 Capability processor_capability() {
 #if TORCHAO8_X86
   __builtin_cpu_init();  // also asks whether the system saves the registers
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) {
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
+      !__builtin_cpu_supports("f16c")) {
     return Capability::kScalar;
   }
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi")) {
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512vbmi")) {
     return Capability::kAvx512;
   }
   return Capability::kAvx2;
@@ -35,7 +37,8 @@ Capability choose() {
   const Capability wanted = name == "avx512" ? Capability::kAvx512
                             : name == "avx2" ? Capability::kAvx2
                                              : Capability::kScalar;
-  STD_TORCH_CHECK(wanted <= best, "TORCHAO8_CPU asks for ", name, ", which this processor does not have");
+  STD_TORCH_CHECK(wanted <= best, "TORCHAO8_CPU asks for ", name,
+                  ", which this processor does not have");
   return wanted;
 }
 

@@ -8,8 +8,12 @@ namespace {
 
 constexpr int kDecades = 7;
 
-int last_kk(bool is_signed) { return is_signed ? 128 : 256; }
-int first_kk(bool is_signed, int decade) { return is_signed ? 1 << decade : 2 << decade; }
+int last_kk(bool is_signed) {
+  return is_signed ? 128 : 256;
+}
+int first_kk(bool is_signed, int decade) {
+  return is_signed ? 1 << decade : 2 << decade;
+}
 
 // The scalar decoder, of which the vector ones are the same arithmetic.
 float value_of(bool is_signed, int kk) {
@@ -82,35 +86,42 @@ void set_line(float* a, float* b, int d, Point from, Point to) {
 }
 
 void build_position(PositionLines& t, const float* map) {
+  const float infinity = std::numeric_limits<float>::infinity();
   // Position is code - 1: the random number that is added lies in [1, 2).
   const auto at = [&](int kk) { return Point{map[kk - 1], double(kk) - 2}; };
-  for (int half = 0; half < 16; half += 8) {
-    for (int d = 0; d < kDecades; d++) {
-      const int first = first_kk(false, d), last = 2 * first - 1;
-      set_line(t.a, t.b, half + d, at(first), at(last));
-      // Class 0 needs no gap: what lies between 0 and the first code is never rounded to 0.
-      if (d > 0) set_line(t.gap_a, t.gap_b, half + d, at(first - 1), at(first));
-      t.start[d] = d > 0 ? map[first - 2] : 0.0f;
-    }
-    t.gap_a[half] = t.a[half];
-    t.gap_b[half] = t.b[half];
-    set_line(t.a, t.b, half + kDecades, at(255), at(256));
-    // No gap in class 7 either; but y may be the float above 1, and position must end at code 255.
-    t.gap_a[half + kDecades] = 0.0f;
-    t.gap_b[half + kDecades] = 254.0f;
+  for (int d = 0; d < kDecades; d++) {
+    const int first = first_kk(false, d), last = 2 * first - 1;
+    set_line(t.a, t.b, d, at(first), at(last));
+    // Class 0 needs no gap: what lies between 0 and the first code is never rounded to 0.
+    if (d > 0) set_line(t.gap_a, t.gap_b, d, at(first - 1), at(first));
+    t.start[d] = d > 0 ? map[first - 2] : 0.0f;
   }
-  const float infinity = std::numeric_limits<float>::infinity();
-  t.floor = map[1];
-  while (std::fma(t.floor, t.a[0], t.b[0]) < 0.0f) t.floor = std::nextafter(t.floor, infinity);
+  t.gap_a[0] = t.a[0];
+  t.gap_b[0] = t.b[0];
+  // No gap in class 7 either; but y may be the float above 1, and position must end at code 255.
+  set_line(t.a, t.b, kDecades, at(255), at(256));
+  t.gap_a[kDecades] = 0.0f;
+  t.gap_b[kDecades] = 254.0f;
   t.start[kDecades] = map[254];
   t.start[kDecades + 1] = infinity;
+  t.floor = map[1];
+  while (std::fma(t.floor, t.a[0], t.b[0]) < 0.0f) t.floor = std::nextafter(t.floor, infinity);
+}
+
+void build_cells(PositionLines& t) {
   for (int j = 0; j < 16; j++) {
-    const double low = std::ldexp(1.0, 2 * (j - 16) + 1), high = 4 * low;
+    const double low = std::ldexp(1.0, 2 * j - 31), high = 4 * low;
     int d = 0;
     while (d < kDecades && t.start[d + 1] <= low) d++;
-    t.cell_class[j] = uint32_t(d);
-    const bool inside = d < kDecades && t.start[d + 1] < high;
-    t.cell_start[j] = inside ? t.start[d + 1] : infinity;
+    const bool inside = t.start[d + 1] < high;
+    t.cell_start[j] = inside ? t.start[d + 1] : std::numeric_limits<float>::infinity();
+    for (int above = 0; above < 2; above++) {
+      const int from = above && inside ? d + 1 : d, to = above ? j : 16 + j;
+      t.cell_gap_a[to] = t.gap_a[from];
+      t.cell_gap_b[to] = t.gap_b[from];
+      t.cell_a[to] = t.a[from];
+      t.cell_b[to] = t.b[from];
+    }
   }
 }
 
@@ -123,6 +134,7 @@ CodecTables::CodecTables() {
     build_nearest(nearest[is_signed], map[is_signed], is_signed);
   }
   build_position(position, map[0]);
+  build_cells(position);
 }
 
 const CodecTables& codec_tables() {

@@ -18,10 +18,10 @@ struct DecodeLines {
 // Nearest rounding: one look-up. The top 16 bits of y pick a cell, no cell holds two midpoints, and
 // the cell's word is such that (word + bits(y)) >> 16 has the code in its low byte:
 //     word = (code at the cell's start << 16) + 65536 - (low bits of the midpoint) - (cell << 16).
-// The thresholds are exact: the first float at or above the real midpoint of two codebook values gets
-// the upper code. Cells of a negative y give the code of |y|; its own code is 254 minus that, and 0
-// where that is -1 (there is no -1.0). The unsigned table never gives 0.
-constexpr uint32_t kCells = 0x3f81;  // [1.0, 1.0078) is the last one
+// The thresholds are exact: the first float at or above the real midpoint of two codebook values
+// gets the upper code. Cells of a negative y give the code of |y|; its own code is 254 minus that,
+// and 0 where that is -1 (there is no -1.0). The unsigned table never gives 0.
+constexpr uint32_t kCells = 0x3f81;          // [1.0, 1.0078) is the last one
 constexpr uint32_t kNegativeCells = 0x8000;  // where those of a negative y begin
 
 // Stochastic rounding (unsigned only): the real-valued position of y between the codes, to which a
@@ -30,15 +30,19 @@ constexpr uint32_t kNegativeCells = 0x8000;  // where those of a negative y begi
 // two lines holds. Class 7 is the gap between the last decade and 1.0.
 //     position = min(fma(y, gap_a[d], gap_b[d]), fma(y, a[d], b[d])) = code - 1
 struct PositionLines {
-  alignas(64) float start[9];  // the class's first value: the last code of the decade below; infinity
-  alignas(64) float gap_a[16], gap_b[16], a[16], b[16];
-  // To look d up: the two binades [2^(2j-31), 2^(2j-29)), j = bits(y) >> 24 & 15, hold at most one
-  // start. What lies below it is of class cell_class[j].
-  alignas(64) float cell_start[16];
-  alignas(64) uint32_t cell_class[16];
-  // A smaller y counts as this, the first float whose position is not below that of code 1: a second
-  // moment is never rounded to zero.
+  alignas(
+      64) float start[9];  // the class's first value: the last code of the decade below; infinity
+  alignas(32) float gap_a[8], gap_b[8], a[8], b[8];
+  // A smaller y counts as this, the first float whose position is not below that of code 1: a
+  // second moment is never rounded to zero.
   float floor;
+
+  // The same lines without the search for d: the two binades [2^(2j-31), 2^(2j-29)), j being
+  // bits(y)
+  // >> 24 modulo 16, hold at most one start. The lines of what lies below it are number 16 + j,
+  // those of the rest number j.
+  alignas(64) float cell_start[16];
+  alignas(64) float cell_gap_a[32], cell_gap_b[32], cell_a[32], cell_b[32];
 };
 
 struct CodecTables {

@@ -1,5 +1,6 @@
-// The CPU engine: cuts the tensors of one op call into blocks, shares them among torch's threads, and
-// hands runs of them to the kernels of the instruction set in use. It knows neither rules nor codecs.
+// The CPU engine: cuts the tensors of one op call into blocks, shares them among torch's threads,
+// and hands runs of them to the kernels of the instruction set in use. It knows neither rules nor
+// codecs.
 //
 // Every block is computed alone, so nothing depends on how they are shared out.
 #pragma once
@@ -45,7 +46,8 @@ struct Item {
   int64_t first_cost = 0, unit_cost = 0;     // place in the sum of all work
   int64_t units() const { return rows * units_per_row; }
   bool direct() const {  // the kernels can work on the memory itself
-    return param.dense() && grad.dense() && param.type() == grad.type() && param.type() != FloatType::kFloat16;
+    return param.dense() && grad.dense() && param.type() == grad.type() &&
+           param.type() != FloatType::kFloat16;
   }
 };
 
@@ -67,7 +69,9 @@ class Engine {
   void run() const {
     torch::stable::parallel_for(0, total_cost_, kGrain, [this](int64_t begin, int64_t end) {
       const DefaultFloatingPoint guard;
-      const auto after = [](int64_t cost, const Item<Rule>& item) { return cost < item.first_cost; };
+      const auto after = [](int64_t cost, const Item<Rule>& item) {
+        return cost < item.first_cost;
+      };
       auto item = std::upper_bound(items_.begin(), items_.end(), begin, after) - 1;
       for (; item != items_.end() && item->first_cost < end; ++item) {
         // A unit belongs to the thread in whose share it starts.
@@ -110,7 +114,8 @@ class Engine {
       run.blocks = count;
       run.length = int(length);
       run.stochastic = stochastic_;
-      run.first_element = uint64_t(item.shard_offset + row * item.row_stride + column * block_size_);
+      run.first_element =
+          uint64_t(item.shard_offset + row * item.row_stride + column * block_size_);
       for (int s = 0; s < Rule::kStates; s++) {
         run.codes[s] = item.codes[s] + begin;
         run.scales[s] = item.scales[s] + first;
@@ -154,7 +159,8 @@ class Engine {
       std::fill(grad + length, grad + padded, 0.0f);
       for (int s = 0; s < Rule::kStates; s++) {
         std::memcpy(codes[s], home[s], size_t(length));
-        std::memset(codes[s] + length, Rule::kSigned[s] ? kZeroCodeSigned : kZeroCodeUnsigned, size_t(padded - length));
+        std::memset(codes[s] + length, Rule::kSigned[s] ? kZeroCodeSigned : kZeroCodeUnsigned,
+                    size_t(padded - length));
       }
       kernels_.blocks_float32(item.rule, tables_, run);
       item.param.write(codec_, param, begin, length);
@@ -175,8 +181,8 @@ class Engine {
       run.param = item.param.at(begin);
       run.grad = item.grad.at(begin);
       run.count = end - begin;
-      const auto kernel =
-          item.param.type() == FloatType::kBFloat16 ? kernels_.elements_bfloat16 : kernels_.elements_float32;
+      const auto kernel = item.param.type() == FloatType::kBFloat16 ? kernels_.elements_bfloat16
+                                                                    : kernels_.elements_float32;
       return kernel(item.rule, run);
     }
     alignas(64) float param[kChunk], grad[kChunk];

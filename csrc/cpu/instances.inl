@@ -1,5 +1,6 @@
 // The rules that each instruction set is built for; a new rule is two lines here. Their headers are
-// included here because a rule's functions must be compiled for the target that they are inlined in.
+// included here because a rule's functions must be compiled for the target that they are inlined
+// in.
 #include "rules/adam.h"
 
 namespace torchao8 {
@@ -15,8 +16,7 @@ const CodecKernels& TORCHAO8_CODEC() {
   return kernels;
 }
 
-#define TORCHAO8_RULE(...) \
-  template const StepKernels<__VA_ARGS__>& TORCHAO8_KERNELS<__VA_ARGS__>()
+#define TORCHAO8_RULE(...) template const StepKernels<__VA_ARGS__>& TORCHAO8_KERNELS<__VA_ARGS__>()
 TORCHAO8_RULE(AdamRule<false, false>);
 TORCHAO8_RULE(AdamRule<false, true>);
 TORCHAO8_RULE(AdamRule<true, false>);

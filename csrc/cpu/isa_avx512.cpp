@@ -1,5 +1,5 @@
-// The AVX-512 path. Everything that is included before the target changes is either forced inline or
-// built for the baseline, so that no function of the standard library is emitted for the target.
+// The AVX-512 path. Everything that is included before the target changes is either forced inline
+// or built for the baseline, so that no function of the standard library is emitted for the target.
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -16,10 +16,13 @@
 #include <immintrin.h>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(                                                               \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx2,fma,f16c"))), \
+    apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx2,fma,f16c,prefer-vector-width=512")
+#pragma GCC target( \
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx2,fma,f16c,prefer-vector-width=512")
 #endif
 
 #include "cpu/vec_avx512.h"

@@ -55,8 +55,8 @@ struct StepKernels {
 };
 
 struct CodecKernels {
-  // One block of float32, nearest rounding: writes codes, returns the scale. A block with an element
-  // that is not finite gets scale NaN.
+  // One block of float32, nearest rounding: writes codes, returns the scale. A block with an
+  // element that is not finite gets scale NaN.
   float (*quantize[2])(const CodecTables&, const float* x, int n, uint8_t* codes);  // [signed]
   void (*dequantize[2])(const CodecTables&, const uint8_t* codes, int n, float scale, float* x);
   void (*widen)(FloatType, const void* from, int64_t n, float* to);

@@ -1,12 +1,14 @@
-// The loops over memory, written once for every instruction set and rule. An isa_*.cpp includes this
-// after the vector type F and the codec of its set, with TORCHAO8_ISA naming their namespace.
+// The loops over memory, written once for every instruction set and rule. An isa_*.cpp includes
+// this after the vector type F and the codec of its set, with TORCHAO8_ISA naming their namespace.
 //
 // A block takes two passes. The first decodes the state, computes the new moments into buffers in
-// the first-level cache and finds the extreme elements; the second updates the parameter and encodes.
+// the first-level cache and finds the extreme elements; the second updates the parameter and
+// encodes.
 //
 // On the vector paths a block with an element that is not usable (a gradient that is NaN or
-// infinite, or whose square overflows) is found after the first pass, when nothing has been written,
-// and left to the scalar path, which selects for each element. The common case pays nothing for it.
+// infinite, or whose square overflows) is found after the first pass, when nothing has been
+// written, and left to the scalar path, which selects for each element. The common case pays
+// nothing for it.
 
 namespace torchao8::TORCHAO8_ISA {
 
@@ -100,7 +102,8 @@ struct Moments {
   float scale[N];
   Rule rule;
 
-  TORCHAO8_HD Moments(const Rule& r, const CodecTables& t, const Block<Rule, T>& b, float (*to)[kMaxBlock])
+  TORCHAO8_HD Moments(const Rule& r, const CodecTables& t, const Block<Rule, T>& b,
+                      float (*to)[kMaxBlock])
       : decode_signed(t), decode_unsigned(t), block(b), buffer(to) {
     for (int s = 0; s < N; s++) scale[s] = *block.scales[s];
     rule = r.with_scales(scale);
@@ -126,7 +129,8 @@ struct Moments {
     if constexpr (kSelect) {
       Mask good = in_range(state[0]);
       for (int s = 1; s < N; s++) good = both(good, in_range(state[s]));
-      for (int s = 0; s < N; s++) state[s] = select(good, state[s], old[s] * F(scale[s] / rule.unit[s]));
+      for (int s = 0; s < N; s++)
+        state[s] = select(good, state[s], old[s] * F(scale[s] / rule.unit[s]));
       if (all(good)) store(block.param + i, rule.update(load(block.param + i), state));
     }
     for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
@@ -142,7 +146,8 @@ struct Moments {
   TORCHAO8_HD void finish(Plan<N>& plan, const uint64_t* keys) const {
     bool good = true;
     for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
-      plan.extreme[s] = Rule::kSigned[s] ? extreme_signed[s].result() : extreme_unsigned[s].result();
+      plan.extreme[s] =
+          Rule::kSigned[s] ? extreme_signed[s].result() : extreme_unsigned[s].result();
       plan.inverse[s] = inverse_of(plan.extreme[s]);
       if constexpr (!Rule::kSigned[s]) plan.random[s].start(keys[s], block.first_element);
       good = good && usable(scale[s]) && usable(plan.extreme[s]);
@@ -167,7 +172,13 @@ struct UpdateAndEncode {
 
   TORCHAO8_HD UpdateAndEncode(const Rule& r, const CodecTables& t, const Block<Rule, T>& b,
                               const float (*from)[kMaxBlock], const Plan<N>& p)
-      : encode_signed(t), encode_unsigned(t), encode_stochastic(t), block(b), buffer(from), plan(p), rule(r) {
+      : encode_signed(t),
+        encode_unsigned(t),
+        encode_stochastic(t),
+        block(b),
+        buffer(from),
+        plan(p),
+        rule(r) {
     for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
       inverse[s] = p.inverse[s];
       if constexpr (kStochastic && !Rule::kSigned[s]) stream[s].start(p.random[s]);
@@ -177,7 +188,8 @@ struct UpdateAndEncode {
   TORCHAO8_HD void operator()(int i) {
     F state[N];
     for (int s = 0; s < N; s++) state[s] = load(buffer[s] + i);
-    if constexpr (kWidth > 1) store_quiet(block.param + i, rule.update(load(block.param + i), state));
+    if constexpr (kWidth > 1)
+      store_quiet(block.param + i, rule.update(load(block.param + i), state));
     for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
       if constexpr (Rule::kSigned[s]) {
         encode_signed(state[s], inverse[s], block.codes[s] + i);
@@ -191,13 +203,15 @@ struct UpdateAndEncode {
 
   TORCHAO8_HD void finish(int length) const {
     for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
-      *block.scales[s] = final_scale<Rule::kSigned[s]>(plan.extreme[s], rule.unit[s], length, block.codes[s]);
+      *block.scales[s] =
+          final_scale<Rule::kSigned[s]>(plan.extreme[s], rule.unit[s], length, block.codes[s]);
     });
   }
 };
 
 template <class Rule, class T>
-void scalar_block(const Rule& rule, const CodecTables& tables, const Block<Rule, T>& block, BlockRun run) {
+void scalar_block(const Rule& rule, const CodecTables& tables, const Block<Rule, T>& block,
+                  BlockRun run) {
   run.param = block.param;
   run.grad = block.grad;
   for (int s = 0; s < Rule::kStates; s++) {
@@ -334,7 +348,8 @@ float quantize_block(const CodecTables& tables, const float* x, int n, uint8_t* 
 }
 
 template <bool kSigned>
-void dequantize_block(const CodecTables& tables, const uint8_t* codes, int n, float scale, float* x) {
+void dequantize_block(const CodecTables& tables, const uint8_t* codes, int n, float scale,
+                      float* x) {
   const Decoder<kSigned> decode(tables);
   int i = 0;
   for (; i + kWidest <= n; i += kWidth) store(x + i, decode(codes + i) * F(scale));
@@ -365,17 +380,23 @@ void narrow_as(const float* from, int64_t n, void* to) {
 
 inline void widen(FloatType type, const void* from, int64_t n, float* to) {
   switch (type) {
-    case FloatType::kFloat32: return widen_as<float>(from, n, to);
-    case FloatType::kBFloat16: return widen_as<BFloat16>(from, n, to);
-    case FloatType::kFloat16: return widen_as<Half>(from, n, to);
+    case FloatType::kFloat32:
+      return widen_as<float>(from, n, to);
+    case FloatType::kBFloat16:
+      return widen_as<BFloat16>(from, n, to);
+    case FloatType::kFloat16:
+      return widen_as<Half>(from, n, to);
   }
 }
 
 inline void narrow(FloatType type, const float* from, int64_t n, void* to) {
   switch (type) {
-    case FloatType::kFloat32: return narrow_as<float>(from, n, to);
-    case FloatType::kBFloat16: return narrow_as<BFloat16>(from, n, to);
-    case FloatType::kFloat16: return narrow_as<Half>(from, n, to);
+    case FloatType::kFloat32:
+      return narrow_as<float>(from, n, to);
+    case FloatType::kBFloat16:
+      return narrow_as<BFloat16>(from, n, to);
+    case FloatType::kFloat16:
+      return narrow_as<Half>(from, n, to);
   }
 }
 

@@ -10,7 +10,9 @@
 
 namespace torchao8 {
 
-constexpr int64_t size_of(FloatType type) { return type == FloatType::kFloat32 ? 4 : 2; }
+constexpr int64_t size_of(FloatType type) {
+  return type == FloatType::kFloat32 ? 4 : 2;
+}
 
 // A tensor of floats, addressed by the flat index of its elements in row-major order.
 class FloatArray {
@@ -45,14 +47,16 @@ class FloatArray {
   }
 
  private:
-  // Calls f(offset, stride, count) for the runs of the innermost dimension that make up [begin, begin + n).
+  // Calls f(offset, stride, count) for the runs of the innermost dimension that make up [begin,
+  // begin + n).
   template <class Function>
   void for_each_run(int64_t begin, int64_t n, Function f) const {
     const int64_t inner = sizes_.back(), stride = strides_.back();
     while (n > 0) {
       const int64_t column = begin % inner, count = std::min(n, inner - column);
       int64_t rest = begin / inner, offset = column * stride;
-      for (size_t d = sizes_.size() - 1; d-- > 0; rest /= sizes_[d]) offset += rest % sizes_[d] * strides_[d];
+      for (size_t d = sizes_.size() - 1; d-- > 0; rest /= sizes_[d])
+        offset += rest % sizes_[d] * strides_[d];
       f(offset, stride, count);
       begin += count;
       n -= count;
@@ -76,7 +80,8 @@ inline void check_no_overlap(const Argument& a, const Tensor& t) {
   std::sort(dims.begin(), dims.end());
   int64_t extent = 1;  // of the dimensions so far
   for (const auto& [stride, size] : dims) {
-    STD_TORCH_CHECK(stride >= extent, a.text(), " is updated in place and must not overlap itself, got strides ",
+    STD_TORCH_CHECK(stride >= extent, a.text(),
+                    " is updated in place and must not overlap itself, got strides ",
                     shape_text(strides), " for shape ", shape_text(sizes));
     extent = stride * (size - 1) + extent;
   }

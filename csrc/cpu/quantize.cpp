@@ -18,21 +18,24 @@ constexpr int64_t kGrainBlocks = 64;
 // Calls f(block, begin, length) for every block, shared among torch's threads.
 template <class Function>
 void for_each_block(const BlockLayout& layout, int64_t block_size, const Function& f) {
-  torch::stable::parallel_for(0, layout.rows * layout.blocks_per_row, kGrainBlocks, [&](int64_t first, int64_t last) {
-    const DefaultFloatingPoint guard;
-    for (int64_t block = first; block < last; block++) {
-      const int64_t column = block % layout.blocks_per_row * block_size;
-      const int64_t begin = block / layout.blocks_per_row * layout.row_length + column;
-      f(block, begin, int(std::min(block_size, layout.row_length - column)));
-    }
-  });
+  torch::stable::parallel_for(
+      0, layout.rows * layout.blocks_per_row, kGrainBlocks, [&](int64_t first, int64_t last) {
+        const DefaultFloatingPoint guard;
+        for (int64_t block = first; block < last; block++) {
+          const int64_t column = block % layout.blocks_per_row * block_size;
+          const int64_t begin = block / layout.blocks_per_row * layout.row_length + column;
+          f(block, begin, int(std::min(block_size, layout.row_length - column)));
+        }
+      });
 }
 
 Tensor new_contiguous(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()), dtype);
+  return torch::stable::new_empty(
+      like, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()), dtype);
 }
 
-std::tuple<Tensor, Tensor> quantize_blockwise_cpu(Tensor input, int64_t block_size, bool is_signed) {
+std::tuple<Tensor, Tensor> quantize_blockwise_cpu(Tensor input, int64_t block_size,
+                                                  bool is_signed) {
   const char* op = "quantize_blockwise";
   check_cpu({op, "input"}, input);
   const FloatType type = check_float_type({op, "input"}, input);
@@ -57,7 +60,8 @@ std::tuple<Tensor, Tensor> quantize_blockwise_cpu(Tensor input, int64_t block_si
   return {codes, scale};
 }
 
-Tensor dequantize_blockwise_cpu(Tensor codes, Tensor scale, int64_t block_size, bool is_signed, ScalarType dtype) {
+Tensor dequantize_blockwise_cpu(Tensor codes, Tensor scale, int64_t block_size, bool is_signed,
+                                ScalarType dtype) {
   const char* op = "dequantize_blockwise";
   check_cpu({op, "codes"}, codes);
   check_cpu({op, "scale"}, scale);
@@ -69,10 +73,12 @@ Tensor dequantize_blockwise_cpu(Tensor codes, Tensor scale, int64_t block_size, 
   const auto sizes = codes.sizes();
   const BlockLayout layout = block_layout(sizes, block_size);
   check_shape({op, "scale"}, scale, layout.scale_shape, "one scale per block of a row of codes");
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op,
-                  ": dtype must be float32, bfloat16 or float16, got ", dtype_name(dtype));
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op,
+      ": dtype must be float32, bfloat16 or float16, got ", dtype_name(dtype));
   Tensor result = new_contiguous(codes, {sizes.begin(), sizes.end()}, dtype);
-  const FloatArray values(result, check_float_type({op, "result"}, result), result.mutable_data_ptr());
+  const FloatArray values(result, check_float_type({op, "result"}, result),
+                          result.mutable_data_ptr());
   const CodecTables& tables = codec_tables();
   const CodecKernels& codec = codec_kernels();
   const uint8_t* code = codes.const_data_ptr<uint8_t>();
@@ -85,7 +91,9 @@ Tensor dequantize_blockwise_cpu(Tensor codes, Tensor scale, int64_t block_size, 
   return result;
 }
 
-int64_t cpu_capability_number() { return int64_t(cpu_capability()); }
+int64_t cpu_capability_number() {
+  return int64_t(cpu_capability());
+}
 
 }  // namespace
 }  // namespace torchao8

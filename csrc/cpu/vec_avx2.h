@@ -1,5 +1,6 @@
 // Eight floats in an AVX register (AVX2, FMA, F16C: Haswell and later, Zen and later). Included
-// inside a region compiled for that target: see isa_avx2.cpp. The arithmetic is that of vec_scalar.h.
+// inside a region compiled for that target: see isa_avx2.cpp. The arithmetic is that of
+// vec_scalar.h.
 #pragma once
 
 namespace torchao8::avx2 {
@@ -12,15 +13,33 @@ struct F {
   TORCHAO8_HD F(__m256 v) : x(v) {}
   TORCHAO8_HD explicit F(float v) : x(_mm256_set1_ps(v)) {}
 };
-TORCHAO8_HD F operator*(F a, F b) { return _mm256_mul_ps(a.x, b.x); }
-TORCHAO8_HD F operator+(F a, F b) { return _mm256_add_ps(a.x, b.x); }
-TORCHAO8_HD F operator-(F a, F b) { return _mm256_sub_ps(a.x, b.x); }
-TORCHAO8_HD F operator/(F a, F b) { return _mm256_div_ps(a.x, b.x); }
-TORCHAO8_HD F fma(F a, F b, F c) { return _mm256_fmadd_ps(a.x, b.x, c.x); }
-TORCHAO8_HD F sqrt(F a) { return _mm256_sqrt_ps(a.x); }
-TORCHAO8_HD F max(F a, F b) { return _mm256_max_ps(a.x, b.x); }
-TORCHAO8_HD __m256i bits(F a) { return _mm256_castps_si256(a.x); }
-TORCHAO8_HD F from_bits(__m256i a) { return _mm256_castsi256_ps(a); }
+TORCHAO8_HD F operator*(F a, F b) {
+  return _mm256_mul_ps(a.x, b.x);
+}
+TORCHAO8_HD F operator+(F a, F b) {
+  return _mm256_add_ps(a.x, b.x);
+}
+TORCHAO8_HD F operator-(F a, F b) {
+  return _mm256_sub_ps(a.x, b.x);
+}
+TORCHAO8_HD F operator/(F a, F b) {
+  return _mm256_div_ps(a.x, b.x);
+}
+TORCHAO8_HD F fma(F a, F b, F c) {
+  return _mm256_fmadd_ps(a.x, b.x, c.x);
+}
+TORCHAO8_HD F sqrt(F a) {
+  return _mm256_sqrt_ps(a.x);
+}
+TORCHAO8_HD F max(F a, F b) {
+  return _mm256_max_ps(a.x, b.x);
+}
+TORCHAO8_HD __m256i bits(F a) {
+  return _mm256_castps_si256(a.x);
+}
+TORCHAO8_HD F from_bits(__m256i a) {
+  return _mm256_castsi256_ps(a);
+}
 
 // Eight 32-bit numbers to the low halves, or to bytes, with saturation.
 TORCHAO8_HD __m128i pack16(__m256i x) {
@@ -31,8 +50,12 @@ TORCHAO8_HD void store_bytes(uint8_t* to, __m256i x) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
 }
 
-TORCHAO8_HD F load(const float* x) { return _mm256_loadu_ps(x); }
-TORCHAO8_HD void store(float* x, F v) { _mm256_storeu_ps(x, v.x); }
+TORCHAO8_HD F load(const float* x) {
+  return _mm256_loadu_ps(x);
+}
+TORCHAO8_HD void store(float* x, F v) {
+  _mm256_storeu_ps(x, v.x);
+}
 TORCHAO8_HD F load(const BFloat16* x) {
   const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
   return from_bits(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
@@ -47,12 +70,15 @@ TORCHAO8_HD void store(BFloat16* x, F v) {
   const __m256i r = _mm256_blendv_epi8(round_to_bfloat16(bits(v)), quiet, nan);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(x), pack16(_mm256_srli_epi32(r, 16)));
 }
-// For values that are not NaN, or one that came from memory as bfloat16, which rounding leaves alone.
+// For values that are not NaN, or one that came from memory as bfloat16, which rounding leaves
+// alone.
 TORCHAO8_HD void store_quiet(BFloat16* x, F v) {
   const __m256i r = round_to_bfloat16(bits(v));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(x), pack16(_mm256_srli_epi32(r, 16)));
 }
-TORCHAO8_HD void store_quiet(float* x, F v) { store(x, v); }
+TORCHAO8_HD void store_quiet(float* x, F v) {
+  store(x, v);
+}
 TORCHAO8_HD F load(const Half* x) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
 }
@@ -65,9 +91,15 @@ TORCHAO8_HD Mask in_range(F v) {
   const __m256i magnitude = _mm256_and_si256(bits(v), _mm256_set1_epi32(0x7fffffff));
   return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(0x7e800000), magnitude));
 }
-TORCHAO8_HD Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
-TORCHAO8_HD bool all(Mask a) { return _mm256_movemask_ps(a) == 0xff; }
-TORCHAO8_HD F select(Mask m, F yes, F no) { return _mm256_blendv_ps(no.x, yes.x, m); }
+TORCHAO8_HD Mask both(Mask a, Mask b) {
+  return _mm256_and_ps(a, b);
+}
+TORCHAO8_HD bool all(Mask a) {
+  return _mm256_movemask_ps(a) == 0xff;
+}
+TORCHAO8_HD F select(Mask m, F yes, F no) {
+  return _mm256_blendv_ps(no.x, yes.x, m);
+}
 
 TORCHAO8_HD float reduce_max(__m256 v) {
   __m128 x = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -152,7 +184,8 @@ struct RandomStream {
     const __m256i c2i = _mm256_mullo_epi32(_mm256_set1_epi32(int(r.c2)), i);
     h = _mm256_mullo_epi32(_mm256_add_epi32(_mm256_set1_epi32(int(r.c1)), c2i), i);
     h = _mm256_add_epi32(h, _mm256_set1_epi32(int(r.c0)));
-    difference = _mm256_add_epi32(_mm256_slli_epi32(c2i, 4), _mm256_set1_epi32(int(8 * r.c1 + 64 * r.c2)));
+    difference =
+        _mm256_add_epi32(_mm256_slli_epi32(c2i, 4), _mm256_set1_epi32(int(8 * r.c1 + 64 * r.c2)));
     second = _mm256_set1_epi32(int(128 * r.c2));
   }
   TORCHAO8_HD F next() {
@@ -184,8 +217,10 @@ struct StochasticEncoder {
         _mm256_fmadd_ps(log2, _mm256_set1_ps(3.5885572e-8f), _mm256_set1_ps(-31.230809f)));
     const __m256 above = _mm256_cmp_ps(y, _mm256_permutevar8x32_ps(next_start, guess), _CMP_GE_OQ);
     const __m256i d = _mm256_sub_epi32(guess, _mm256_castps_si256(above));
-    const __m256 gap = _mm256_fmadd_ps(y, _mm256_permutevar8x32_ps(gap_a, d), _mm256_permutevar8x32_ps(gap_b, d));
-    const __m256 decade = _mm256_fmadd_ps(y, _mm256_permutevar8x32_ps(a, d), _mm256_permutevar8x32_ps(b, d));
+    const __m256 gap =
+        _mm256_fmadd_ps(y, _mm256_permutevar8x32_ps(gap_a, d), _mm256_permutevar8x32_ps(gap_b, d));
+    const __m256 decade =
+        _mm256_fmadd_ps(y, _mm256_permutevar8x32_ps(a, d), _mm256_permutevar8x32_ps(b, d));
     const F position = F(_mm256_min_ps(gap, decade)) + one_to_two;
     // Zero stays zero: where x is not zero, its bits are a number above any code it can have.
     store_bytes(codes, _mm256_min_epu32(_mm256_cvttps_epi32(position.x), bits(x)));

@@ -14,17 +14,37 @@ struct F {
   TORCHAO8_HD F(__m512 v) : x(v) {}
   TORCHAO8_HD explicit F(float v) : x(_mm512_set1_ps(v)) {}
 };
-TORCHAO8_HD F operator*(F a, F b) { return _mm512_mul_ps(a.x, b.x); }
-TORCHAO8_HD F operator+(F a, F b) { return _mm512_add_ps(a.x, b.x); }
-TORCHAO8_HD F operator-(F a, F b) { return _mm512_sub_ps(a.x, b.x); }
-TORCHAO8_HD F operator/(F a, F b) { return _mm512_div_ps(a.x, b.x); }
-TORCHAO8_HD F fma(F a, F b, F c) { return _mm512_fmadd_ps(a.x, b.x, c.x); }
-TORCHAO8_HD F sqrt(F a) { return _mm512_sqrt_ps(a.x); }
-TORCHAO8_HD F max(F a, F b) { return _mm512_max_ps(a.x, b.x); }
-TORCHAO8_HD __m512i bits(F a) { return _mm512_castps_si512(a.x); }
+TORCHAO8_HD F operator*(F a, F b) {
+  return _mm512_mul_ps(a.x, b.x);
+}
+TORCHAO8_HD F operator+(F a, F b) {
+  return _mm512_add_ps(a.x, b.x);
+}
+TORCHAO8_HD F operator-(F a, F b) {
+  return _mm512_sub_ps(a.x, b.x);
+}
+TORCHAO8_HD F operator/(F a, F b) {
+  return _mm512_div_ps(a.x, b.x);
+}
+TORCHAO8_HD F fma(F a, F b, F c) {
+  return _mm512_fmadd_ps(a.x, b.x, c.x);
+}
+TORCHAO8_HD F sqrt(F a) {
+  return _mm512_sqrt_ps(a.x);
+}
+TORCHAO8_HD F max(F a, F b) {
+  return _mm512_max_ps(a.x, b.x);
+}
+TORCHAO8_HD __m512i bits(F a) {
+  return _mm512_castps_si512(a.x);
+}
 
-TORCHAO8_HD F load(const float* x) { return _mm512_loadu_ps(x); }
-TORCHAO8_HD void store(float* x, F v) { _mm512_storeu_ps(x, v.x); }
+TORCHAO8_HD F load(const float* x) {
+  return _mm512_loadu_ps(x);
+}
+TORCHAO8_HD void store(float* x, F v) {
+  _mm512_storeu_ps(x, v.x);
+}
 
 // Byte orders for permutations: byte i of the result comes from byte at[i].
 struct ByteOrder {
@@ -42,13 +62,17 @@ constexpr ByteOrder spread_order() {
   for (int i = 0; i < 64; i++) order.at[i] = uint8_t(i / 4 * 2 + i % 2);
   return order;
 }
-constexpr ByteOrder kLowBytes = pack_order(0, 1), kThirdBytes = pack_order(2, 1), kHighHalves = pack_order(2, 2);
+constexpr ByteOrder kLowBytes = pack_order(0, 1), kThirdBytes = pack_order(2, 1),
+                    kHighHalves = pack_order(2, 2);
 constexpr ByteOrder kSpreadWords = spread_order();
-TORCHAO8_HD __m512i load_order(const ByteOrder& order) { return _mm512_load_si512(order.at); }
+TORCHAO8_HD __m512i load_order(const ByteOrder& order) {
+  return _mm512_load_si512(order.at);
+}
 
 TORCHAO8_HD F load(const BFloat16* x) {  // each to the high half of a dword
   const __m512i h = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
-  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi8(0xccccccccccccccccu, load_order(kSpreadWords), h));
+  return _mm512_castsi512_ps(
+      _mm512_maskz_permutexvar_epi8(0xccccccccccccccccu, load_order(kSpreadWords), h));
 }
 TORCHAO8_HD __m512i round_to_bfloat16(__m512i u) {  // in the high halves
   const __mmask16 odd = _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000));
@@ -64,14 +88,20 @@ TORCHAO8_HD void store(BFloat16* x, F v) {
   const __m512i r = round_to_bfloat16(bits(v));
   store_high_halves(x, _mm512_mask_or_epi32(r, nan, bits(v), _mm512_set1_epi32(0x400000)));
 }
-// For values that are not NaN, or one that came from memory as bfloat16, which rounding leaves alone.
-TORCHAO8_HD void store_quiet(BFloat16* x, F v) { store_high_halves(x, round_to_bfloat16(bits(v))); }
-TORCHAO8_HD void store_quiet(float* x, F v) { store(x, v); }
+// For values that are not NaN, or one that came from memory as bfloat16, which rounding leaves
+// alone.
+TORCHAO8_HD void store_quiet(BFloat16* x, F v) {
+  store_high_halves(x, round_to_bfloat16(bits(v)));
+}
+TORCHAO8_HD void store_quiet(float* x, F v) {
+  store(x, v);
+}
 TORCHAO8_HD F load(const Half* x) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
 }
 TORCHAO8_HD void store(Half* x, F v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm512_cvtps_ph(v.x, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(x),
+                      _mm512_cvtps_ph(v.x, _MM_FROUND_TO_NEAREST_INT));
 }
 
 using Mask = __mmask16;
@@ -79,9 +109,15 @@ TORCHAO8_HD Mask in_range(F v) {
   const __m512i magnitude = _mm512_and_si512(bits(v), _mm512_set1_epi32(0x7fffffff));
   return _mm512_cmplt_epu32_mask(magnitude, _mm512_set1_epi32(int(0x7e800000)));
 }
-TORCHAO8_HD Mask both(Mask a, Mask b) { return Mask(a & b); }
-TORCHAO8_HD bool all(Mask a) { return a == 0xffff; }
-TORCHAO8_HD F select(Mask m, F yes, F no) { return _mm512_mask_blend_ps(m, no.x, yes.x); }
+TORCHAO8_HD Mask both(Mask a, Mask b) {
+  return Mask(a & b);
+}
+TORCHAO8_HD bool all(Mask a) {
+  return a == 0xffff;
+}
+TORCHAO8_HD F select(Mask m, F yes, F no) {
+  return _mm512_mask_blend_ps(m, no.x, yes.x);
+}
 
 // Signed: NaN is not seen here, but in the unsigned moment, which has one wherever a gradient has.
 template <bool kSigned>
@@ -93,8 +129,10 @@ struct Extreme<true> {
   TORCHAO8_HD Extreme() : extreme(_mm512_setzero_ps()) {}
   TORCHAO8_HD void add(F v) { extreme = _mm512_range_ps(v.x, extreme, kLargerMagnitude); }
   TORCHAO8_HD float result() const {
-    const __m256 a = _mm256_range_ps(_mm512_castps512_ps256(extreme), _mm512_extractf32x8_ps(extreme, 1), kLargerMagnitude);
-    __m128 b = _mm_range_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1), kLargerMagnitude);
+    const __m256 a = _mm256_range_ps(_mm512_castps512_ps256(extreme),
+                                     _mm512_extractf32x8_ps(extreme, 1), kLargerMagnitude);
+    __m128 b =
+        _mm_range_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1), kLargerMagnitude);
     b = _mm_range_ps(b, _mm_movehl_ps(b, b), kLargerMagnitude);
     return _mm_cvtss_f32(_mm_range_ps(b, _mm_movehdup_ps(b), kLargerMagnitude));
   }
@@ -112,7 +150,10 @@ struct Extreme<false> {
 TORCHAO8_HD __m512i gather(const void* table, __m512i index) {
   __m512i to = _mm512_setzero_si512();
   __mmask16 all = 0xffff;
-  asm("vpgatherdd (%2,%3,4), %0%{%1%}" : "+&v"(to), "+&Yk"(all) : "r"(table), "v"(index) : "memory");
+  asm("vpgatherdd (%2,%3,4), %0%{%1%}"
+      : "+&v"(to), "+&Yk"(all)
+      : "r"(table), "v"(index)
+      : "memory");
   return to;
 }
 
@@ -155,7 +196,8 @@ struct NearestEncoder {
     __m128i packed;
     if constexpr (kSigned) {  // 254 - code where negative; -1 saturates to 0
       packed = _mm512_castsi512_si128(_mm512_permutexvar_epi8(order, sum));
-      packed = _mm_mask_subs_epu8(packed, _mm512_movepi32_mask(bits(y)), _mm_set1_epi8(char(254)), packed);
+      packed = _mm_mask_subs_epu8(packed, _mm512_movepi32_mask(bits(y)), _mm_set1_epi8(char(254)),
+                                  packed);
     } else {
       const __mmask16 nonzero = _mm512_test_epi32_mask(bits(x), bits(x));
       packed = _mm512_castsi512_si128(_mm512_maskz_permutexvar_epi8(nonzero, order, sum));
@@ -170,7 +212,8 @@ struct RandomStream {
   TORCHAO8_HD void start(BlockRandom r) {
     const __m512i i = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i c1 = _mm512_set1_epi32(int(r.c1)), c2 = _mm512_set1_epi32(int(r.c2));
-    h = _mm512_add_epi32(_mm512_mullo_epi32(c1, i), _mm512_mullo_epi32(c2, _mm512_mullo_epi32(i, i)));
+    h = _mm512_add_epi32(_mm512_mullo_epi32(c1, i),
+                         _mm512_mullo_epi32(c2, _mm512_mullo_epi32(i, i)));
     h = _mm512_add_epi32(h, _mm512_set1_epi32(int(r.c0)));
     difference = _mm512_mullo_epi32(c2, _mm512_slli_epi32(i, 5));
     difference = _mm512_add_epi32(difference, _mm512_set1_epi32(int(16 * r.c1 + 256 * r.c2)));
@@ -186,28 +229,33 @@ struct RandomStream {
   }
 };
 
+// A look-up in 32 floats by the low five bits of an index.
+struct Lookup32 {
+  __m512 low, high;
+  TORCHAO8_HD explicit Lookup32(const float* table)
+      : low(_mm512_load_ps(table)), high(_mm512_load_ps(table + 16)) {}
+  TORCHAO8_HD __m512 operator()(__m512i i) const { return _mm512_permutex2var_ps(low, i, high); }
+};
+
 struct StochasticEncoder {
-  __m512 floor, cell_start, gap_a, gap_b, a, b;
-  __m512i cell_class;
-  TORCHAO8_HD explicit StochasticEncoder(const CodecTables& tables) {
-    const PositionLines& t = tables.position;
-    floor = _mm512_set1_ps(t.floor);
-    cell_start = _mm512_load_ps(t.cell_start);
-    cell_class = _mm512_load_si512(t.cell_class);
-    gap_a = _mm512_load_ps(t.gap_a);
-    gap_b = _mm512_load_ps(t.gap_b);
-    a = _mm512_load_ps(t.a);
-    b = _mm512_load_ps(t.b);
-  }
+  __m512 floor, cell_start;
+  Lookup32 gap_a, gap_b, a, b;
+  TORCHAO8_HD explicit StochasticEncoder(const CodecTables& t)
+      : floor(_mm512_set1_ps(t.position.floor)),
+        cell_start(_mm512_load_ps(t.position.cell_start)),
+        gap_a(t.position.cell_gap_a),
+        gap_b(t.position.cell_gap_b),
+        a(t.position.cell_a),
+        b(t.position.cell_b) {}
 
   TORCHAO8_HD void operator()(F x, float inverse, F one_to_two, uint8_t* codes) const {
     const __m512 y = max(x * F(inverse), F(floor)).x;
-    const __m512i cell = _mm512_srli_epi32(_mm512_castps_si512(y), 24);
-    const __mmask16 above = _mm512_cmp_ps_mask(y, _mm512_permutexvar_ps(cell, cell_start), _CMP_GE_OQ);
-    __m512i d = _mm512_permutexvar_epi32(cell, cell_class);
-    d = _mm512_mask_add_epi32(d, above, d, _mm512_set1_epi32(1));
-    const __m512 gap = _mm512_fmadd_ps(y, _mm512_permutexvar_ps(d, gap_a), _mm512_permutexvar_ps(d, gap_b));
-    const __m512 decade = _mm512_fmadd_ps(y, _mm512_permutexvar_ps(d, a), _mm512_permutexvar_ps(d, b));
+    __m512i cell = _mm512_srli_epi32(_mm512_castps_si512(y), 24);  // 48 + j
+    const __mmask16 above =
+        _mm512_cmp_ps_mask(y, _mm512_permutexvar_ps(cell, cell_start), _CMP_GE_OQ);
+    cell = _mm512_mask_add_epi32(cell, above, cell, _mm512_set1_epi32(16));
+    const __m512 gap = _mm512_fmadd_ps(y, gap_a(cell), gap_b(cell));
+    const __m512 decade = _mm512_fmadd_ps(y, a(cell), b(cell));
     const F position = F(_mm512_min_ps(gap, decade)) + one_to_two;
     // Zero stays zero: where x is not zero, its bits are a number above any code it can have.
     const __m512i code = _mm512_min_epu32(_mm512_cvttps_epi32(position.x), bits(x));

@@ -13,12 +13,24 @@ namespace torchao8::scalar {
 using F = float;
 constexpr int kWidth = 1;
 
-TORCHAO8_HD F load(const float* x) { return *x; }
-TORCHAO8_HD void store(float* x, F v) { *x = v; }
-TORCHAO8_HD F load(const BFloat16* x) { return to_float(*x); }
-TORCHAO8_HD void store(BFloat16* x, F v) { *x = to_bfloat16(v); }
-TORCHAO8_HD F load(const Half* x) { return to_float(*x); }
-TORCHAO8_HD void store(Half* x, F v) { *x = to_half(v); }
+TORCHAO8_HD F load(const float* x) {
+  return *x;
+}
+TORCHAO8_HD void store(float* x, F v) {
+  *x = v;
+}
+TORCHAO8_HD F load(const BFloat16* x) {
+  return to_float(*x);
+}
+TORCHAO8_HD void store(BFloat16* x, F v) {
+  *x = to_bfloat16(v);
+}
+TORCHAO8_HD F load(const Half* x) {
+  return to_float(*x);
+}
+TORCHAO8_HD void store(Half* x, F v) {
+  *x = to_half(v);
+}
 
 // For values that are not NaN, or one that came from memory as T: then no payload bits are lost.
 template <class T>
@@ -28,13 +40,21 @@ TORCHAO8_HD void store_quiet(T* x, F v) {
 
 // Every lane below 2^126 in magnitude: neither NaN nor infinite, nor close to it.
 using Mask = bool;
-TORCHAO8_HD Mask in_range(F v) { return (float_bits(v) & 0x7fffffffu) < float_bits(kOverflow); }
-TORCHAO8_HD Mask both(Mask a, Mask b) { return a && b; }
-TORCHAO8_HD bool all(Mask a) { return a; }
-TORCHAO8_HD F select(Mask m, F yes, F no) { return m ? yes : no; }
+TORCHAO8_HD Mask in_range(F v) {
+  return (float_bits(v) & 0x7fffffffu) < float_bits(kOverflow);
+}
+TORCHAO8_HD Mask both(Mask a, Mask b) {
+  return a && b;
+}
+TORCHAO8_HD bool all(Mask a) {
+  return a;
+}
+TORCHAO8_HD F select(Mask m, F yes, F no) {
+  return m ? yes : no;
+}
 
-// The extreme element of a block: the one of largest magnitude, the positive one in a tie. NaN counts
-// as larger than anything.
+// The extreme element of a block: the one of largest magnitude, the positive one in a tie. NaN
+// counts as larger than anything.
 template <bool kSigned>
 struct Extreme {
   uint32_t key = 0;  // magnitude first, then whether it is positive

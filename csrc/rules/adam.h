@@ -3,9 +3,9 @@
 // the Convergence of Adam and Beyond", Reddi et al., 2018), with eps added to the bias-corrected
 // root as torch.optim does.
 //
-// A rule sees values, never memory: F is float, or a vector of floats with the same operations. Each
-// operation is one IEEE operation in the order written, which is what makes every engine agree to
-// the bit.
+// A rule sees values, never memory: F is float, or a vector of floats with the same operations.
+// Each operation is one IEEE operation in the order written, which is what makes every engine agree
+// to the bit.
 #pragma once
 
 #include "common/macros.h"
@@ -40,9 +40,9 @@ struct AdamRule {
   // The moments are computed in units of what a gradient adds to them, which saves multiplying the
   // gradient by it. With scaled state a unit disappears in the scale; with 32-bit state it is 1.
   float unit[3];
-  float gain[2];                // what g and g^2 are multiplied by, in units
-  float decay[3];               // what a stored moment is multiplied by
-  float root_factor, eps_term;  // of the denominator, both divided by -lr / (1 - beta1^t)
+  float gain[2];                     // what g and g^2 are multiplied by, in units
+  float decay[3];                    // what a stored moment is multiplied by
+  float root_factor, eps_term;       // of the denominator, both divided by -lr / (1 - beta1^t)
   float shrink, coupled, grad_gain;  // 1 - lr * wd (decoupled); wd, 1 / grad_scale (coupled)
 
   // t: the step being taken, from 1.
