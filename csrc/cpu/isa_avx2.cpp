@@ -20,7 +20,8 @@
 #include "cpu/vec_avx2.h"
 
 #define TORCHAO8_ISA avx2
-#include "cpu/kernels.inl"
+#include "cpu/codec.inl"
+#include "cpu/step.inl"
 
 #define TORCHAO8_KERNELS avx2_kernels
 #define TORCHAO8_CODEC avx2_codec

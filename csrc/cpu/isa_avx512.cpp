@@ -28,7 +28,8 @@
 #include "cpu/vec_avx512.h"
 
 #define TORCHAO8_ISA avx512
-#include "cpu/kernels.inl"
+#include "cpu/codec.inl"
+#include "cpu/step.inl"
 
 #define TORCHAO8_KERNELS avx512_kernels
 #define TORCHAO8_CODEC avx512_codec

@@ -7,7 +7,8 @@
 #include "cpu/vec_scalar.h"
 
 #define TORCHAO8_ISA scalar
-#include "cpu/kernels.inl"
+#include "cpu/codec.inl"
+#include "cpu/step.inl"
 
 #define TORCHAO8_KERNELS scalar_kernels
 #define TORCHAO8_CODEC scalar_codec

@@ -20,26 +20,6 @@ TORCHAO8_HD void for_each_state(Function f) {
   if constexpr (N > 2) f(std::integral_constant<int, 2>());
 }
 
-TORCHAO8_HD bool usable(float scale) {
-  return (float_bits(scale) & 0x7fffffffu) < float_bits(kOverflow);
-}
-
-// What a block's values are multiplied by before encoding: zero where its scale counts as zero, or
-// is not a number (a corrupt state stays visibly corrupt).
-TORCHAO8_HD float inverse_of(float extreme) {
-  if (!usable(extreme) || std::fabs(extreme) < kMinScale) return 0.0f;
-  return std::copysign(inverse_scale(std::fabs(extreme)), extreme);
-}
-
-// The scale to store. Where it counts as zero, or is not a number, so do all codes.
-template <bool kSigned>
-TORCHAO8_HD float final_scale(float extreme, float unit, int length, uint8_t* codes) {
-  const float scale = extreme * unit;
-  if (inverse_of(extreme) != 0.0f && std::fabs(scale) >= kMinScale && usable(scale)) return scale;
-  std::memset(codes, zero_code<kSigned>(), size_t(length));
-  return usable(extreme) && usable(scale) ? 0.0f : bits_float(0x7fc00000u);
-}
-
 // Elements ahead of the ones at work that are asked for from memory. The hardware's own prefetchers
 // stop at pages of 4 KiB, and a block spends its time in four arrays at once.
 constexpr int kAhead = 768;
@@ -143,13 +123,16 @@ struct Moments {
     });
   }
 
+  template <bool kStochastic>
   TORCHAO8_HD void finish(Plan<N>& plan, const uint64_t* keys) const {
     bool good = true;
     for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
       plan.extreme[s] =
           Rule::kSigned[s] ? extreme_signed[s].result() : extreme_unsigned[s].result();
       plan.inverse[s] = inverse_of(plan.extreme[s]);
-      if constexpr (!Rule::kSigned[s]) plan.random[s].start(keys[s], block.first_element);
+      if constexpr (kStochastic && !Rule::kSigned[s]) {
+        plan.random[s].start(keys[s], block.first_element);
+      }
       good = good && usable(scale[s]) && usable(plan.extreme[s]);
     });
     plan.good = kSelect || good;
@@ -237,7 +220,7 @@ void step_blocks(const Rule& rule, const CodecTables& tables, const BlockRun& ru
 
   First head(rule, tables, block, buffers[0]);
   for (int i = 0; i < length; i += kWidth) head(i);
-  head.finish(plans[0], run.keys);
+  head.template finish<kStochastic>(plans[0], run.keys);
   for (int64_t k = 0; k + 1 < run.blocks; k++) {
     const int now = int(k & 1);
     Block<Rule, T> next = block;
@@ -254,7 +237,7 @@ void step_blocks(const Rule& rule, const CodecTables& tables, const BlockRun& ru
       scalar_block(rule, tables, block, run);
       for (int i = 0; i < length; i += kWidth) first(i);
     }
-    first.finish(plans[!now], run.keys);
+    first.template finish<kStochastic>(plans[!now], run.keys);
     block = next;
   }
   const int now = int((run.blocks - 1) & 1);
@@ -322,89 +305,6 @@ template <class Rule>
 constexpr StepKernels<Rule> make_step_kernels() {
   return {step_blocks_of<Rule, float>, step_blocks_of<Rule, BFloat16>, step_elements<Rule, float>,
           step_elements<Rule, BFloat16>};
-}
-
-// ---- the codec alone: n is any length, the last vector is padded with zeros ----
-
-template <bool kSigned>
-float quantize_block(const CodecTables& tables, const float* x, int n, uint8_t* codes) {
-  const NearestEncoder<kSigned> encode(tables);
-  scalar::Extreme<kSigned> extremes;
-  for (int i = 0; i < n; i++) extremes.add(x[i]);
-  float extreme = extremes.result(), factor = 1.0f;
-  if (!usable(extreme) && std::isfinite(extreme)) factor = 0.25f;  // its inverse would be subnormal
-  const float inverse = inverse_of(extreme * factor);
-  if (inverse == 0.0f) return final_scale<kSigned>(extreme, 1.0f, n, codes);
-  int i = 0;
-  for (; i + kWidth <= n; i += kWidth) encode(load(x + i) * F(factor), inverse, codes + i);
-  if (i < n) {
-    float tail[kWidth] = {};
-    uint8_t tail_codes[kWidest];
-    std::memcpy(tail, x + i, size_t(n - i) * sizeof(float));
-    encode(load(tail) * F(factor), inverse, tail_codes);
-    std::memcpy(codes + i, tail_codes, size_t(n - i));
-  }
-  return extreme;
-}
-
-template <bool kSigned>
-void dequantize_block(const CodecTables& tables, const uint8_t* codes, int n, float scale,
-                      float* x) {
-  const Decoder<kSigned> decode(tables);
-  int i = 0;
-  for (; i + kWidest <= n; i += kWidth) store(x + i, decode(codes + i) * F(scale));
-  if (i < n) {
-    float tail[2 * kWidest];
-    uint8_t tail_codes[3 * kWidest] = {};
-    std::memcpy(tail_codes, codes + i, size_t(n - i));
-    for (int j = 0; j < n - i; j += kWidth) store(tail + j, decode(tail_codes + j) * F(scale));
-    std::memcpy(x + i, tail, size_t(n - i) * sizeof(float));
-  }
-}
-
-template <class T>
-void widen_as(const void* from, int64_t n, float* to) {
-  const T* x = static_cast<const T*>(from);
-  int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) store(to + i, load(x + i));
-  for (; i < n; i++) to[i] = scalar::load(x + i);
-}
-
-template <class T>
-void narrow_as(const float* from, int64_t n, void* to) {
-  T* x = static_cast<T*>(to);
-  int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) store(x + i, load(from + i));
-  for (; i < n; i++) scalar::store(x + i, from[i]);
-}
-
-inline void widen(FloatType type, const void* from, int64_t n, float* to) {
-  switch (type) {
-    case FloatType::kFloat32:
-      return widen_as<float>(from, n, to);
-    case FloatType::kBFloat16:
-      return widen_as<BFloat16>(from, n, to);
-    case FloatType::kFloat16:
-      return widen_as<Half>(from, n, to);
-  }
-}
-
-inline void narrow(FloatType type, const float* from, int64_t n, void* to) {
-  switch (type) {
-    case FloatType::kFloat32:
-      return narrow_as<float>(from, n, to);
-    case FloatType::kBFloat16:
-      return narrow_as<BFloat16>(from, n, to);
-    case FloatType::kFloat16:
-      return narrow_as<Half>(from, n, to);
-  }
-}
-
-constexpr CodecKernels make_codec_kernels() {
-  return {{quantize_block<false>, quantize_block<true>},
-          {dequantize_block<false>, dequantize_block<true>},
-          widen,
-          narrow};
 }
 
 }  // namespace torchao8::TORCHAO8_ISA

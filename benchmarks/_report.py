@@ -1,0 +1,123 @@
+"""How `step.py` shows its measurements: a table for people and a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from _common import format_table
+from _contenders import BASELINE, CONTENDERS, MEMORY_JOBS
+
+_HEADERS = [
+    "AdamW",
+    "ms",
+    "quartiles",
+    "speed-up",
+    "path",
+    "GB/s",
+    "of copy",
+    "moved B/param",
+    "state B/param",
+    "peak extra MiB",
+    "rounds",
+]
+
+
+def in_order(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Orders rows: torch, the others, the memory rates; what later batches repeat comes last."""
+
+    def rank(record: dict[str, Any]) -> tuple[bool, bool, int]:
+        shared = record["name"] == BASELINE or record["name"] in MEMORY_JOBS
+        repeated = shared and record["batch"] > 0
+        return (repeated, record["name"] in MEMORY_JOBS, record["batch"])
+
+    return sorted(records, key=rank)
+
+
+def title(case: dict[str, Any]) -> str:
+    """What a table or panel is about, in a line."""
+    return f"{case['label']}, {case['dtype']}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _ms(value: float) -> str:
+    """Three digits, and no exponent for times of a second and more."""
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+
+
+def _cells(row: dict[str, Any], label: str) -> list[str]:
+    low, high = row["ms_quartiles"]
+    extra = row["peak_extra_bytes"]
+    return [
+        label,
+        _ms(row["ms"]),
+        f"{_ms(low)} - {_ms(high)}",
+        _number(row["speedup"], ".2f"),
+        row["cpu_path"] or "",
+        _number(row["gb_per_s"], ".1f"),
+        _number(row["share_of_copy_rate"], ".0%"),
+        _number(row["moved_bytes_per_parameter"], ".2f"),
+        _number(row["state_bytes_per_parameter"], ".3f"),
+        _number(None if extra is None else extra / 2**20, ".1f"),
+        str(row["rounds"]),
+    ]
+
+
+def table(case: dict[str, Any]) -> str:
+    """The rows of a case as a table, and below it who was skipped and why."""
+    several = any(row["batch"] > 0 for row in case["rows"])
+    lines, notes = [], []
+    for row in case["rows"]:
+        label = f"{row['label']} (batch {row['batch'] + 1})" if several else row["label"]
+        if "skipped" in row:
+            notes.append(f"skipped: {label}: {row['skipped']}")
+        else:
+            lines.append(_cells(row, label))
+    return "\n".join([format_table(_HEADERS, lines), *notes])
+
+
+def _drawn(row: dict[str, Any]) -> bool:
+    repeated = row["name"] == BASELINE and row["batch"] > 0
+    return "skipped" not in row and row["name"] not in MEMORY_JOBS and not repeated
+
+
+def draw(cases: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
+    """Draws bars of step times, one panel for each case, to the PNG file `path`."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    bars_of = [[row for row in case["rows"] if _drawn(row)] for case in cases]
+    heights = [len(rows) + 2.5 for rows in bars_of]  # the title and the axis take a few bars' room
+    figure, panels = pyplot.subplots(
+        len(cases),
+        1,
+        figsize=(9, 0.6 + 0.3 * sum(heights)),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
+    )
+    for panel, case, rows in zip(panels[:, 0], cases, bars_of, strict=True):
+        ours = [CONTENDERS[row["name"]].package == "torchao8" for row in rows]
+        colors = ["tab:blue" if own else "tab:gray" for own in ours]
+        labels = [row["label"] for row in rows]
+        times = [row["ms"] for row in rows]
+        bars = panel.barh(labels, times, color=colors)
+        notes = [f" {_ms(row['ms'])} ms ({_number(row['speedup'], '.2f')}x)" for row in rows]
+        panel.bar_label(bars, notes, fontsize=8)
+        panel.set_xscale("log")
+        low, high = min(times) / 3, max(times)
+        panel.set_xlim(low, high * (high / low) ** 0.3)  # room for the notes
+        panel.invert_yaxis()
+        panel.set_title(title(case), fontsize=10)
+        panel.tick_params(labelsize=8)
+    panels[-1, 0].set_xlabel(
+        "ms per step, log scale (in brackets: speed-up over torch.optim.AdamW(fused=True))"
+    )
+    figure.suptitle(f"AdamW step, {machine['cpu']}, {machine['threads']} threads", fontsize=11)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,207 @@
+"""Quantization error of 8-bit codecs: dynamic against linear map, blockwise against tensor-wise.
+
+The table has the form of the one in "8-bit Optimizers via Block-wise Quantization" (Dettmers et
+al., 2022): mean absolute and relative error of a tensor quantized and dequantized once. The data
+are normal (signed maps), normal with a few outliers (what blocks are for) and the second moment of
+Adam after 50 steps (unsigned maps). The last table is of Adam's update m / sqrt(v) when both
+moments are quantized.
+
+The rows "dynamic" with blocks run `torchao8.quantize_blockwise` and
+`torchao8.dequantize_blockwise`; every other row is plain PyTorch in this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common import RESULTS, describe_machine, format_table, versions, write_results
+from torch import Tensor
+
+import torchao8
+
+Codec = Callable[[Tensor, bool], Tensor]  # (x, signed) -> x quantized and dequantized
+
+
+def linear_map(signed: bool) -> Tensor:
+    """256 (255 if signed) equally spaced values from -1 (or 0) to 1, zero among them; float32."""
+    if signed:
+        return torch.arange(-127, 128, dtype=torch.float32) / 127
+    return torch.arange(256, dtype=torch.float32) / 255
+
+
+def nearest(y: Tensor, codebook: Tensor) -> Tensor:
+    """The value of an ascending `codebook` nearest to each element of `y`."""
+    midpoints = (codebook[1:].double() + codebook[:-1].double()) / 2
+    return codebook[torch.searchsorted(midpoints.float(), y)]
+
+
+def absmax_codec(make_map: Callable[[bool], Tensor], block_size: int | None) -> Codec:
+    """Rounds x / absmax to the nearest value of a map; absmax of blocks, or of the whole tensor."""
+
+    def codec(x: Tensor, signed: bool) -> Tensor:
+        blocks = x.reshape(-1, block_size or x.numel())
+        absmax = blocks.abs().amax(dim=1, keepdim=True)
+        return (nearest(blocks / absmax, make_map(signed)) * absmax).reshape(x.shape)
+
+    return codec
+
+
+def torchao8_codec(block_size: int) -> Codec:
+    """What torchao8's optimizers store: the dynamic map, and a scale with the extreme's sign."""
+
+    def codec(x: Tensor, signed: bool) -> Tensor:
+        codes, scale = torchao8.quantize_blockwise(x, block_size=block_size, signed=signed)
+        return torchao8.dequantize_blockwise(codes, scale, block_size=block_size, signed=signed)
+
+    return codec
+
+
+@dataclass(frozen=True)
+class Row:
+    """A codec under test: its map, and what shares one scale."""
+
+    map_name: str
+    scope: str
+    codec: Codec
+
+
+def codecs(block_sizes: list[int]) -> list[Row]:
+    """The codecs to compare, the crudest first."""
+    rows = [
+        Row("linear", "tensor", absmax_codec(linear_map, None)),
+        Row("dynamic", "tensor", absmax_codec(torchao8.dynamic_map, None)),
+    ]
+    for size in block_sizes:
+        rows += [
+            Row("linear", f"blocks of {size}", absmax_codec(linear_map, size)),
+            Row(
+                "dynamic, positive scale",
+                f"blocks of {size}",
+                absmax_codec(torchao8.dynamic_map, size),
+            ),
+            Row("dynamic", f"blocks of {size}", torchao8_codec(size)),
+        ]
+    return rows
+
+
+def _with_outliers(x: Tensor, generator: torch.Generator) -> Tensor:
+    """`x` with one element in 10,000, drawn at random, made 100 times as large."""
+    chosen = torch.rand(x.shape, generator=generator) < 1e-4
+    return torch.where(chosen, x * 100, x)
+
+
+def error_of_values(x: Tensor, signed: bool, codec: Codec) -> dict[str, float]:
+    """Mean |q - x|; mean and median of |q - x| / |x|; share rounded to zero (of x != 0)."""
+    stored = codec(x, signed)
+    error = (stored.double() - x).abs()
+    live = x != 0
+    relative = error[live] / x[live].double().abs()
+    return {
+        "mean_absolute_error": error.mean().item(),
+        "mean_relative_error": relative.mean().item(),
+        "median_relative_error": relative.median().item(),
+        "share_rounded_to_zero": (stored[live] == 0).double().mean().item(),
+    }
+
+
+def error_of_update(m: Tensor, v: Tensor, codec: Codec, eps: float = 1e-8) -> dict[str, float]:
+    """Error of u = m / (sqrt(v) + eps) from quantized moments: mean, median, largest |u' - u|."""
+    exact = m.double() / (v.double().sqrt() + eps)
+    stored = codec(m, True).double() / (codec(v, False).double().sqrt() + eps)
+    error = (stored - exact).abs()
+    return {
+        "mean_absolute_error": error.mean().item(),
+        "median_absolute_error": error.median().item(),
+        "largest_absolute_error": error.max().item(),
+    }
+
+
+def adam_moments(elements: int, steps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Adam's (m, v), bias-corrected, after `steps` steps of made-up gradients (beta2 = 0.99).
+
+    Gradients are normal. Their standard deviation is a factor of the row (of 2048 elements) times
+    a factor of the column, both log-normal, since in a network's weights both differ by decades.
+    """
+    rows = torch.exp(2 * torch.randn(elements // 2048, 1, generator=generator))
+    columns = torch.exp(torch.randn(2048, generator=generator))
+    m, v = torch.zeros(elements // 2048, 2048), torch.zeros(elements // 2048, 2048)
+    for _ in range(steps):
+        gradient = torch.randn(m.shape, generator=generator) * rows * columns
+        m.lerp_(gradient, 1 - 0.9)
+        v.lerp_(gradient.square(), 1 - 0.99)
+    return (m / (1 - 0.9**steps)).flatten(), (v / (1 - 0.99**steps)).flatten()
+
+
+def measure(elements: int, block_sizes: list[int], seed: int) -> list[dict[str, Any]]:
+    """The tables: a list of {"data", "errors": [{"map", "scope", ...}]}."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(elements, generator=generator)
+    m, v = adam_moments(elements, 50, generator)
+    values = [
+        ("normal", normal, True),
+        ("normal, 1 in 10,000 is 100 times as large", _with_outliers(normal, generator), True),
+        ("second moment v", v, False),
+    ]
+    rows = codecs(block_sizes)
+    tables: list[dict[str, Any]] = []
+    for name, x, signed in values:
+        errors = [
+            {"map": row.map_name, "scope": row.scope, **error_of_values(x, signed, row.codec)}
+            for row in rows
+        ]
+        tables.append({"data": name, "errors": errors})
+    errors = [
+        {"map": row.map_name, "scope": row.scope, **error_of_update(m, v, row.codec)}
+        for row in rows
+    ]
+    tables.append({"data": "update m / sqrt(v)", "errors": errors})
+    return tables
+
+
+def table(errors: list[dict[str, Any]]) -> str:
+    """The errors of one kind of data as a table for people."""
+    names = [name for name in errors[0] if name not in ("map", "scope")]
+    headers = ["map", "scale of", *(name.replace("_", " ") for name in names)]
+    lines = [[row["map"], row["scope"], *(f"{row[name]:.3g}" for name in names)] for row in errors]
+    return format_table(headers, lines, left=2)
+
+
+def _parse(argv: Iterable[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--elements", type=int, default=1 << 22, help="elements of each tensor (2^22)")
+    add("--block-sizes", type=int, nargs="+", default=[64, 256, 2048], help="(64 256 2048)")
+    add("--seed", type=int, default=0, help="of the random data (0)")
+    add("--name", default="codec-error", help="name of the result file (codec-error)")
+    add("--out", type=Path, default=RESULTS, help="folder of the result file")
+    args = parser.parse_args(argv)
+    if args.elements < 2048 or args.elements % 2048:
+        parser.error(f"--elements: must be a multiple of 2048, got {args.elements}")
+    return args
+
+
+def main(argv: Iterable[str] | None = None) -> None:
+    """Runs the benchmark with the command line `argv` (of the process if None)."""
+    args = _parse(argv)
+    tables = measure(args.elements, args.block_sizes, args.seed)
+    for one in tables:
+        print(f"\n{one['data']}, {args.elements:,} elements\n{table(one['errors'])}")
+    record = {
+        "device": describe_machine(torch.get_num_threads()),
+        "versions": versions(["torchao8"]),
+        "elements": args.elements,
+        "seed": args.seed,
+        "tables": tables,
+    }
+    print(f"\nwrote {write_results(args.name, record, args.out)}")
+
+
+if __name__ == "__main__":
+    main()
