@@ -56,22 +56,28 @@ float rounds_up_from(float below, float above) {
   return x;
 }
 
-void build_nearest(uint32_t* words, const float* map, bool is_signed) {
-  const uint32_t zero = is_signed ? kZeroCodeSigned : kZeroCodeUnsigned;
-  uint32_t code = is_signed ? zero : 1;  // a second moment is never rounded to zero
+// Words for the codes from `code` to `last`.
+void build_words(uint32_t* words, uint32_t first_cell, const float* map, uint32_t code,
+                 uint32_t last) {
   for (uint32_t cell = 0; cell < kCells; cell++) {
-    uint32_t low = 0x10000;  // no midpoint in this cell
     const uint32_t start_code = code;
-    if (code < 255) {
+    uint32_t low = 0x10000;  // no midpoint in this cell
+    if (code < last) {
       const uint32_t up = float_bits(rounds_up_from(map[code], map[code + 1]));
       if (up >> 16 == cell) {
         low = up & 0xffff;
         code++;
       }
     }
-    words[cell] = (start_code << 16) + 0x10000 - low - (cell << 16);
-    words[kNegativeCells + cell] = words[cell] - (kNegativeCells << 16);
+    words[first_cell + cell] = (start_code << 16) + 0x10000 - low - ((first_cell + cell) << 16);
   }
+}
+
+void build_nearest(uint32_t* words, const float* map, bool is_signed) {
+  // A second moment is never rounded to zero.
+  const uint32_t lowest = is_signed ? kZeroCodeSigned : 1;
+  build_words(words, 0, map, lowest, 255);
+  if (is_signed) build_words(words, kNegativeCells, map, lowest, 254);
 }
 
 struct Point {

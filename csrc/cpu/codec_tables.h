@@ -19,8 +19,8 @@ struct DecodeLines {
 // the cell's word is such that (word + bits(y)) >> 16 has the code in its low byte:
 //     word = (code at the cell's start << 16) + 65536 - (low bits of the midpoint) - (cell << 16).
 // The thresholds are exact: the first float at or above the real midpoint of two codebook values
-// gets the upper code. Cells of a negative y give the code of |y|; its own code is 254 minus that,
-// and 0 where that is -1 (there is no -1.0). The unsigned table never gives 0.
+// gets the upper code. Cells of a negative y give what its code is short of 254: the code of |y|,
+// but 254 at the most (there is no -1.0). The unsigned table never gives 0.
 constexpr uint32_t kCells = 0x3f81;          // [1.0, 1.0078) is the last one
 constexpr uint32_t kNegativeCells = 0x8000;  // where those of a negative y begin
 
@@ -30,8 +30,8 @@ constexpr uint32_t kNegativeCells = 0x8000;  // where those of a negative y begi
 // two lines holds. Class 7 is the gap between the last decade and 1.0.
 //     position = min(fma(y, gap_a[d], gap_b[d]), fma(y, a[d], b[d])) = code - 1
 struct PositionLines {
-  alignas(
-      64) float start[9];  // the class's first value: the last code of the decade below; infinity
+  // The class's first value, the last code of the decade below; and infinity.
+  alignas(64) float start[9];
   alignas(32) float gap_a[8], gap_b[8], a[8], b[8];
   // A smaller y counts as this, the first float whose position is not below that of code 1: a
   // second moment is never rounded to zero.

@@ -41,13 +41,19 @@ TORCHAO8_HD F from_bits(__m256i a) {
   return _mm256_castsi256_ps(a);
 }
 
-// Eight 32-bit numbers to the low halves, or to bytes, with saturation.
-TORCHAO8_HD __m128i pack16(__m256i x) {
-  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(x, x), 0x08));
+// The high halves of eight dwords, and the bytes of eight numbers below 256.
+TORCHAO8_HD void store_high_halves(void* to, __m256i x) {
+  const __m256i order = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1));
+  x = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(x, order), 0x08);
+  _mm_storeu_si128(static_cast<__m128i*>(to), _mm256_castsi256_si128(x));
 }
 TORCHAO8_HD void store_bytes(uint8_t* to, __m256i x) {
-  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
+  const __m256i order = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
+  x = _mm256_shuffle_epi8(x, order);
+  x = _mm256_permutevar8x32_epi32(x, _mm256_setr_epi32(0, 4, 1, 1, 1, 1, 1, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(x));
 }
 
 TORCHAO8_HD F load(const float* x) {
@@ -68,13 +74,13 @@ TORCHAO8_HD void store(BFloat16* x, F v) {
   const __m256i quiet = _mm256_or_si256(bits(v), _mm256_set1_epi32(0x400000));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v.x, v.x, _CMP_UNORD_Q));
   const __m256i r = _mm256_blendv_epi8(round_to_bfloat16(bits(v)), quiet, nan);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(x), pack16(_mm256_srli_epi32(r, 16)));
+  store_high_halves(x, r);
 }
 // For values that are not NaN, or one that came from memory as bfloat16, which rounding leaves
 // alone.
 TORCHAO8_HD void store_quiet(BFloat16* x, F v) {
   const __m256i r = round_to_bfloat16(bits(v));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(x), pack16(_mm256_srli_epi32(r, 16)));
+  store_high_halves(x, r);
 }
 TORCHAO8_HD void store_quiet(float* x, F v) {
   store(x, v);
@@ -165,7 +171,7 @@ struct NearestEncoder {
     const __m256i cell = _mm256_srli_epi32(bits(y), 16);
     const __m256i word = _mm256_i32gather_epi32(reinterpret_cast<const int*>(words), cell, 4);
     __m256i code = _mm256_srli_epi32(_mm256_add_epi32(word, bits(y)), 16);
-    if constexpr (kSigned) {  // 254 - code where negative; -1 saturates to 0
+    if constexpr (kSigned) {  // 254 - code where negative
       const __m256i negative = _mm256_srai_epi32(bits(y), 31);
       code = _mm256_xor_si256(code, negative);
       code = _mm256_add_epi32(code, _mm256_srli_epi32(negative, 24));

@@ -194,10 +194,10 @@ struct NearestEncoder {
     const __m512i sum = _mm512_add_epi32(word, bits(y));
     const __m512i order = load_order(kThirdBytes);
     __m128i packed;
-    if constexpr (kSigned) {  // 254 - code where negative; -1 saturates to 0
+    if constexpr (kSigned) {
       packed = _mm512_castsi512_si128(_mm512_permutexvar_epi8(order, sum));
-      packed = _mm_mask_subs_epu8(packed, _mm512_movepi32_mask(bits(y)), _mm_set1_epi8(char(254)),
-                                  packed);
+      const __mmask16 negative = _mm512_movepi32_mask(bits(y));
+      packed = _mm_mask_sub_epi8(packed, negative, _mm_set1_epi8(char(254)), packed);
     } else {
       const __mmask16 nonzero = _mm512_test_epi32_mask(bits(x), bits(x));
       packed = _mm512_castsi512_si128(_mm512_maskz_permutexvar_epi8(nonzero, order, sum));

@@ -80,8 +80,7 @@ struct NearestEncoder {
     const float y = x * inverse;
     const uint32_t u = float_bits(y), code = ((words[u >> 16] + u) >> 16) & 255;
     if constexpr (kSigned) {
-      const bool negative = u >> 31;
-      *codes = uint8_t(!negative ? code : code < 254 ? 254 - code : 0);
+      *codes = uint8_t(u >> 31 ? 254 - code : code);
     } else {
       *codes = x == 0.0f ? kZeroCodeUnsigned : uint8_t(code);
     }
