@@ -44,6 +44,9 @@ float quantize_block(const CodecTables& tables, const float* x, int n, uint8_t* 
     encode(load(tail) * F(factor), inverse, tail_codes);
     std::memcpy(codes + i, tail_codes, size_t(n - i));
   }
+  if (!kSigned && factor != 1.0f) {  // the factor takes the smallest numbers to zero; none may be
+    for (i = 0; i < n; i++) codes[i] = x[i] > 0.0f && codes[i] == 0 ? 1 : codes[i];
+  }
   return extreme;
 }
 
