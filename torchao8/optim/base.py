@@ -79,6 +79,7 @@ class LowPrecisionOptimizer(Optimizer):
         defaults = _plain_hints({**fixed, **options})
         self._check_options(defaults)
         super().__init__(params, defaults)
+        _run_when_traced(type(self)._init_states)
         self._step_supports_amp_scaling = bool(defaults["fused"])
 
     # -- what a subclass defines ---------------------------------------------------------------
@@ -193,13 +194,12 @@ class LowPrecisionOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.compiler.is_compiling():
+            self._init_states()  # at trace time: the traced step finds every state in place
         calls = []
         for group in self.param_groups:
-            rows32: list[Tensor] = []
-            rows8: list[Tensor] = []
-            self._init_group(group, rows32, rows8)
             lr = _lr_tensor(group["lr"])
-            calls += [(group, lr, bucket) for bucket in self._buckets(group, rows32, rows8)]
+            calls += [(group, lr, bucket) for bucket in self._buckets(group)]
         # Only now: what is refused in one group leaves all of them as they were.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for group, lr, bucket in calls:
@@ -209,15 +209,14 @@ class LowPrecisionOptimizer(Optimizer):
             )
         return loss
 
-    def _init_group(self, group: Group, rows32: list[Tensor], rows8: list[Tensor]) -> None:
-        """Appends a row for each parameter with a gradient: (param, grad, step, states...).
-
-        torch.compile runs the method of this name as it is while it traces a step, and then puts
-        into the two lists what it found there, with the guards it needs. That is why they are flat
-        lists of tensors, and why the rows of the two state formats are kept apart.
-        """
-        keys32, keys8 = self._row_keys(group)
-        first_codes = keys8[1] if len(keys8) > 1 else None
+    def _buckets(self, group: Group) -> list[Bucket]:
+        """Sorts the parameters with a gradient, their gradients and states into op calls."""
+        names = [state.name for state in self._states(group)]
+        codes, scales = [f"{name}_codes" for name in names], [f"{name}_scale" for name in names]
+        keys32, keys8 = ["step", *names], ["step", *codes, *scales]
+        first_codes = codes[0] if codes else None
+        # Of each kind of bucket its parameters, one after the other: p, p.grad, step, states...
+        kinds: dict[Any, list[Tensor]] = {}
         for p in group["params"]:
             grad, state = p.grad, self.state.get(p)
             if not state:
@@ -227,43 +226,16 @@ class LowPrecisionOptimizer(Optimizer):
                 state = self.state[p]
             if grad is None:
                 continue
-            if grad.layout is not torch.strided:
+            if grad.layout is not torch.strided or grad.dtype not in PARAM_DTYPES:
                 check_grad(self, p)
-            rows, keys = (rows8, keys8) if first_codes in state else (rows32, keys32)
-            rows.append(p)
-            rows.append(grad)
+            quantized = first_codes in state
+            tensors = kinds.setdefault((quantized, p.device, p.dtype, grad.dtype), [])
+            tensors += (p, grad)
             try:
-                rows.extend([state[key] for key in keys])
+                tensors += [state[key] for key in (keys8 if quantized else keys32)]
             except KeyError:
-                raise RuntimeError(
-                    f"{type(self).__name__}: state of {describe(self, p)}: expected the keys "
-                    f"{keys}, got {list(state)}. An option that decides which state there is, "
-                    "such as amsgrad, must be set before the first step."
-                ) from None
-
-    def _row_keys(self, group: Group) -> tuple[list[str], list[str]]:
-        """The keys of a row after its parameter and gradient, in 32 and in 8 bits."""
-        names = [state.name for state in self._states(group)]
-        codes, scales = [f"{name}_codes" for name in names], [f"{name}_scale" for name in names]
-        return ["step", *names], ["step", *codes, *scales]
-
-    def _buckets(self, group: Group, rows32: list[Tensor], rows8: list[Tensor]) -> list[Bucket]:
-        """Splits the rows by device and dtypes, and turns each part into a list for each column."""
-        names = [state.name for state in self._states(group)]
-        buckets = []
-        for columns in _split(rows32, 3 + len(names)):
-            values = dict(zip(names, columns[3:], strict=True))
-            buckets.append(
-                Bucket(columns[0], columns[1], columns[2], values, {name: [] for name in names})
-            )
-        for columns in _split(rows8, 3 + 2 * len(names)):
-            values = dict(zip(names, columns[3 : 3 + len(names)], strict=True))
-            scales = dict(zip(names, columns[3 + len(names) :], strict=True))
-            buckets.append(Bucket(columns[0], columns[1], columns[2], values, scales))
-        for bucket in buckets:
-            if bucket.grads[0].dtype not in PARAM_DTYPES:
-                check_grad(self, bucket.params[0])
-        return buckets
+                raise RuntimeError(_keys_message(self, p, keys8 if quantized else keys32)) from None
+        return [_bucket(names, kind[0], tensors) for kind, tensors in kinds.items()]
 
     # -- checkpoints and copies ----------------------------------------------------------------
 
@@ -292,6 +264,7 @@ class LowPrecisionOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         unseal(state["state"])
         super().__setstate__(state)
+        _run_when_traced(type(self)._init_states)
         self.__dict__.setdefault("_step_supports_amp_scaling", bool(self.defaults["fused"]))
 
 
@@ -314,6 +287,17 @@ def _seal_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[s
                 state[saved_id] = seal(index, layout, state[saved_id])
             index += 1
     return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _run_when_traced(method: Callable[..., None]) -> None:
+    """Has torch.compile run the method as it is, once, when it traces a call of it.
+
+    ``torch.optim`` calls its method for this ``_init_group``, a name that torch.compile knows. But
+    it refuses to run that one where the gradients come from the same graph, in a whole train step.
+    Not a decorator: torch.compiler loads the compiler, as making an optimizer does but importing
+    one should not.
+    """
+    torch.compiler.assume_constant_result(method)
 
 
 def _plain_hints(options: Group) -> Group:
@@ -339,13 +323,24 @@ def _to_device(value: Tensor | None, device: torch.device) -> Tensor | None:
     return value if value is None else value.to(device)
 
 
-def _split(rows: list[Tensor], width: int) -> list[list[list[Tensor]]]:
-    """The columns of rows of ``width`` tensors, for each device and dtypes of the first two."""
-    params, grads = rows[0::width], rows[1::width]
-    kinds: list[Any] = [(p.device, p.dtype, g.dtype) for p, g in zip(params, grads, strict=True)]
-    if kinds.count(kinds[0] if kinds else None) == len(kinds):
-        return [[rows[i::width] for i in range(width)]] if kinds else []
-    parts: dict[Any, list[Tensor]] = {}
-    for i, kind in enumerate(kinds):
-        parts.setdefault(kind, []).extend(rows[i * width : (i + 1) * width])
-    return [[part[i::width] for i in range(width)] for part in parts.values()]
+def _bucket(names: list[str], quantized: bool, tensors: list[Tensor]) -> Bucket:
+    """Turns one parameter after the other into one list for each thing of a parameter."""
+    width = 3 + len(names) * (2 if quantized else 1)
+    columns = [tensors[i::width] for i in range(width)]
+    states = columns[3 : 3 + len(names)]
+    scales = columns[3 + len(names) :] if quantized else [[] for _ in names]
+    return Bucket(
+        columns[0],
+        columns[1],
+        columns[2],
+        dict(zip(names, states, strict=True)),
+        dict(zip(names, scales, strict=True)),
+    )
+
+
+def _keys_message(optimizer: Optimizer, p: Tensor, keys: list[str]) -> str:
+    return (
+        f"{type(optimizer).__name__}: state of {describe(optimizer, p)}: expected the keys {keys}, "
+        f"got {list(optimizer.state[p])}. An option that decides which state there is, such as "
+        "amsgrad, must be set before the first step."
+    )

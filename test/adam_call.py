@@ -1,0 +1,157 @@
+"""Calls of the op adam_step_, as dictionaries of its arguments: made, copied, run, compared."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import reference
+import torch
+from helpers import bits
+from torch import Tensor
+
+import torchao8
+
+Call = dict[str, Any]
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+STATE_LISTS = tuple(f"{name}{part}" for name in MOMENTS for part in ("s", "_scales"))
+CHANGED = ("params", "steps", *STATE_LISTS)
+
+# Rows around a block, a vector, short rows, one element, a scalar, nothing.
+SHAPES = [(3, 300), (700,), (2, 3, 70), (5, 17), (1,), (), (2, 260), (0, 4), (300, 1)]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = [(p, g) for p in FLOATS for g in FLOATS if p == g or torch.float32 in (p, g)]
+
+DEFAULTS: dict[str, Any] = {
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "decoupled_weight_decay": True,
+    "maximize": False,
+    "block_size": 256,
+    "stochastic_rounding": True,
+    "seed": 0,
+    "shard_offsets": [],
+    "shard_row_strides": [],
+}
+
+
+def is_signed(name: str) -> bool:
+    return name == "exp_avg"
+
+
+def new_call(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    *,
+    state_bits: int = 8,
+    amsgrad: bool = False,
+    step: int | Sequence[int] = 0,
+    lr: float = 0.01,
+    lr_dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> Call:
+    """Arguments with the state of parameters that have not been stepped, whatever ``step`` says."""
+    assert set(options) <= set(DEFAULTS) | {"grad_scale", "found_inf"}, options
+    options = {**DEFAULTS, "grad_scale": None, "found_inf": None, **options}
+    steps = [step] * len(params) if isinstance(step, int) else step
+    call: Call = {
+        "params": list(params),
+        "grads": list(grads),
+        "steps": [torch.tensor(float(s)) for s in steps],
+        "lr": torch.tensor(lr, dtype=lr_dtype),
+        **{name: [] for name in STATE_LISTS},
+        **options,
+    }
+    for name in MOMENTS[: 3 if amsgrad else 2]:
+        for p in params:
+            if state_bits == 32:
+                call[f"{name}s"].append(torch.zeros(p.shape))
+                continue
+            zero = 127 if is_signed(name) else 0
+            call[f"{name}s"].append(torch.full(p.shape, zero, dtype=torch.uint8))
+            shape = reference.scale_shape(tuple(p.shape), options["block_size"])
+            call[f"{name}_scales"].append(torch.zeros(shape))
+    return call
+
+
+def set_moment(call: Call, name: str, index: int, value: Tensor) -> None:
+    """Stores a moment, in the format of the call."""
+    if not call[f"{name}_scales"]:
+        call[f"{name}s"][index].copy_(value)
+        return
+    codes, scale = torchao8.quantize_blockwise(
+        value, block_size=call["block_size"], signed=is_signed(name)
+    )
+    call[f"{name}s"][index].copy_(codes)
+    call[f"{name}_scales"][index].copy_(scale)
+
+
+def moment(call: Call, name: str, index: int) -> Tensor:
+    """A stored moment, exactly, in float64."""
+    if not call[f"{name}_scales"]:
+        return call[f"{name}s"][index].double()
+    codes, scale = call[f"{name}s"][index], call[f"{name}_scales"][index]
+    values = torchao8.dynamic_map(is_signed(name)).double()[codes.long()]
+    return values * reference.expand_scale(scale.double(), tuple(codes.shape), call["block_size"])
+
+
+def live_state(call: Call, seed: int = 0) -> Call:
+    """Gives a call the moments of a run that has lasted: v of many magnitudes, |m| < sqrt(v)."""
+    generator = torch.Generator().manual_seed(seed)
+    for i, p in enumerate(call["params"]):
+        root = 10.0 ** (-3 * torch.rand(p.shape, generator=generator))
+        set_moment(call, "exp_avg", i, root * (2 * torch.rand(p.shape, generator=generator) - 1))
+        set_moment(call, "exp_avg_sq", i, root**2)
+        if call["max_exp_avg_sqs"]:
+            larger = root**2 * (0.5 + torch.rand(p.shape, generator=generator))
+            set_moment(call, "max_exp_avg_sq", i, larger)
+    return call
+
+
+def tensors(
+    dtype: torch.dtype = torch.float32, shapes: Sequence[tuple[int, ...]] = SHAPES
+) -> list[Tensor]:
+    """Numbers of three decades, one in 16 of them zero."""
+    values = [torch.randn(s) * 10.0 ** (-3 * torch.rand(s)) for s in shapes]
+    return [x.where(torch.rand(x.shape) > 1 / 16, 0.0).to(dtype) for x in values]
+
+
+def sample_call(
+    dtype: torch.dtype = torch.float32, grad_dtype: torch.dtype | None = None, **options: Any
+) -> Call:
+    """Tensors of all shapes, in the middle of a run, each at another step."""
+    grads = tensors(grad_dtype or dtype)
+    steps = [0, 1, 5, 10, 100, 1000, 3, 2, 40]
+    return live_state(new_call(tensors(dtype), grads, step=steps, **options))
+
+
+def copy_call(call: Call) -> Call:
+    """A deep copy; strides, gaps and overlaps of the tensors stay."""
+    return copy.deepcopy(call)
+
+
+def run(call: Call) -> Call:
+    torch.ops.torchao8.adam_step_(**call)
+    return call
+
+
+def one_by_one(call: Call) -> list[Call]:
+    """A call for each parameter, on the same tensors."""
+    lists = [name for name, value in call.items() if isinstance(value, list)]
+    return [
+        {**call, **{name: call[name][i : i + 1] for name in lists}}
+        for i in range(len(call["params"]))
+    ]
+
+
+def call_bits(call: Call) -> dict[str, list[bytes]]:
+    """The bytes of everything that a step may change."""
+    return {name: [bits(t) for t in call[name]] for name in CHANGED}
+
+
+def assert_same_bits(a: Call, b: Call) -> None:
+    left, right = call_bits(a), call_bits(b)
+    for name in CHANGED:
+        assert left[name] == right[name], name

@@ -1,0 +1,85 @@
+"""Parameters, gradients, and comparisons of bits that several tests share."""
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+# With min_8bit_size=100, the first five are quantized, in rows of 300, 70, 700 (a vector), 45 and
+# 400 elements; the others keep 32 bits: too small, rows too short, a scalar.
+SHAPES = ((3, 300), (40, 70), (700,), (4, 6, 9, 5), (2, 3, 400), (5,), (300, 3), ())
+SMALL = 100
+
+
+def make_params(
+    dtype: torch.dtype = torch.float32,
+    shapes: Iterable[Sequence[int]] = SHAPES,
+    seed: int = 0,
+) -> list[torch.nn.Parameter]:
+    """The same parameters at every call with the same arguments."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
+
+
+def set_grads(
+    params: Iterable[Tensor], seed: int, dtype: torch.dtype | None = None, scale: float = 1.0
+) -> None:
+    """Gradients that depend on the seed alone, of magnitudes from 1e-3 to 1 times ``scale``."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    for p in params:
+        magnitude = 10.0 ** -(3 * torch.rand(p.shape, generator=generator))
+        grad = scale * magnitude * torch.randn(p.shape, generator=generator)
+        if dtype is not None and dtype != p.dtype:
+            p.grad_dtype = None
+        p.grad = grad.to(dtype or p.dtype)
+
+
+def train(
+    optimizer: Optimizer, params: Iterable[Tensor], steps: Iterable[int], **grad_options: Any
+) -> None:
+    """Steps with the gradients of the given seeds."""
+    params = list(params)
+    for seed in steps:
+        set_grads(params, seed, **grad_options)
+        optimizer.step()
+
+
+def bits(tensor: Tensor) -> bytes:
+    """The bytes of the elements, whatever the strides; NaNs compare as the bits that they are."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _is_dense(grad: Tensor | None) -> bool:
+    return grad is not None and grad.layout is torch.strided
+
+
+def all_bits(optimizer: Optimizer) -> dict[str, Any]:
+    """Everything a step could change: parameters, gradients, states, options."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return {
+        "params": [bits(p) for p in params],
+        "grads": [bits(p.grad) if _is_dense(p.grad) else None for p in params],
+        "states": [
+            {k: (v.dtype, v.shape, bits(v)) for k, v in optimizer.state.get(p, {}).items()}
+            for p in params
+        ],
+        "options": [
+            {k: str(v) for k, v in group.items() if k != "params"}
+            for group in optimizer.param_groups
+        ],
+    }
+
+
+def assert_same_training(a: Optimizer, b: Optimizer) -> None:
+    """Parameters and states of two optimizers have the same bits."""
+    left, right = all_bits(a), all_bits(b)
+    assert left["params"] == right["params"]
+    assert left["states"] == right["states"]
+
+
+def report(lines: Iterable[str]) -> str:
+    """Messages as a text of a width that fits in here."""
+    return "\n".join(textwrap.fill(line, 94, subsequent_indent="    ") for line in lines)

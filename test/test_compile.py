@@ -1,0 +1,361 @@
+"""torch.compile: one graph, traced once, that writes to the parameters and states themselves."""
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import SHAPES, SMALL, all_bits, assert_same_training, make_params, set_grads
+from optim_table import OptimizerCase, every_optimizer
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
+from torch.optim import Optimizer
+
+pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated"),  # torch's own
+]
+
+
+class Compiled:
+    """A compiled function that counts the graphs it was compiled to, so far.
+
+    How often it is traced, and what is traced, does not depend on the backend, and "aot_eager" is
+    the quick one.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], backend: str = "aot_eager", **options: Any
+    ) -> None:
+        self.counter = CompileCounterWithBackend(backend)
+        self.function = torch.compile(function, backend=self.counter, **options)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    @property
+    def graphs(self) -> int:
+        return self.counter.frame_count
+
+
+def compiled_and_eager(
+    case: OptimizerCase, dynamic: bool | None = None, backend: str = "aot_eager", **options: Any
+) -> tuple[Optimizer, Optimizer, Compiled]:
+    """Two optimizers of the same parameters, with 8-bit and 32-bit states, and the first's step."""
+    options = {"min_8bit_size": SMALL, "weight_decay": 0.1, **options}
+    pair = [case.cls(make_params(), **copy.deepcopy(options)) for _ in range(2)]
+    return *pair, Compiled(pair[0].step, backend, fullgraph=True, dynamic=dynamic)
+
+
+def params_of(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def both_step(
+    compiled: Optimizer, eager: Optimizer, step: Compiled, seed: int, skip: int = 0
+) -> None:
+    """The same gradients for both, none for the first ``skip`` parameters."""
+    for optimizer in (compiled, eager):
+        set_grads(params_of(optimizer)[skip:], seed)
+    step()
+    eager.step()
+    assert_same_training(compiled, eager)
+
+
+@every_optimizer()
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+def test_one_graph_and_the_bits_of_eager(
+    case: OptimizerCase, dynamic: bool | None, backend: str
+) -> None:
+    """From the very first step, which makes the states; compiled once."""
+    compiled, eager, step = compiled_and_eager(case, dynamic, backend)
+    both_step(compiled, eager, step, 0)
+    graphs = step.graphs
+    assert graphs == 1 or dynamic  # dynamic=True starts again once it has met a float it must keep
+    for seed in range(1, 4):
+        both_step(compiled, eager, step, seed)
+    assert step.graphs == graphs
+
+
+@every_optimizer()
+@pytest.mark.parametrize(
+    "options",
+    [{"amsgrad": True}, {"maximize": True, "state_rounding": "nearest"}, {"seed": 5}],
+    ids=str,
+)
+def test_options(case: OptimizerCase, options: dict[str, Any]) -> None:
+    compiled, eager, step = compiled_and_eager(case, **options)
+    for seed in range(3):
+        both_step(compiled, eager, step, seed)
+    assert step.graphs == 1
+
+
+@every_optimizer()
+@pytest.mark.parametrize("lr", ["tensor", "number"])
+def test_generated_code_has_no_clone(case: OptimizerCase, lr: str) -> None:
+    """The ops get the inputs of the graph: nothing is allocated, copied or written back but for the
+    one number that a float lr becomes."""
+    params = make_params() + make_params(torch.bfloat16)
+    value = torch.tensor(0.01) if lr == "tensor" else 0.01
+    optimizer = case.cls(params, lr=value, optim_bits=8, min_8bit_size=SMALL)
+    set_grads(params, 0)
+    _, codes = run_and_get_code(torch.compile(optimizer.step, fullgraph=True))
+    (code,) = codes
+    body = code[code.index("def call(") : code.index("runner = Runner")]
+    assert body.count("torch.ops.torchao8.adam_step_.default(") == 4
+    for copying in ("clone", "copy_", "as_strided", "auto_functionalized"):
+        assert copying not in body
+    sizes = re.findall(r"empty_strided\w*\((\([^)]*\))", body)
+    assert sizes == ([] if lr == "tensor" else ["()"])
+    # Every tensor in the calls is an input of the graph; lr may be that number.
+    calls = re.findall(r"adam_step_\.default\((.*)\)", body)
+    tensors = {name for call in calls for name in re.findall(r"[\[ ]((?:arg|buf)\w+)", call)}
+    assert len(tensors) > 2 * len(params)
+    buffers = {name for name in tensors if name.startswith("buf")}
+    assert len(buffers) == len(sizes)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")
+@every_optimizer()
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_tensor_lr_never_recompiles(case: OptimizerCase, dynamic: bool | None) -> None:
+    """A scheduler writes into it after each step."""
+    compiled, eager, step = compiled_and_eager(case, dynamic, lr=torch.tensor(0.01))
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda t: 1 / (t + 1)) for o in (compiled, eager)
+    ]
+    both_step(compiled, eager, step, 0)
+    graphs = step.graphs
+    for seed in range(1, 6):
+        for schedule in schedules:
+            schedule.step()
+        both_step(compiled, eager, step, seed)
+    assert float(compiled.param_groups[0]["lr"]) == pytest.approx(0.01 / 6)
+    assert step.graphs == graphs
+
+
+def graphs_of_a_schedule(optimizer: Optimizer, dynamic: bool | None) -> int:
+    """Graphs compiled for ten steps with ten values of a float lr."""
+    torch._dynamo.reset()
+    # torch.optim breaks the graph on purpose, so fullgraph is no option for it.
+    step = Compiled(optimizer.step, dynamic=dynamic)
+    for seed in range(10):
+        optimizer.param_groups[0]["lr"] = 0.01 / (seed + 1)
+        set_grads(params_of(optimizer), seed)
+        step()
+    return step.graphs
+
+
+@every_optimizer()
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_float_lr_recompiles_no_more_than_in_torch(
+    case: OptimizerCase, dynamic: bool | None
+) -> None:
+    """Once, when torch.compile sees that it changes; and the values are the right ones."""
+    shapes = SHAPES[:2]  # torch.optim is traced op by op
+    theirs = graphs_of_a_schedule(case.torch_cls(make_params(shapes=shapes)), dynamic)
+    ours = graphs_of_a_schedule(case.cls(make_params(shapes=shapes), min_8bit_size=SMALL), dynamic)
+    assert ours <= theirs
+    assert ours <= 2
+
+    torch._dynamo.reset()
+    compiled, eager, step = compiled_and_eager(case, dynamic)
+    for seed in range(5):
+        for optimizer in (compiled, eager):
+            optimizer.param_groups[0]["lr"] = 0.01 / (seed + 1)
+        both_step(compiled, eager, step, seed)
+    assert step.graphs <= 2
+
+
+@every_optimizer()
+def test_late_first_gradient(case: OptimizerCase) -> None:
+    """One more graph when gradients come that were not there before; the states are there."""
+    compiled, eager, step = compiled_and_eager(case)
+    for seed in range(2):
+        both_step(compiled, eager, step, seed, skip=2)
+    assert step.graphs == 1
+    assert len(compiled.state) == len(params_of(compiled))
+    for seed in range(2, 4):
+        both_step(compiled, eager, step, seed)
+    assert step.graphs == 2
+    assert float(compiled.state[params_of(compiled)[0]]["step"]) == 2
+
+
+@every_optimizer()
+def test_groups_and_dtypes(case: OptimizerCase) -> None:
+    """Groups of their own options, bfloat16 parameters, and a group that comes later."""
+
+    def make() -> Optimizer:
+        groups = [
+            {"params": make_params(), "lr": 0.1, "optim_bits": 32},
+            {"params": make_params(torch.bfloat16), "weight_decay": 0.5, "amsgrad": True},
+        ]
+        return case.cls(groups, min_8bit_size=SMALL)
+
+    compiled, eager = make(), make()
+    step = Compiled(compiled.step, fullgraph=True)
+    for seed in range(2):
+        both_step(compiled, eager, step, seed)
+    assert step.graphs == 1
+    for optimizer in (compiled, eager):
+        optimizer.add_param_group({"params": make_params(seed=3), "maximize": True})
+    for seed in range(2, 4):
+        both_step(compiled, eager, step, seed)
+    assert step.graphs == 2
+
+
+@every_optimizer()
+def test_a_checkpoint_loaded_between_compiled_steps(case: OptimizerCase) -> None:
+    """The new states are stepped, not those that were traced."""
+    compiled, eager, step = compiled_and_eager(case)
+    both_step(compiled, eager, step, 0)
+    saved = copy.deepcopy(compiled.state_dict())
+    both_step(compiled, eager, step, 1)
+    compiled.load_state_dict(copy.deepcopy(saved))
+    eager.load_state_dict(copy.deepcopy(saved))
+    for seed in range(2, 4):
+        both_step(compiled, eager, step, seed)
+    assert {float(s["step"]) for s in compiled.state.values()} == {3.0}
+
+
+@every_optimizer()
+def test_closure_and_hooks(case: OptimizerCase) -> None:
+    """Hooks are traced with the step, and may count."""
+    compiled, eager, step = compiled_and_eager(case)
+    seen: list[int] = []
+    compiled.register_step_pre_hook(lambda o, args, kwargs: seen.append(1))
+    compiled.register_step_post_hook(lambda o, args, kwargs: seen.append(2))
+    for seed in range(2):
+        both_step(compiled, eager, step, seed)
+    assert seen == [1, 2, 1, 2]
+    for optimizer in (compiled, eager):
+        set_grads(params_of(optimizer), 5)
+    closure = lambda: torch.ones(()) * 3  # noqa: E731
+    assert float(Compiled(compiled.step)(closure)) == float(eager.step(closure)) == 3
+    assert_same_training(compiled, eager)
+
+
+@every_optimizer()
+def test_a_write_is_seen_by_autograd(case: OptimizerCase) -> None:
+    """Also when the step is compiled."""
+    optimizer, _, step = compiled_and_eager(case, backend="inductor")
+    params = params_of(optimizer)
+    set_grads(params, 0)
+    step()
+    stale = (params[0] ** 2).sum()
+    step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        stale.backward()
+
+
+@every_optimizer()
+def test_grad_scaler_attributes(case: OptimizerCase) -> None:
+    """grad_scale and found_inf are inputs of the graph: their values do not recompile it."""
+    compiled, eager, step = compiled_and_eager(case, fused=True)
+    for seed in range(4):
+        overflow = float(seed == 2)
+        before = all_bits(compiled)
+        for optimizer in (compiled, eager):
+            optimizer.grad_scale = torch.tensor(2.0**seed)
+            optimizer.found_inf = torch.tensor(overflow)
+        both_step(compiled, eager, step, seed)
+        after = all_bits(compiled)
+        assert (after["params"] == before["params"]) == bool(overflow)
+        assert (after["states"] == before["states"]) == bool(overflow)
+    assert step.graphs == 1
+
+
+# -- a whole train step ------------------------------------------------------------------------
+
+
+def make_model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Linear(70, 100), torch.nn.Tanh(), torch.nn.Linear(100, 5, bias=False)
+    )
+
+
+def check_train_step(
+    case: OptimizerCase,
+    lr: str,
+    make_step: Callable[[torch.nn.Module, Optimizer], Callable[[Tensor], Tensor]],
+    **options: Any,
+) -> list[int]:
+    """Five compiled train steps, each with another lr; gives the number of graphs after each.
+
+    The compiled model rounds differently, so an eager step is given the gradients of the compiled
+    one, and must have the same bits.
+    """
+
+    def make() -> tuple[torch.nn.Module, Optimizer]:
+        model = make_model()
+        value = torch.tensor(0.01) if lr == "tensor" else 0.01
+        return model, case.cls(model.parameters(), lr=value, min_8bit_size=SMALL)
+
+    model, optimizer = make()
+    other_model, other = make()
+    x = torch.randn(8, 70)
+    compiled = Compiled(make_step(model, optimizer), "inductor", **options)
+    losses, graphs = [], []
+    for i in range(5):
+        losses.append(float(compiled(x)))
+        graphs.append(compiled.graphs)
+        for p, q in zip(model.parameters(), other_model.parameters(), strict=True):
+            q.grad = p.grad
+        other.step()
+        assert_same_training(optimizer, other)
+        for group in optimizer.param_groups + other.param_groups:
+            if lr == "tensor":
+                group["lr"].fill_(0.01 / (i + 2))
+            else:
+                group["lr"] = 0.01 / (i + 2)
+    assert losses[-1] < losses[0]
+    return graphs
+
+
+@every_optimizer()
+@pytest.mark.parametrize("lr", ["tensor", "number"])
+def test_a_whole_train_step(case: OptimizerCase, lr: str) -> None:
+    """Forward, backward and step, as people compile them: a graph on each side of backward()."""
+
+    def make_step(model: torch.nn.Module, optimizer: Optimizer) -> Callable[[Tensor], Tensor]:
+        def step(x: Tensor) -> Tensor:
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        return step
+
+    graphs = check_train_step(case, lr, make_step)
+    assert graphs == ([2] * 5 if lr == "tensor" else [2, 3, 3, 3, 3])
+
+
+@every_optimizer()
+@pytest.mark.parametrize("lr", ["tensor", "number"])
+def test_a_whole_train_step_in_one_graph(case: OptimizerCase, lr: str) -> None:
+    """With backward() in the graph: the step gets gradients that no parameter has yet.
+
+    It is a function of its own because torch mixes up what it compiled of one function with
+    ``trace_autograd_ops`` and without.
+    """
+
+    def make_step(model: torch.nn.Module, optimizer: Optimizer) -> Callable[[Tensor], Tensor]:
+        def step_in_one_graph(x: Tensor) -> Tensor:
+            for p in model.parameters():
+                p.grad = None
+            loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        return step_in_one_graph
+
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        graphs = check_train_step(case, lr, make_step, fullgraph=True)
+    assert graphs == ([1] * 5 if lr == "tensor" else [1, 2, 2, 2, 2])

@@ -1,0 +1,424 @@
+"""Bad input to an optimizer: the message says what was expected and what came; nothing changes."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from helpers import SMALL, all_bits, bits, make_params, report, set_grads, train
+from optim_table import (
+    BAD_ADAM_OPTIONS,
+    BAD_OPTIONS,
+    LATER_OPTIONS,
+    OPTIMIZERS,
+    OptimizerCase,
+    every_optimizer,
+)
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torchao8 import AdamW, AdamW8bit
+
+
+def message(error: type[Exception], call: Callable[[], Any]) -> str:
+    """What an error says; it must be of exactly this type."""
+    with pytest.raises(error) as info:
+        call()
+    assert type(info.value) is error
+    return str(info.value)
+
+
+def trained(case: OptimizerCase, **options: Any) -> Optimizer:
+    """An optimizer with state in both formats."""
+    params = make_params()
+    optimizer = case.cls(params, min_8bit_size=SMALL, **options)
+    train(optimizer, params, [0])
+    return optimizer
+
+
+# -- options -----------------------------------------------------------------------------------
+
+
+def test_messages_of_options() -> None:
+    lines = [
+        message(error, lambda options=options: AdamW8bit(make_params(), **options))
+        for options, error in [
+            *BAD_OPTIONS,
+            *BAD_ADAM_OPTIONS,
+            *((later, NotImplementedError) for later in LATER_OPTIONS),
+        ]
+    ]
+    assert_expected_inline(
+        report(lines),
+        """\
+lr: expected a number >= 0, got -0.001
+lr: expected a number >= 0, got nan
+lr: expected a number >= 0, got 'fast'
+lr: expected one element, got a tensor of shape [2]
+lr: expected a number >= 0, got -1.0
+optim_bits: expected 8 or 32, got 4
+min_8bit_size: expected an int >= 0, got -1
+min_8bit_size: expected an int >= 0, got 4096.0
+block_size: expected a power of two from 64 to 2048, got 32
+block_size: expected a power of two from 64 to 2048, got 100
+block_size: expected a power of two from 64 to 2048, got 4096
+block_size: expected a power of two from 64 to 2048, got 256.0
+state_rounding: expected 'stochastic' or 'nearest', got 'up'
+seed: expected an int of 64 bits, got 0.5
+seed: expected an int of 64 bits, got 9223372036854775808
+differentiable=True: a step that autograd records is not implemented, it must be False
+betas[0]: expected a number in [0, 1), got 1.0
+betas[1]: expected a number in [0, 1), got -0.1
+betas[1]: expected a number in [0, 1), got nan
+betas: expected two numbers, got 0.9
+betas[0]: expected a number in [0, 1), got a tensor
+eps: expected a number >= 0, got -1e-08
+weight_decay: expected a number >= 0, got -0.1
+percentile_clipping=5: clipping by a percentile of the gradient norms is not implemented, it
+    must be 100
+block_wise=False: one scale for a whole tensor is not implemented, it must be True
+is_paged=True: paged state is not implemented, it must be False""",
+    )
+
+
+@every_optimizer()
+@pytest.mark.parametrize(
+    ("options", "error"), BAD_OPTIONS + BAD_ADAM_OPTIONS, ids=lambda value: str(value)
+)
+def test_options_are_refused_wherever_they_come_from(
+    case: OptimizerCase, options: dict[str, Any], error: type[Exception]
+) -> None:
+    """As defaults, in a group at construction, in a group added later, and in a checkpoint."""
+    params = make_params()
+    before = [bits(p) for p in params]
+    with pytest.raises(error):
+        case.cls(params, **options)
+    with pytest.raises(error):
+        case.cls([{"params": params[:2]}, {"params": params[2:], **options}])
+    assert [bits(p) for p in params] == before
+
+    optimizer = trained(case)
+    before_all = all_bits(optimizer)
+    with pytest.raises(error):
+        optimizer.add_param_group({"params": make_params(seed=1), **options})
+    assert all_bits(optimizer) == before_all
+
+    # Options that lay out the state are not taken from a checkpoint.
+    if not set(options) & {"optim_bits", "min_8bit_size", "block_size"}:
+        saved = copy.deepcopy(optimizer.state_dict())
+        saved["param_groups"][0].update(options)
+        saved["state"][0]["step"] += 5
+        with pytest.raises(error):
+            optimizer.load_state_dict(saved)
+        assert all_bits(optimizer) == before_all
+
+
+@pytest.mark.parametrize("case", OPTIMIZERS[2:], ids=lambda case: case.cls.__name__)
+@pytest.mark.parametrize("options", LATER_OPTIONS, ids=str)
+def test_options_of_later_versions(case: OptimizerCase, options: dict[str, Any]) -> None:
+    (name,) = options
+    for make in (
+        lambda: case.cls(make_params(), **options),
+        lambda: case.cls([{"params": make_params(), **options}]),
+    ):
+        with pytest.raises(NotImplementedError, match=name):
+            make()
+
+
+@every_optimizer()
+def test_unknown_option(case: OptimizerCase) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'momentum'"):
+        case.cls(make_params(), momentum=0.9)
+
+
+# -- parameters --------------------------------------------------------------------------------
+
+
+def bad_params() -> dict[str, tuple[type[Exception], Callable[[], Any]]]:
+    """Each makes what is passed as parameters."""
+    p = torch.nn.Parameter(torch.ones(3))
+    return {
+        "empty list": (ValueError, list),
+        "a tensor": (TypeError, lambda: torch.ones(3)),
+        "a set": (TypeError, lambda: [{"params": {p}}]),
+        "no tensor": (TypeError, lambda: [p, "weight"]),
+        "twice in a group": (ValueError, lambda: [torch.nn.Parameter(torch.ones(2)), p, p]),
+        "twice with names": (ValueError, lambda: [("a", p), ("b", p)]),
+        "in two groups": (ValueError, lambda: [{"params": [p]}, {"params": [p]}]),
+        "names for some": (ValueError, lambda: [("a", p), torch.nn.Parameter(torch.ones(2))]),
+        "no leaf": (ValueError, lambda: [p * 2]),
+        "complex": (ValueError, lambda: [p, torch.nn.Parameter(torch.ones(3) * 1j)]),
+        "float64": (ValueError, lambda: [torch.nn.Parameter(torch.ones(3).double())]),
+        "float8": (
+            ValueError,
+            lambda: [torch.nn.Parameter(torch.ones(3).to(torch.float8_e5m2))],
+        ),
+        "sparse": (ValueError, lambda: [torch.nn.Parameter(torch.eye(3).to_sparse())]),
+        "overlapping": (
+            ValueError,
+            lambda: [torch.nn.Parameter(torch.ones(1, 3).expand(4, 3))],
+        ),
+    }
+
+
+def test_messages_of_parameters() -> None:
+    """Ours: the others are torch's, and of the types that the table says."""
+    messages = {
+        name: message(error, lambda make=make: AdamW8bit(make()))
+        for name, (error, make) in bad_params().items()
+    }
+    lines = [f"{name}: {text}" for name, text in messages.items() if "params[" in text]
+    assert_expected_inline(
+        report(lines),
+        """\
+twice in a group: params[2]: expected each parameter once, got this one again
+twice with names: params[1]: expected each parameter once, got this one again
+complex: params[1]: expected a dense tensor of float32, bfloat16 or float16, got
+    torch.complex64
+float64: params[0]: expected a dense tensor of float32, bfloat16 or float16, got torch.float64
+float8: params[0]: expected a dense tensor of float32, bfloat16 or float16, got
+    torch.float8_e5m2
+sparse: params[0]: expected a dense tensor of float32, bfloat16 or float16, got torch.float32
+    in layout torch.sparse_coo
+overlapping: params[0]: expected elements that do not share memory, got shape [4, 3] with
+    strides [0, 1]""",
+    )
+
+
+@every_optimizer()
+@pytest.mark.parametrize("name", [n for n in bad_params() if n not in ("empty list", "a tensor")])
+def test_parameters_are_refused_in_a_later_group(case: OptimizerCase, name: str) -> None:
+    optimizer = trained(case)
+    error, make = bad_params()[name]
+    given = make()
+    groups = given if isinstance(given[0], dict) else [{"params": given}]
+    for group in groups[:-1]:
+        optimizer.add_param_group(group)
+    before = all_bits(optimizer)
+    with pytest.raises(error):
+        optimizer.add_param_group(groups[-1])
+    assert all_bits(optimizer) == before
+    train(optimizer, optimizer.param_groups[0]["params"], [1])
+
+
+@every_optimizer()
+def test_parameters_of_another_group(case: OptimizerCase) -> None:
+    optimizer = trained(case)
+    before = all_bits(optimizer)
+    with pytest.raises(ValueError, match="appear in more than one parameter group"):
+        optimizer.add_param_group({"params": optimizer.param_groups[0]["params"][3]})
+    with pytest.raises(TypeError, match="must be a dict"):
+        optimizer.add_param_group(make_params(seed=1))  # type: ignore[arg-type]
+    assert all_bits(optimizer) == before
+
+
+@every_optimizer()
+def test_dtensor(case: OptimizerCase) -> None:
+    """Refused at once and by name, not at the first step by an op that knows no sharding."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Replicate
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        mesh = DeviceMesh("cpu", [0])
+        p = torch.nn.Parameter(DTensor.from_local(torch.ones(4, 4), mesh, [Replicate()]))
+        for make in (lambda: case.cls([p]), lambda: case.cls([("weight", p)])):
+            with pytest.raises(NotImplementedError, match=r"params\[0\] is a DTensor: .* later"):
+                make()
+        optimizer = case.cls(make_params())
+        optimizer.param_groups[0]["params"] = [p]
+        p.grad = torch.ones_like(p)
+        with pytest.raises(NotImplementedError, match="DTensor"):
+            optimizer.step()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# -- gradients and steps -----------------------------------------------------------------------
+
+
+def sparse(p: Tensor) -> Tensor:
+    return torch.zeros(p.shape).to_sparse()
+
+
+def float64(p: Tensor) -> Tensor:
+    p.grad_dtype = None
+    return torch.ones(p.shape, dtype=torch.float64)
+
+
+@every_optimizer()
+@pytest.mark.parametrize("bad_grad", [sparse, float64])
+@pytest.mark.parametrize("at_first_step", [True, False])
+def test_bad_gradients(
+    case: OptimizerCase, bad_grad: Callable[[Tensor], Tensor], at_first_step: bool
+) -> None:
+    """One in the last group leaves the groups before it as they were."""
+    params = make_params()
+    optimizer = case.cls([{"params": params[2:]}, {"params": params[:2]}], min_8bit_size=SMALL)
+    if not at_first_step:
+        train(optimizer, params, [0])
+    set_grads(params, 1)
+    params[1].grad = bad_grad(params[1])
+    before = all_bits(optimizer)
+    with pytest.raises(RuntimeError, match="gradient of parameter 7: expected a dense tensor"):
+        optimizer.step()
+    assert all_bits(optimizer) == before
+    set_grads(params, 1)
+    optimizer.step()
+
+
+def test_messages_of_steps() -> None:
+    def with_grad(make: Callable[[Tensor], Tensor]) -> str:
+        model = torch.nn.Linear(3, 2)
+        optimizer = AdamW(model.named_parameters())
+        model.weight.grad = make(model.weight)
+        return message(RuntimeError, optimizer.step)
+
+    def with_amsgrad_too_late() -> str:
+        params = make_params(shapes=[(5,)])
+        optimizer = AdamW(params)
+        train(optimizer, params, [0])
+        optimizer.param_groups[0]["amsgrad"] = True
+        before = all_bits(optimizer)
+        text = message(RuntimeError, optimizer.step)
+        assert all_bits(optimizer) == before
+        return text
+
+    def with_a_swapped_parameter() -> str:
+        optimizer = AdamW(make_params(shapes=[(5,)]))
+        p = torch.nn.Parameter(torch.ones(5, dtype=torch.float64))
+        p.grad = torch.ones_like(p)
+        optimizer.param_groups[0]["params"] = [p]
+        return message(ValueError, optimizer.step)
+
+    lines = [
+        with_grad(sparse),
+        with_grad(float64),
+        with_amsgrad_too_late(),
+        with_a_swapped_parameter(),
+    ]
+    assert_expected_inline(
+        report(lines),
+        """\
+AdamW: gradient of parameter 0 (weight): expected a dense tensor of float32, bfloat16 or
+    float16, got torch.float32 in layout torch.sparse_coo
+AdamW: gradient of parameter 0 (weight): expected a dense tensor of float32, bfloat16 or
+    float16, got torch.float64
+AdamW: state of parameter 0: expected the keys ['step', 'exp_avg', 'exp_avg_sq',
+    'max_exp_avg_sq'], got ['step', 'exp_avg', 'exp_avg_sq']. An option that decides which
+    state there is, such as amsgrad, must be set before the first step.
+params[0]: expected a dense tensor of float32, bfloat16 or float16, got torch.float64""",
+    )
+
+
+@every_optimizer()
+def test_block_size_changed_after_the_first_step(case: OptimizerCase) -> None:
+    """The op compares it with the scales before it writes anything."""
+    optimizer = trained(case, optim_bits=8)
+    optimizer.param_groups[0]["block_size"] = 64
+    train_params = optimizer.param_groups[0]["params"]
+    optimizer.param_groups[0]["params"] = train_params[:5]
+    before = all_bits(optimizer)
+    with pytest.raises(RuntimeError, match="scale"):
+        optimizer.step()
+    assert all_bits(optimizer) == before
+
+
+# -- checkpoints -------------------------------------------------------------------------------
+
+
+def bad_checkpoints() -> dict[str, Callable[[dict[str, Any]], None]]:
+    """Each spoils a checkpoint of AdamW8bit; the parameters 0 to 4 are in 8 bits."""
+
+    def change(index: int, key: str, value: Callable[[Tensor], Any]) -> Callable[..., None]:
+        def apply(saved: dict[str, Any]) -> None:
+            saved["state"][index][key] = value(saved["state"][index][key])
+
+        return apply
+
+    def drop(saved: dict[str, Any]) -> None:
+        del saved["state"][3]["exp_avg_scale"]
+
+    def group_less(saved: dict[str, Any]) -> None:
+        saved["param_groups"].append(saved["param_groups"][0])
+
+    def parameter_less(saved: dict[str, Any]) -> None:
+        saved["param_groups"][0]["params"].pop()
+
+    return {
+        "key missing": drop,
+        "key too many": lambda saved: saved["state"][5].update(max_exp_avg_sq=torch.zeros(5)),
+        "codes cast": change(1, "exp_avg_codes", lambda t: t.float()),
+        "codes int8": change(4, "exp_avg_sq_codes", lambda t: t.to(torch.int8)),
+        "codes of another shape": change(0, "exp_avg_sq_codes", lambda t: t[:, :-1]),
+        "scale in half precision": change(2, "exp_avg_scale", lambda t: t.half()),
+        "scale of another layout": change(3, "exp_avg_scale", lambda t: t.flatten()),
+        "moment cast": change(6, "exp_avg", lambda t: t.bfloat16()),
+        "moment of another shape": change(7, "exp_avg", lambda t: t.reshape(1)),
+        "moment no tensor": change(5, "exp_avg", lambda t: t.tolist()),
+        "moment sparse": change(6, "exp_avg", lambda t: t.to_sparse()),
+        "step of two": change(5, "step", lambda t: torch.tensor([1.0, 1.0])),
+        "group too many": group_less,
+        "parameter too few": parameter_less,
+    }
+
+
+def test_messages_of_checkpoints() -> None:
+    lines = []
+    for name, spoil in bad_checkpoints().items():
+        optimizer = trained(OPTIMIZERS[3])
+        saved = copy.deepcopy(optimizer.state_dict())
+        spoil(saved)
+        text = message(ValueError, lambda o=optimizer, s=saved: o.load_state_dict(s))
+        if not text.startswith("loaded state dict"):  # torch's own
+            lines.append(f"{name}: {text}")
+    assert_expected_inline(
+        report(lines),
+        """\
+key missing: state of parameter 3: expected the keys ['step', 'exp_avg_codes',
+    'exp_avg_scale', 'exp_avg_sq_codes', 'exp_avg_sq_scale'], got ['step', 'exp_avg_codes',
+    'exp_avg_sq_codes', 'exp_avg_sq_scale']
+key too many: state of parameter 5: expected the keys ['step', 'exp_avg', 'exp_avg_sq'], got
+    ['step', 'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq']
+codes cast: exp_avg_codes of parameter 1: expected torch.uint8 of shape [40, 70], got
+    torch.float32 of shape [40, 70]
+codes int8: exp_avg_sq_codes of parameter 4: expected torch.uint8 of shape [2, 3, 400], got
+    torch.int8 of shape [2, 3, 400]
+codes of another shape: exp_avg_sq_codes of parameter 0: expected torch.uint8 of shape [3,
+    300], got torch.uint8 of shape [3, 299]
+scale in half precision: exp_avg_scale of parameter 2: expected torch.float32 of shape [3],
+    got torch.float16 of shape [3]
+scale of another layout: exp_avg_scale of parameter 3: expected torch.float32 of shape [4, 2],
+    got torch.float32 of shape [8]
+moment cast: exp_avg of parameter 6: expected torch.float32 of shape [300, 3], got
+    torch.bfloat16 of shape [300, 3]
+moment of another shape: exp_avg of parameter 7: expected torch.float32 of shape [], got
+    torch.float32 of shape [1]
+moment no tensor: exp_avg of parameter 5: expected torch.float32 of shape [5], got list
+moment sparse: exp_avg of parameter 6: expected torch.float32 of shape [300, 3], got
+    torch.float32 in layout torch.sparse_coo of shape [300, 3]
+step of two: step of parameter 5: expected torch.float32 of shape [], got torch.float32 of
+    shape [2]""",
+    )
+
+
+@pytest.mark.parametrize("case", OPTIMIZERS[2:], ids=lambda case: case.cls.__name__)
+@pytest.mark.parametrize("name", list(bad_checkpoints()))
+def test_a_bad_checkpoint_changes_nothing(case: OptimizerCase, name: str) -> None:
+    """Not the options, nor the state of the parameters before the bad one; and a good one loads."""
+    optimizer = trained(case)
+    params = optimizer.param_groups[0]["params"]
+    good = copy.deepcopy(optimizer.state_dict())
+    saved = copy.deepcopy(good)
+    saved["param_groups"][0]["lr"] = 0.5
+    bad_checkpoints()[name](saved)
+    train(optimizer, params, [1])
+    before = all_bits(optimizer)
+    with pytest.raises(ValueError):
+        optimizer.load_state_dict(saved)
+    assert all_bits(optimizer) == before
+    assert not optimizer._optimizer_load_state_dict_pre_hooks
+    optimizer.load_state_dict(good)

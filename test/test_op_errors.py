@@ -1,0 +1,175 @@
+"""Bad arguments of adam_step_: the message names them, and no byte of any argument changes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from helpers import bits, report
+from torch import Tensor
+
+from torchao8 import ops
+
+
+def call_arguments(quantized: bool) -> dict[str, Any]:
+    """Arguments of adam_step_ that fit each other, for two parameters."""
+    params = [torch.randn(3, 300), torch.randn(700)]
+    lists: dict[str, Any] = {
+        "params": params,
+        "grads": [torch.randn_like(p) for p in params],
+        "steps": [torch.tensor(4.0) for _ in params],
+    }
+    scales = [(3, 2), (3,)]
+    for name, zero in (("exp_avg", 127), ("exp_avg_sq", 0)):
+        if quantized:
+            lists[f"{name}s"] = [torch.full(p.shape, zero, dtype=torch.uint8) for p in params]
+            lists[f"{name}_scales"] = [torch.zeros(s) for s in scales]
+        else:
+            lists[f"{name}s"] = [torch.zeros(p.shape) for p in params]
+            lists[f"{name}_scales"] = []
+    options = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1,
+               "decoupled_weight_decay": True, "maximize": False}  # fmt: skip
+    return {**lists, "max_exp_avg_sqs": [], "max_exp_avg_sq_scales": [], "lr": torch.tensor(0.1),
+            "grad_scale": None, "found_inf": None, **options}  # fmt: skip
+
+
+def put(name: str, value: Any, index: int | None = 1) -> Callable[[dict[str, Any]], None]:
+    """Replaces an argument, or the last element of a list."""
+
+    def apply(arguments: dict[str, Any]) -> None:
+        if index is None:
+            arguments[name] = value
+        else:
+            arguments[name][index] = value
+
+    return apply
+
+
+BAD_CALLS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "grads shorter": lambda a: a["grads"].pop(),
+    "steps shorter": lambda a: a["steps"].pop(),
+    "exp_avgs longer": lambda a: a["exp_avgs"].append(a["exp_avgs"][0]),
+    "exp_avg_sqs empty": lambda a: a["exp_avg_sqs"].clear(),
+    "scales missing": lambda a: a["exp_avg_sq_scales"].clear(),
+    "scales shorter": lambda a: a["exp_avg_scales"].pop(),
+    "max of one": lambda a: a["max_exp_avg_sqs"].append(a["exp_avg_sqs"][0]),
+    "codes int8": put("exp_avg_sqs", torch.zeros(700, dtype=torch.int8)),
+    "codes of the other format": put("exp_avgs", torch.zeros(700)),
+    "codes of another shape": put("exp_avgs", torch.zeros(699, dtype=torch.uint8)),
+    "codes not contiguous": put("exp_avgs", torch.zeros(1400, dtype=torch.uint8)[::2]),
+    "scale in double": put("exp_avg_scales", torch.zeros(3, dtype=torch.float64)),
+    "scale of another shape": put("exp_avg_scales", torch.zeros(1, 3)),
+    "scale not contiguous": put("exp_avg_sq_scales", torch.zeros(6)[::2]),
+    "param in double": put("params", torch.zeros(700, dtype=torch.float64)),
+    "param overlapping": put("params", torch.zeros(1).expand(700)),
+    "param sparse": put("params", torch.zeros(700).to_sparse()),
+    "grad complex": put("grads", torch.zeros(700, dtype=torch.complex64)),
+    "grad of another shape": put("grads", torch.zeros(7, 100)),
+    "grad on meta": put("grads", torch.zeros(700, device="meta")),
+    "grad sparse": put("grads", torch.zeros(700).to_sparse()),
+    "codes on meta": put("exp_avgs", torch.zeros(700, dtype=torch.uint8, device="meta")),
+    "step an integer": put("steps", torch.tensor(4)),
+    "step of two": put("steps", torch.zeros(2)),
+    "lr of two": put("lr", torch.zeros(2), None),
+    "lr an integer": put("lr", torch.tensor(1), None),
+    "beta1 of one": put("beta1", 1.0, None),
+    "beta2 below zero": put("beta2", -0.5, None),
+    "eps below zero": put("eps", -1.0, None),
+    "weight_decay below zero": put("weight_decay", -1.0, None),
+    "block size": put("block_size", 100, None),
+}
+
+
+def spoiled_call(name: str) -> dict[str, Any]:
+    arguments = call_arguments(quantized=True)
+    BAD_CALLS[name](arguments)
+    return arguments
+
+
+def argument_bits(arguments: dict[str, Any]) -> dict[str, Any]:
+    def one(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return bits(value) if value.layout is torch.strided and not value.is_meta else None
+        return [one(v) for v in value] if isinstance(value, list) else value
+
+    return {name: one(value) for name, value in arguments.items()}
+
+
+# These do not get as far as our checks: the message is torch's.
+BY_DISPATCHER = ("param sparse", "grad sparse")
+
+
+def refusal(name: str) -> str:
+    """The message, without the place in the source and the stack that torch adds to it."""
+    arguments = spoiled_call(name)
+    with pytest.raises(RuntimeError) as info:
+        ops.adam_step_(**arguments)
+    text = str(info.value).split("\n")[0]
+    return text[text.index("adam_step_: ") :]
+
+
+def test_messages_of_the_op() -> None:
+    lines = [f"{name}: {refusal(name)}" for name in BAD_CALLS if name not in BY_DISPATCHER]
+    assert_expected_inline(
+        report(lines),
+        """\
+grads shorter: adam_step_: grads must have 2 elements (one per parameter), got 1
+steps shorter: adam_step_: steps must have 2 elements (one per parameter), got 1
+exp_avgs longer: adam_step_: exp_avgs must have 2 elements (one per parameter), got 3
+exp_avg_sqs empty: adam_step_: exp_avg_sqs must have 2 elements (one per parameter), got 0
+scales missing: adam_step_: exp_avg_sq_scales must have 2 elements (one per parameter,
+    exp_avgs[0] being uint8), got 0
+scales shorter: adam_step_: exp_avg_scales must have 2 elements (one per parameter,
+    exp_avgs[0] being uint8), got 1
+max of one: adam_step_: max_exp_avg_sqs must have 2 elements (one per parameter), got 1
+codes int8: adam_step_: exp_avg_sqs[1] must be uint8, got int8
+codes of the other format: adam_step_: exp_avgs[1] must be uint8, got float32
+codes of another shape: adam_step_: exp_avgs[1] must have shape [700] (that of the parameter),
+    got [699]
+codes not contiguous: adam_step_: exp_avgs[1] must be contiguous, got strides [2] for shape
+    [700]
+scale in double: adam_step_: exp_avg_scales[1] must be float32, got float64
+scale of another shape: adam_step_: exp_avg_scales[1] must have shape [3] (one scale per block
+    of a row), got [1, 3]
+scale not contiguous: adam_step_: exp_avg_sq_scales[1] must be contiguous, got strides [2] for
+    shape [3]
+param in double: adam_step_: params[1] must be float32, bfloat16 or float16, got float64
+param overlapping: adam_step_: params[1] is updated in place and must not overlap itself, got
+    strides [0] for shape [700]
+grad complex: adam_step_: grads[1] must be float32, bfloat16 or float16, got complex64
+grad of another shape: adam_step_: grads[1] must have shape [700] (that of the parameter), got
+    [7, 100]
+grad on meta: adam_step_: expected all tensors on cpu, as params[0], got one on meta
+codes on meta: adam_step_: expected all tensors on cpu, as params[0], got one on meta
+step an integer: adam_step_: steps[1] must be float32, got int64
+step of two: adam_step_: steps[1] must have one element, got shape [2]
+lr of two: adam_step_: lr must have one element, got shape [2]
+lr an integer: adam_step_: lr must be float32 or float64, got int64
+beta1 of one: adam_step_: beta1 must be in [0, 1), got 1
+beta2 below zero: adam_step_: beta2 must be in [0, 1), got -0.5
+eps below zero: adam_step_: eps must not be negative, got -1
+weight_decay below zero: adam_step_: weight_decay must not be negative, got -1
+block size: adam_step_: block_size must be a power of two from 64 to 2048, got 100""",
+    )
+
+
+@pytest.mark.parametrize("name", list(BAD_CALLS))
+def test_a_refused_call_changes_nothing(name: str) -> None:
+    """The first parameter of each list is a good one: it too must stay as it is."""
+    arguments = spoiled_call(name)
+    before = argument_bits(arguments)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        ops.adam_step_(**arguments)
+    assert argument_bits(arguments) == before
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_the_call_that_the_others_spoil_is_good(quantized: bool) -> None:
+    arguments = call_arguments(quantized)
+    before = argument_bits(arguments)
+    ops.adam_step_(**arguments)
+    after = argument_bits(arguments)
+    changed = {name for name in before if after[name] != before[name]}
+    scales = {"exp_avg_scales", "exp_avg_sq_scales"} if quantized else set()
+    assert changed == {"params", "steps", "exp_avgs", "exp_avg_sqs"} | scales

@@ -1,0 +1,339 @@
+"""The contract of torch.optim.Optimizer: hooks, closures, groups, schedulers, GradScaler, frozen
+and swapped parameters."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import SMALL, all_bits, assert_same_training, bits, make_params, set_grads, train
+from optim_table import OptimizerCase, every_optimizer
+from torch import Tensor
+
+from torchao8 import AdamW, AdamW8bit
+
+
+def scalar(state: dict[str, Tensor]) -> float:
+    return float(state["step"])
+
+
+@every_optimizer()
+def test_hooks(case: OptimizerCase) -> None:
+    """Step hooks run in order around the step, and a pre-hook may change the arguments."""
+    params = make_params()
+    optimizer = case.cls(params)
+    set_grads(params, 0)
+    before = bits(params[0])
+    events: list[tuple[str, bool]] = []
+    optimizer.register_step_pre_hook(
+        lambda o, args, kwargs: events.append(("pre", bits(params[0]) == before))
+    )
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: ((o, lambda: 7), {}))
+    optimizer.register_step_post_hook(
+        lambda o, args, kwargs: events.append(("post", bits(params[0]) == before))
+    )
+    assert optimizer.step() == 7
+    assert events == [("pre", True), ("post", False)]
+
+
+@every_optimizer()
+def test_closure(case: OptimizerCase) -> None:
+    """The closure is positional, runs with gradients enabled, and its value is returned."""
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = case.cls([p], lr=0.1, weight_decay=0)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (p * torch.tensor([1.0, 2.0, 3.0])).sum()
+        loss.backward()
+        return loss
+
+    loss = optimizer.step(closure)
+    assert float(loss.detach()) == 6.0
+    # The first step of Adam is lr times the sign of the gradient.
+    torch.testing.assert_close(p.detach(), torch.full((3,), 0.9), rtol=0, atol=1e-6)
+
+
+@every_optimizer()
+def test_a_write_is_seen_by_autograd(case: OptimizerCase) -> None:
+    """A backward through a parameter that a step has changed since must raise, as in torch."""
+    params = make_params()
+    optimizer = case.cls(params, min_8bit_size=SMALL)
+    train(optimizer, params, [0])
+    stale = (params[0] ** 2).sum()
+    versions = [p._version for p in params]
+    optimizer.step()
+    assert all(p._version > v for p, v in zip(params, versions, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        stale.backward()
+
+
+@every_optimizer()
+def test_hints_are_accepted_and_kept_as_bools(case: OptimizerCase) -> None:
+    """fused, foreach and capturable choose nothing; checkpoint tools would choke on None."""
+    hints = ({}, {"foreach": True}, {"fused": False, "capturable": True}, {"fused": True})
+    results = []
+    for options in hints:
+        params = make_params()
+        group = {"params": params, "foreach": None, "fused": options.get("fused")}
+        optimizer = case.cls([group], **options)
+        train(optimizer, params, range(2))
+        results.append(all_bits(optimizer)["params"])
+        names = ("foreach", "fused", "capturable", "differentiable")
+        assert all(type(optimizer.param_groups[0][name]) is bool for name in names)
+        assert all(type(optimizer.defaults[name]) is bool for name in names)
+    assert all(result == results[0] for result in results)
+
+
+@every_optimizer()
+def test_group_values_pass_through_checkpoint_tools(case: OptimizerCase) -> None:
+    """Numbers, bools, strings, tensors, and tuples of them."""
+    optimizer = case.cls(make_params(), lr=torch.tensor(1e-3))
+    for key, value in optimizer.param_groups[0].items():
+        if key != "params":
+            parts = value if isinstance(value, tuple) else (value,)
+            assert all(isinstance(part, (int, float, str, Tensor)) for part in parts), key
+
+
+@every_optimizer()
+def test_groups_have_their_own_options(case: OptimizerCase) -> None:
+    """Two groups with different options, one of them added later: as two optimizers."""
+    first = {"lr": 0.1, "weight_decay": 0.2, "betas": (0.5, 0.6), "optim_bits": 32}
+    second = {"lr": 0.01, "eps": 1e-3, "maximize": True, "amsgrad": True, "optim_bits": 8,
+              "min_8bit_size": 0, "block_size": 64, "state_rounding": "nearest"}  # fmt: skip
+    a, b = make_params(), make_params(seed=1)
+    joint = case.cls([{"params": a, **first}])
+    train(joint, a, [0])
+    joint.add_param_group({"params": iter(b), **second})
+    c, d = make_params(), make_params(seed=1)
+    apart = case.cls(c, **first), case.cls(d, **second)
+    train(apart[0], c, [0])
+    for step in (1, 2):
+        set_grads(a, step)
+        set_grads(b, step + 5)
+        set_grads(c, step)
+        set_grads(d, step + 5)
+        joint.step()
+        for optimizer in apart:
+            optimizer.step()
+    both = case.cls([{"params": c}, {"params": d}])
+    both.state.update({**apart[0].state, **apart[1].state})
+    assert_same_training(joint, both)
+    assert "max_exp_avg_sq_codes" in joint.state[b[0]]
+    assert list(joint.state[a[1]]) == case.state_keys(32)
+
+
+@every_optimizer()
+def test_named_parameters(case: OptimizerCase) -> None:
+    model = torch.nn.Linear(70, 80)
+    optimizer = case.cls(model.named_parameters())
+    model(torch.randn(2, 70)).sum().backward()
+    optimizer.step()
+    assert optimizer.state_dict()["param_groups"][0]["param_names"] == ["weight", "bias"]
+    assert len(optimizer.state) == 2
+
+
+@every_optimizer()
+def test_unknown_group_keys_are_kept(case: OptimizerCase) -> None:
+    """Schedulers and trainers store their own in the groups."""
+    params = make_params()
+    optimizer = case.cls([{"params": params, "name": "body", "initial_lr": 0.3}])
+    train(optimizer, params, [0])
+    state = optimizer.state_dict()
+    other = case.cls(make_params())
+    other.load_state_dict(state)
+    assert other.param_groups[0]["name"] == "body"
+    assert other.param_groups[0]["initial_lr"] == 0.3
+
+
+@every_optimizer()
+def test_frozen_parameters(case: OptimizerCase) -> None:
+    """Of any dtype; they keep their bits and get no state until they are thawed."""
+    params = make_params()
+    frozen = params[1].requires_grad_(False)
+    codes = torch.nn.Parameter(torch.zeros(4096, dtype=torch.uint8), requires_grad=False)
+    optimizer = case.cls([*params, codes], weight_decay=0.5)
+    before = bits(frozen)
+    train(optimizer, [p for p in params if p.requires_grad], range(2))
+    assert bits(frozen) == before
+    assert frozen not in optimizer.state
+    assert codes not in optimizer.state
+    frozen.requires_grad_(True)
+    train(optimizer, params, [2])
+    assert bits(frozen) != before
+    assert scalar(optimizer.state[frozen]) == 1
+    assert scalar(optimizer.state[params[0]]) == 3
+
+
+@every_optimizer()
+def test_late_first_gradient(case: OptimizerCase) -> None:
+    """Every trainable parameter has its state after the first step, and is at step 0 until its
+    gradient comes; then the bits are those of an optimizer that has just been made."""
+    params = make_params()
+    late = params[0]
+    optimizer = case.cls(params, min_8bit_size=SMALL)
+    train(optimizer, params[1:], range(2))
+    assert set(optimizer.state) == set(params)
+    assert scalar(optimizer.state[late]) == 0
+    assert bits(late) == bits(make_params()[0])
+    train(optimizer, params, [2])
+
+    fresh = make_params()[:1]
+    other = case.cls(fresh, min_8bit_size=SMALL)
+    train(other, fresh, [2])
+    assert bits(late) == bits(fresh[0])
+    assert scalar(optimizer.state[late]) == 1
+
+
+@every_optimizer()
+def test_parameters_swapped_in_after_construction(case: OptimizerCase) -> None:
+    """accelerate replaces the parameters in the groups before the first step."""
+    optimizer = case.cls(make_params(torch.bfloat16), min_8bit_size=SMALL)
+    swapped = make_params()
+    optimizer.param_groups[0]["params"] = swapped
+    train(optimizer, swapped, range(2))
+    params = make_params()
+    plain = case.cls(params, min_8bit_size=SMALL)
+    train(plain, params, range(2))
+    assert_same_training(optimizer, plain)
+
+
+@every_optimizer()
+def test_options_are_read_at_every_step(case: OptimizerCase) -> None:
+    changes = {"lr": 0.5, "betas": (0.1, 0.2), "eps": 1.0, "weight_decay": 0.3, "maximize": True}
+    for name, value in changes.items():
+        changed, same = make_params(), make_params()
+        a, b = case.cls(changed), case.cls(same)
+        train(a, changed, [0])
+        train(b, same, [0])
+        a.param_groups[0][name] = value
+        train(a, changed, [1])
+        train(b, same, [1])
+        assert all_bits(a)["params"] != all_bits(b)["params"], name
+
+
+SCHEDULERS: dict[str, Any] = {
+    "lambda": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 / (step + 1)),
+    "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=6),
+    "one cycle, which writes betas": lambda o: torch.optim.lr_scheduler.OneCycleLR(
+        o, max_lr=0.1, total_steps=8
+    ),
+    "sequential": lambda o: torch.optim.lr_scheduler.SequentialLR(
+        o,
+        [
+            torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=3),
+            torch.optim.lr_scheduler.ExponentialLR(o, 0.5),
+        ],
+        milestones=[3],
+    ),
+}
+
+
+@every_optimizer()
+@pytest.mark.parametrize("kind", ["float", "float32", "float64"])
+@pytest.mark.parametrize("scheduler", list(SCHEDULERS))
+def test_lr_schedulers(case: OptimizerCase, kind: str, scheduler: str) -> None:
+    """The same groups as torch.optim at every step, and with 32-bit state the same training."""
+
+    def run(cls: type[torch.optim.Optimizer], **options: Any) -> tuple[list[Any], list[Tensor]]:
+        params = make_params()
+        lr = 0.05 if kind == "float" else torch.tensor(0.05, dtype=getattr(torch, kind))
+        optimizer = cls(params, lr=lr, **options)
+        schedule = SCHEDULERS[scheduler](optimizer)
+        seen = []
+        for step in range(7):
+            train(optimizer, params, [step])
+            schedule.step()
+            group = optimizer.param_groups[0]
+            assert isinstance(group["lr"], Tensor) == (kind != "float")
+            seen.append((float(group["lr"]), group["betas"]))
+        return seen, params
+
+    theirs, want = run(case.torch_cls)
+    ours, got = run(case.cls, optim_bits=32)
+    assert ours == theirs
+    # 7 steps of at most lr 0.1 each, and rounding of a few units in the last place at each.
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@every_optimizer()
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_tensor_lr(case: OptimizerCase, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """A tensor of one element, of any shape, steps as the number does, and stays in its group."""
+    lr = torch.full(shape, 2.0**-7, dtype=dtype)
+    tensors, numbers = make_params(), make_params()
+    a, b = case.cls(tensors, lr=lr), case.cls(numbers, lr=2.0**-7)
+    train(a, tensors, range(2))
+    train(b, numbers, range(2))
+    assert_same_training(a, b)
+    assert a.param_groups[0]["lr"] is lr
+
+
+def scaled_run(
+    case: OptimizerCase, fused: bool, overflow: bool, clip: bool = False
+) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler]:
+    """Two steps under a GradScaler, the second with an infinite gradient if ``overflow``."""
+    params = make_params()
+    optimizer = case.cls(params, fused=fused, min_8bit_size=SMALL)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.zeros(()))
+    for step in range(2):
+        set_grads(params, step, scale=1024.0)
+        if overflow and step == 1:
+            assert params[0].grad is not None
+            params[0].grad[1, 2] = float("inf")
+        if clip:
+            scaler.unscale_(optimizer)
+        before = all_bits(optimizer)
+        scaler.step(optimizer)
+        if overflow and step == 1:
+            after = all_bits(optimizer)
+            assert after["params"] == before["params"]
+            assert after["states"] == before["states"]
+        scaler.update()
+    return optimizer, scaler
+
+
+@every_optimizer()
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("clip", [False, True])
+def test_grad_scaler(case: OptimizerCase, fused: bool, clip: bool) -> None:
+    """A scale of a power of two leaves the bits as they are, whoever divides by it."""
+    optimizer, _ = scaled_run(case, fused, overflow=False, clip=clip)
+    params = make_params()
+    plain = case.cls(params, min_8bit_size=SMALL)
+    train(plain, params, range(2))
+    assert_same_training(optimizer, plain)
+
+
+@every_optimizer()
+@pytest.mark.parametrize("fused", [False, True])
+def test_grad_scaler_skips_a_step_that_overflows(case: OptimizerCase, fused: bool) -> None:
+    """Nothing changes, not even the count of steps, and the scale backs off."""
+    optimizer, scaler = scaled_run(case, fused, overflow=True)
+    steps = {scalar(state) for state in optimizer.state.values()}
+    assert steps == {1.0}
+    assert scaler.get_scale() == 512.0
+
+
+@every_optimizer()
+def test_fused_opts_in_to_amp_scaling(case: OptimizerCase) -> None:
+    """As in torch.optim: only then does GradScaler hand over, and Lightning refuses to clip."""
+    assert case.cls(make_params(), fused=True)._step_supports_amp_scaling
+    assert not case.cls(make_params())._step_supports_amp_scaling
+
+
+def test_zero_gradients_and_zero_lr_change_nothing() -> None:
+    """torch.distributed.checkpoint makes the state by such a step."""
+    for cls in (AdamW, AdamW8bit):
+        params = make_params()
+        optimizer = cls(params, lr=0.0, min_8bit_size=SMALL)
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        assert [bits(p) for p in params] == [bits(p) for p in make_params()]
+        for state in optimizer.state.values():
+            for key, value in state.items():
+                zero = 127 if key == "exp_avg_codes" else 1 if key == "step" else 0
+                assert (value == zero).all(), key

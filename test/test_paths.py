@@ -1,0 +1,296 @@
+"""The same bits on the scalar, AVX2 and AVX-512 paths, for any threads, grouping and float mode."""
+
+import math
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import reference
+import torch
+from adam_call import FLOATS, MOMENTS, STATE_LISTS, Call, copy_call, live_state, new_call
+from path_worker import Worker
+from torch import Tensor
+
+PATHS = ("scalar", "avx2", "avx512")
+FLAGS = {
+    "scalar": set(),
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi"},
+}
+
+
+# -- the processes -----------------------------------------------------------------------------
+
+
+def processor_flags() -> set[str] | None:
+    """As the system tells them; None where it does not."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return None
+    return {flag for line in text.split("\n") if line.startswith("flags") for flag in line.split()}
+
+
+class Workers:
+    """One process for each path, started when first asked for."""
+
+    def __init__(self) -> None:
+        self.started: dict[Any, Worker] = {}
+
+    def get(self, path: str | None, flush_denormal: bool = False) -> Worker:
+        """Skips the test where the processor does not have the path."""
+        key = path, flush_denormal
+        if key not in self.started:
+            self.started[key] = Worker(path, flush_denormal)
+        greeting = self.started[key].greeting
+        if greeting["error"] is not None:
+            flags = processor_flags()
+            on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+            if path is not None and not (on_x86 and flags is not None and flags >= FLAGS[path]):
+                missing = ", ".join(sorted(FLAGS[path] - (flags or set())))
+                pytest.skip(f"the {path} path needs a processor that has {missing}")
+            pytest.fail(greeting["error"])
+        return self.started[key]
+
+    def close(self) -> None:
+        for worker in self.started.values():
+            worker.stdin.close()  # all end at once
+        for worker in self.started.values():
+            worker.close()
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[Workers]:
+    started = Workers()
+    yield started
+    started.close()
+
+
+every_path = pytest.mark.parametrize("path", PATHS)
+every_vector_path = pytest.mark.parametrize("path", PATHS[1:])
+
+
+@every_path
+def test_a_path_can_be_forced(workers: Workers, path: str) -> None:
+    assert workers.get(path).greeting["path"] == path
+
+
+def test_the_default_is_the_best_path(workers: Workers) -> None:
+    flags = processor_flags()
+    if flags is None:
+        pytest.skip("needs a system that lists the processor's flags in /proc/cpuinfo")
+    best = [path for path in PATHS if flags >= FLAGS[path]][-1]
+    assert workers.get(None).greeting["path"] == best
+
+
+def test_an_unknown_path_is_refused() -> None:
+    worker = Worker("sse9")
+    worker.close()
+    assert worker.greeting["path"] is None
+    message = "TORCHAO8_CPU must be avx512, avx2 or scalar, got sse9"
+    assert worker.greeting["error"].endswith(message)
+
+
+# -- cases, as far from ordinary as they may be ------------------------------------------------
+
+SPECIAL = [0.0, -0.0, math.nan, -math.nan, math.inf, -math.inf, 2.0**-149, -1e-40, 2.0**-126, 1e-30,
+           1e19, -2.0**62, 2.0**63, -2.0**64, 1e30, 3.4e38]  # fmt: skip
+
+
+def floats(shape: tuple[int, ...], exponent: int, special: float, rng: torch.Generator) -> Tensor:
+    """Normal numbers of a few decades around 2^exponent; a share of them replaced."""
+    x = torch.randn(shape, generator=rng) * 10.0 ** (-4 * torch.rand(shape, generator=rng))
+    x = torch.ldexp(x, torch.tensor(exponent))
+    if special > 0:
+        which = torch.randint(0, len(SPECIAL), shape, generator=rng)
+        replaced = torch.rand(shape, generator=rng) < special
+        x = torch.where(replaced, torch.tensor(SPECIAL)[which], x)
+    return x
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same numbers, elsewhere in memory."""
+    if layout == "odd offset" or x.dim() == 0:
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+    if layout == "transposed":
+        return x.movedim(0, -1).contiguous().movedim(-1, 0)
+    if layout == "gaps":
+        wide = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1] + 1)
+        wide[..., 1::2] = x
+        return wide[..., 1::2]
+    assert layout == "contiguous"
+    return x
+
+
+SHAPES = st.one_of(
+    st.tuples(st.integers(1, 5000)),
+    st.tuples(st.integers(1, 5), st.integers(1, 700)),
+    st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 300)),
+    st.tuples(st.sampled_from([0, 1, 7]), st.sampled_from([0, 16, 255, 256, 257, 512, 2048])),
+    st.just(()),
+)
+LAYOUTS = st.sampled_from(["contiguous", "odd offset", "transposed", "gaps"])
+BETAS = st.sampled_from([0.0, 0.5, 0.9, 0.95, 0.999, 1 - 2.0**-24])
+BLOCK_SIZES = st.sampled_from([64, 128, 256, 512, 1024, 2048])
+SHARES = st.sampled_from([0.0, 0.0, 0.001, 0.05])  # of special numbers
+
+
+@st.composite
+def step_calls(draw: st.DrawFn) -> Call:
+    """Arguments of adam_step_ with 1 to 4 tensors, of any codes and scales."""
+    rng = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    shapes = draw(st.lists(SHAPES, min_size=1, max_size=4))
+    exponent, special = draw(st.integers(-70, 40)), draw(SHARES)
+    state_bits = draw(st.sampled_from([8, 8, 32]))
+    params, grads = [], []
+    for shape in shapes:
+        p = floats(shape, draw(st.sampled_from([0, 0, -130])), special, rng)
+        g = floats(shape, exponent, special, rng)
+        params.append(laid_out(p.to(draw(st.sampled_from(FLOATS))), draw(LAYOUTS)))
+        grads.append(laid_out(g.to(draw(st.sampled_from(FLOATS))), draw(LAYOUTS)))
+    grad_scale = draw(st.sampled_from([None, 3.0, 65536.0]))
+    call = new_call(
+        params, grads, state_bits=state_bits, amsgrad=draw(st.booleans()),
+        step=[draw(st.sampled_from([0, 1, 10, 12345])) for _ in shapes],
+        lr=draw(st.sampled_from([0.0, 1e-3, 0.3])), beta1=draw(BETAS), beta2=draw(BETAS),
+        eps=draw(st.sampled_from([0.0, 1e-8, 0.1])),
+        weight_decay=draw(st.sampled_from([0.0, 0.1])),
+        decoupled_weight_decay=draw(st.booleans()), maximize=draw(st.booleans()),
+        stochastic_rounding=draw(st.booleans()), block_size=draw(BLOCK_SIZES),
+        seed=draw(st.integers(-(2**63), 2**63 - 1)),
+        grad_scale=None if grad_scale is None else torch.tensor(grad_scale),
+    )  # fmt: skip
+    for name in MOMENTS:
+        fill_moment(call, name, exponent, draw(SHARES), rng)
+    for name in STATE_LISTS:
+        if draw(st.booleans()):
+            call[name] = [laid_out(t, "odd offset") for t in call[name]]
+    return call
+
+
+def fill_moment(call: Call, name: str, exponent: int, special: float, rng: torch.Generator) -> None:
+    """Any codes, and scales of a size that the gradients' exponent leads to."""
+    signed = name == "exp_avg"
+    size = exponent if signed else 2 * exponent
+    in_8bit = bool(call[f"{name}_scales"])
+    for state in call[f"{name}s"]:
+        if in_8bit:
+            state.copy_(torch.randint(0, 256, state.shape, generator=rng, dtype=torch.uint8))
+    for t in call[f"{name}_scales" if in_8bit else f"{name}s"]:
+        x = floats(tuple(t.shape), size, special, rng)
+        t.copy_(x if signed else x.abs())
+
+
+EXAMPLES = hypothesis.settings(
+    max_examples=150, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+
+
+@every_vector_path
+@EXAMPLES
+@hypothesis.given(call=step_calls())
+def test_steps(workers: Workers, path: str, call: Call) -> None:
+    assert workers.get(path)("adam", call, 2, False) == workers.get("scalar")(
+        "adam", call, 2, False
+    )
+
+
+@st.composite
+def codec_inputs(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    """A tensor to quantize; codes and scales to decode; the options of both."""
+    rng = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    shape = draw(SHAPES)
+    options = {"block_size": draw(BLOCK_SIZES), "signed": draw(st.booleans())}
+    x = floats(shape, draw(st.integers(-140, 126)), draw(SHARES), rng)
+    x = laid_out(x.to(draw(st.sampled_from(FLOATS))), draw(LAYOUTS))
+    codes = torch.randint(0, 256, shape, generator=rng, dtype=torch.uint8)
+    scale_shape = reference.scale_shape(shape, options["block_size"])
+    scale = floats(scale_shape, draw(st.integers(-140, 126)), draw(SHARES), rng)
+    return x, codes, scale, options
+
+
+@every_vector_path
+@EXAMPLES
+@hypothesis.given(inputs=codec_inputs(), dtype=st.sampled_from(FLOATS))
+def test_codec(
+    workers: Workers, path: str, inputs: tuple[Tensor, Tensor, Tensor, dict[str, Any]],
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    x, codes, scale, options = inputs
+    one, other = workers.get(path), workers.get("scalar")
+    assert one("quantize", x, options) == other("quantize", x, options)
+    options = {**options, "dtype": dtype}
+    assert one("dequantize", codes, scale, options) == other("dequantize", codes, scale, options)
+
+
+# -- threads, grouping, the floating-point mode ------------------------------------------------
+
+
+def large_call(state_bits: int, **options: Any) -> Call:
+    """Enough work for several threads, in one huge tensor beside small ones of all kinds."""
+    shapes = [(150_001,), (3, 300), (40, 4096), (9, 6001), (), (17,), *[(30, 40)] * 30]
+    rng = torch.Generator().manual_seed(0)
+    params = [floats(s, 0, 1e-4, rng).to(FLOATS[i % 3]) for i, s in enumerate(shapes)]
+    grads = [floats(s, -3, 1e-4, rng).to(FLOATS[i % 2]) for i, s in enumerate(shapes)]
+    step = [i % 4 for i in range(len(shapes))]
+    call = new_call(params, grads, state_bits=state_bits, weight_decay=0.1, step=step, **options)
+    return live_state(call)
+
+
+@every_path
+@pytest.mark.parametrize("state_bits", [8, 32])
+def test_threads_and_grouping(workers: Workers, path: str, state_bits: int) -> None:
+    call = large_call(state_bits, amsgrad=True)
+    worker = workers.get(path)
+    want = worker("adam", call, 2, False, threads=1)
+    for threads in (2, 3):
+        assert worker("adam", call, 2, False, threads=threads) == want
+    assert worker("adam", call, 2, True, threads=1) == want
+    assert worker("adam", reversed_call(call), 2, False, threads=2) == {
+        name: tensors[::-1] for name, tensors in want.items()
+    }
+    assert want["params"][0] != call["params"][0].numpy().tobytes()  # the worker had a copy
+
+
+def reversed_call(call: Call) -> Call:
+    return {n: v[::-1] if isinstance(v, list) else v for n, v in copy_call(call).items()}
+
+
+@every_path
+def test_codec_threads(workers: Workers, path: str) -> None:
+    x = floats((500, 1001), 0, 1e-4, torch.Generator().manual_seed(0))
+    worker = workers.get(path)
+    for options in ({"signed": True}, {"signed": False, "block_size": 64}):
+        want = worker("quantize", x, options)
+        assert all(worker("quantize", x, options, threads=n) == want for n in (2, 3))
+
+
+@every_path
+@pytest.mark.parametrize("state_bits", [8, 32])
+def test_flushed_denormals(workers: Workers, path: str, state_bits: int) -> None:
+    """torch.set_flush_denormal(True) holds for the thread that called it, and so must not matter:
+    neither for one call nor for a process that starts with it and builds its tables then."""
+    worker = workers.get(path)
+    rng = torch.Generator().manual_seed(0)
+    shapes = [(60, 2048), (9, 300), (700,)]
+    for exponent, dtype in [(-62, torch.float32), (-65, torch.bfloat16), (-10, torch.float16)]:
+        params = [floats(s, -128, 0.0, rng).to(dtype) for s in shapes]
+        grads = [floats(s, exponent, 0.0, rng).to(dtype) for s in shapes]
+        call = new_call(params, grads, state_bits=state_bits, lr=2.0**-100, weight_decay=0.1)
+        want = worker("adam", call, 3, False, threads=2)
+        for threads in (1, 2):
+            got = worker("adam", call, 3, False, threads=threads, flush_denormal=True)
+            assert got == want
+        assert workers.get(path, flush_denormal=True)("adam", call, 3, False) == want
+    for exponent in (-140, -128, 127):
+        x = floats((9, 300), exponent, 0.01, rng)
+        for options in ({"signed": True}, {"signed": False}):
+            want = worker("quantize", x, options)
+            assert worker("quantize", x, options, flush_denormal=True) == want
+            assert workers.get(path, flush_denormal=True)("quantize", x, options) == want
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        assert workers.get(path, flush_denormal=True).greeting["flushes"]

@@ -1,0 +1,130 @@
+"""``python -m torchao8``, and ``import torchao8`` with and without its extension."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import torchao8
+from torchao8 import _selfcheck, ops
+from torchao8.__main__ import main
+
+PACKAGE = Path(torchao8.__file__).parent
+
+
+def run_python(*arguments: str, path: Path) -> subprocess.CompletedProcess[str]:
+    """A new interpreter that finds the package in ``path`` alone."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=path,
+        env={**os.environ, "PYTHONPATH": str(path)},
+    )
+
+
+@pytest.fixture
+def without_extension(tmp_path: Path) -> Path:
+    """A folder with the package as a clone has it before the build."""
+    ignore = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__")
+    shutil.copytree(PACKAGE, tmp_path / "torchao8", ignore=ignore)
+    return tmp_path
+
+
+def test_report(capsys: pytest.CaptureFixture[str]) -> None:
+    """All that a bug report needs, and success."""
+    assert main() == 0
+    out = capsys.readouterr().out
+    for text in (torchao8.__version__, torch.__version__, sys.executable, ops.EXTENSION_FILE,
+                 ops.cpu_capability(), f"{torch.get_num_threads()} of "):  # fmt: skip
+        assert text in out
+    assert out.count("ok: ") == 2
+
+
+def test_report_as_a_module() -> None:
+    result = run_python("-m", "torchao8", path=PACKAGE.parent)
+    assert result.returncode == 0, result.stderr
+    assert "self-check    ok: 8-bit AdamW against float64" in result.stdout
+
+
+def break_nothing(*arguments: Any, **options: Any) -> None:
+    """An op that does not do its work."""
+
+
+def break_decay(*arguments: Any, **options: Any) -> None:
+    """An op that forgets the weight decay."""
+    ops_step(*arguments, **{**options, "weight_decay": 0.0})
+
+
+def break_codes(*arguments: Any, **options: Any) -> None:
+    """An op that stores a first moment two codes off, in one place."""
+    ops_step(*arguments, **options)
+    if arguments[2][0].dtype == torch.uint8:
+        arguments[2][0].flatten()[17] ^= 2
+
+
+def break_nan(*arguments: Any, **options: Any) -> None:
+    """An op that yields NaN in one place."""
+    ops_step(*arguments, **options)
+    arguments[0][0].flatten()[5] = float("nan")
+
+
+ops_step = ops._adam_step_
+
+
+@pytest.mark.parametrize(
+    ("broken", "failures"),
+    [(break_nothing, 2), (break_decay, 2), (break_codes, 1), (break_nan, 2)],
+)
+def test_self_check_can_fail(
+    broken: Any,
+    failures: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(ops, "_adam_step_", broken)
+    assert [result.passed for result in _selfcheck.run()].count(False) == failures
+    assert main() == 1
+    assert capsys.readouterr().out.count("FAILED: ") == failures
+
+
+def test_self_check_reports_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raising(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(ops, "_adam_step_", raising)
+    assert {(r.passed, r.detail) for r in _selfcheck.run()} == {(False, "RuntimeError: no kernel")}
+
+
+def test_import_without_the_extension_says_how_to_build_it(without_extension: Path) -> None:
+    result = run_python("-c", "import torchao8", path=without_extension)
+    assert result.returncode == 1
+    assert "ImportError: torchao8: the compiled extension torchao8/_C could not be" in result.stderr
+    assert "pip install --no-build-isolation -e ." in result.stderr
+
+
+def test_report_without_the_extension(without_extension: Path) -> None:
+    """It still tells the versions, and how to build, and that something is wrong."""
+    result = run_python("-m", "torchao8", path=without_extension)
+    assert result.returncode == 1
+    assert "extension     NOT LOADED" in result.stdout
+    assert "pip install --no-build-isolation -e ." in result.stdout
+    assert torch.__version__ in result.stdout
+    assert result.stderr == ""
+
+
+def test_import_time() -> None:
+    """Under 0.15 s over torch, the best of three; nothing heavy that torch had not imported."""
+    code = (
+        "import time, sys, torch; before = set(sys.modules); start = time.perf_counter()\n"
+        "import torchao8; print(time.perf_counter() - start)\n"
+        "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+    )
+    outputs = [run_python("-c", code, path=PACKAGE.parent).stdout.split("\n") for _ in range(3)]
+    assert min(float(output[0]) for output in outputs) < 0.15
+    assert outputs[0][1] == "torchao8"

@@ -1,0 +1,433 @@
+"""Train a small GPT on the source of Python's standard library, with 32-bit and with 8-bit AdamW.
+
+    python tutorials/train_gpt.py            # about five minutes on two cores
+    python tutorials/train_gpt.py --help
+
+The same model is trained from the same seed on the same batches by `torch.optim.AdamW` (fused),
+`torchao8.AdamW` and `torchao8.AdamW8bit`. The 8-bit run is then repeated from the checkpoint that
+it left half-way, to show that a restart changes no bit. Ctrl-C leaves a checkpoint, and the same
+command continues from it.
+"""
+
+import argparse
+import logging
+import math
+import os
+import signal
+import statistics
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import torch
+from _gpt import GPT, GPTConfig, Text, cross_entropy, sample
+from _report import Result, command, machine, median_ms, peak_memory, plot, table
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import torchao8
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "torch.optim.AdamW": partial(torch.optim.AdamW, fused=True),
+    "torchao8.AdamW": torchao8.AdamW,
+    "torchao8.AdamW8bit": torchao8.AdamW8bit,
+}
+RESTARTED = "torchao8.AdamW8bit"  # the run whose second half is repeated from a checkpoint
+BETAS = (0.9, 0.95)
+WEIGHT_DECAY = 0.1
+CLIP_NORM = 1.0
+WARMUP_SHARE = 0.1
+
+# Compiled once: the graph takes the parameters as inputs, so it serves every model of these shapes.
+compiled_cross_entropy = torch.compile(cross_entropy)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a run's result depends on, apart from the optimizer."""
+
+    steps: int
+    batch: int
+    lr: float
+    layers: int
+    width: int
+    heads: int
+    context: int
+    dtype: str
+    device: str
+    seed: int
+    compile: bool
+    evaluations: int
+    held_out_batches: int
+
+    def model(self) -> GPT:
+        torch.manual_seed(self.seed)
+        model = GPT(GPTConfig(self.layers, self.width, self.heads, self.context))
+        return model.to(self.device, getattr(torch, self.dtype))
+
+
+def learning_rate(step: int, settings: Settings) -> float:
+    """Linear warm-up to `settings.lr`, then half a cosine down to zero after the last step."""
+    warmup = max(1, round(WARMUP_SHARE * settings.steps))
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, settings.steps - warmup)
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Training:
+    """A model, its optimizer, and what they have been through."""
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        self.name = name
+        self.settings = settings
+        self.model = settings.model()
+        # As a tensor the learning rate is data to the compiled step; a number would be compiled in.
+        lr = torch.tensor(settings.lr, device=settings.device)
+        self.optimizer = OPTIMIZERS[name](
+            self.model.parameters(), lr=lr, betas=BETAS, weight_decay=WEIGHT_DECAY
+        )
+        self.compiled_step = torch.compile(self.optimizer.step)
+        self.step = 0
+        self.losses: list[float] = []
+        self.held_out: list[tuple[int, float]] = []
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.settings.steps
+
+    def train_step(self, text: Text) -> None:
+        settings = self.settings
+        for group in self.optimizer.param_groups:
+            group["lr"].fill_(learning_rate(self.step, settings))
+        batch = text.batch(self.step, settings.seed, settings.batch, settings.context)
+        loss = compiled_cross_entropy(self.model, *batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
+        self.compiled_step()
+        self.optimizer.zero_grad()
+        self.losses.append(loss.item())
+        self.step += 1
+
+    @torch.no_grad()
+    def evaluate(self, text: Text) -> None:
+        """Measure the held-out loss, eagerly: to compile that costs more than it saves."""
+        s = self.settings
+        batches = text.held_out_batches(s.held_out_batches, s.batch, s.context)
+        losses = [cross_entropy(self.model, *batch).item() for batch in batches]
+        self.held_out.append((self.step, statistics.fmean(losses)))
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint of plain values, which `torch.load(weights_only=True)` reads."""
+        content = {
+            "name": self.name,
+            "settings": asdict(self.settings),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "losses": self.losses,
+            "held_out": self.held_out,
+        }
+        # Under another name first, so that a run that dies here leaves the last checkpoint whole.
+        unfinished = path.with_suffix(".unfinished")
+        torch.save(content, unfinished)
+        unfinished.replace(path)
+
+    def load(self, path: Path) -> None:
+        content = torch.load(path, map_location=self.settings.device, weights_only=True)
+        differing = {
+            key: (content["settings"].get(key), value)
+            for key, value in asdict(self.settings).items()
+            if content["settings"].get(key) != value
+        }
+        if differing:
+            changes = ", ".join(f"{key} {old} (now {new})" for key, (old, new) in differing.items())
+            raise SystemExit(f"{path} was made with {changes}: use --fresh or another --out")
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.step = content["step"]
+        self.losses = content["losses"]
+        self.held_out = content["held_out"]
+
+    def bits(self) -> dict[str, Tensor]:
+        """Return every parameter and every state tensor by name."""
+        tensors = dict(self.model.state_dict())
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors.update({f"optimizer state {index} {key}": state[key] for key in state})
+        return tensors
+
+    def optimizer_bytes_per_parameter(self) -> float:
+        states = self.optimizer.state_dict()["state"].values()
+        state_bytes = sum(value.nbytes for state in states for value in state.values())
+        return state_bytes / sum(parameter.numel() for parameter in self.model.parameters())
+
+
+class Progress:
+    """A progress bar on a terminal, a line now and then elsewhere."""
+
+    LINES = 10
+
+    def __init__(self, title: str, training: Training) -> None:
+        self.title = title
+        self.total = training.settings.steps
+        self.bar = tqdm(
+            total=self.total,
+            initial=training.step,
+            desc=title,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+        )
+
+    def update(self, training: Training) -> None:
+        loss = training.losses[-1]
+        self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        self.bar.update()
+        due = training.step % max(1, self.total // self.LINES) == 0 or training.finished
+        if self.bar.disable and due:
+            print(f"{self.title}: step {training.step}/{self.total}, loss {loss:.3f}", flush=True)
+
+
+@contextmanager
+def delayed_interrupt() -> Iterator[threading.Event]:
+    """Let Ctrl-C wait for the end of a step, where model and optimizer agree with each other."""
+    requested = threading.Event()
+
+    def handle(_number: int, _frame: object) -> None:
+        requested.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\nStopping after this step; Ctrl-C again to stop at once.", flush=True)
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield requested
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def train(training: Training, text: Text, path: Path, halfway: Path | None) -> None:
+    """Train to the end, saving to `path` now and then and on Ctrl-C, and once to `halfway`."""
+    steps, evaluations = training.settings.steps, training.settings.evaluations
+    progress = Progress(path.stem, training)
+    with delayed_interrupt() as interrupt, progress.bar:
+        while not training.finished and not interrupt.is_set():
+            training.train_step(text)
+            progress.update(training)
+            if training.finished or training.step % max(1, steps // evaluations) == 0:
+                training.evaluate(text)
+                training.save(path)
+            if halfway and training.step == max(1, steps // 2):
+                training.save(halfway)
+        training.save(path)
+    if not training.finished:
+        raise KeyboardInterrupt
+    print(f"{path.stem}: held-out loss {training.held_out[-1][1]:.4f}", flush=True)
+
+
+def checkpoints(out: Path, name: str) -> tuple[Path, Path, Path]:
+    """Return the files of a run, of its state half-way, and of its repeated second half."""
+    return out / f"{name}.pt", out / f"{name}.halfway.pt", out / f"{name}.restarted.pt"
+
+
+def run(
+    name: str,
+    settings: Settings,
+    text: Text,
+    path: Path,
+    *,
+    start: Path | None = None,
+    halfway: Path | None = None,
+) -> Training:
+    """Train from the checkpoint at `path`, else from that at `start`, else from the beginning."""
+    training = Training(name, settings)
+    source = path if path.exists() else start
+    if source:
+        training.load(source)
+        what = "is finished in" if training.finished else f"continues at step {training.step} from"
+        print(f"{path.stem} {what} {source}", flush=True)
+    if not training.finished:
+        train(training, text, path, halfway)
+    return training
+
+
+def differing_tensors(one: Training, other: Training) -> list[str]:
+    """Return the names of the parameters and state tensors that are not the same bits."""
+    ours, theirs = one.bits(), other.bits()
+    return [
+        name
+        for name in sorted(ours.keys() | theirs.keys())
+        if name not in ours or name not in theirs or not torch.equal(ours[name], theirs[name])
+    ]
+
+
+def check_restart(training: Training, text: Text, out: Path) -> bool:
+    """Repeat the second half of a run in new objects, and compare every bit with what it gave."""
+    _, halfway, path = checkpoints(out, training.name)
+    repeated = run(training.name, training.settings, text, path, start=halfway)
+    differing = differing_tensors(training, repeated)
+    if differing:
+        print(f"{path.stem} differs in {len(differing)} tensors: {', '.join(differing[:5])} ...")
+    else:
+        print(f"{path.stem} has the same bits in all {len(training.bits())} tensors", flush=True)
+    return not differing
+
+
+def step_times(names: list[str], settings: Settings, rounds: int = 100) -> dict[str, float]:
+    """Return the median milliseconds of each optimizer's compiled step on this model."""
+    calls = {}
+    for name in names:
+        training = Training(name, settings)
+        for parameter in training.model.parameters():
+            parameter.grad = 1e-3 * torch.randn_like(parameter)
+        training.compiled_step()  # compiles, and allocates the state
+        calls[name] = training.compiled_step
+    return median_ms(calls, settings.device, rounds)
+
+
+def train_briefly(name: str, settings: Settings) -> None:
+    """Take a few training steps: enough to reach the memory that a long training needs."""
+    prepare(settings)
+    text = Text.from_stdlib(settings.device)
+    training = Training(name, settings)
+    for _ in range(3):
+        training.train_step(text)
+
+
+def prepare(settings: Settings) -> None:
+    # Some gradients are sums in an order that threads decide unless this is asked for, and then no
+    # two runs have the same bits. The variable is what it needs of cuBLAS.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    if not settings.compile:
+        torch.compiler.set_stance("force_eager")
+    # Says at each compilation that the step's mark in profiles is left out.
+    logging.getLogger("torch._dynamo.variables.ctx_manager").setLevel(logging.ERROR)
+
+
+def default_device() -> str:
+    """Return "cuda" where there is one that this build of torchao8 has kernels for."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    parameter = nn.Parameter(torch.zeros(1, device="cuda"))
+    parameter.grad = torch.zeros_like(parameter)
+    try:
+        torchao8.AdamW([parameter]).step()
+    except RuntimeError as error:
+        print(f"Training on the CPU, since the optimizer does not run on CUDA: {error}")
+        return "cpu"
+    return "cuda"
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    default = "(%(default)s)"
+    add("--out", type=Path, default=Path("runs/gpt"), help=f"where files go {default}")
+    add("--fresh", action="store_true", help="remove the checkpoints in --out and start again")
+    names = list(OPTIMIZERS)
+    add("--optimizers", nargs="+", choices=names, default=names, help="which of the runs to make")
+
+    add = parser.add_argument_group("the run; a checkpoint is only for the same run").add_argument
+    add("--steps", type=positive, default=600, help=f"training steps {default}")
+    add("--batch", type=positive, default=8, help=f"sequences in a step {default}")
+    add("--lr", type=float, default=1e-3, help=f"highest learning rate {default}")
+    add("--layers", type=positive, default=3, help=f"transformer blocks {default}")
+    add("--width", type=positive, default=256, help=f"size of the residual stream {default}")
+    add("--heads", type=positive, default=4, help=f"attention heads {default}")
+    add("--context", type=positive, default=128, help=f"bytes in a sequence {default}")
+    dtypes = ["float32", "bfloat16"]
+    add("--dtype", choices=dtypes, default=dtypes[0], help=f"of the parameters {default}")
+    add("--device", default="auto", help="such as cpu or cuda; auto is CUDA where there is one")
+    add("--seed", type=int, default=0, help=f"of the parameters and the batches {default}")
+    add("--evaluations", type=positive, default=6, help=f"of the held-out loss {default}")
+    add("--held-out-batches", type=positive, default=32, help=f"in an evaluation {default}")
+    add("--no-compile", dest="compile", action="store_false", help="do without torch.compile")
+    return parser
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.width % (2 * arguments.heads):
+        parser.error("--width must be a multiple of twice --heads, for pairs of numbers to rotate")
+    if arguments.device == "auto":
+        arguments.device = default_device()
+    values = vars(arguments)
+    return arguments, Settings(**{field.name: values[field.name] for field in fields(Settings)})
+
+
+def train_all(
+    names: list[str], settings: Settings, text: Text, out: Path
+) -> tuple[dict[str, Training], bool]:
+    """Train with every optimizer; return the runs and whether the restart changed no bit."""
+    trainings, same_bits = {}, True
+    for name in names:
+        path, halfway, _ = checkpoints(out, name)
+        if name == RESTARTED:
+            trainings[name] = run(name, settings, text, path, halfway=halfway)
+            same_bits = check_restart(trainings[name], text, out)
+        else:
+            trainings[name] = run(name, settings, text, path)
+    return trainings, same_bits
+
+
+def report(trainings: dict[str, Training], settings: Settings, out: Path) -> None:
+    """Measure time and memory, and show all results on the screen and in two files."""
+    print("Measuring the optimizers' time and memory", flush=True)
+    step_ms = step_times(list(trainings), settings)
+    results = [
+        Result(
+            name,
+            training.losses,
+            training.held_out,
+            training.optimizer_bytes_per_parameter(),
+            peak_memory(settings.device, train_briefly, name, settings),
+            step_ms[name],
+        )
+        for name, training in trainings.items()
+    ]
+    last = results[-1].name
+    print(f"\nWritten by the GPT that {last} trained:\n{sample(trainings[last].model)}\n")
+    text = f"{machine(settings.device)}\n`{command()}`\n\n{table(results)}\n"
+    print(text)
+    (out / "table.md").write_text(text)
+    plot(results, out / "loss.png")
+    print(f"The table is in {out / 'table.md'}, the loss curves are in {out / 'loss.png'}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments, settings = parse_arguments(argv)
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    if arguments.fresh:
+        for name in OPTIMIZERS:
+            for path in checkpoints(out, name):
+                path.unlink(missing_ok=True)
+    prepare(settings)
+    text = Text.from_stdlib(settings.device)
+    millions = sum(parameter.numel() for parameter in settings.model().parameters()) / 1e6
+    print(f"A GPT of {millions:.1f} million parameters learns the standard library's source:")
+    print(f"{len(text.train):,} bytes to train on and {len(text.held_out):,} held out.", flush=True)
+    try:
+        trainings, same_bits = train_all(arguments.optimizers, settings, text, out)
+        report(trainings, settings, out)
+    except KeyboardInterrupt:
+        print(f"Stopped. The same command continues from the checkpoints in {out}.")
+        return 130
+    return 0 if same_bits else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
