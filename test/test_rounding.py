@@ -15,16 +15,16 @@ from adam_call import Call, assert_same_bits, moment, new_call, run, set_moment
 from codec_reference import codebook, neighbours
 from torch import Tensor
 
-COLUMNS = 255  # targets of a block of 256 that starts with 1.0
+COLUMNS = 255  # targets of a block of 256 that ends with 1.0
 
 
 def grads_for(targets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """A gradient of `rows` blocks that begin with 1.0, and the second moments, (255,), of the other
+    """A gradient of `rows` blocks that end with 1.0, and the second moments, (255,), of the other
     columns: as close to the targets as squares of float32 numbers are."""
     roots = targets.double().sqrt().float()
     grad = torch.empty(rows, COLUMNS + 1)
-    grad[:, 0] = 1.0
-    grad[:, 1:] = roots
+    grad[:, -1] = 1.0
+    grad[:, :-1] = roots
     return grad, roots * roots
 
 
@@ -80,7 +80,7 @@ BIAS = 2.0**-15 + 2.0**-16
 
 def goes_up(codes: Tensor, below: Tensor) -> Tensor:
     """How often each column got the code above, of those that v lies between."""
-    up = codes[:, 1:] - below.to(torch.uint8)
+    up = codes[:, :-1] - below.to(torch.uint8)
     assert (up <= 1).all()
     return up.float().sum(0).double()
 
@@ -123,8 +123,8 @@ def test_a_second_moment_above_zero_is_never_stored_as_zero(stochastic: bool) ->
     grad[0, 1:4] = torch.tensor([2.0**-74, 2.0**-70, 3 * 2.0**-75])  # v is subnormal
     for seed in range(20):
         (codes,) = second_moment_codes(grad, seed=seed, stochastic_rounding=stochastic)
-        assert (codes[:, 1:-3] == 1).all()
-        assert (codes[:, -3:] == 0).all()
+        assert (codes[:, :-4] == 1).all()
+        assert (codes[:, -4:-1] == 0).all()
 
 
 @pytest.mark.parametrize("stochastic", [True, False], ids=["stochastic", "nearest"])
@@ -167,7 +167,7 @@ def coin_tosses(chance: float, rows: int = 2048, **options: Any) -> list[Tensor]
     grad, v = grads_for(targets, rows)
     below, exact = neighbours(v.double())
     return [
-        ((codes[:, 1:].long() == below + 1).double() - exact)
+        ((codes[:, :-1].long() == below + 1).double() - exact)
         for codes in second_moment_codes(grad, **options)
     ]
 
@@ -230,9 +230,9 @@ def test_other_seeds_and_steps_draw_other_numbers(other: dict[str, int]) -> None
 def test_uncorrelated_in_blocks_of_other_sizes(block_size: int) -> None:
     target = between(150, torch.tensor([0.5], dtype=torch.float64))
     grad = torch.full((2**20 // block_size, block_size), target.sqrt().item())
-    grad[:, 0] = 1.0
+    grad[:, -1] = 1.0
     (codes,) = second_moment_codes(grad, block_size=block_size)
-    tosses = (codes[:, 1:].long() == 151).double() - 0.5
+    tosses = (codes[:, :-1].long() == 151).double() - 0.5
     assert abs(tosses.mean()) < 5 * 0.5 / math.sqrt(tosses.numel()) + 1e-3  # grad is float32
     for lag in {1, 2, 16, block_size // 4, block_size // 2}:
         assert_uncorrelated(tosses[:, lag:], tosses[:, :-lag])

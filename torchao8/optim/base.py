@@ -244,7 +244,8 @@ class LowPrecisionOptimizer(Optimizer):
 
         As in ``torch.optim``, the options of the checkpoint replace those of the groups, except
         those that lay out the state (``optim_bits``, ``min_8bit_size``, ``block_size``). State
-        tensors keep their bytes; they move to the device of their parameter.
+        tensors keep their bytes. They move to the device of their parameter; those that are there
+        already are taken over, not copied.
 
         Args:
             state_dict: what :meth:`state_dict` returned.

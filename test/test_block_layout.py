@@ -1,0 +1,71 @@
+"""The row layout: the package's arithmetic, the ops' and the oracle's are the same."""
+
+import math
+
+import pytest
+import reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchao8 import quantize_blockwise
+from torchao8.block_layout import fits_8bit, row_length, scale_shape
+
+# Sizes around a block, and around what makes a row long enough; the product is kept small.
+SIZES = st.sampled_from([0, 1, 2, 3, 5, 15, 16, 17, 63, 64, 65, 255, 256, 257, 300])
+SHAPES = st.lists(SIZES, max_size=4).map(tuple).filter(lambda shape: math.prod(shape) <= 100_000)
+BLOCK_SIZES = st.sampled_from([64, 128, 256, 512, 1024, 2048])
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((3072, 768), (3072, 3)),
+        ((64, 64, 3, 3), (64, 3)),
+        ((8, 1024, 4096), (8, 1024, 16)),
+        ((10, 7, 5), (10, 1)),
+        ((10, 256), (10, 1)),
+        ((10, 257), (10, 2)),
+        ((5000,), (20,)),
+        ((0, 300), (0, 2)),
+        ((), (1,)),
+    ],
+)
+def test_published_shapes(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    assert scale_shape(shape, 256) == reference.scale_shape(shape, 256) == expected
+
+
+@given(shape=SHAPES, block_size=BLOCK_SIZES)
+def test_three_layouts_agree(shape: tuple[int, ...], block_size: int) -> None:
+    expected = reference.scale_shape(shape, block_size)
+    assert scale_shape(shape, block_size) == expected
+    _, scale = quantize_blockwise(torch.ones(shape), block_size=block_size)
+    assert tuple(scale.shape) == expected
+    rows = math.prod(expected[:-1])
+    assert row_length(shape, block_size) * rows == math.prod(shape) or rows == 0
+
+
+@given(shape=SHAPES, block_size=BLOCK_SIZES, data=st.data())
+def test_elements_share_a_scale_as_the_oracle_says(
+    shape: tuple[int, ...], block_size: int, data: st.DataObject
+) -> None:
+    """One element that is not zero shows in one scale, and which one that is."""
+    x = torch.zeros(shape)
+    if x.numel() == 0:
+        return
+    index = data.draw(st.integers(0, x.numel() - 1))
+    x.view(-1)[index] = -3.0
+    _, scale = quantize_blockwise(x, block_size=block_size)
+    block = reference.block_of_element(shape, block_size).flatten()[index]
+    assert scale.flatten().nonzero().flatten().tolist() == [block]
+
+
+def test_what_is_worth_8_bits() -> None:
+    assert fits_8bit((4096,), 256, 4096)
+    assert not fits_8bit((4095,), 256, 4096)
+    assert fits_8bit((256, 16), 256, 4096)
+    assert not fits_8bit((273, 15), 256, 0)
+    assert not fits_8bit((15,), 256, 0)
+    assert fits_8bit((16,), 256, 0)
+    assert not fits_8bit((), 256, 0)
+    assert fits_8bit((300, 4, 4), 256, 4096)
