@@ -75,6 +75,8 @@ def compile_flags() -> list[str]:
     return [
         *(["-O1", "-g"] if debug else ["-O3", "-g0"]),
         "-fvisibility=hidden",
+        # Error messages name the source file: not by its place on the machine that built it.
+        f"-ffile-prefix-map={ROOT}/=",
         # Without these two, square roots and selects keep the loops over a block scalar. Neither
         # changes a result: nothing here reads errno or the floating-point exception flags.
         "-fno-math-errno",

@@ -135,8 +135,8 @@ scale of another shape: adam_step_: exp_avg_scales[1] must have shape [3] (one s
 scale not contiguous: adam_step_: exp_avg_sq_scales[1] must be contiguous, got strides [2] for
     shape [3]
 param in double: adam_step_: params[1] must be float32, bfloat16 or float16, got float64
-param overlapping: adam_step_: params[1] is updated in place and must not overlap itself, got
-    strides [0] for shape [700]
+param overlapping: adam_step_: params[1] is updated in place and must not overlap itself, as
+    it may with strides [0] for shape [700]
 grad complex: adam_step_: grads[1] must be float32, bfloat16 or float16, got complex64
 grad of another shape: adam_step_: grads[1] must have shape [700] (that of the parameter), got
     [7, 100]

@@ -36,8 +36,9 @@ def quantize_blockwise(
     """Quantizes a tensor to 8 bits with one scale a block, to the nearest code of the dynamic map.
 
     Args:
-        input: float32, bfloat16 or float16, any shape and strides. With ``signed=False`` it must be
-            >= 0, as a second moment is; then no element above 0 gets the code of 0.
+        input: float32, bfloat16 or float16, any shape and strides. With ``signed=False`` it is
+            taken for a second moment: what is above 0 never gets the code of 0, what is below 0
+            counts as 0.
         block_size: elements that share a scale, a power of two from 64 to 2048. Blocks lie inside
             rows, see :mod:`torchao8.block_layout`.
         signed: which of the two maps, see :func:`dynamic_map`.

@@ -24,7 +24,7 @@
 #endif
 
 // MSVC builds take the scalar path: it has no way to compile one function for another target.
-#if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define TORCHAO8_X86 1
 #else
 #define TORCHAO8_X86 0

@@ -2,8 +2,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "cpu/engine.h"
@@ -13,6 +15,7 @@ namespace torchao8 {
 namespace {
 
 constexpr const char* kOp = "adam_step_";
+constexpr float kLastStep = 16777216.0f;
 constexpr int kMoments = 3;  // exp_avg, exp_avg_sq, max_exp_avg_sq
 
 using TensorList = std::vector<Tensor>;
@@ -97,8 +100,9 @@ void check_parameter(const AdamCall& call, int64_t i) {
   STD_TORCH_CHECK(call.steps[i].numel() == 1, step.text(), " must have one element, got shape ",
                   shape_text(call.steps[i].sizes()));
   const float value = *call.steps[i].const_data_ptr<float>();
-  STD_TORCH_CHECK(value >= 0 && std::floor(value) == value && std::isfinite(value), step.text(),
-                  " must count whole steps from 0, got ", value);
+  STD_TORCH_CHECK(value >= 0 && value < kLastStep && std::floor(value) == value, step.text(),
+                  " must be a whole number from 0 to 2^24 - 1, up to which float32 counts, got ",
+                  value);
   const BlockLayout layout = block_layout(call.params[i].sizes(), call.block_size);
   for (int s = 0; s < call.states(); s++) check_state(call, s, i, layout);
 }
@@ -122,6 +126,22 @@ void check_options(const AdamOptions& o) {
   STD_TORCH_CHECK(o.eps >= 0, kOp, ": eps must not be negative, got ", o.eps);
   STD_TORCH_CHECK(o.weight_decay >= 0, kOp, ": weight_decay must not be negative, got ",
                   o.weight_decay);
+  STD_TORCH_CHECK(o.grad_scale > 0 && std::isfinite(o.grad_scale), kOp,
+                  ": grad_scale must be positive and finite, got ", o.grad_scale);
+}
+
+// Two threads may work on two entries of a list at once.
+void check_distinct(const char* name, const TensorList& tensors) {
+  std::vector<std::pair<const void*, size_t>> places;
+  for (size_t i = 0; i < tensors.size(); i++) {
+    if (tensors[i].numel() > 0) places.emplace_back(tensors[i].const_data_ptr(), i);
+  }
+  std::sort(places.begin(), places.end());
+  for (size_t i = 1; i < places.size(); i++) {
+    STD_TORCH_CHECK(places[i].first != places[i - 1].first, kOp, ": ", name, "[",
+                    places[i - 1].second, "] and ", name, "[", places[i].second,
+                    "] must be different tensors, got the same memory twice");
+  }
 }
 
 template <class Rule>
@@ -194,26 +214,32 @@ void adam_step_cpu(TensorList params, TensorList grads, TensorList exp_avgs, Ten
                       shard_offsets,
                       shard_row_strides};
   check_block_size(kOp, block_size);
-  const AdamOptions options{
-      beta1,
-      beta2,
-      eps,
-      weight_decay,
-      read_scalar("lr", lr),
-      grad_scale ? read_scalar("grad_scale", *grad_scale) : 1,
-      maximize,
-  };
+  const DefaultFloatingPoint guard;
+  AdamOptions options;
+  options.beta1 = beta1;
+  options.beta2 = beta2;
+  options.eps = eps;
+  options.weight_decay = weight_decay;
+  options.lr = read_scalar("lr", lr);
+  options.grad_scale = grad_scale ? read_scalar("grad_scale", *grad_scale) : 1;
+  options.maximize = maximize;
+  options.decoupled = decoupled_weight_decay;
   check_options(options);
   check_lengths(call);
   for (size_t i = 0; i < params.size(); i++) check_parameter(call, int64_t(i));
+  check_distinct("params", params);
+  check_distinct("exp_avgs", exp_avgs);
+  check_distinct("exp_avg_sqs", exp_avg_sqs);
+  check_distinct("steps", steps);
   if (found_inf && read_scalar("found_inf", *found_inf) != 0) return;
 
+  const bool plain = AdamRule<false, true>::gradient_is_plain(options);
   if (call.amsgrad()) {
-    decoupled_weight_decay ? step_all<AdamRule<true, false>>(call, options)
-                           : step_all<AdamRule<true, true>>(call, options);
+    plain ? step_all<AdamRule<true, true>>(call, options)
+          : step_all<AdamRule<true, false>>(call, options);
   } else {
-    decoupled_weight_decay ? step_all<AdamRule<false, false>>(call, options)
-                           : step_all<AdamRule<false, true>>(call, options);
+    plain ? step_all<AdamRule<false, true>>(call, options)
+          : step_all<AdamRule<false, false>>(call, options);
   }
 }
 

@@ -4,14 +4,18 @@
 
 namespace torchao8::TORCHAO8_ISA {
 
-TORCHAO8_HD bool usable(float scale) {
-  return (float_bits(scale) & 0x7fffffffu) < float_bits(kOverflow);
+// Whether a number can be a block's extreme element: below 2^126, and not negative in an unsigned
+// state. The bits of a negative number, and of NaN, are above those of 2^126.
+template <bool kSigned>
+TORCHAO8_HD bool usable(float x) {
+  return (float_bits(x) & (kSigned ? 0x7fffffffu : 0xffffffffu)) < float_bits(kOverflow);
 }
 
 // What a block's values are multiplied by before encoding: zero where its scale counts as zero, or
-// is not a number (a corrupt state stays visibly corrupt).
+// cannot be one (a corrupt state stays visibly corrupt).
+template <bool kSigned>
 TORCHAO8_HD float inverse_of(float extreme) {
-  if (!usable(extreme) || std::fabs(extreme) < kMinScale) return 0.0f;
+  if (!usable<kSigned>(extreme) || std::fabs(extreme) < kMinScale) return 0.0f;
   return std::copysign(inverse_scale(std::fabs(extreme)), extreme);
 }
 
@@ -19,9 +23,10 @@ TORCHAO8_HD float inverse_of(float extreme) {
 template <bool kSigned>
 TORCHAO8_HD float final_scale(float extreme, float unit, int length, uint8_t* codes) {
   const float scale = extreme * unit;
-  if (inverse_of(extreme) != 0.0f && std::fabs(scale) >= kMinScale && usable(scale)) return scale;
+  const bool finite = usable<kSigned>(extreme) && usable<true>(scale);
+  if (finite && std::fabs(extreme) >= kMinScale && std::fabs(scale) >= kMinScale) return scale;
   std::memset(codes, zero_code<kSigned>(), size_t(length));
-  return usable(extreme) && usable(scale) ? 0.0f : bits_float(0x7fc00000u);
+  return finite ? 0.0f : bits_float(0x7fc00000u);
 }
 
 // Below, n is any length: what does not fill a vector is padded with zeros.
@@ -32,8 +37,9 @@ float quantize_block(const CodecTables& tables, const float* x, int n, uint8_t* 
   scalar::Extreme<kSigned> extremes;
   for (int i = 0; i < n; i++) extremes.add(x[i]);
   float extreme = extremes.result(), factor = 1.0f;
-  if (!usable(extreme) && std::isfinite(extreme)) factor = 0.25f;  // its inverse would be subnormal
-  const float inverse = inverse_of(extreme * factor);
+  if (!usable<kSigned>(extreme) && std::isfinite(extreme))
+    factor = 0.25f;  // its inverse would be subnormal
+  const float inverse = inverse_of<kSigned>(extreme * factor);
   if (inverse == 0.0f) return final_scale<kSigned>(extreme, 1.0f, n, codes);
   int i = 0;
   for (; i + kWidth <= n; i += kWidth) encode(load(x + i) * F(factor), inverse, codes + i);

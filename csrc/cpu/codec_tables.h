@@ -23,6 +23,7 @@ struct DecodeLines {
 // but 254 at the most (there is no -1.0). The unsigned table never gives 0.
 constexpr uint32_t kCells = 0x3f81;          // [1.0, 1.0078) is the last one
 constexpr uint32_t kNegativeCells = 0x8000;  // where those of a negative y begin
+constexpr uint32_t kAllCells = 0x10000;      // so that no y, not even NaN, reads past the table
 
 // Stochastic rounding (unsigned only): the real-valued position of y between the codes, to which a
 // random number is added before truncation. Position is piecewise linear in y: class d is the gap
@@ -49,7 +50,7 @@ struct CodecTables {
   float map[2][256];  // [signed][code]: the codebook
   DecodeLines decode[2];
   PositionLines position;
-  alignas(64) uint32_t nearest[2][kNegativeCells + kCells];
+  alignas(64) uint32_t nearest[2][kAllCells] = {};
 
   CodecTables();
 };

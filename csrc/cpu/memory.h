@@ -7,6 +7,7 @@
 
 #include "common/checks.h"
 #include "cpu/kernels.h"
+#include "cpu/vec_scalar.h"
 
 namespace torchao8 {
 
@@ -33,7 +34,9 @@ class FloatArray {
   void read(const CodecKernels& codec, int64_t begin, int64_t n, float* to) const {
     if (dense_) return codec.widen(type_, at(begin), n, to);
     for_each_run(begin, n, [&](int64_t offset, int64_t stride, int64_t count) {
-      for (int64_t i = 0; i < count; i++) codec.widen(type_, at(offset + i * stride), 1, to + i);
+      with_type([&](auto* x) {
+        for (int64_t i = 0; i < count; i++) to[i] = scalar::load(x + offset + i * stride);
+      });
       to += count;
     });
   }
@@ -41,12 +44,21 @@ class FloatArray {
   void write(const CodecKernels& codec, const float* from, int64_t begin, int64_t n) const {
     if (dense_) return codec.narrow(type_, from, n, at(begin));
     for_each_run(begin, n, [&](int64_t offset, int64_t stride, int64_t count) {
-      for (int64_t i = 0; i < count; i++) codec.narrow(type_, from + i, 1, at(offset + i * stride));
+      with_type([&](auto* x) {
+        for (int64_t i = 0; i < count; i++) scalar::store(x + offset + i * stride, from[i]);
+      });
       from += count;
     });
   }
 
  private:
+  template <class Function>
+  void with_type(Function f) const {
+    if (type_ == FloatType::kFloat32) return f(reinterpret_cast<float*>(data_));
+    if (type_ == FloatType::kBFloat16) return f(reinterpret_cast<BFloat16*>(data_));
+    f(reinterpret_cast<Half*>(data_));
+  }
+
   // Calls f(offset, stride, count) for the runs of the innermost dimension that make up [begin,
   // begin + n).
   template <class Function>
@@ -81,7 +93,7 @@ inline void check_no_overlap(const Argument& a, const Tensor& t) {
   int64_t extent = 1;  // of the dimensions so far
   for (const auto& [stride, size] : dims) {
     STD_TORCH_CHECK(stride >= extent, a.text(),
-                    " is updated in place and must not overlap itself, got strides ",
+                    " is updated in place and must not overlap itself, as it may with strides ",
                     shape_text(strides), " for shape ", shape_text(sizes));
     extent = stride * (size - 1) + extent;
   }

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 
 #include "common/block_layout.h"
@@ -52,8 +53,10 @@ std::tuple<Tensor, Tensor> quantize_blockwise_cpu(Tensor input, int64_t block_si
   for_each_block(layout, block_size, [&](int64_t block, int64_t begin, int length) {
     alignas(64) float buffer[kMaxBlock];
     values.read(codec, begin, length, buffer);
-    if (!is_signed) {  // what is negative counts as zero; NaN is kept
-      for (int i = 0; i < length; i++) buffer[i] = buffer[i] <= 0.0f ? 0.0f : buffer[i];
+    if (!is_signed) {  // a negative number counts as zero
+      for (int i = 0; i < length; i++) {
+        if (buffer[i] <= 0.0f && std::isfinite(buffer[i])) buffer[i] = 0.0f;
+      }
     }
     scales[block] = codec.quantize[is_signed](tables, buffer, length, code + begin);
   });

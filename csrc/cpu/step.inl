@@ -20,6 +20,15 @@ TORCHAO8_HD void for_each_state(Function f) {
   if constexpr (N > 2) f(std::integral_constant<int, 2>());
 }
 
+// Where all states are usable: neither NaN nor infinite nor close to it, nor negative if unsigned.
+template <class Rule>
+TORCHAO8_HD Mask all_in_range(const F* state) {
+  Mask good = in_range<Rule::kSigned[0]>(state[0]);
+  for_each_state<Rule::kStates>(
+      [&](auto s) TORCHAO8_LAMBDA { good = both(good, in_range<Rule::kSigned[s]>(state[s])); });
+  return good;
+}
+
 // Elements ahead of the ones at work that are asked for from memory. The hardware's own prefetchers
 // stop at pages of 4 KiB, and a block spends its time in four arrays at once.
 constexpr int kAhead = 768;
@@ -107,11 +116,11 @@ struct Moments {
     if constexpr (Rule::kMomentsNeedParam) p = load(block.param + i);
     rule.template moments<true>(p, load(block.grad + i), state);
     if constexpr (kSelect) {
-      Mask good = in_range(state[0]);
-      for (int s = 1; s < N; s++) good = both(good, in_range(state[s]));
+      const Mask good = all_in_range<Rule>(state);
       for (int s = 0; s < N; s++)
         state[s] = select(good, state[s], old[s] * F(scale[s] / rule.unit[s]));
-      if (all(good)) store(block.param + i, rule.update(load(block.param + i), state));
+      if (all(good))
+        store(block.param + i, rule.template update<true>(load(block.param + i), state));
     }
     for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
       store(buffer[s] + i, state[s]);
@@ -129,11 +138,13 @@ struct Moments {
     for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
       plan.extreme[s] =
           Rule::kSigned[s] ? extreme_signed[s].result() : extreme_unsigned[s].result();
-      plan.inverse[s] = inverse_of(plan.extreme[s]);
+      plan.inverse[s] = inverse_of<Rule::kSigned[s]>(plan.extreme[s]);
       if constexpr (kStochastic && !Rule::kSigned[s]) {
         plan.random[s].start(keys[s], block.first_element);
       }
-      good = good && usable(scale[s]) && usable(plan.extreme[s]);
+      // decay: the stored scale may overflow in units, or be none at all
+      good = good && usable<Rule::kSigned[s]>(scale[s]) && usable<true>(rule.decay[s]) &&
+             usable<Rule::kSigned[s]>(plan.extreme[s]);
     });
     plan.good = kSelect || good;
   }
@@ -172,7 +183,7 @@ struct UpdateAndEncode {
     F state[N];
     for (int s = 0; s < N; s++) state[s] = load(buffer[s] + i);
     if constexpr (kWidth > 1)
-      store_quiet(block.param + i, rule.update(load(block.param + i), state));
+      store_quiet(block.param + i, rule.template update<true>(load(block.param + i), state));
     for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
       if constexpr (Rule::kSigned[s]) {
         encode_signed(state[s], inverse[s], block.codes[s] + i);
@@ -266,11 +277,10 @@ TORCHAO8_HD void step_vector(const Rule& r, T* param, const T* grad, float* cons
   for (int s = 0; s < N; s++) state[s] = old[s] = load(states[s]);
   const F p = load(param);
   r.template moments<false>(p, load(grad), state);
-  Mask good = in_range(state[0]);
-  for (int s = 1; s < N; s++) good = both(good, in_range(state[s]));
+  const Mask good = all_in_range<Rule>(state);
   for (int s = 0; s < N; s++) state[s] = select(good, state[s], old[s]);
   for (int s = 0; s < N; s++) store(states[s], state[s]);
-  store(param, select(good, r.update(p, state), p));
+  store(param, select(good, r.template update<false>(p, state), p));
 }
 
 template <class Rule, class T>

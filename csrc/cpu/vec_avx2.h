@@ -93,9 +93,11 @@ TORCHAO8_HD void store(Half* x, F v) {
 }
 
 using Mask = __m256;
+template <bool kSigned>
 TORCHAO8_HD Mask in_range(F v) {
-  const __m256i magnitude = _mm256_and_si256(bits(v), _mm256_set1_epi32(0x7fffffff));
-  return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(0x7e800000), magnitude));
+  __m256i u = kSigned ? _mm256_and_si256(bits(v), _mm256_set1_epi32(0x7fffffff)) : bits(v);
+  u = _mm256_min_epu32(u, _mm256_set1_epi32(0x7fffffff));  // the comparison is a signed one
+  return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(0x7e800000), u));
 }
 TORCHAO8_HD Mask both(Mask a, Mask b) {
   return _mm256_and_ps(a, b);

@@ -105,9 +105,10 @@ TORCHAO8_HD void store(Half* x, F v) {
 }
 
 using Mask = __mmask16;
+template <bool kSigned>
 TORCHAO8_HD Mask in_range(F v) {
-  const __m512i magnitude = _mm512_and_si512(bits(v), _mm512_set1_epi32(0x7fffffff));
-  return _mm512_cmplt_epu32_mask(magnitude, _mm512_set1_epi32(int(0x7e800000)));
+  const __m512i u = kSigned ? _mm512_and_si512(bits(v), _mm512_set1_epi32(0x7fffffff)) : bits(v);
+  return _mm512_cmplt_epu32_mask(u, _mm512_set1_epi32(0x7e800000));
 }
 TORCHAO8_HD Mask both(Mask a, Mask b) {
   return Mask(a & b);

@@ -38,10 +38,11 @@ TORCHAO8_HD void store_quiet(T* x, F v) {
   store(x, v);
 }
 
-// Every lane below 2^126 in magnitude: neither NaN nor infinite, nor close to it.
+// Lanes below 2^126 in magnitude, so neither NaN nor infinite; unsigned: and not negative.
 using Mask = bool;
+template <bool kSigned>
 TORCHAO8_HD Mask in_range(F v) {
-  return (float_bits(v) & 0x7fffffffu) < float_bits(kOverflow);
+  return (float_bits(v) & (kSigned ? 0x7fffffffu : 0xffffffffu)) < float_bits(kOverflow);
 }
 TORCHAO8_HD Mask both(Mask a, Mask b) {
   return a && b;
@@ -53,16 +54,17 @@ TORCHAO8_HD F select(Mask m, F yes, F no) {
   return m ? yes : no;
 }
 
-// The extreme element of a block: the one of largest magnitude, the positive one in a tie. NaN
-// counts as larger than anything.
+// The extreme element of a block: the one of largest magnitude, the positive one in a tie. What
+// cannot be in a state, NaN and a negative number in an unsigned one, counts as larger than
+// anything.
 template <bool kSigned>
 struct Extreme {
-  uint32_t key = 0;  // magnitude first, then whether it is positive
+  uint32_t key = 0;  // signed: magnitude first, then whether it is positive
   TORCHAO8_HD void add(F v) {
-    const uint32_t u = float_bits(v), k = (u << 1) | (~u >> 31);
+    const uint32_t u = float_bits(v), k = kSigned ? (u << 1) | (~u >> 31) : u;
     key = k > key ? k : key;
   }
-  TORCHAO8_HD float result() const { return bits_float((key >> 1) | (~key << 31)); }
+  TORCHAO8_HD float result() const { return bits_float(kSigned ? (key >> 1) | (~key << 31) : key); }
 };
 
 template <bool kSigned>

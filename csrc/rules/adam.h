@@ -16,6 +16,7 @@ struct AdamOptions {
   double beta1, beta2, eps, weight_decay, lr;
   double grad_scale;  // gradients are divided by it
   bool maximize;
+  bool decoupled;  // of weight decay: AdamW's kind
 };
 
 // beta^t by repeated squaring: libm's pow may differ between machines.
@@ -27,31 +28,38 @@ TORCHAO8_HD double integer_power(double base, int64_t t) {
   return r;
 }
 
-// Under the root: below 2^-101 the branch-free root of a GPU is inexact. sqrt(2^-101) is 6e-16.
-constexpr float kRootFloor = 3.9443045e-31f;
+// Under the root, so that 0 / 0 cannot happen with eps = 0. With 8-bit state v is in units of about
+// the squared gradient, and 2^-101 (a gradient of 6e-16) is where a GPU's branch-free root is
+// exact.
+constexpr float kRootFloor8bit = 3.9443045e-31f;
+constexpr float kRootFloor32bit = 1.17549435e-38f;  // smallest normal
 
-template <bool kAmsgrad, bool kCoupledDecay>
+// kPlainGradient: the gradient goes into the moments as it comes. Else it is scaled, negated or has
+// the parameter added to it (coupled decay) before.
+template <bool kAmsgrad, bool kPlainGradient>
 struct AdamRule {
   static constexpr int kStates = kAmsgrad ? 3 : 2;
   static constexpr bool kSigned[3] = {true, false, false};
-  // The gradient of coupled (L2) decay contains the parameter.
-  static constexpr bool kMomentsNeedParam = kCoupledDecay;
+  static constexpr bool kMomentsNeedParam = !kPlainGradient;
 
-  // The moments are computed in units of what a gradient adds to them, which saves multiplying the
-  // gradient by it. With scaled state a unit disappears in the scale; with 32-bit state it is 1.
+  // Scaled (8-bit) state is computed in units of what a gradient adds to it, which saves
+  // multiplying the gradient by it; the unit disappears in the scale. With 32-bit state it is 1.
   float unit[3];
-  float gain[2];                     // what g and g^2 are multiplied by, in units
-  float decay[3];                    // what a stored moment is multiplied by
-  float root_factor, eps_term;       // of the denominator, both divided by -lr / (1 - beta1^t)
-  float shrink, coupled, grad_gain;  // 1 - lr * wd (decoupled); wd, 1 / grad_scale (coupled)
+  float gain[2];   // what g and g^2 are multiplied by
+  float decay[3];  // what a stored moment is multiplied by, to be in units
+  // Of the denominator, both divided by -lr / (1 - beta1^t).
+  float root_factor, eps_term;
+  float shrink;              // 1 - lr * weight_decay where it is decoupled, else 1
+  float coupled, grad_gain;  // weight_decay where it is coupled, else 0; +-1 / grad_scale
+
+  TORCHAO8_HD static bool gradient_is_plain(const AdamOptions& o) {
+    return o.grad_scale == 1 && !o.maximize && (o.decoupled || o.weight_decay == 0);
+  }
 
   // t: the step being taken, from 1.
   TORCHAO8_HD static AdamRule at_step(const AdamOptions& o, int64_t t, bool scaled_state) {
     AdamRule r;
-    const double grad_gain = (o.maximize ? -1.0 : 1.0) / o.grad_scale;
-    // Without coupled decay the gradient only ever appears times a constant: scaling it is free.
-    const double folded = kCoupledDecay ? 1.0 : grad_gain;
-    const double gain1 = (1 - o.beta1) * folded, gain2 = (1 - o.beta2) * (folded * folded);
+    const double gain1 = 1 - o.beta1, gain2 = 1 - o.beta2;
     const double unit1 = scaled_state ? gain1 : 1, unit2 = scaled_state ? gain2 : 1;
     r.unit[0] = float(unit1);
     r.unit[1] = r.unit[2] = float(unit2);
@@ -66,9 +74,9 @@ struct AdamRule {
     const double inverse_root = 1.0 / std::sqrt(1 - integer_power(o.beta2, t));
     r.root_factor = float(inverse_root * std::sqrt(unit2) / step_size);
     r.eps_term = o.eps > 0 ? float(o.eps / step_size) : 0.0f;
-    r.shrink = kCoupledDecay ? 1.0f : float(1 - o.lr * o.weight_decay);
-    r.coupled = float(o.weight_decay);
-    r.grad_gain = float(grad_gain);
+    r.shrink = o.decoupled ? float(1 - o.lr * o.weight_decay) : 1.0f;
+    r.coupled = o.decoupled ? 0.0f : float(o.weight_decay);
+    r.grad_gain = float((o.maximize ? -1.0 : 1.0) / o.grad_scale);
     return r;
   }
 
@@ -82,7 +90,7 @@ struct AdamRule {
   // state: the stored values on entry, the new moments (in units) on exit.
   template <bool kScaledState, class F>
   TORCHAO8_HD void moments(F p, F g, F* state) const {
-    if constexpr (kCoupledDecay) g = fma(p, F(coupled), g * F(grad_gain));
+    if constexpr (!kPlainGradient) g = fma(p, F(coupled), g * F(grad_gain));
     const F m = kScaledState ? g : g * F(gain[0]);
     const F v = kScaledState ? g * g : (g * F(gain[1])) * g;
     state[0] = fma(state[0], F(decay[0]), m);
@@ -91,11 +99,12 @@ struct AdamRule {
   }
 
   // The new parameter.
-  template <class F>
+  template <bool kScaledState, class F>
   TORCHAO8_HD F update(F p, const F* state) const {
-    const F root = sqrt(max(state[kStates - 1], F(kRootFloor)));
+    const F root =
+        sqrt(max(state[kStates - 1], F(kScaledState ? kRootFloor8bit : kRootFloor32bit)));
     const F step = state[0] / fma(root, F(root_factor), F(eps_term));
-    return kCoupledDecay ? p + step : fma(p, F(shrink), step);
+    return fma(p, F(shrink), step);
   }
 };
 

@@ -42,7 +42,8 @@ def seal(index: int, layout: dict[str, TensorSpec], saved: dict[str, Any]) -> di
         layout: what the state must be.
 
     Raises:
-        ValueError: other keys, or a value that is no tensor or of another dtype or shape.
+        ValueError: other keys; a value that is no tensor or of another dtype or shape; a step or a
+            scale that no step could have left.
     """
     if set(saved) != set(layout):
         raise ValueError(
@@ -62,7 +63,22 @@ def _checked(index: int, key: str, spec: TensorSpec, value: Any) -> Tensor:
             f"{key} of parameter {index}: expected {spec}, "
             f"got {kind(value)} of shape {list(value.shape)}"
         )
+    wrong = _wrong_value(key, value)
+    if wrong:
+        raise ValueError(f"{key} of parameter {index}: expected {wrong}")
     return value.detach().contiguous()
+
+
+def _wrong_value(key: str, value: Tensor) -> str:
+    """What a step and scales must be, where these are not; codes and moments may be anything."""
+    if key == "step" and not 0 <= float(value) == float(value) // 1 < 2**24:
+        return f"a whole number from 0 to 2^24 - 1, got {float(value)}"
+    if key.endswith("_scale"):
+        if not bool(value.isfinite().all()):
+            return "finite numbers, got some that are not"
+        if key != "exp_avg_scale" and bool((value < 0).any()):
+            return f"numbers >= 0, got {float(value.min())}"
+    return ""
 
 
 def _step_tensor(value: Any) -> Any:

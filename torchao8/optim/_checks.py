@@ -1,5 +1,6 @@
 """Checks of options, parameters and gradients: what is wrong, what was expected, what came."""
 
+import math
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -20,12 +21,12 @@ def is_int(value: object) -> bool:
 def check_number(
     name: str, value: Any, *, below: float | None = None, tensor: bool = False
 ) -> None:
-    """Raises ValueError unless ``value`` is a number >= 0, less than ``below`` where that is given.
+    """Raises ValueError unless ``value`` is a finite number >= 0, and less than ``below`` if given.
 
     Args:
         tensor: whether a tensor of one element will do.
     """
-    limit = "a number >= 0" if below is None else f"a number in [0, {below:g})"
+    limit = "a finite number >= 0" if below is None else f"a number in [0, {below:g})"
     if isinstance(value, Tensor):
         if not tensor:
             raise ValueError(f"{name}: expected {limit}, got a tensor")
@@ -33,10 +34,16 @@ def check_number(
             raise ValueError(
                 f"{name}: expected one element, got a tensor of shape {list(value.shape)}"
             )
-    elif not isinstance(value, (int, float)):
+    elif not isinstance(value, (int, float)) or isinstance(value, bool):
         raise ValueError(f"{name}: expected {limit}, got {value!r}")
-    if not value >= 0 or (below is not None and not value < below):
+    if not 0 <= value < (math.inf if below is None else below):
         raise ValueError(f"{name}: expected {limit}, got {value}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises ValueError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected True or False, got {value!r}")
 
 
 def check_params(params: Iterable[Any]) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from torchao8 import ops
-from torchao8.optim._checks import check_number
+from torchao8.optim._checks import check_flag, check_number
 from torchao8.optim.base import Bucket, Group, LowPrecisionOptimizer, State
 
 
@@ -25,6 +25,8 @@ class _Adam(LowPrecisionOptimizer):
         check_number("betas[1]", betas[1], below=1)
         check_number("eps", group["eps"])
         check_number("weight_decay", group["weight_decay"])
+        for name in ("amsgrad", "maximize", "decoupled_weight_decay"):
+            check_flag(name, group[name])
 
     def _states(self, group: Group) -> tuple[State, ...]:
         states = (State("exp_avg", signed=True), State("exp_avg_sq", signed=False))
@@ -80,8 +82,7 @@ class Adam(_Adam):
         p = p - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 
     `Adam: A Method for Stochastic Optimization <https://arxiv.org/abs/1412.6980>`_. amsgrad takes
-    the
-    largest v so far: `On the Convergence of Adam and Beyond
+    the largest v so far: `On the Convergence of Adam and Beyond
     <https://openreview.net/forum?id=ryQu7f-RZ>`_.
 
     Moments are float32 whatever the dtype of the parameter. An element whose gradient is not finite
@@ -112,6 +113,7 @@ class Adam(_Adam):
         state_rounding: how second moments are rounded to 8 bits, "stochastic" or "nearest". First
             moments are always rounded to nearest.
         seed: of the stochastic rounding. The same seed, step and gradients give the same bits.
+        decoupled_weight_decay: decay as :class:`AdamW` does.
 
     Raises:
         ValueError: an option out of range, or parameters that cannot be optimized.
@@ -137,8 +139,10 @@ class Adam(_Adam):
         block_size: int = 256,
         state_rounding: str = "stochastic",
         seed: int = 0,
+        decoupled_weight_decay: bool = False,
     ) -> None:
-        super().__init__(params, _options(locals(), decoupled_weight_decay=False))
+        options = _options(locals(), decoupled_weight_decay=decoupled_weight_decay)
+        super().__init__(params, options)
 
 
 class AdamW(_Adam):

@@ -107,7 +107,7 @@ class LowPrecisionOptimizer(Optimizer):
                     f"{name}={group[name]!r}: {other} is not implemented, it must be {value!r}"
                 )
         check_number("lr", group["lr"], tensor=True)
-        if group["optim_bits"] not in (8, 32):
+        if not is_int(group["optim_bits"]) or group["optim_bits"] not in (8, 32):
             raise ValueError(f"optim_bits: expected 8 or 32, got {group['optim_bits']!r}")
         if not is_int(group["min_8bit_size"]) or group["min_8bit_size"] < 0:
             raise ValueError(f"min_8bit_size: expected an int >= 0, got {group['min_8bit_size']!r}")
@@ -196,10 +196,15 @@ class LowPrecisionOptimizer(Optimizer):
                 loss = closure()
         if torch.compiler.is_compiling():
             self._init_states()  # at trace time: the traced step finds every state in place
+        else:
+            for group in self.param_groups:  # lr, a tensor maybe, is not read: it may be on a GPU
+                self._check_options({**group, "lr": 0.0})
         calls = []
         for group in self.param_groups:
             lr = _lr_tensor(group["lr"])
             calls += [(group, lr, bucket) for bucket in self._buckets(group)]
+        for group, _, bucket in calls:
+            _check_block_size(group, bucket)
         # Only now: what is refused in one group leaves all of them as they were.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for group, lr, bucket in calls:
@@ -317,6 +322,17 @@ def _lr_tensor(lr: float | Tensor) -> Tensor:
     if lr.dtype not in (torch.float32, torch.float64):
         lr = lr.to(torch.float32)
     return lr if lr.dim() == 0 else lr.reshape(())
+
+
+def _check_block_size(group: Group, bucket: Bucket) -> None:
+    """Raises RuntimeError if the option was changed after the state had been laid out."""
+    for name, scales in bucket.scales.items():
+        if scales and scales[0].shape != scale_shape(bucket.params[0].shape, group["block_size"]):
+            raise RuntimeError(
+                f"{name}_scale: expected the scales of blocks of {group['block_size']} elements, "
+                f"got shape {list(scales[0].shape)} for a parameter of shape "
+                f"{list(bucket.params[0].shape)}. block_size must be set before the first step."
+            )
 
 
 def _to_device(value: Tensor | None, device: torch.device) -> Tensor | None:
