@@ -53,11 +53,11 @@ def test_messages_of_options() -> None:
     assert_expected_inline(
         report(lines),
         """\
-lr: expected a number >= 0, got -0.001
-lr: expected a number >= 0, got nan
-lr: expected a number >= 0, got 'fast'
+lr: expected a finite number >= 0, got -0.001
+lr: expected a finite number >= 0, got nan
+lr: expected a finite number >= 0, got 'fast'
 lr: expected one element, got a tensor of shape [2]
-lr: expected a number >= 0, got -1.0
+lr: expected a finite number >= 0, got -1.0
 optim_bits: expected 8 or 32, got 4
 min_8bit_size: expected an int >= 0, got -1
 min_8bit_size: expected an int >= 0, got 4096.0
@@ -74,8 +74,8 @@ betas[1]: expected a number in [0, 1), got -0.1
 betas[1]: expected a number in [0, 1), got nan
 betas: expected two numbers, got 0.9
 betas[0]: expected a number in [0, 1), got a tensor
-eps: expected a number >= 0, got -1e-08
-weight_decay: expected a number >= 0, got -0.1
+eps: expected a finite number >= 0, got -1e-08
+weight_decay: expected a finite number >= 0, got -0.1
 percentile_clipping=5: clipping by a percentile of the gradient norms is not implemented, it
     must be 100
 block_wise=False: one scale for a whole tensor is not implemented, it must be True

@@ -82,9 +82,9 @@ def _wrong_value(key: str, value: Tensor) -> str:
 
 
 def _step_tensor(value: Any) -> Any:
-    """Steps also come as numbers, in old checkpoints, and as tensors of other dtypes."""
+    """Steps also come as numbers, as tensors of other dtypes, and as one tensor for all."""
     if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1):
-        return torch.as_tensor(value, dtype=torch.float32).reshape(())
+        return torch.as_tensor(value, dtype=torch.float32).reshape(()).clone()
     return value
 
 
