@@ -61,11 +61,11 @@ demo: $(call tools,demo) $(EXTENSION_READY)
 	$(call say,training a small GPT)
 	$(VPYTHON) tutorials/train_gpt.py $(ARGS)
 
-test: $(call tools,test) $(EXTENSION_READY)
+test: $(call tools,test demo) $(EXTENSION_READY)
 	$(call say,running the tests)
 	$(VPYTHON) -m pytest $(ARGS)
 
-test-slow: $(call tools,test) $(EXTENSION_READY)
+test-slow: $(call tools,test demo) $(EXTENSION_READY)
 	$(call say,running the slow tests)
 	$(VPYTHON) -m pytest -m slow $(ARGS)
 
