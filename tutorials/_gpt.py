@@ -178,9 +178,14 @@ def cross_entropy(model: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
+PROMPT = """class Reader:
+    def read(self, size):
+        """
+
+
 @torch.no_grad()
-def sample(model: GPT, prompt: str = "class ", length: int = 400, temperature: float = 0.7) -> str:
-    """Continue the prompt by `length` bytes."""
+def sample(model: GPT, prompt: str = PROMPT, length: int = 400, temperature: float = 0.7) -> str:
+    """Continue the prompt by `length` bytes and return both."""
     device = model.head.weight.device
     generator = torch.Generator().manual_seed(0)
     text = torch.tensor(list(prompt.encode()))
