@@ -45,9 +45,9 @@ def test_a_step_needs_no_memory_that_grows(case: str, state_bits: str) -> None:
 
 
 def test_the_measurement_sees_a_temporary() -> None:
-    """Of a byte for each element."""
+    """Of a byte for each element; Linux counts pages in batches, so a little less is seen."""
     measured = run_script("peak_of_a_step", "temporary", "8")
-    assert measured["growth"] >= measured["elements"]
+    assert measured["growth"] >= 0.9 * measured["elements"]
 
 
 def available_memory() -> int:
