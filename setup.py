@@ -9,6 +9,7 @@ DEBUG=1 in the environment builds with debug information and little optimization
 from __future__ import annotations
 
 import os
+import platform
 import site
 import sys
 import sysconfig
@@ -82,6 +83,11 @@ def compile_flags() -> list[str]:
         "-fno-math-errno",
         "-fno-trapping-math",
         "-ffp-contract=off",
+        # Worth 3% and 2% of a step: an order of instructions (not a choice of them), and loops that
+        # start on a cache line.
+        *(["-mtune=icelake-server"] if platform.machine() in ("x86_64", "AMD64") else []),
+        "-falign-loops=64",
+        "-fno-wrapv",  # Python's flags have -fwrapv
         "-Wall",
         "-Wextra",
         "-Wno-unused-parameter",  # torch's headers have some

@@ -30,6 +30,7 @@ _CPU_FLAGS = (
     "avx512dq",
     "avx512vl",
     "avx512vbmi",
+    "avx512_vnni",
 )
 
 

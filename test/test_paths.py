@@ -19,7 +19,7 @@ PATHS = ("scalar", "avx2", "avx512")
 FLAGS = {
     "scalar": set(),
     "avx2": {"avx2", "fma", "f16c"},
-    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512_vnni"},
 }
 
 

@@ -33,11 +33,4 @@ inline Line decade_line(bool is_signed, int i) {
   return {unit * 0.9 / n, unit * (0.1 + 0.9 * (0.5 - n) / n)};
 }
 
-// 1 / scale, rounded so that scale * (1 / scale) is never below one: the extreme element of a block
-// is then exactly 1.0 or the float above it, and gets the code of 1.0. scale in [2^-126, 2^126).
-TORCHAO8_HD float inverse_scale(float scale) {
-  const float r = 1.0f / scale;
-  return bits_float(float_bits(r) + uint32_t(scale * r < 1.0f));  // as a branch it is a coin toss
-}
-
 }  // namespace torchao8

@@ -23,6 +23,13 @@
 #define TORCHAO8_LAMBDA __attribute__((always_inline))
 #endif
 
+// Rarely called, and kept out of the code around the call.
+#if defined(__GNUC__) || defined(__clang__)
+#define TORCHAO8_COLD __attribute__((cold, noinline))
+#else
+#define TORCHAO8_COLD __declspec(noinline)
+#endif
+
 // MSVC builds take the scalar path: it has no way to compile one function for another target.
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define TORCHAO8_X86 1

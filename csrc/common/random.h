@@ -2,12 +2,14 @@
 // same on every device, so that neither sharding nor the order of execution nor a restart changes
 // them.
 //
-// A block gets three 32-bit coefficients by hashing; its element i draws
-//     h(i) = c0 + c1 * i + c2 * i^2  (mod 2^23),
-// of which the top 16 bits are used. With random coefficients such a polynomial is uniform and its
-// values are independent in pairs, and in threes but for the lowest bits (polynomial hashing:
-// Carter and Wegman, "Universal classes of hash functions", 1979). A vector loop produces it with
-// two additions, and 23 bits are a float's mantissa: no shift is needed to make one of it.
+// A block gets four 32-bit coefficients by hashing. Its element 8 * j + l, l < 8, draws
+//     h = c0 + c1 * t[l] + (c2 + c3 * t[l]) * j  (mod 2^23),
+// of which the top 14 bits are used. With random coefficients the draws of any two elements are
+// uniform and independent but for low bits that are not used (multilinear hashing: Carter and
+// Wegman, "Universal classes of hash functions", 1979), so that rounding errors add up as those of
+// independent draws do, in variance. Three draws at equal distances that are multiples of 8 are an
+// arithmetic sequence. A vector of 8 or 16 lanes goes on to its next elements by one addition, and
+// 23 bits are a float's mantissa: no shift is needed to make one.
 #pragma once
 
 #include "common/macros.h"
@@ -26,24 +28,35 @@ TORCHAO8_HD uint64_t random_key(uint64_t seed, uint64_t step, uint64_t stream) {
   return mix_bits(mix_bits(seed + 0x9e3779b97f4a7c15u) ^ mix_bits(4 * step + stream));
 }
 
+// t[l]: digits of the square roots of the primes, the last three bits replaced by l (so that no
+// difference is a multiple of 8, which would repeat low bits).
+alignas(32) constexpr uint32_t kLaneFactors[8] = {0x6a08, 0xbb61, 0x3c6a, 0xa54b,
+                                                  0x510c, 0x9b05, 0x1f86, 0x5be7};
+
 struct BlockRandom {
-  uint32_t c0, c1, c2;
+  uint32_t c0, c1, c2, c3;
 
   // first_element: global index of the block's first element.
   TORCHAO8_HD void start(uint64_t key, uint64_t first_element) {
     const uint64_t z = mix_bits(key + 0x9e3779b97f4a7c15u * first_element);
+    const uint64_t w = mix_bits(z + 0x9e3779b97f4a7c15u);
     c0 = uint32_t(z);
     c1 = uint32_t(z >> 32);
-    c2 = uint32_t((z * 0xd6e8feb86659fd93u) >> 32);
+    c2 = uint32_t(w);
+    c3 = uint32_t(w >> 32);
   }
 
-  TORCHAO8_HD uint32_t operator()(uint32_t i) const { return c0 + (c1 + c2 * i) * i; }
+  TORCHAO8_HD uint32_t operator()(uint32_t i) const {
+    const uint32_t t = kLaneFactors[i % 8], j = i / 8;
+    return c0 + c1 * t + (c2 + c3 * t) * j;
+  }
 };
 
-// A hash as a float in [1, 2) of 16 random bits. Sixteen, because a code position below 256 has at
-// least 16 fraction bits in a float, so that the sum of the two is exact and the rounding unbiased.
-constexpr uint32_t kRandomMask = 0x007fff80u;
-constexpr uint32_t kOneBits = 0x3f800000u;
+// A hash as a float that lies as far above 1 as below 2, of 14 random bits: 1 + (r + 1/2) / 2^14.
+// Fourteen, because then the position of a block's extreme element, which is off by up to a unit in
+// its last place or two, gives code 255 with each of these numbers (PositionLines).
+constexpr uint32_t kRandomMask = 0x007ffe00u;
+constexpr uint32_t kOneBits = 0x3f800100u;
 TORCHAO8_HD float one_to_two(uint32_t hash) {
   return bits_float((hash & kRandomMask) | kOneBits);
 }

@@ -16,17 +16,27 @@ TORCHAO8_HD bool usable(float x) {
 template <bool kSigned>
 TORCHAO8_HD float inverse_of(float extreme) {
   if (!usable<kSigned>(extreme) || std::fabs(extreme) < kMinScale) return 0.0f;
-  return std::copysign(inverse_scale(std::fabs(extreme)), extreme);
+  return 1.0f / extreme;
 }
 
-// The scale to store. Where it counts as zero, or is not a number, so do all codes.
+// Whether a block of this extreme element, in these units, has a scale: neither it nor the scale is
+// too large, or so small that the scale counts as zero.
+template <bool kSigned>
+TORCHAO8_HD bool has_scale(float extreme, float unit) {
+  const auto within = [](float x) TORCHAO8_LAMBDA {
+    const uint32_t magnitude = float_bits(x) & 0x7fffffffu, least = float_bits(kMinScale);
+    return magnitude - least < float_bits(kOverflow) - least;
+  };
+  return within(extreme) && within(extreme * unit) && usable<kSigned>(extreme);
+}
+
+// The scale to store. Where there is none, it is zero, or NaN if the block is not finite, and so
+// are all codes.
 template <bool kSigned>
 TORCHAO8_HD float final_scale(float extreme, float unit, int length, uint8_t* codes) {
-  const float scale = extreme * unit;
-  const bool finite = usable<kSigned>(extreme) && usable<true>(scale);
-  if (finite && std::fabs(extreme) >= kMinScale && std::fabs(scale) >= kMinScale) return scale;
+  if (has_scale<kSigned>(extreme, unit)) return extreme * unit;
   std::memset(codes, zero_code<kSigned>(), size_t(length));
-  return finite ? 0.0f : bits_float(0x7fc00000u);
+  return usable<kSigned>(extreme) && usable<true>(extreme * unit) ? 0.0f : bits_float(0x7fc00000u);
 }
 
 // Below, n is any length: what does not fill a vector is padded with zeros.

@@ -56,12 +56,13 @@ float rounds_up_from(float below, float above) {
   return x;
 }
 
-// Words for the codes from `code` to `last`.
-void build_words(uint32_t* words, uint32_t first_cell, const float* map, uint32_t code,
-                 uint32_t last) {
+// Words for the codes from `code` to 255. Those of negative numbers mirror them about 127, the code
+// of zero, but there is no -1.0: code 0 stands for it.
+void build_words(uint32_t* words, bool negative, const float* map, uint32_t code) {
+  const uint32_t first_cell = negative ? kNegativeCells : 0, last = negative ? 254 : 255;
   for (uint32_t cell = 0; cell < kCells; cell++) {
-    const uint32_t start_code = code;
-    uint32_t low = 0x10000;  // no midpoint in this cell
+    const uint32_t start_code = negative ? code - 254 : code;  // minus the mirrored one
+    uint32_t low = 0x10000;                                    // no midpoint in this cell
     if (code < last) {
       const uint32_t up = float_bits(rounds_up_from(map[code], map[code + 1]));
       if (up >> 16 == cell) {
@@ -76,58 +77,60 @@ void build_words(uint32_t* words, uint32_t first_cell, const float* map, uint32_
 void build_nearest(uint32_t* words, const float* map, bool is_signed) {
   // A second moment is never rounded to zero.
   const uint32_t lowest = is_signed ? kZeroCodeSigned : 1;
-  build_words(words, 0, map, lowest, 255);
-  if (is_signed) build_words(words, kNegativeCells, map, lowest, 254);
+  build_words(words, false, map, lowest);
+  if (is_signed) build_words(words, true, map, lowest);
 }
 
 struct Point {
   double value, position;
 };
 
-// The line through two codes, in floats.
-void set_line(float* a, float* b, int d, Point from, Point to) {
+// The line through two codes, in floats, for a y that includes the bias.
+void set_line(PositionLines& t, int d, Point from, Point to) {
   const double slope = (to.position - from.position) / (to.value - from.value);
-  a[d] = float(slope);
-  b[d] = float(from.position - slope * from.value);
+  t.a[d] = float(slope);
+  t.b[d] = float(from.position - slope * (from.value + kPositionBias));
 }
 
 void build_position(PositionLines& t, const float* map) {
-  const float infinity = std::numeric_limits<float>::infinity();
-  // Position is code - 1: the random number that is added lies in [1, 2).
+  // Position is code - 1: the random number that is added lies between 1 and 2.
   const auto at = [&](int kk) { return Point{map[kk - 1], double(kk) - 2}; };
   for (int d = 0; d < kDecades; d++) {
     const int first = first_kk(false, d), last = 2 * first - 1;
-    set_line(t.a, t.b, d, at(first), at(last));
-    // Class 0 needs no gap: what lies between 0 and the first code is never rounded to 0.
-    if (d > 0) set_line(t.gap_a, t.gap_b, d, at(first - 1), at(first));
+    set_line(t, d, at(first), at(last));
+    // Both lines meet at `first`. Class 0 needs no gap, what lies between 0 and the first code
+    // being never rounded to 0: with c = 0 the gap's line is the upper one. So it is in class 7.
+    t.c[d] = d > 0 ? float(at(first).position * (1.0 - 5.0 / 3.0)) : 0.0f;
     t.start[d] = d > 0 ? map[first - 2] : 0.0f;
   }
-  t.gap_a[0] = t.a[0];
-  t.gap_b[0] = t.b[0];
-  // No gap in class 7 either; but y may be the float above 1, and position must end at code 255.
-  set_line(t.a, t.b, kDecades, at(255), at(256));
-  t.gap_a[kDecades] = 0.0f;
-  t.gap_b[kDecades] = 254.0f;
+  // A block's extreme element is 1 - 2^-24, 1 or 1 + 2^-23 when divided by itself and biased. With
+  // all random numbers, 1 + 2^-15 to 2 - 2^-15, it must get code 255, so that its position may be
+  // no less than 254 - 2^-15 nor more than 254 + 2^-16, one unit in the last place.
+  t.a[kDecades] = float(1.0 / (double(map[255]) - map[254]));
+  t.b[kDecades] = float(254.0 - std::ldexp(1.1, -16) - double(t.a[kDecades]));
+  t.c[kDecades] = 0.0f;
   t.start[kDecades] = map[254];
-  t.start[kDecades + 1] = infinity;
+  t.start[kDecades + 1] = std::numeric_limits<float>::infinity();
   t.floor = map[1];
-  while (std::fma(t.floor, t.a[0], t.b[0]) < 0.0f) t.floor = std::nextafter(t.floor, infinity);
+  while (std::fma(t.floor, t.a[0], t.b[0]) < 0.0f) t.floor = std::nextafter(t.floor, 1.0f);
 }
 
 void build_cells(PositionLines& t) {
+  // Class -1 is below the floor, its line zero.
+  const auto start = [&](int d) { return d == 0 ? t.floor : t.start[d]; };
+  const auto set = [&](int to, int d) {
+    t.cell_a[to] = d < 0 ? 0.0f : t.a[d];
+    t.cell_b[to] = d < 0 ? 0.0f : t.b[d];
+    t.cell_c[to] = d < 0 ? 0.0f : t.c[d];
+  };
   for (int j = 0; j < 16; j++) {
-    const double low = std::ldexp(1.0, 2 * j - 31), high = 4 * low;
-    int d = 0;
-    while (d < kDecades && t.start[d + 1] <= low) d++;
-    const bool inside = t.start[d + 1] < high;
-    t.cell_start[j] = inside ? t.start[d + 1] : std::numeric_limits<float>::infinity();
-    for (int above = 0; above < 2; above++) {
-      const int from = above && inside ? d + 1 : d, to = above ? j : 16 + j;
-      t.cell_gap_a[to] = t.gap_a[from];
-      t.cell_gap_b[to] = t.gap_b[from];
-      t.cell_a[to] = t.a[from];
-      t.cell_b[to] = t.b[from];
-    }
+    const float low = std::ldexp(1.0f, 2 * j - 31), high = 4 * low;
+    int d = -1;
+    while (d < kDecades && start(d + 1) <= low) d++;
+    const bool inside = start(d + 1) < high;
+    t.cell_start[j] = inside ? start(d + 1) : std::numeric_limits<float>::infinity();
+    set(16 + j, d);
+    set(j, inside ? d + 1 : d);
   }
 }
 

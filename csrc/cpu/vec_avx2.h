@@ -172,11 +172,9 @@ struct NearestEncoder {
     const F y = x * F(inverse);
     const __m256i cell = _mm256_srli_epi32(bits(y), 16);
     const __m256i word = _mm256_i32gather_epi32(reinterpret_cast<const int*>(words), cell, 4);
-    __m256i code = _mm256_srli_epi32(_mm256_add_epi32(word, bits(y)), 16);
-    if constexpr (kSigned) {  // 254 - code where negative
-      const __m256i negative = _mm256_srai_epi32(bits(y), 31);
-      code = _mm256_xor_si256(code, negative);
-      code = _mm256_add_epi32(code, _mm256_srli_epi32(negative, 24));
+    __m256i code = _mm256_srai_epi32(_mm256_add_epi32(word, bits(y)), 16);
+    if constexpr (kSigned) {
+      code = _mm256_abs_epi32(code);
     } else {
       code = _mm256_andnot_si256(_mm256_cmpeq_epi32(bits(x), _mm256_setzero_si256()), code);
     }
@@ -184,40 +182,38 @@ struct NearestEncoder {
   }
 };
 
-// h(i) = c0 + c1 i + c2 i^2 at 8 neighbouring i, advanced by its first and second differences.
+// The hashes of 8 neighbouring elements.
 struct RandomStream {
-  __m256i h, difference, second;
+  __m256i h, difference;
   TORCHAO8_HD void start(BlockRandom r) {
-    const __m256i i = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
-    const __m256i c2i = _mm256_mullo_epi32(_mm256_set1_epi32(int(r.c2)), i);
-    h = _mm256_mullo_epi32(_mm256_add_epi32(_mm256_set1_epi32(int(r.c1)), c2i), i);
-    h = _mm256_add_epi32(h, _mm256_set1_epi32(int(r.c0)));
-    difference =
-        _mm256_add_epi32(_mm256_slli_epi32(c2i, 4), _mm256_set1_epi32(int(8 * r.c1 + 64 * r.c2)));
-    second = _mm256_set1_epi32(int(128 * r.c2));
+    const __m256i t = _mm256_load_si256(reinterpret_cast<const __m256i*>(kLaneFactors));
+    const auto line = [&](uint32_t a, uint32_t b) TORCHAO8_LAMBDA {
+      return _mm256_add_epi32(_mm256_set1_epi32(int(a)),
+                              _mm256_mullo_epi32(_mm256_set1_epi32(int(b)), t));
+    };
+    h = line(r.c0, r.c1);
+    difference = line(r.c2, r.c3);
   }
   TORCHAO8_HD F next() {
     const __m256i random = _mm256_and_si256(h, _mm256_set1_epi32(int(kRandomMask)));
     h = _mm256_add_epi32(h, difference);
-    difference = _mm256_add_epi32(difference, second);
     return from_bits(_mm256_or_si256(random, _mm256_set1_epi32(int(kOneBits))));
   }
 };
 
 struct StochasticEncoder {
-  __m256 floor, next_start, gap_a, gap_b, a, b;
+  __m256 floor, next_start, a, b, c;
   TORCHAO8_HD explicit StochasticEncoder(const CodecTables& tables) {
     const PositionLines& t = tables.position;
     floor = _mm256_set1_ps(t.floor);
     next_start = _mm256_loadu_ps(t.start + 1);
-    gap_a = _mm256_load_ps(t.gap_a);
-    gap_b = _mm256_load_ps(t.gap_b);
     a = _mm256_load_ps(t.a);
     b = _mm256_load_ps(t.b);
+    c = _mm256_load_ps(t.c);
   }
 
   TORCHAO8_HD void operator()(F x, float inverse, F one_to_two, uint8_t* codes) const {
-    const __m256 y = max(x * F(inverse), F(floor)).x;
+    const __m256 y = max(fma(x, F(inverse), F(kPositionBias)), F(floor)).x;
     // The bits of a float are its base-2 logarithm, scaled, up to 0.086 too low. The class guessed
     // from them is the right one or the one below.
     const __m256 log2 = _mm256_cvtepi32_ps(_mm256_castps_si256(y));
@@ -225,11 +221,11 @@ struct StochasticEncoder {
         _mm256_fmadd_ps(log2, _mm256_set1_ps(3.5885572e-8f), _mm256_set1_ps(-31.230809f)));
     const __m256 above = _mm256_cmp_ps(y, _mm256_permutevar8x32_ps(next_start, guess), _CMP_GE_OQ);
     const __m256i d = _mm256_sub_epi32(guess, _mm256_castps_si256(above));
-    const __m256 gap =
-        _mm256_fmadd_ps(y, _mm256_permutevar8x32_ps(gap_a, d), _mm256_permutevar8x32_ps(gap_b, d));
-    const __m256 decade =
+    const __m256 line =
         _mm256_fmadd_ps(y, _mm256_permutevar8x32_ps(a, d), _mm256_permutevar8x32_ps(b, d));
-    const F position = F(_mm256_min_ps(gap, decade)) + one_to_two;
+    const __m256 gap =
+        _mm256_fmadd_ps(line, _mm256_set1_ps(kGapSlope), _mm256_permutevar8x32_ps(c, d));
+    const F position = F(_mm256_min_ps(gap, line)) + one_to_two;
     // Zero stays zero: where x is not zero, its bits are a number above any code it can have.
     store_bytes(codes, _mm256_min_epu32(_mm256_cvttps_epi32(position.x), bits(x)));
   }

@@ -1,5 +1,6 @@
-// Sixteen floats in an AVX-512 register. VBMI's byte permutation is needed too, so this is Ice Lake
-// and later, Zen 4 and later; what has AVX-512 without it takes the AVX2 path.
+// Sixteen floats in an AVX-512 register. VBMI's byte permutation and VNNI's dot product are needed
+// too, so this is Ice Lake and later, Zen 4 and later; what has AVX-512 without them takes the AVX2
+// path.
 // Included inside a region compiled for that target: see isa_avx512.cpp. The arithmetic is that of
 // vec_scalar.h.
 #pragma once
@@ -38,6 +39,11 @@ TORCHAO8_HD F max(F a, F b) {
 TORCHAO8_HD __m512i bits(F a) {
   return _mm512_castps_si512(a.x);
 }
+// A constant in all lanes. As a float it is broadcast from memory by a load; as an integer GCC
+// would move it through a general register and a permutation port.
+TORCHAO8_HD __m512i all_lanes(uint32_t x) {
+  return _mm512_castps_si512(_mm512_set1_ps(bits_float(x)));
+}
 
 TORCHAO8_HD F load(const float* x) {
   return _mm512_loadu_ps(x);
@@ -75,9 +81,9 @@ TORCHAO8_HD F load(const BFloat16* x) {  // each to the high half of a dword
       _mm512_maskz_permutexvar_epi8(0xccccccccccccccccu, load_order(kSpreadWords), h));
 }
 TORCHAO8_HD __m512i round_to_bfloat16(__m512i u) {  // in the high halves
-  const __mmask16 odd = _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000));
-  const __m512i r = _mm512_add_epi32(u, _mm512_set1_epi32(0x7fff));
-  return _mm512_mask_add_epi32(r, odd, r, _mm512_set1_epi32(1));
+  // u + 0x7fff + (u >> 16 & 1), the two summands as words that the dot product with (1, 1) adds
+  const __m512i words = _mm512_ternarylogic_epi32(u, all_lanes(0x10000), all_lanes(0x7fff), 0xea);
+  return _mm512_dpwssd_epi32(u, words, all_lanes(0x10001));
 }
 TORCHAO8_HD void store_high_halves(BFloat16* x, __m512i r) {
   const __m512i packed = _mm512_permutexvar_epi8(load_order(kHighHalves), r);
@@ -86,7 +92,7 @@ TORCHAO8_HD void store_high_halves(BFloat16* x, __m512i r) {
 TORCHAO8_HD void store(BFloat16* x, F v) {
   const __mmask16 nan = _mm512_cmp_ps_mask(v.x, v.x, _CMP_UNORD_Q);
   const __m512i r = round_to_bfloat16(bits(v));
-  store_high_halves(x, _mm512_mask_or_epi32(r, nan, bits(v), _mm512_set1_epi32(0x400000)));
+  store_high_halves(x, _mm512_mask_or_epi32(r, nan, bits(v), all_lanes(0x400000)));
 }
 // For values that are not NaN, or one that came from memory as bfloat16, which rounding leaves
 // alone.
@@ -107,8 +113,8 @@ TORCHAO8_HD void store(Half* x, F v) {
 using Mask = __mmask16;
 template <bool kSigned>
 TORCHAO8_HD Mask in_range(F v) {
-  const __m512i u = kSigned ? _mm512_and_si512(bits(v), _mm512_set1_epi32(0x7fffffff)) : bits(v);
-  return _mm512_cmplt_epu32_mask(u, _mm512_set1_epi32(0x7e800000));
+  const __m512i u = kSigned ? _mm512_and_si512(bits(v), all_lanes(0x7fffffff)) : bits(v);
+  return _mm512_cmplt_epu32_mask(u, all_lanes(0x7e800000));
 }
 TORCHAO8_HD Mask both(Mask a, Mask b) {
   return Mask(a & b);
@@ -150,9 +156,9 @@ struct Extreme<false> {
 // into one that is not, and GCC sees through a zero.
 TORCHAO8_HD __m512i gather(const void* table, __m512i index) {
   __m512i to = _mm512_setzero_si512();
-  __mmask16 all = 0xffff;
-  asm("vpgatherdd (%2,%3,4), %0%{%1%}"
-      : "+&v"(to), "+&Yk"(all)
+  __mmask16 all;
+  asm("kxnorw %%k0, %%k0, %1\n\tvpgatherdd (%2,%3,4), %0%{%1%}"
+      : "+&v"(to), "=&Yk"(all)
       : "r"(table), "v"(index)
       : "memory");
   return to;
@@ -170,7 +176,7 @@ struct Decoder {
     const __m512i four_times =
         _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
     const __m512i spread = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i magic = _mm512_set1_epi32(kSigned ? 0x4c000000 : 0x4b800000);
+    const __m512i magic = all_lanes(kSigned ? 0x4c000000 : 0x4b800000);
     const __m512 raw = _mm512_castsi512_ps(
         _mm512_mask_shuffle_epi8(magic, 0x1111111111111111u, four_times, spread));
     const __m512 k = _mm512_sub_ps(raw, _mm512_set1_ps(kSigned ? 33554940.0f : 16777214.0f));
@@ -178,7 +184,7 @@ struct Decoder {
     __m512 offset = _mm512_permutexvar_ps(exponent, b);
     if constexpr (kSigned) {  // offset ^ (k & sign)
       offset = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(
-          _mm512_castps_si512(offset), _mm512_castps_si512(k), _mm512_set1_epi32(INT32_MIN), 0x78));
+          _mm512_castps_si512(offset), _mm512_castps_si512(k), all_lanes(0x80000000), 0x78));
     }
     return _mm512_fmadd_ps(_mm512_permutexvar_ps(exponent, a), k, offset);
   }
@@ -194,38 +200,37 @@ struct NearestEncoder {
     const __m512i word = gather(words, _mm512_srli_epi32(bits(y), 16));
     const __m512i sum = _mm512_add_epi32(word, bits(y));
     const __m512i order = load_order(kThirdBytes);
-    __m128i packed;
+    __m512i packed;
     if constexpr (kSigned) {
-      packed = _mm512_castsi512_si128(_mm512_permutexvar_epi8(order, sum));
-      const __mmask16 negative = _mm512_movepi32_mask(bits(y));
-      packed = _mm_mask_sub_epi8(packed, negative, _mm_set1_epi8(char(254)), packed);
+      packed = _mm512_permutexvar_epi8(order, _mm512_abs_epi16(sum));
     } else {
       const __mmask16 nonzero = _mm512_test_epi32_mask(bits(x), bits(x));
-      packed = _mm512_castsi512_si128(_mm512_maskz_permutexvar_epi8(nonzero, order, sum));
+      packed = _mm512_maskz_permutexvar_epi8(nonzero, order, sum);
     }
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), packed);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_castsi512_si128(packed));
   }
 };
 
-// h(i) = c0 + c1 i + c2 i^2 at 16 neighbouring i, advanced by its first and second differences.
+// The hashes of 16 neighbouring elements: two times 8.
 struct RandomStream {
-  __m512i h, difference, second;
+  __m512i h, difference;
   TORCHAO8_HD void start(BlockRandom r) {
-    const __m512i i = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i c1 = _mm512_set1_epi32(int(r.c1)), c2 = _mm512_set1_epi32(int(r.c2));
-    h = _mm512_add_epi32(_mm512_mullo_epi32(c1, i),
-                         _mm512_mullo_epi32(c2, _mm512_mullo_epi32(i, i)));
-    h = _mm512_add_epi32(h, _mm512_set1_epi32(int(r.c0)));
-    difference = _mm512_mullo_epi32(c2, _mm512_slli_epi32(i, 5));
-    difference = _mm512_add_epi32(difference, _mm512_set1_epi32(int(16 * r.c1 + 256 * r.c2)));
-    second = _mm512_set1_epi32(int(512 * r.c2));
+    const __m512i t =
+        _mm512_broadcast_i32x8(_mm256_load_si256(reinterpret_cast<const __m256i*>(kLaneFactors)));
+    const auto line = [&](uint32_t a, uint32_t b) TORCHAO8_LAMBDA {
+      return _mm512_add_epi32(_mm512_set1_epi32(int(a)),
+                              _mm512_mullo_epi32(_mm512_set1_epi32(int(b)), t));
+    };
+    const __m512i step = line(r.c2, r.c3);
+    h = line(r.c0, r.c1);
+    h = _mm512_mask_add_epi32(h, 0xff00, h, step);
+    difference = _mm512_slli_epi32(step, 1);
   }
   TORCHAO8_HD F next() {
     // (h & mask) | 1.0
-    const __m512i u = _mm512_ternarylogic_epi32(h, _mm512_set1_epi32(int(kRandomMask)),
-                                                _mm512_set1_epi32(int(kOneBits)), 0xea);
+    const __m512i u =
+        _mm512_ternarylogic_epi32(h, all_lanes(kRandomMask), all_lanes(kOneBits), 0xea);
     h = _mm512_add_epi32(h, difference);
-    difference = _mm512_add_epi32(difference, second);
     return _mm512_castsi512_ps(u);
   }
 };
@@ -239,25 +244,23 @@ struct Lookup32 {
 };
 
 struct StochasticEncoder {
-  __m512 floor, cell_start;
-  Lookup32 gap_a, gap_b, a, b;
+  __m512 cell_start;
+  Lookup32 a, b, c;
   TORCHAO8_HD explicit StochasticEncoder(const CodecTables& t)
-      : floor(_mm512_set1_ps(t.position.floor)),
-        cell_start(_mm512_load_ps(t.position.cell_start)),
-        gap_a(t.position.cell_gap_a),
-        gap_b(t.position.cell_gap_b),
+      : cell_start(_mm512_load_ps(t.position.cell_start)),
         a(t.position.cell_a),
-        b(t.position.cell_b) {}
+        b(t.position.cell_b),
+        c(t.position.cell_c) {}
 
   TORCHAO8_HD void operator()(F x, float inverse, F one_to_two, uint8_t* codes) const {
-    const __m512 y = max(x * F(inverse), F(floor)).x;
+    const __m512 y = fma(x, F(inverse), F(kPositionBias)).x;
     __m512i cell = _mm512_srli_epi32(_mm512_castps_si512(y), 24);  // 48 + j
     const __mmask16 above =
         _mm512_cmp_ps_mask(y, _mm512_permutexvar_ps(cell, cell_start), _CMP_GE_OQ);
-    cell = _mm512_mask_add_epi32(cell, above, cell, _mm512_set1_epi32(16));
-    const __m512 gap = _mm512_fmadd_ps(y, gap_a(cell), gap_b(cell));
-    const __m512 decade = _mm512_fmadd_ps(y, a(cell), b(cell));
-    const F position = F(_mm512_min_ps(gap, decade)) + one_to_two;
+    cell = _mm512_mask_add_epi32(cell, above, cell, all_lanes(16));
+    const __m512 line = _mm512_fmadd_ps(y, a(cell), b(cell));
+    const __m512 gap = _mm512_fmadd_ps(line, _mm512_set1_ps(kGapSlope), c(cell));
+    const F position = F(_mm512_min_ps(gap, line)) + one_to_two;
     // Zero stays zero: where x is not zero, its bits are a number above any code it can have.
     const __m512i code = _mm512_min_epu32(_mm512_cvttps_epi32(position.x), bits(x));
     const __m512i packed = _mm512_permutexvar_epi8(load_order(kLowBytes), code);

@@ -79,10 +79,9 @@ struct NearestEncoder {
   const uint32_t* words;
   TORCHAO8_HD explicit NearestEncoder(const CodecTables& t) : words(t.nearest[kSigned]) {}
   TORCHAO8_HD void operator()(F x, float inverse, uint8_t* codes) const {
-    const float y = x * inverse;
-    const uint32_t u = float_bits(y), code = ((words[u >> 16] + u) >> 16) & 255;
+    const uint32_t y = float_bits(x * inverse), code = (words[y >> 16] + y) >> 16;
     if constexpr (kSigned) {
-      *codes = uint8_t(u >> 31 ? 254 - code : code);
+      *codes = uint8_t(code < 0x8000 ? code : 0x10000 - code);
     } else {
       *codes = x == 0.0f ? kZeroCodeUnsigned : uint8_t(code);
     }
@@ -104,11 +103,11 @@ struct StochasticEncoder {
   const PositionLines& t;
   TORCHAO8_HD explicit StochasticEncoder(const CodecTables& tables) : t(tables.position) {}
   TORCHAO8_HD void operator()(F x, float inverse, F one_to_two, uint8_t* codes) const {
-    const float y = max(x * inverse, t.floor);
+    const float y = max(fma(x, inverse, kPositionBias), t.floor);
     int d = 0;
     while (d < 7 && y >= t.start[d + 1]) d++;
-    const float gap = fma(y, t.gap_a[d], t.gap_b[d]), decade = fma(y, t.a[d], t.b[d]);
-    const float position = gap < decade ? gap : decade;
+    const float line = fma(y, t.a[d], t.b[d]), gap = fma(line, kGapSlope, t.c[d]);
+    const float position = gap < line ? gap : line;
     *codes = x == 0.0f ? kZeroCodeUnsigned : uint8_t(position + one_to_two);
   }
 };

@@ -98,13 +98,23 @@ struct AdamRule {
     if constexpr (kAmsgrad) state[2] = max(state[1], state[2] * F(decay[2]));
   }
 
-  // The new parameter.
+  // The new parameter is apply(p, step(state, root(state))): in three parts, so that a loop can
+  // start the two long operations ahead.
+  template <bool kScaledState, class F>
+  TORCHAO8_HD F root(const F* state) const {
+    return sqrt(max(state[kStates - 1], F(kScaledState ? kRootFloor8bit : kRootFloor32bit)));
+  }
+  template <class F>
+  TORCHAO8_HD F step(const F* state, F root) const {
+    return state[0] / fma(root, F(root_factor), F(eps_term));
+  }
+  template <class F>
+  TORCHAO8_HD F apply(F p, F step) const {
+    return fma(p, F(shrink), step);
+  }
   template <bool kScaledState, class F>
   TORCHAO8_HD F update(F p, const F* state) const {
-    const F root =
-        sqrt(max(state[kStates - 1], F(kScaledState ? kRootFloor8bit : kRootFloor32bit)));
-    const F step = state[0] / fma(root, F(root_factor), F(eps_term));
-    return fma(p, F(shrink), step);
+    return apply(p, step(state, root<kScaledState>(state)));
   }
 };
 
