@@ -175,7 +175,7 @@ def coin_tosses(chance: float, rows: int = 2048, **options: Any) -> list[Tensor]
 
 
 def assert_uncorrelated(a: Tensor, b: Tensor) -> None:
-    """The mean of products of uncorrelated numbers of mean 0 is 0, here within five standard errors.
+    """The mean of products of uncorrelated, centred numbers is 0, within five standard errors here.
 
     Blocks, the rows, draw independently of each other; pairs in a block do not (the products of
     one lane share a coefficient), so the standard error is taken from the blocks' means. Even where
