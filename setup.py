@@ -56,6 +56,12 @@ class BuildWithoutTorch(build_ext):
         raise SystemExit(TORCH_MISSING.format(*OLDEST_TORCH))
 
 
+def torch_directory() -> Path:
+    import torch
+
+    return Path(torch.__file__).parent
+
+
 def compile_flags() -> list[str]:
     """Flags for the C++ compiler.
 
@@ -76,8 +82,9 @@ def compile_flags() -> list[str]:
     return [
         *(["-O1", "-g"] if debug else ["-O3", "-g0"]),
         "-fvisibility=hidden",
-        # Error messages name the source file: not by its place on the machine that built it.
+        # Torch's own checks name the source file: not by its place on the machine that built it.
         f"-ffile-prefix-map={ROOT}/=",
+        f"-ffile-prefix-map={torch_directory()}/=torch/",
         # Without these two, square roots and selects keep the loops over a block scalar. Neither
         # changes a result: nothing here reads errno or the floating-point exception flags.
         "-fno-math-errno",
@@ -85,7 +92,11 @@ def compile_flags() -> list[str]:
         "-ffp-contract=off",
         # Worth 3% and 2% of a step: an order of instructions (not a choice of them), and loops that
         # start on a cache line.
-        *(["-mtune=icelake-server"] if platform.machine() in ("x86_64", "AMD64") else []),
+        *(
+            ["-mtune=icelake-server"]
+            if platform.machine() == "x86_64" and sys.platform == "linux"
+            else []
+        ),
         "-falign-loops=64",
         "-fno-wrapv",  # Python's flags have -fwrapv
         "-Wall",

@@ -316,7 +316,7 @@ params[0]: expected a dense tensor of float32, bfloat16 or float16, got torch.fl
 
 @every_optimizer()
 def test_block_size_changed_after_the_first_step(case: OptimizerCase) -> None:
-    """The op compares it with the scales before it writes anything."""
+    """Nothing is written, in no group."""
     optimizer = trained(case, optim_bits=8)
     optimizer.param_groups[0]["block_size"] = 64
     train_params = optimizer.param_groups[0]["params"]
@@ -325,6 +325,32 @@ def test_block_size_changed_after_the_first_step(case: OptimizerCase) -> None:
     with pytest.raises(RuntimeError, match="scale"):
         optimizer.step()
     assert all_bits(optimizer) == before
+
+
+@every_optimizer()
+@pytest.mark.parametrize(("before", "after"), [(8, 32), (32, 8)])
+def test_optim_bits_changed_after_the_first_step(
+    case: OptimizerCase, before: int, after: int
+) -> None:
+    """Refused in words, not accepted and ignored. Nothing has changed, the old value goes on."""
+    optimizer = trained(case, optim_bits=before)
+    optimizer.param_groups[0]["optim_bits"] = after
+    bits = all_bits(optimizer)
+    with pytest.raises(RuntimeError, match=f"has {before}-bit state.* which optim_bits={after}"):
+        optimizer.step()
+    assert all_bits(optimizer) == bits
+    optimizer.param_groups[0]["optim_bits"] = before
+    optimizer.step()
+
+
+@every_optimizer()
+def test_min_8bit_size_changed_after_the_first_step(case: OptimizerCase) -> None:
+    optimizer, least = trained(case, optim_bits=8), 10**9
+    optimizer.param_groups[0]["min_8bit_size"] = least
+    bits = all_bits(optimizer)
+    with pytest.raises(RuntimeError, match=f"min_8bit_size={least} and block_size=256 do not give"):
+        optimizer.step()
+    assert all_bits(optimizer) == bits
 
 
 # -- checkpoints -------------------------------------------------------------------------------
@@ -392,7 +418,7 @@ codes of another shape: exp_avg_sq_codes of parameter 0: expected torch.uint8 of
 scale in half precision: exp_avg_scale of parameter 2: expected torch.float32 of shape [3],
     got torch.float16 of shape [3]
 scale of another layout: exp_avg_scale of parameter 3: expected torch.float32 of shape [4, 2],
-    got torch.float32 of shape [8]
+    got torch.float32 of shape [8]. Was it saved with another block_size?
 moment cast: exp_avg of parameter 6: expected torch.float32 of shape [300, 3], got
     torch.bfloat16 of shape [300, 3]
 moment of another shape: exp_avg of parameter 7: expected torch.float32 of shape [], got

@@ -260,7 +260,10 @@ def test_distributed_checkpoint_files(
 
 def test_8bit_state_is_refused_by_32bit_and_the_other_way_round() -> None:
     """Neither are codes taken for moments, nor does the 8-bit optimizer turn into a big one."""
-    for source, target in ((AdamW, AdamW8bit), (AdamW8bit, AdamW)):
+    for source, target, remedy in (
+        (AdamW, AdamW8bit, "Adam, AdamW and groups with optim_bits=32 read it"),
+        (AdamW8bit, AdamW, "by optim_bits or min_8bit_size of its group, which must be those"),
+    ):
         params = make_params()
         optimizer = source(params, min_8bit_size=SMALL)
         train(optimizer, params, [0])
@@ -268,6 +271,19 @@ def test_8bit_state_is_refused_by_32bit_and_the_other_way_round() -> None:
         other = target(other_params, min_8bit_size=SMALL)
         train(other, other_params, [0])
         before = all_bits(other)
-        with pytest.raises(ValueError, match="state of parameter 0: expected the keys"):
+        with pytest.raises(ValueError, match=f"state of parameter 0: expected the keys.*{remedy}"):
             other.load_state_dict(optimizer.state_dict())
         assert all_bits(other) == before
+
+
+def test_state_of_bitsandbytes_and_of_another_block_size_is_refused_by_name() -> None:
+    params = make_params()
+    optimizer = AdamW8bit(params, min_8bit_size=SMALL)
+    train(optimizer, params, [0])
+    foreign = copy.deepcopy(optimizer.state_dict())
+    foreign["state"][0] = dict.fromkeys(("step", "state1", "state2", "qmap1"), 0)
+    with pytest.raises(ValueError, match="a checkpoint of bitsandbytes, which is not read yet"):
+        optimizer.load_state_dict(foreign)
+    other = AdamW8bit(make_params(), min_8bit_size=SMALL, block_size=64)
+    with pytest.raises(ValueError, match="Was it saved with another block_size"):
+        other.load_state_dict(optimizer.state_dict())

@@ -5,7 +5,7 @@
 takes the place of ``torch.optim.AdamW``. ``python -m torchao8`` prints what a bug report needs.
 """
 
-import sys
+import sys as _sys
 
 from torchao8._version import __version__
 
@@ -16,7 +16,7 @@ try:
 except ImportError:
     # Python imports the package before it runs `python -m torchao8`, whose report is wanted most
     # when the extension does not load. While it looks for the module, argv[0] is "-m".
-    if sys.argv[:1] != ["-m"] or "torchao8" not in sys.orig_argv:
+    if _sys.argv[:1] != ["-m"] or "torchao8" not in _sys.orig_argv:
         raise
 
 __all__ = [

@@ -4,11 +4,13 @@
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <sstream>
+#include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/floats.h"
@@ -17,6 +19,20 @@ namespace torchao8 {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+template <class... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+// Raises RuntimeError with the message alone. STD_TORCH_CHECK would put the C++ function, the
+// source file and the line before it, which help nobody who gets it.
+#define TORCHAO8_CHECK(condition, ...)                 \
+  do {                                                 \
+    if (!(condition)) ::torchao8::refuse(__VA_ARGS__); \
+  } while (false)
 
 inline std::string dtype_name(ScalarType type) {
   switch (type) {
@@ -78,25 +94,40 @@ struct Argument {
   }
 };
 
-inline void check_cpu(const Argument& a, const Tensor& t) {
-  STD_TORCH_CHECK(t.is_cpu(), a.text(),
-                  " must be on the CPU, as the other arguments are; it is on another device");
+// Where all tensors of a call must be.
+struct Place {
+  bool cuda;
+  int32_t index;
+};
+constexpr Place kCpu = {false, 0};
+
+inline void check_place(const Argument& a, const Tensor& t, const Place& place) {
+  if (place.cuda) {
+    TORCHAO8_CHECK(t.is_cuda() && t.get_device_index() == place.index, a.text(),
+                   " must be on cuda:", place.index, ", as the first parameter is; it is on ",
+                   t.is_cuda()  ? "cuda:" + std::to_string(t.get_device_index())
+                   : t.is_cpu() ? std::string("the CPU")
+                                : std::string("another device"));
+  } else {
+    TORCHAO8_CHECK(t.is_cpu(), a.text(),
+                   " must be on the CPU, as the other arguments are; it is on another device");
+  }
 }
 
 inline void check_dtype(const Argument& a, const Tensor& t, ScalarType expected) {
-  STD_TORCH_CHECK(t.scalar_type() == expected, a.text(), " must be ", dtype_name(expected),
-                  ", got ", dtype_name(t.scalar_type()));
+  TORCHAO8_CHECK(t.scalar_type() == expected, a.text(), " must be ", dtype_name(expected), ", got ",
+                 dtype_name(t.scalar_type()));
 }
 
 template <class Sizes>
 void check_shape(const Argument& a, const Tensor& t, const Sizes& expected, const char* why) {
-  STD_TORCH_CHECK(same_shape(t.sizes(), expected), a.text(), " must have shape ",
-                  shape_text(expected), " (", why, "), got ", shape_text(t.sizes()));
+  TORCHAO8_CHECK(same_shape(t.sizes(), expected), a.text(), " must have shape ",
+                 shape_text(expected), " (", why, "), got ", shape_text(t.sizes()));
 }
 
 inline void check_contiguous(const Argument& a, const Tensor& t) {
-  STD_TORCH_CHECK(t.is_contiguous(), a.text(), " must be contiguous, got strides ",
-                  shape_text(t.strides()), " for shape ", shape_text(t.sizes()));
+  TORCHAO8_CHECK(t.is_contiguous(), a.text(), " must be contiguous, got strides ",
+                 shape_text(t.strides()), " for shape ", shape_text(t.sizes()));
 }
 
 inline FloatType check_float_type(const Argument& a, const Tensor& t) {
@@ -108,15 +139,33 @@ inline FloatType check_float_type(const Argument& a, const Tensor& t) {
     case ScalarType::Half:
       return FloatType::kFloat16;
     default:
-      STD_TORCH_CHECK(false, a.text(), " must be float32, bfloat16 or float16, got ",
-                      dtype_name(t.scalar_type()));
+      TORCHAO8_CHECK(false, a.text(), " must be float32, bfloat16 or float16, got ",
+                     dtype_name(t.scalar_type()));
   }
   return FloatType::kFloat32;
 }
 
 inline void check_block_size(const char* op, int64_t block_size) {
-  STD_TORCH_CHECK(block_size >= 64 && block_size <= 2048 && (block_size & (block_size - 1)) == 0,
-                  op, ": block_size must be a power of two from 64 to 2048, got ", block_size);
+  TORCHAO8_CHECK(block_size >= 64 && block_size <= 2048 && (block_size & (block_size - 1)) == 0, op,
+                 ": block_size must be a power of two from 64 to 2048, got ", block_size);
+}
+
+// Refuses a tensor that is written to and may hold an element twice.
+inline void check_no_overlap(const Argument& a, const Tensor& t) {
+  if (t.is_contiguous()) return;
+  const auto sizes = t.sizes(), strides = t.strides();
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (size_t d = 0; d < sizes.size(); d++) {
+    if (sizes[d] > 1) dims.emplace_back(strides[d], sizes[d]);
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t extent = 1;  // of the dimensions so far
+  for (const auto& [stride, size] : dims) {
+    TORCHAO8_CHECK(stride >= extent, a.text(),
+                   " is updated in place and must not overlap itself, as it may with strides ",
+                   shape_text(strides), " for shape ", shape_text(sizes));
+    extent = stride * (size - 1) + extent;
+  }
 }
 
 }  // namespace torchao8

@@ -17,7 +17,7 @@
 #endif
 
 // Behind the parameters of a lambda: lambdas do not take the inlining of the function around them.
-#if defined(_MSC_VER)
+#if defined(_MSC_VER) || defined(__CUDACC__)
 #define TORCHAO8_LAMBDA
 #else
 #define TORCHAO8_LAMBDA __attribute__((always_inline))
@@ -39,16 +39,11 @@
 
 namespace torchao8 {
 
-TORCHAO8_HD uint32_t float_bits(float x) {
-  uint32_t u;
-  std::memcpy(&u, &x, sizeof u);
-  return u;
+TORCHAO8_HD constexpr uint32_t float_bits(float x) {
+  return __builtin_bit_cast(uint32_t, x);
 }
-
-TORCHAO8_HD float bits_float(uint32_t u) {
-  float x;
-  std::memcpy(&x, &u, sizeof x);
-  return x;
+TORCHAO8_HD constexpr float bits_float(uint32_t u) {
+  return __builtin_bit_cast(float, u);
 }
 
 // The vocabulary of an update rule (see rules/): each is one correctly rounded IEEE operation.

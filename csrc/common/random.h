@@ -7,7 +7,8 @@
 // of which the top 14 bits are used. With random coefficients the draws of any two elements are
 // uniform and independent but for low bits that are not used (multilinear hashing: Carter and
 // Wegman, "Universal classes of hash functions", 1979), so that rounding errors add up as those of
-// independent draws do, in variance. Three draws at equal distances that are multiples of 8 are an
+// independent draws do, in variance; their sums have heavier tails, a lane of 32 elements now and
+// then being rounded one way. Three draws at equal distances that are multiples of 8 are an
 // arithmetic sequence. A vector of 8 or 16 lanes goes on to its next elements by one addition, and
 // 23 bits are a float's mantissa: no shift is needed to make one.
 #pragma once
@@ -30,8 +31,11 @@ TORCHAO8_HD uint64_t random_key(uint64_t seed, uint64_t step, uint64_t stream) {
 
 // t[l]: digits of the square roots of the primes, the last three bits replaced by l (so that no
 // difference is a multiple of 8, which would repeat low bits).
-alignas(32) constexpr uint32_t kLaneFactors[8] = {0x6a08, 0xbb61, 0x3c6a, 0xa54b,
-                                                  0x510c, 0x9b05, 0x1f86, 0x5be7};
+struct LaneFactors {
+  alignas(32) uint32_t t[8];
+};
+constexpr LaneFactors kLaneFactors = {
+    {0x6a08, 0xbb61, 0x3c6a, 0xa54b, 0x510c, 0x9b05, 0x1f86, 0x5be7}};
 
 struct BlockRandom {
   uint32_t c0, c1, c2, c3;
@@ -47,7 +51,8 @@ struct BlockRandom {
   }
 
   TORCHAO8_HD uint32_t operator()(uint32_t i) const {
-    const uint32_t t = kLaneFactors[i % 8], j = i / 8;
+    constexpr LaneFactors factors = kLaneFactors;  // a local constant: a GPU sees no other
+    const uint32_t t = factors.t[i % 8], j = i / 8;
     return c0 + c1 * t + (c2 + c3 * t) * j;
   }
 };

@@ -1,9 +1,8 @@
 // Which of the instruction sets this processor has, unless TORCHAO8_CPU says otherwise.
-#include <torch/headeronly/util/Exception.h>
-
 #include <cstdlib>
 #include <string>
 
+#include "common/checks.h"
 #include "cpu/kernels.h"
 
 namespace torchao8 {
@@ -32,13 +31,13 @@ Capability choose() {
   const char* variable = std::getenv("TORCHAO8_CPU");
   if (variable == nullptr || *variable == '\0') return best;
   const std::string name = variable;
-  STD_TORCH_CHECK(name == "avx512" || name == "avx2" || name == "scalar",
-                  "TORCHAO8_CPU must be avx512, avx2 or scalar, got ", name);
+  TORCHAO8_CHECK(name == "avx512" || name == "avx2" || name == "scalar",
+                 "TORCHAO8_CPU must be avx512, avx2 or scalar, got ", name);
   const Capability wanted = name == "avx512" ? Capability::kAvx512
                             : name == "avx2" ? Capability::kAvx2
                                              : Capability::kScalar;
-  STD_TORCH_CHECK(wanted <= best, "TORCHAO8_CPU asks for ", name,
-                  ", which this processor does not have");
+  TORCHAO8_CHECK(wanted <= best, "TORCHAO8_CPU asks for ", name,
+                 ", which this processor does not have");
   return wanted;
 }
 

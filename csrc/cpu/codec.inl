@@ -1,41 +1,19 @@
-// Blocks and their scales, for every instruction set, and the codec by itself. An isa_*.cpp
-// includes this after the vector type F and the codec of its set, with TORCHAO8_ISA naming their
-// namespace.
+// The codec by itself, for every instruction set. An isa_*.cpp includes this after the vector type
+// F and the codec of its set, with TORCHAO8_ISA naming their namespace.
 
 namespace torchao8::TORCHAO8_ISA {
 
-// Whether a number can be a block's extreme element: below 2^126, and not negative in an unsigned
-// state. The bits of a negative number, and of NaN, are above those of 2^126.
 template <bool kSigned>
-TORCHAO8_HD bool usable(float x) {
-  return (float_bits(x) & (kSigned ? 0x7fffffffu : 0xffffffffu)) < float_bits(kOverflow);
-}
-
-// What a block's values are multiplied by before encoding: zero where its scale counts as zero, or
-// cannot be one (a corrupt state stays visibly corrupt).
-template <bool kSigned>
-TORCHAO8_HD float inverse_of(float extreme) {
-  if (!usable<kSigned>(extreme) || std::fabs(extreme) < kMinScale) return 0.0f;
-  return 1.0f / extreme;
-}
-
-// Whether a block of this extreme element, in these units, has a scale: neither it nor the scale is
-// too large, or so small that the scale counts as zero.
-template <bool kSigned>
-TORCHAO8_HD bool has_scale(float extreme, float unit) {
-  const auto within = [](float x) TORCHAO8_LAMBDA {
-    const uint32_t magnitude = float_bits(x) & 0x7fffffffu, least = float_bits(kMinScale);
-    return magnitude - least < float_bits(kOverflow) - least;
-  };
-  return within(extreme) && within(extreme * unit) && usable<kSigned>(extreme);
-}
-
-// The scale to store. Where there is none, it is zero, or NaN if the block is not finite, and so
-// are all codes.
-template <bool kSigned>
-TORCHAO8_HD float final_scale(float extreme, float unit, int length, uint8_t* codes) {
-  if (has_scale<kSigned>(extreme, unit)) return extreme * unit;
+TORCHAO8_COLD inline void clear_codes(uint8_t* codes, int length) {
   std::memset(codes, zero_code<kSigned>(), size_t(length));
+}
+
+// The scale to store. Where there is none, it is zero, or NaN if the block is not finite, and the
+// codes are those of zero. kEncoded: so they are already where all elements are zero.
+template <bool kSigned, bool kEncoded>
+TORCHAO8_HD float final_scale(float extreme, float unit, int length, uint8_t* codes) {
+  if (has_scale<kSigned>(extreme, unit) || (kEncoded && extreme == 0.0f)) return extreme * unit;
+  clear_codes<kSigned>(codes, length);
   return usable<kSigned>(extreme) && usable<true>(extreme * unit) ? 0.0f : bits_float(0x7fc00000u);
 }
 
@@ -50,7 +28,7 @@ float quantize_block(const CodecTables& tables, const float* x, int n, uint8_t* 
   if (!usable<kSigned>(extreme) && std::isfinite(extreme))
     factor = 0.25f;  // its inverse would be subnormal
   const float inverse = inverse_of<kSigned>(extreme * factor);
-  if (inverse == 0.0f) return final_scale<kSigned>(extreme, 1.0f, n, codes);
+  if (inverse == 0.0f) return final_scale<kSigned, false>(extreme, 1.0f, n, codes);
   int i = 0;
   for (; i + kWidth <= n; i += kWidth) encode(load(x + i) * F(factor), inverse, codes + i);
   if (i < n) {

@@ -114,8 +114,8 @@ class Engine {
       run.blocks = count;
       run.length = int(length);
       run.stochastic = stochastic_;
-      run.first_element =
-          uint64_t(item.shard_offset + row * item.row_stride + column * block_size_);
+      run.first_element = uint64_t(item.shard_offset) + uint64_t(row) * uint64_t(item.row_stride) +
+                          uint64_t(column * block_size_);
       for (int s = 0; s < Rule::kStates; s++) {
         run.codes[s] = item.codes[s] + begin;
         run.scales[s] = item.scales[s] + first;

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/block_scale.h"
 #include "common/floats.h"
 #include "common/random.h"
 #include "cpu/codec_tables.h"

@@ -81,22 +81,4 @@ class FloatArray {
   std::vector<int64_t> sizes_, strides_;
 };
 
-// Refuses a tensor that is written to and may hold an element twice.
-inline void check_no_overlap(const Argument& a, const Tensor& t) {
-  if (t.is_contiguous()) return;
-  const auto sizes = t.sizes(), strides = t.strides();
-  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
-  for (size_t d = 0; d < sizes.size(); d++) {
-    if (sizes[d] > 1) dims.emplace_back(strides[d], sizes[d]);
-  }
-  std::sort(dims.begin(), dims.end());
-  int64_t extent = 1;  // of the dimensions so far
-  for (const auto& [stride, size] : dims) {
-    STD_TORCH_CHECK(stride >= extent, a.text(),
-                    " is updated in place and must not overlap itself, as it may with strides ",
-                    shape_text(strides), " for shape ", shape_text(sizes));
-    extent = stride * (size - 1) + extent;
-  }
-}
-
 }  // namespace torchao8

@@ -38,7 +38,7 @@ Tensor new_contiguous(const Tensor& like, const std::vector<int64_t>& shape, Sca
 std::tuple<Tensor, Tensor> quantize_blockwise_cpu(Tensor input, int64_t block_size,
                                                   bool is_signed) {
   const char* op = "quantize_blockwise";
-  check_cpu({op, "input"}, input);
+  check_place({op, "input"}, input, kCpu);
   const FloatType type = check_float_type({op, "input"}, input);
   check_block_size(op, block_size);
   const auto sizes = input.sizes();
@@ -66,8 +66,8 @@ std::tuple<Tensor, Tensor> quantize_blockwise_cpu(Tensor input, int64_t block_si
 Tensor dequantize_blockwise_cpu(Tensor codes, Tensor scale, int64_t block_size, bool is_signed,
                                 ScalarType dtype) {
   const char* op = "dequantize_blockwise";
-  check_cpu({op, "codes"}, codes);
-  check_cpu({op, "scale"}, scale);
+  check_place({op, "codes"}, codes, kCpu);
+  check_place({op, "scale"}, scale, kCpu);
   check_dtype({op, "codes"}, codes, ScalarType::Byte);
   check_dtype({op, "scale"}, scale, ScalarType::Float);
   check_block_size(op, block_size);
@@ -76,7 +76,7 @@ Tensor dequantize_blockwise_cpu(Tensor codes, Tensor scale, int64_t block_size, 
   const auto sizes = codes.sizes();
   const BlockLayout layout = block_layout(sizes, block_size);
   check_shape({op, "scale"}, scale, layout.scale_shape, "one scale per block of a row of codes");
-  STD_TORCH_CHECK(
+  TORCHAO8_CHECK(
       dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op,
       ": dtype must be float32, bfloat16 or float16, got ", dtype_name(dtype));
   Tensor result = new_contiguous(codes, {sizes.begin(), sizes.end()}, dtype);

@@ -155,10 +155,10 @@ struct Moments {
       if constexpr (kStochastic && !Rule::kSigned[s]) {
         plan.random[s].start(keys[s], block.first_element);
       }
-      // decay: the stored scale may overflow in units, or be none at all. Zeros get the code of
-      // zero without a scale.
+      // decay: the stored scale may overflow in units, or be none at all
       good = good && usable<Rule::kSigned[s]>(scale[s]) && usable<true>(rule.decay[s]) &&
-             (has_scale<Rule::kSigned[s]>(plan.extreme[s], rule.unit[s]) || plan.extreme[s] == 0);
+             usable<Rule::kSigned[s]>(plan.extreme[s]) &&
+             usable<true>(plan.extreme[s] * rule.unit[s]);
     });
     plan.good = kSelect || good;
   }
@@ -256,12 +256,8 @@ struct UpdateAndEncode {
 
   TORCHAO8_HD void finish(int length) const {
     for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
-      if constexpr (kWidth > 1) {
-        *block.scales[s] = plan.extreme[s] * rule.unit[s];
-      } else {
-        *block.scales[s] =
-            final_scale<Rule::kSigned[s]>(plan.extreme[s], rule.unit[s], length, block.codes[s]);
-      }
+      *block.scales[s] = final_scale<Rule::kSigned[s], true>(plan.extreme[s], rule.unit[s], length,
+                                                             block.codes[s]);
     });
   }
 };

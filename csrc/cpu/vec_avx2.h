@@ -186,7 +186,7 @@ struct NearestEncoder {
 struct RandomStream {
   __m256i h, difference;
   TORCHAO8_HD void start(BlockRandom r) {
-    const __m256i t = _mm256_load_si256(reinterpret_cast<const __m256i*>(kLaneFactors));
+    const __m256i t = _mm256_load_si256(reinterpret_cast<const __m256i*>(kLaneFactors.t));
     const auto line = [&](uint32_t a, uint32_t b) TORCHAO8_LAMBDA {
       return _mm256_add_epi32(_mm256_set1_epi32(int(a)),
                               _mm256_mullo_epi32(_mm256_set1_epi32(int(b)), t));

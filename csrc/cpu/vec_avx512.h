@@ -216,7 +216,7 @@ struct RandomStream {
   __m512i h, difference;
   TORCHAO8_HD void start(BlockRandom r) {
     const __m512i t =
-        _mm512_broadcast_i32x8(_mm256_load_si256(reinterpret_cast<const __m256i*>(kLaneFactors)));
+        _mm512_broadcast_i32x8(_mm256_load_si256(reinterpret_cast<const __m256i*>(kLaneFactors.t)));
     const auto line = [&](uint32_t a, uint32_t b) TORCHAO8_LAMBDA {
       return _mm512_add_epi32(_mm512_set1_epi32(int(a)),
                               _mm512_mullo_epi32(_mm512_set1_epi32(int(b)), t));

@@ -38,6 +38,7 @@ constexpr float kRootFloor32bit = 1.17549435e-38f;  // smallest normal
 // the parameter added to it (coupled decay) before.
 template <bool kAmsgrad, bool kPlainGradient>
 struct AdamRule {
+  using Options = AdamOptions;
   static constexpr int kStates = kAmsgrad ? 3 : 2;
   static constexpr bool kSigned[3] = {true, false, false};
   static constexpr bool kMomentsNeedParam = !kPlainGradient;

@@ -48,8 +48,30 @@ def seal(index: int, layout: dict[str, TensorSpec], saved: dict[str, Any]) -> di
     if set(saved) != set(layout):
         raise ValueError(
             f"state of parameter {index}: expected the keys {list(layout)}, got {list(saved)}"
+            + _remedy(layout, saved)
         )
     return {key: Sealed(_checked(index, key, spec, saved[key])) for key, spec in layout.items()}
+
+
+def _remedy(layout: dict[str, TensorSpec], saved: dict[str, Any]) -> str:
+    """What to do about a checkpoint of another format, where it can be told."""
+    if {"state1", "qmap1"} & set(saved):
+        return ". This is a checkpoint of bitsandbytes, which is not read yet."
+    if "exp_avg" in saved and "exp_avg_codes" in layout:
+        return (
+            ". This is 32-bit state, as torch.optim saves it, too. Adam, AdamW and groups with "
+            "optim_bits=32 read it; so does a larger min_8bit_size, if it was saved with one."
+        )
+    if "exp_avg_codes" in saved and "exp_avg" in layout:
+        return (
+            ". This is 8-bit state of a parameter that has 32-bit state here: by optim_bits or "
+            "min_8bit_size of its group, which must be those that it was saved with."
+        )
+    return ""
+
+
+def _other_blocks(key: str, spec: TensorSpec, scale: Tensor) -> bool:
+    return key.endswith("_scale") and scale.dtype == spec.dtype and scale.shape != spec.shape
 
 
 def _checked(index: int, key: str, spec: TensorSpec, value: Any) -> Tensor:
@@ -62,6 +84,7 @@ def _checked(index: int, key: str, spec: TensorSpec, value: Any) -> Tensor:
         raise ValueError(
             f"{key} of parameter {index}: expected {spec}, "
             f"got {kind(value)} of shape {list(value.shape)}"
+            + (". Was it saved with another block_size?" if _other_blocks(key, spec, value) else "")
         )
     wrong = _wrong_value(key, value)
     if wrong:

@@ -4,6 +4,7 @@ An optimizer is a subclass that gives its options, declares its states (:class:`
 the op of its update rule on one :class:`Bucket`. Nothing in this file knows a rule.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -66,8 +67,8 @@ class LowPrecisionOptimizer(Optimizer):
     Args:
         params: parameters, (name, parameter) pairs, or dicts of a group's ``params`` and options.
         options: the default of every option of the class. All of them live in the parameter groups
-            and may differ from group to group. They are read at every step, except that the format
-            of a parameter's state is settled when the parameter gets it, at the first step.
+            and may differ from group to group. They are read at every step; those that say how the
+            state is laid out may not change after the first one, which raises.
     """
 
     # The options that a checkpoint does not replace: they say where the bytes of the state lie. A
@@ -187,7 +188,7 @@ class LowPrecisionOptimizer(Optimizer):
 
         Raises:
             RuntimeError: a gradient is sparse or of an unsupported dtype, or a state does not fit
-                its parameter and options.
+                its parameter and options (``optim_bits`` was changed, for one).
             ValueError: a parameter put into a group after construction is of an unsupported dtype.
         """
         loss = None
@@ -204,7 +205,7 @@ class LowPrecisionOptimizer(Optimizer):
             lr = _lr_tensor(group["lr"])
             calls += [(group, lr, bucket) for bucket in self._buckets(group)]
         for group, _, bucket in calls:
-            _check_block_size(group, bucket)
+            _check_layout(self, group, bucket)
         # Only now: what is refused in one group leaves all of them as they were.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for group, lr, bucket in calls:
@@ -324,15 +325,31 @@ def _lr_tensor(lr: float | Tensor) -> Tensor:
     return lr if lr.dim() == 0 else lr.reshape(())
 
 
-def _check_block_size(group: Group, bucket: Bucket) -> None:
-    """Raises RuntimeError if the option was changed after the state had been laid out."""
-    for name, scales in bucket.scales.items():
-        if scales and scales[0].shape != scale_shape(bucket.params[0].shape, group["block_size"]):
+def _check_layout(optimizer: Optimizer, group: Group, bucket: Bucket) -> None:
+    """Raises RuntimeError if an option was changed after it had laid out the state."""
+    compiling = torch.compiler.is_compiling()  # which has no use for a cache
+    scale_of = scale_shape if compiling else _cached_scale_shape
+    scales = next(iter(bucket.scales.values()), [])
+    least, block_size, wants_8bit = group["min_8bit_size"], group["block_size"], False
+    for i, p in enumerate(bucket.params):
+        if group["optim_bits"] == 8 and p.numel() >= least:
+            wants_8bit = bool(scales) or fits_8bit(p.shape, block_size, least)
+        else:
+            wants_8bit = False
+        if wants_8bit != bool(scales) or (
+            scales and scales[i].shape != scale_of(p.shape, block_size)
+        ):
+            has = f"8-bit state, scales {list(scales[i].shape)}" if scales else "32-bit state"
             raise RuntimeError(
-                f"{name}_scale: expected the scales of blocks of {group['block_size']} elements, "
-                f"got shape {list(scales[0].shape)} for a parameter of shape "
-                f"{list(bucket.params[0].shape)}. block_size must be set before the first step."
+                f"{describe(optimizer, p)} has {has}, which optim_bits={group['optim_bits']}, "
+                f"min_8bit_size={least} and block_size={block_size} do not give. These options "
+                "must be set before the first step."
             )
+
+
+@functools.cache
+def _cached_scale_shape(shape: torch.Size, block_size: int) -> tuple[int, ...]:
+    return scale_shape(shape, block_size)
 
 
 def _to_device(value: Tensor | None, device: torch.device) -> Tensor | None:

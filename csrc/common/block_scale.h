@@ -1,0 +1,34 @@
+// A block's extreme element, its scale, and what its values are multiplied by before encoding.
+#pragma once
+
+#include "common/dynamic_map.h"
+
+namespace torchao8 {
+
+// Whether a number can be a block's extreme element: below 2^126, and not negative in an unsigned
+// state. The bits of a negative number, and of NaN, are above those of 2^126.
+template <bool kSigned>
+TORCHAO8_HD bool usable(float x) {
+  return (float_bits(x) & (kSigned ? 0x7fffffffu : 0xffffffffu)) < float_bits(kOverflow);
+}
+
+// What a block's values are multiplied by before encoding: zero where its scale counts as zero, or
+// cannot be one (a corrupt state stays visibly corrupt).
+template <bool kSigned>
+TORCHAO8_HD float inverse_of(float extreme) {
+  if (!usable<kSigned>(extreme) || std::fabs(extreme) < kMinScale) return 0.0f;
+  return 1.0f / extreme;
+}
+
+// Whether a block of this extreme element, in these units, has a scale: neither it nor the scale is
+// too large, or so small that the scale counts as zero.
+template <bool kSigned>
+TORCHAO8_HD bool has_scale(float extreme, float unit) {
+  const auto within = [](float x) TORCHAO8_LAMBDA {
+    const uint32_t magnitude = float_bits(x) & 0x7fffffffu, least = float_bits(kMinScale);
+    return magnitude - least < float_bits(kOverflow) - least;
+  };
+  return within(extreme) && within(extreme * unit) && usable<kSigned>(extreme);
+}
+
+}  // namespace torchao8
