@@ -62,6 +62,15 @@ def torch_directory() -> Path:
     return Path(torch.__file__).parent
 
 
+def macros() -> list[str]:
+    """The oldest torch and Python whose interfaces may be used, and that no other may."""
+    return [
+        f"TORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000",
+        "TORCH_STABLE_ONLY",
+        f"Py_LIMITED_API=0x{OLDEST_PYTHON[0]:02X}{OLDEST_PYTHON[1]:02X}0000",
+    ]
+
+
 def compile_flags() -> list[str]:
     """Flags for the C++ compiler.
 
@@ -70,15 +79,10 @@ def compile_flags() -> list[str]:
     on: the files for AVX2 and AVX-512 ask for theirs with `#pragma GCC target`. No C++ standard is
     named: torch adds the one that its own headers are written for.
     """
-    macros = [
-        f"TORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000",
-        "TORCH_STABLE_ONLY",
-        f"Py_LIMITED_API=0x{OLDEST_PYTHON[0]:02X}{OLDEST_PYTHON[1]:02X}0000",
-    ]
     debug = os.environ.get("DEBUG") == "1"
     if sys.platform == "win32":
         optimize = ["/Od", "/Z7"] if debug else ["/O2"]
-        return [*optimize, "/fp:precise", "/W3", *(f"/D{macro}" for macro in macros)]
+        return [*optimize, "/fp:precise", "/W3", *(f"/D{macro}" for macro in macros())]
     return [
         *(["-O1", "-g"] if debug else ["-O3", "-g0"]),
         "-fvisibility=hidden",
@@ -102,7 +106,19 @@ def compile_flags() -> list[str]:
         "-Wall",
         "-Wextra",
         "-Wno-unused-parameter",  # torch's headers have some
-        *(f"-D{macro}" for macro in macros),
+        *(f"-D{macro}" for macro in macros()),
+    ]
+
+
+def nvcc_flags() -> list[str]:
+    """Flags for nvcc: as for the CPU, no fast-math and no contraction that the source does not
+    spell. test/test_cuda_source.py compiles with the same."""
+    return [
+        "-O3",
+        "-fmad=false",
+        "--expt-relaxed-constexpr",
+        "-DUSE_CUDA",
+        *(f"-D{macro}" for macro in macros()),
     ]
 
 
@@ -133,6 +149,32 @@ def make_extension(with_torch: bool) -> Extension:
     return extension
 
 
+def make_cuda_extension() -> Extension | None:
+    """Describe `torchao8._C_cuda`; None where torch has no CUDA or there is no nvcc.
+
+    TORCH_CUDA_ARCH_LIST chooses other GPUs than the default ones.
+    """
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, CUDAExtension
+
+    if torch.version.cuda is None or CUDA_HOME is None:
+        return None
+    blackwell = tuple(int(n) for n in torch.version.cuda.split(".")) >= (12, 8)
+    os.environ.setdefault(
+        "TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX" if blackwell else "8.0;9.0+PTX"
+    )
+    extension = CUDAExtension(
+        "torchao8._C_cuda",
+        relative("csrc/cuda/*.cu", "csrc/cuda/*.cpp"),
+        depends=relative("csrc/**/*.h", "csrc/**/*.cuh"),
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args={"cxx": compile_flags(), "nvcc": nvcc_flags()},
+        py_limited_api=True,
+    )
+    extension.libraries = ["cudart", "torch_cpu", "torch_cuda"]
+    return extension
+
+
 def build_command(with_torch: bool) -> type[build_ext]:
     """The command that compiles."""
     if not with_torch:
@@ -150,8 +192,9 @@ def main() -> None:
             f"{setuptools.__version__}; run: pip install --upgrade setuptools"
         )
     with_torch = import_torch()
+    cuda = make_cuda_extension() if with_torch else None
     setup(
-        ext_modules=[make_extension(with_torch)],
+        ext_modules=[e for e in (make_extension(with_torch), cuda) if e is not None],
         cmdclass={"build_ext": build_command(with_torch)},
         options={"bdist_wheel": {"py_limited_api": "cp{}{}".format(*OLDEST_PYTHON)}},
     )

@@ -19,7 +19,8 @@ from optim_table import (
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchao8 import AdamW, AdamW8bit
+from torchao8 import AdamW, AdamW8bit, ops
+from torchao8.optim._checks import check_device
 
 
 def message(error: type[Exception], call: Callable[[], Any]) -> str:
@@ -351,6 +352,15 @@ def test_min_8bit_size_changed_after_the_first_step(case: OptimizerCase) -> None
     with pytest.raises(RuntimeError, match=f"min_8bit_size={least} and block_size=256 do not give"):
         optimizer.step()
     assert all_bits(optimizer) == bits
+
+
+def test_a_gpu_without_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "CUDA_EXTENSION_FILE", None)
+    with pytest.raises(
+        RuntimeError, match=r"params\[3\] is on cuda:1, and torchao8 has no CUDA ker"
+    ):
+        check_device(3, torch.device("cuda:1"))
+    check_device(3, torch.device("cpu"))
 
 
 # -- checkpoints -------------------------------------------------------------------------------

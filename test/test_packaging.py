@@ -241,4 +241,5 @@ def test_compiler_may_not_change_results() -> None:
     """P1 rests on these: no machine-dependent instructions, no contraction, no fast-math."""
     flags = text_of("setup.py")
     assert '"-ffp-contract=off"' in flags
-    assert not re.search(r"-march|-mtune|-mavx|-Ofast|fast-math", flags)
+    assert '"-fmad=false"' in flags
+    assert not re.search(r'"[^" ]*(-march|-mavx|-mfma|-Ofast|fast-math|fast_math)', flags)

@@ -23,6 +23,7 @@ def main() -> int:
         print(error)
         return 1
     _line("extension", ops.EXTENSION_FILE)
+    _line("CUDA kernels", ops.CUDA_EXTENSION_FILE or f"none: {ops.CUDA_MISSING}")
     forced = os.environ.get("TORCHAO8_CPU")
     _line("CPU path", ops.cpu_capability() + (f" (TORCHAO8_CPU={forced})" if forced else ""))
     results = _selfcheck.run()

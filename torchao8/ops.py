@@ -4,6 +4,7 @@ Importing this module loads ``torchao8/_C.abi3.so``, whose only effect is to reg
 torch's dispatcher under ``torch.ops.torchao8``.
 """
 
+import importlib
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +25,14 @@ except ImportError as error:
 
 # Where the ops came from, for bug reports.
 EXTENSION_FILE = _C.__file__
+# The same of the CUDA kernels: a file, or why there are none.
+CUDA_EXTENSION_FILE: str | None = None
+CUDA_MISSING = "torch is built without CUDA"
+if torch.version.cuda is not None:
+    try:
+        CUDA_EXTENSION_FILE = importlib.import_module("torchao8._C_cuda").__file__
+    except ImportError as error:
+        CUDA_MISSING = f"torchao8/_C_cuda could not be loaded ({error}); building it takes nvcc"
 
 _quantize = torch.ops.torchao8.quantize_blockwise.default
 _dequantize = torch.ops.torchao8.dequantize_blockwise.default

@@ -31,11 +31,18 @@ TORCHAO8_HD uint64_t random_key(uint64_t seed, uint64_t step, uint64_t stream) {
 
 // t[l]: digits of the square roots of the primes, the last three bits replaced by l (so that no
 // difference is a multiple of 8, which would repeat low bits).
+// Packed, so that a GPU needs no memory to look one up.
+TORCHAO8_HD constexpr uint32_t lane_factor(uint32_t l) {
+  const uint64_t four = l < 4 ? 0xa54b3c6abb616a08u : 0x5be71f869b05510cu;
+  return uint32_t(four >> 16 * (l % 4)) & 0xffff;
+}
 struct LaneFactors {
   alignas(32) uint32_t t[8];
+  constexpr LaneFactors() : t() {
+    for (uint32_t l = 0; l < 8; l++) t[l] = lane_factor(l);
+  }
 };
-constexpr LaneFactors kLaneFactors = {
-    {0x6a08, 0xbb61, 0x3c6a, 0xa54b, 0x510c, 0x9b05, 0x1f86, 0x5be7}};
+constexpr LaneFactors kLaneFactors;
 
 struct BlockRandom {
   uint32_t c0, c1, c2, c3;
@@ -51,8 +58,7 @@ struct BlockRandom {
   }
 
   TORCHAO8_HD uint32_t operator()(uint32_t i) const {
-    constexpr LaneFactors factors = kLaneFactors;  // a local constant: a GPU sees no other
-    const uint32_t t = factors.t[i % 8], j = i / 8;
+    const uint32_t t = lane_factor(i % 8), j = i / 8;
     return c0 + c1 * t + (c2 + c3 * t) * j;
   }
 };

@@ -123,7 +123,9 @@ void adam_step_cpu(TensorList params, TensorList grads, TensorList exp_avgs, Ten
   for (size_t i = 0; i < steps.size(); i++) check_step(int64_t(i), steps[i]);
   if (found_inf && read_scalar("found_inf", *found_inf) != 0) return;
 
-  const bool plain = AdamRule<false, true>::gradient_is_plain(options);
+  // A gradient scale of 1 takes the path of any other, as on a GPU, where the host does not know
+  // it.
+  const bool plain = !grad_scale && AdamRule<false, true>::gradient_is_plain(options);
   if (call.amsgrad()) {
     plain ? step_all<AdamRule<true, true>>(call, options)
           : step_all<AdamRule<true, false>>(call, options);

@@ -13,7 +13,6 @@
 namespace torchao8 {
 
 constexpr int kMaxBlock = 2048;
-constexpr int kMaxStates = 3;
 constexpr int kWidest = 16;  // every vector path takes lengths that are multiples of this
 
 // Neighbouring blocks of one tensor, each `length` elements, contiguous in every array.

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from torchao8 import ops
+
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPE_NAMES = "float32, bfloat16 or float16"
 
@@ -55,6 +57,7 @@ def check_params(params: Iterable[Any]) -> None:
     Raises:
         ValueError: a parameter given twice, of an unsupported dtype or layout, or with elements
             that share memory.
+        RuntimeError: on a GPU, without the CUDA kernels.
         NotImplementedError: a DTensor.
     """
     seen: set[int] = set()
@@ -73,7 +76,17 @@ def check_params(params: Iterable[Any]) -> None:
             _check_trainable(index, p)
 
 
+def check_device(index: int, device: torch.device) -> None:
+    """Raises RuntimeError where the kernels for a device are missing."""
+    if device.type == "cuda" and ops.CUDA_EXTENSION_FILE is None:
+        raise RuntimeError(
+            f"params[{index}] is on {device}, and torchao8 has no CUDA kernels here: "
+            f"{ops.CUDA_MISSING}. `python -m torchao8` prints what was found."
+        )
+
+
 def _check_trainable(index: int, p: Tensor) -> None:
+    check_device(index, p.device)
     if p.dtype not in PARAM_DTYPES or p.layout is not torch.strided:
         raise ValueError(
             f"params[{index}]: expected a dense tensor of {_DTYPE_NAMES}, got {kind(p)}"

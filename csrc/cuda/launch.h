@@ -1,0 +1,59 @@
+// What every CUDA op needs of the host: the device and stream of a call, and errors that say where.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <algorithm>
+
+#include "common/checks.h"
+#include "cuda/step.cuh"
+
+namespace torchao8::cuda {
+
+inline void check_cuda(cudaError_t error, const char* op, int32_t device) {
+  TORCHAO8_CHECK(error == cudaSuccess, op, ": CUDA error on cuda:", device, ": ",
+                 cudaGetErrorString(error));
+}
+
+// The current device becomes the one of the call; the stream is the current one there.
+class Launcher {
+ public:
+  Launcher(const char* op, int32_t device) : op_(op), device_(device), guard_(device) {
+    void* stream = nullptr;
+    TORCHAO8_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0, op,
+                   ": no current stream on cuda:", device);
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  // Enough thread blocks to fill the device, and no more than there is work for.
+  unsigned grid_for(uint64_t units, int units_per_block) const {
+    const uint64_t wanted = (units + uint64_t(units_per_block) - 1) / uint64_t(units_per_block);
+    return unsigned(std::min<uint64_t>(wanted, uint64_t(multiprocessors()) * kBlocksPerProcessor));
+  }
+
+  template <class... Parameters, class... Arguments>
+  void launch(void (*kernel)(Parameters...), unsigned blocks, size_t shared_bytes,
+              const Arguments&... arguments) const {
+    if (blocks == 0) return;
+    kernel<<<blocks, kThreads, shared_bytes, stream_>>>(arguments...);
+    check_cuda(cudaGetLastError(), op_, device_);
+  }
+
+  void check(cudaError_t error) const { check_cuda(error, op_, device_); }
+
+ private:
+  int multiprocessors() const {
+    int count = 0;
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_));
+    return count;
+  }
+
+  const char* op_;
+  int32_t device_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+};
+
+}  // namespace torchao8::cuda

@@ -1,0 +1,98 @@
+// The ops quantize_blockwise and dequantize_blockwise on CUDA.
+#include "cuda/quantize.cuh"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <tuple>
+#include <vector>
+
+#include "common/block_layout.h"
+#include "cuda/launch.h"
+#include "cuda/tables.cuh"
+
+namespace torchao8::cuda {
+namespace {
+
+Tensor new_contiguous(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  return torch::stable::new_empty(
+      like, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()), dtype);
+}
+
+const Tables* tables_on(const Launcher& launcher) {
+  void* place = nullptr;
+  launcher.check(cudaGetSymbolAddress(&place, device_tables));
+  return static_cast<const Tables*>(place);
+}
+
+uint32_t count_blocks(const char* op, const BlockLayout& layout) {
+  const int64_t blocks = layout.rows * layout.blocks_per_row;
+  TORCHAO8_CHECK(blocks < int64_t(1) << 32, op, ": more than 2^32 blocks");
+  return uint32_t(blocks);
+}
+
+std::tuple<Tensor, Tensor> quantize_blockwise_cuda(Tensor input, int64_t block_size,
+                                                   bool is_signed) {
+  const char* op = "quantize_blockwise";
+  const FloatType type = check_float_type({op, "input"}, input);
+  check_block_size(op, block_size);
+  const auto sizes = input.sizes();
+  const BlockLayout layout = block_layout(sizes, block_size);
+  const Launcher launcher(op, input.get_device_index());
+  const Tensor dense = input.is_contiguous() ? input : torch::stable::contiguous(input);
+  Tensor codes = new_contiguous(input, {sizes.begin(), sizes.end()}, ScalarType::Byte);
+  Tensor scale = new_contiguous(input, layout.scale_shape, ScalarType::Float);
+  const QuantizeArguments arguments = {dense.const_data_ptr(),
+                                       codes.mutable_data_ptr<uint8_t>(),
+                                       scale.mutable_data_ptr<float>(),
+                                       layout.row_length,
+                                       uint32_t(layout.blocks_per_row),
+                                       count_blocks(op, layout),
+                                       int32_t(block_size),
+                                       type};
+  const unsigned grid = launcher.grid_for(arguments.blocks, kWarps);
+  launcher.launch(is_signed ? quantize<true> : quantize<false>, grid, sizeof(Tables), arguments,
+                  tables_on(launcher));
+  return {codes, scale};
+}
+
+Tensor dequantize_blockwise_cuda(Tensor codes, Tensor scale, int64_t block_size, bool is_signed,
+                                 ScalarType dtype) {
+  const char* op = "dequantize_blockwise";
+  const Place place = {true, codes.get_device_index()};
+  check_place({op, "scale"}, scale, place);
+  check_dtype({op, "codes"}, codes, ScalarType::Byte);
+  check_dtype({op, "scale"}, scale, ScalarType::Float);
+  check_block_size(op, block_size);
+  check_contiguous({op, "codes"}, codes);
+  check_contiguous({op, "scale"}, scale);
+  const auto sizes = codes.sizes();
+  const BlockLayout layout = block_layout(sizes, block_size);
+  check_shape({op, "scale"}, scale, layout.scale_shape, "one scale per block of a row of codes");
+  TORCHAO8_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op,
+      ": dtype must be float32, bfloat16 or float16, got ", dtype_name(dtype));
+  Tensor result = new_contiguous(codes, {sizes.begin(), sizes.end()}, dtype);
+  const Launcher launcher(op, place.index);
+  const DequantizeArguments arguments = {codes.const_data_ptr<uint8_t>(),
+                                         scale.const_data_ptr<float>(),
+                                         result.mutable_data_ptr(),
+                                         layout.row_length,
+                                         uint32_t(layout.blocks_per_row),
+                                         count_blocks(op, layout),
+                                         int32_t(block_size),
+                                         check_float_type({op, "result"}, result)};
+  const unsigned grid = launcher.grid_for(arguments.blocks, kWarps);
+  launcher.launch(is_signed ? dequantize<true> : dequantize<false>, grid, sizeof(Tables), arguments,
+                  tables_on(launcher));
+  return result;
+}
+
+}  // namespace
+}  // namespace torchao8::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(torchao8, CUDA, m) {
+  m.impl("quantize_blockwise", TORCH_BOX(&torchao8::cuda::quantize_blockwise_cuda));
+  m.impl("dequantize_blockwise", TORCH_BOX(&torchao8::cuda::dequantize_blockwise_cuda));
+}

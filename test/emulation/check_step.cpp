@@ -1,0 +1,413 @@
+// The kernels of csrc/cuda on emulated warps against the CPU's plain C++ path, bit for bit.
+// Prints a line for each configuration that differs; the exit status tells whether one does.
+// With -DQUICK, one rule and two types: enough to catch the mutants of test_cuda_source.py.
+#define TORCHAO8_EMULATE
+#include <cstdio>
+#include <random>
+#include <string>
+
+#include "cpu/kernels.h"
+#include "cpu/vec_scalar.h"
+#include "cuda/prepare.cuh"
+#include "cuda/quantize.cuh"
+#include "rules/adam.h"
+
+using namespace torchao8;
+
+namespace {
+
+int failures = 0;
+
+struct Shape {
+  int64_t rows, columns;
+  int shift;     // elements between the start of the memory and the tensor
+  float spread;  // of gradients
+  int bad;       // gradient elements that are no numbers, in each step
+  int64_t shard_offset = 0, row_stride = 0;
+};
+
+const Shape kShapes[] = {
+    {4, 256, 0, 1, 0},      {6, 1024, 0, 1e-3f, 0},
+    {3, 16, 0, 1, 0},       {5, 255, 0, 1, 0},
+    {5, 257, 0, 1, 0},      {2, 300, 0, 1, 0},
+    {7, 576, 0, 1e-2f, 0},  {3, 24, 0, 1, 0},
+    {4, 512, 1, 1, 0},      {4, 512, 8, 1, 0},
+    {4, 768, 0, 1, 3},      {3, 333, 0, 1, 5},
+    {2, 512, 0, 0, 0},      {2, 512, 0, 1e-18f, 0},
+    {2, 512, 0, 1e-30f, 0}, {2, 512, 0, 1e17f, 0},
+    {1, 5000, 0, 1, 0},     {12, 2048, 0, 1e-4f, 0},
+    {0, 256, 0, 1, 0},      {3, 512, 0, 1, 0, 1536, 2048},
+};
+
+struct Memory {
+  std::vector<float> exact;  // in float32, what `bytes` holds
+  std::vector<unsigned char> bytes;
+};
+
+size_t bytes_of(FloatType type) {
+  return type == FloatType::kFloat32 ? 4 : 2;
+}
+
+struct TensorOf {
+  Shape shape;
+  FloatType param_type, grad_type;
+  std::vector<unsigned char> param, grad;
+  std::vector<uint8_t> codes[kMaxStates];
+  std::vector<float> scales[kMaxStates], states[kMaxStates];
+  float step = 0;
+
+  int64_t count() const { return shape.rows * shape.columns; }
+  int64_t blocks_per_row(int block_size) const {
+    return (shape.columns + block_size - 1) / block_size;
+  }
+  unsigned char* place(std::vector<unsigned char>& of, FloatType type) {
+    const size_t misfit = reinterpret_cast<uintptr_t>(of.data()) % 16;
+    return of.data() + (16 - misfit) % 16 + size_t(shape.shift) * bytes_of(type);
+  }
+  uint8_t* code_place(int s) {
+    const size_t misfit = reinterpret_cast<uintptr_t>(codes[s].data()) % 16;
+    return codes[s].data() + (16 - misfit) % 16 + shape.shift;
+  }
+};
+
+TensorOf make_tensor(const Shape& shape, FloatType param_type, FloatType grad_type, int states,
+                     int block_size, std::mt19937& random) {
+  TensorOf t;
+  t.shape = shape;
+  t.param_type = param_type;
+  t.grad_type = grad_type;
+  const size_t n = size_t(t.count()) + size_t(shape.shift);
+  t.param.resize(n * bytes_of(param_type) + 16);
+  t.grad.resize(n * bytes_of(grad_type) + 16);
+  std::normal_distribution<float> normal;
+  for (int64_t i = 0; i < t.count(); i++)
+    cuda::store_as(param_type, t.place(t.param, param_type), i, normal(random));
+  for (int s = 0; s < states; s++) {
+    t.codes[s].assign(n + 16, s == 0 ? 127 : 0);
+    t.scales[s].assign(size_t(shape.rows * t.blocks_per_row(block_size)), 0.0f);
+    t.states[s].assign(size_t(t.count()), 0.0f);
+  }
+  return t;
+}
+
+void new_gradient(TensorOf& t, int step, std::mt19937& random) {
+  std::normal_distribution<float> normal;
+  unsigned char* grad = t.place(t.grad, t.grad_type);
+  for (int64_t i = 0; i < t.count(); i++)
+    cuda::store_as(t.grad_type, grad, i, normal(random) * t.shape.spread);
+  const float bad[] = {NAN, INFINITY, -INFINITY, 3e38f};
+  for (int k = 0; k < t.shape.bad; k++)
+    cuda::store_as(t.grad_type, grad, int64_t(random() % uint64_t(t.count())), bad[(k + step) % 4]);
+}
+
+template <class Rule>
+void cpu_step(TensorOf& t, const AdamOptions& options, bool scaled, int block_size, bool stochastic,
+              uint64_t seed) {
+  const int64_t step = int64_t(t.step) + 1;
+  const Rule rule = Rule::at_step(options, step, scaled);
+  const auto& kernels = scalar_kernels<Rule>();
+  unsigned char *param = t.place(t.param, t.param_type), *grad = t.place(t.grad, t.grad_type);
+  std::vector<float> p(4096), g(4096);
+  const auto with_floats = [&](int64_t begin, int n, auto f) {
+    for (int i = 0; i < n; i++) {
+      p[size_t(i)] = cuda::load_as(t.param_type, param, begin + i);
+      g[size_t(i)] = cuda::load_as(t.grad_type, grad, begin + i);
+    }
+    f();
+    for (int i = 0; i < n; i++) cuda::store_as(t.param_type, param, begin + i, p[size_t(i)]);
+  };
+  if (!scaled) {
+    for (int64_t begin = 0; begin < t.count(); begin += 4096) {
+      const int n = int(std::min<int64_t>(4096, t.count() - begin));
+      ElementRun run = {};
+      run.param = p.data();
+      run.grad = g.data();
+      run.count = n;
+      for (int s = 0; s < Rule::kStates; s++) run.states[s] = t.states[s].data() + begin;
+      with_floats(begin, n, [&] { kernels.elements_float32(rule, run); });
+    }
+    t.step++;
+    return;
+  }
+  const int64_t per_row = t.blocks_per_row(block_size);
+  const int64_t stride = t.shape.row_stride ? t.shape.row_stride : t.shape.columns;
+  for (int64_t block = 0; block < t.shape.rows * per_row; block++) {
+    const int64_t row = block / per_row, column = block % per_row * block_size;
+    const int64_t begin = row * t.shape.columns + column;
+    BlockRun run = {};
+    run.param = p.data();
+    run.grad = g.data();
+    run.blocks = 1;
+    run.length = int(std::min<int64_t>(block_size, t.shape.columns - column));
+    run.stochastic = stochastic;
+    run.first_element = uint64_t(t.shape.shard_offset + row * stride + column);
+    for (int s = 0; s < Rule::kStates; s++) {
+      run.codes[s] = t.code_place(s) + begin;
+      run.scales[s] = t.scales[s].data() + block;
+      run.keys[s] = random_key(seed, uint64_t(step), uint64_t(s));
+    }
+    with_floats(begin, run.length, [&] { kernels.blocks_float32(rule, codec_tables(), run); });
+  }
+  t.step++;
+}
+
+const cuda::Tables kTables = cuda::make_tables();
+
+template <class Rule>
+std::vector<cuda::Prepared<Rule>> prepare(std::vector<TensorOf>& tensors,
+                                          const AdamOptions& options, bool scaled, uint64_t seed,
+                                          const float& found_inf) {
+  std::vector<cuda::Prepared<Rule>> prepared(tensors.size());
+  static cuda::StepTable table;
+  table.count = uint32_t(tensors.size());
+  table.first = 0;
+  for (size_t i = 0; i < tensors.size(); i++) table.steps[i] = &tensors[i].step;
+  const float lr = float(options.lr), grad_scale = float(options.grad_scale);
+  const cuda::Scalar lr_place{&lr, 0, false}, scale_place{&grad_scale, 0, false};
+  const cuda::Scalar found{&found_inf, 0, false};
+  emulation::launch((table.count + cuda::kThreads - 1) / cuda::kThreads, cuda::kThreads, [&] {
+    cuda::prepare<Rule>(table, options, lr_place, scale_place, found, seed, scaled,
+                        prepared.data());
+  });
+  return prepared;
+}
+
+bool aligned(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+
+template <class Rule, class T>
+void cuda_block_step(std::vector<TensorOf>& tensors, FloatType type,
+                     const std::vector<cuda::Prepared<Rule>>& prepared, int block_size,
+                     bool stochastic) {
+  using Entry = cuda::BlockEntry<Rule::kStates>;
+  static cuda::Table<Entry> table;
+  table.count = table.units = 0;
+  table.block_size = block_size;
+  table.stochastic = stochastic;
+  for (size_t i = 0; i < tensors.size(); i++) {
+    TensorOf& t = tensors[i];
+    if (t.count() == 0) continue;
+    Entry& e = table.entries[table.count++];
+    e.param = t.place(t.param, t.param_type);
+    e.grad = t.place(t.grad, t.grad_type);
+    e.first_unit = table.units;
+    e.index = uint32_t(i);
+    e.param_type = t.param_type;
+    e.grad_type = t.grad_type;
+    e.row_length = t.shape.columns;
+    e.row_stride = t.shape.row_stride ? t.shape.row_stride : t.shape.columns;
+    e.shard_offset = uint64_t(t.shape.shard_offset);
+    e.blocks_per_row = uint32_t(t.blocks_per_row(block_size));
+    e.fast = block_size == cuda::kFastBlock && t.shape.columns % 8 == 0 && t.param_type == type &&
+             t.grad_type == type && aligned(e.param) && aligned(e.grad);
+    for (int s = 0; s < Rule::kStates; s++) {
+      e.codes[s] = t.code_place(s);
+      e.scales[s] = t.scales[s].data();
+      e.fast = e.fast && reinterpret_cast<uintptr_t>(e.codes[s]) % 8 == 0;
+    }
+    table.units += uint32_t(t.shape.rows * e.blocks_per_row);
+  }
+  emulation::launch(3, cuda::kThreads,
+                    [&] { cuda::step_blocks<Rule, T>(table, prepared.data(), &kTables); });
+}
+
+template <class Rule>
+void cuda_element_step(std::vector<TensorOf>& tensors,
+                       const std::vector<cuda::Prepared<Rule>>& prepared) {
+  using Entry = cuda::ElementEntry<Rule::kStates>;
+  static cuda::Table<Entry> table;
+  table.count = table.units = 0;
+  for (size_t i = 0; i < tensors.size(); i++) {
+    TensorOf& t = tensors[i];
+    if (t.count() == 0) continue;
+    Entry& e = table.entries[table.count++];
+    e.param = t.place(t.param, t.param_type);
+    e.grad = t.place(t.grad, t.grad_type);
+    e.first_unit = table.units;
+    e.index = uint32_t(i);
+    e.param_type = t.param_type;
+    e.grad_type = t.grad_type;
+    e.count = t.count();
+    e.fast = 0;
+    for (int s = 0; s < Rule::kStates; s++) e.states[s] = t.states[s].data();
+    table.units += uint32_t((t.count() + cuda::kChunk - 1) / cuda::kChunk);
+  }
+  emulation::launch(3, cuda::kThreads, [&] { cuda::step_elements<Rule>(table, prepared.data()); });
+}
+
+template <class V>
+int64_t differences(const V& a, const V& b) {
+  int64_t n = 0;
+  for (size_t i = 0; i < a.size(); i++) n += std::memcmp(&a[i], &b[i], sizeof a[i]) != 0;
+  return n;
+}
+
+void compare(const std::string& what, std::vector<TensorOf>& gpu, std::vector<TensorOf>& cpu) {
+  for (size_t i = 0; i < gpu.size(); i++) {
+    TensorOf &a = gpu[i], &b = cpu[i];
+    int64_t n = differences(a.param, b.param) + (a.step != b.step), in_state = 0;
+    for (int s = 0; s < kMaxStates; s++) {
+      in_state += differences(a.codes[s], b.codes[s]) + differences(a.scales[s], b.scales[s]) +
+                  differences(a.states[s], b.states[s]);
+    }
+    if (n + in_state == 0) continue;
+    failures++;
+    std::printf("%s, tensor %zu (%ld, %ld): %ld bytes of parameters, %ld of the state differ\n",
+                what.c_str(), i, long(a.shape.rows), long(a.shape.columns), long(n),
+                long(in_state));
+  }
+}
+
+template <class Rule, class T>
+void check(const char* rule_name, FloatType type, FloatType param_type, FloatType grad_type,
+           const AdamOptions& base, bool scaled, int block_size, bool stochastic) {
+  std::mt19937 random(7);
+  std::vector<TensorOf> gpu;
+  for (const Shape& shape : kShapes)
+    gpu.push_back(make_tensor(shape, param_type, grad_type, Rule::kStates, block_size, random));
+  std::vector<TensorOf> cpu = gpu;
+  for (size_t i = 0; i < gpu.size(); i++) gpu[i].step = cpu[i].step = float(i % 3);
+  const uint64_t seed = 11;
+  const std::string what = std::string(rule_name) + ", types " + std::to_string(int(param_type)) +
+                           " and " + std::to_string(int(grad_type)) + ", " +
+                           (scaled ? "blocks of " + std::to_string(block_size) : "32-bit state") +
+                           (stochastic ? ", stochastic" : ", nearest");
+  for (int step = 1; step <= 4; step++) {
+    AdamOptions options = base;
+    options.lr = step == 3 ? 0.0 : double(1e-2f);
+    for (size_t i = 0; i < gpu.size(); i++) {
+      new_gradient(gpu[i], step, random);
+      std::memcpy(cpu[i].place(cpu[i].grad, grad_type), gpu[i].place(gpu[i].grad, grad_type),
+                  size_t(gpu[i].count()) * bytes_of(grad_type));
+    }
+    const float found_inf = step == 2 ? 1.0f : 0.0f;
+    const auto prepared = prepare<Rule>(gpu, options, scaled, seed, found_inf);
+    if (!scaled) {
+      cuda_element_step<Rule>(gpu, prepared);
+    } else {
+      cuda_block_step<Rule, T>(gpu, type, prepared, block_size, stochastic);
+    }
+    if (found_inf == 0) {
+      for (TensorOf& t : cpu) cpu_step<Rule>(t, options, scaled, block_size, stochastic, seed);
+    }
+    compare(what + ", step " + std::to_string(step), gpu, cpu);
+  }
+}
+
+template <class Rule>
+void check_rule(const char* name, const AdamOptions& options) {
+  const FloatType f32 = FloatType::kFloat32, bf16 = FloatType::kBFloat16, f16 = FloatType::kFloat16;
+  for (bool stochastic : {true, false}) {
+    check<Rule, float>(name, f32, f32, f32, options, true, 256, stochastic);
+    check<Rule, BFloat16>(name, bf16, bf16, bf16, options, true, 256, stochastic);
+#ifndef QUICK
+    check<Rule, Half>(name, f16, f16, f16, options, true, 256, stochastic);
+    check<Rule, BFloat16>(name, bf16, bf16, f32, options, true, 256, stochastic);
+    check<Rule, float>(name, f32, f32, f16, options, true, 256, stochastic);
+    for (int block_size : {64, 512, 2048})
+      check<Rule, float>(name, f32, f32, f32, options, true, block_size, stochastic);
+#endif
+  }
+  check<Rule, float>(name, f32, f32, f32, options, false, 256, false);
+#ifndef QUICK
+  check<Rule, float>(name, f32, bf16, f32, options, false, 256, false);
+  check<Rule, float>(name, f32, f16, f16, options, false, 256, false);
+#endif
+}
+
+template <bool kSigned>
+void check_codec(int block_size) {
+  std::mt19937 random(3);
+  std::normal_distribution<float> normal;
+  const int64_t columns = 700, rows = 9;
+  std::vector<float> x(size_t(rows * columns));
+  for (size_t i = 0; i < x.size(); i++) {
+    x[i] = normal(random) * std::exp2(float(int(random() % 40)) - 30);
+    if (!kSigned) x[i] = std::fabs(x[i]);
+  }
+  const size_t row = size_t(columns);
+  for (size_t i = 0; i < row; i++) {
+    x[row + i] = 0;
+    x[2 * row + i] *= 1e-38f;
+    x[3 * row + i] = std::ldexp(x[3 * row + i], 124);
+  }
+  x[4 * row] = NAN;
+  x[5 * row + 1] = INFINITY;
+  const int64_t per_row = (columns + block_size - 1) / block_size, blocks = rows * per_row;
+  std::vector<uint8_t> codes(x.size()), want(x.size());
+  std::vector<float> scales(size_t(blocks), -1.0f), want_scales(scales), back(x), want_back(x);
+  cuda::QuantizeArguments q = {
+      x.data(),          codes.data(),     scales.data(),       columns,
+      uint32_t(per_row), uint32_t(blocks), int32_t(block_size), FloatType::kFloat32};
+  cuda::DequantizeArguments d = {
+      codes.data(),      scales.data(),    back.data(),         columns,
+      uint32_t(per_row), uint32_t(blocks), int32_t(block_size), FloatType::kFloat32};
+  emulation::launch(2, cuda::kThreads, [&] { cuda::quantize<kSigned>(q, &kTables); });
+  emulation::launch(2, cuda::kThreads, [&] { cuda::dequantize<kSigned>(d, &kTables); });
+  for (int64_t block = 0; block < blocks; block++) {
+    const int64_t column = block % per_row * block_size, begin = block / per_row * columns + column;
+    const int n = int(std::min<int64_t>(block_size, columns - column));
+    want_scales[size_t(block)] =
+        scalar_codec().quantize[kSigned](codec_tables(), x.data() + begin, n, want.data() + begin);
+    scalar_codec().dequantize[kSigned](codec_tables(), want.data() + begin, n,
+                                       want_scales[size_t(block)], want_back.data() + begin);
+  }
+  const int64_t n =
+      differences(codes, want) + differences(scales, want_scales) + differences(back, want_back);
+  if (n == 0) return;
+  failures++;
+  std::printf("codec, signed %d, blocks of %d: %ld codes, %ld scales, %ld values differ\n", kSigned,
+              block_size, long(differences(codes, want)), long(differences(scales, want_scales)),
+              long(differences(back, want_back)));
+}
+
+// Every float from 2^-32 up to the largest that a value divided by its scale can be.
+void check_every_nearest_code() {
+  const scalar::NearestEncoder<true> is_signed(codec_tables());
+  const scalar::NearestEncoder<false> is_unsigned(codec_tables());
+  int64_t wrong = 0;
+  for (uint32_t u = 0x2f800000u; u < 0x3f810000u; u += 3) {
+    const float y = bits_float(u);
+    uint8_t positive, negative, second;
+    is_signed(y, 1.0f, &positive);
+    is_signed(-y, 1.0f, &negative);
+    is_unsigned(y, 1.0f, &second);
+    wrong += cuda::encode_nearest<true>(kTables, y, 1.0f) != positive;
+    wrong += cuda::encode_nearest<true>(kTables, -y, 1.0f) != negative;
+    wrong += cuda::encode_nearest<false>(kTables, y, 1.0f) != second;
+  }
+  if (wrong == 0) return;
+  failures++;
+  std::printf("%ld codes of single numbers differ\n", long(wrong));
+}
+
+}  // namespace
+
+int main() {
+  AdamOptions decoupled = {};
+  decoupled.beta1 = 0.9;
+  decoupled.beta2 = 0.999;
+  decoupled.eps = 1e-8;
+  decoupled.weight_decay = 0.1;
+  decoupled.grad_scale = 1;
+  decoupled.decoupled = true;
+  AdamOptions coupled = decoupled;
+  coupled.decoupled = false;
+  coupled.maximize = true;
+  coupled.grad_scale = 4;
+  coupled.eps = 0;
+  check_rule<AdamRule<false, true>>("AdamW", decoupled);
+#ifndef QUICK
+  check_rule<AdamRule<true, true>>("AdamW, amsgrad", decoupled);
+  check_rule<AdamRule<false, false>>("Adam", coupled);
+  check_rule<AdamRule<true, false>>("Adam, amsgrad", coupled);
+  for (int block_size : {64, 256, 2048}) {
+    check_codec<true>(block_size);
+    check_codec<false>(block_size);
+  }
+  check_every_nearest_code();
+#endif
+  std::printf("%d configurations differ\n", failures);
+  return failures != 0;
+}

@@ -1,0 +1,190 @@
+// A thread block of a GPU on a host, for tests: every thread is a fiber that runs until it meets an
+// exchange within its warp or a barrier. Stands in for what csrc/cuda/device.cuh asks of a GPU.
+//
+// The order is unkind on purpose. A warp runs until all its lanes wait at a block-wide barrier or
+// are done before another starts, the last warp first, and the lanes of a warp take turns in
+// alternating directions, so that a missing barrier or a dependence on order shows. Shared memory
+// starts as garbage, and approximations are off by a unit in the last place at random.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <csetjmp>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __noinline__ __attribute__((noinline))
+#undef __forceinline__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) {
+  return {x, y};
+}
+
+namespace emulation {
+
+struct Index {
+  unsigned x;
+};
+struct Fiber {
+  ucontext_t start;
+  jmp_buf at;  // ucontext starts a fiber, setjmp switches: it makes no system call
+  std::unique_ptr<char[]> stack;
+  bool fresh, done, waiting;
+};
+
+constexpr size_t kStack = 1 << 17;
+constexpr size_t kSharedBytes = 100 << 10;  // of which a GPU lets a kernel use up to 48 KB unasked
+
+inline std::vector<Fiber> fibers;
+inline std::vector<uint32_t> mail;  // one word a thread
+inline jmp_buf home;
+inline Index thread, block, grid;
+inline const std::function<void()>* body;
+inline uint32_t noise = 1;
+alignas(64) inline unsigned char shared_memory[kSharedBytes];
+
+inline void run_fiber() {
+  (*body)();
+  fibers[thread.x].done = true;
+  _longjmp(home, 1);
+}
+inline void resume(Fiber& f) {
+  if (_setjmp(home)) return;
+  if (f.fresh) {
+    f.fresh = false;
+    setcontext(&f.start);
+  }
+  _longjmp(f.at, 1);
+}
+inline void yield() {
+  if (!_setjmp(fibers[thread.x].at)) _longjmp(home, 1);
+}
+inline void block_barrier() {
+  fibers[thread.x].waiting = true;
+  yield();
+}
+
+// Writes a word, lets every lane of the warp pass, reads, and lets them pass again.
+template <class Read>
+uint32_t exchange(uint32_t x, Read read) {
+  mail[thread.x] = x;
+  yield();
+  const uint32_t result = read(&mail[thread.x & ~31u]);
+  yield();
+  return result;
+}
+
+inline void run_block(unsigned threads) {
+  std::memset(shared_memory, 0xcd, sizeof shared_memory);
+  for (unsigned i = 0; i < threads; i++) {
+    Fiber& f = fibers[i];
+    f.fresh = true;
+    f.done = f.waiting = false;
+    if (!f.stack) f.stack.reset(new char[kStack]);
+    getcontext(&f.start);
+    f.start.uc_stack.ss_sp = f.stack.get();
+    f.start.uc_stack.ss_size = kStack;
+    f.start.uc_link = nullptr;
+    makecontext(&f.start, run_fiber, 0);
+  }
+  for (unsigned live = threads; live > 0;) {
+    for (unsigned warp = threads; warp > 0; warp -= 32) {
+      bool ran = true;
+      for (unsigned round = 0; ran; round++) {
+        ran = false;
+        for (unsigned j = 0; j < 32; j++) {
+          thread.x = warp - 32 + (round & 1 ? j : 31 - j);
+          Fiber& f = fibers[thread.x];
+          if (f.done || f.waiting) continue;
+          resume(f);
+          ran = true;
+          live -= fibers[thread.x].done;
+        }
+      }
+    }
+    for (Fiber& f : fibers) f.waiting = false;
+  }
+}
+
+template <class Kernel>
+void launch(unsigned blocks, unsigned threads, Kernel kernel) {
+  const std::function<void()> f = kernel;
+  body = &f;
+  grid.x = blocks;
+  fibers.resize(threads);
+  mail.resize(threads);
+  for (block.x = 0; block.x < blocks; block.x++) run_block(threads);
+}
+
+inline float nudge(float x) {
+  noise = noise * 1664525u + 1013904223u;
+  uint32_t u;
+  std::memcpy(&u, &x, sizeof u);
+  u += (noise >> 24) % 3 - 1;
+  std::memcpy(&x, &u, sizeof x);
+  return x;
+}
+
+}  // namespace emulation
+
+#define threadIdx ::emulation::thread
+#define blockIdx ::emulation::block
+#define gridDim ::emulation::grid
+inline void __syncthreads() {
+  emulation::block_barrier();
+}
+
+#define TORCHAO8_SHARED(Type, name)                       \
+  static_assert(sizeof(Type) <= emulation::kSharedBytes); \
+  Type& name = *reinterpret_cast<Type*>(emulation::shared_memory)
+
+namespace torchao8::cuda {
+
+inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t both = uint64_t(b) << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; i++) {
+    const uint32_t byte = both >> (selector >> 4 * i & 7) * 8 & 255;
+    result |= byte << 8 * i;
+  }
+  return result;
+}
+inline float approximate_inverse_root(float x) {
+  return emulation::nudge(float(1 / std::sqrt(double(x))));
+}
+inline uint32_t exchange_xor(uint32_t x, int lane_mask) {
+  return emulation::exchange(x, [=](const uint32_t* warp) {
+    return warp[(emulation::thread.x & 31) ^ unsigned(lane_mask)];
+  });
+}
+inline bool any_lane(bool x) {
+  return emulation::exchange(x, [](const uint32_t* warp) {
+    return uint32_t(std::any_of(warp, warp + 32, [](uint32_t w) { return w != 0; }));
+  });
+}
+inline uint32_t largest_of_warp(uint32_t x) {
+  return emulation::exchange(
+      x, [](const uint32_t* warp) { return *std::max_element(warp, warp + 32); });
+}
+inline void warp_barrier() {
+  emulation::yield();
+}
+
+}  // namespace torchao8::cuda
