@@ -50,6 +50,12 @@ TORCHAO8_HD float decode(const Tables& t, uint32_t code) {
   return t.map[kSigned][code];
 }
 
+// Where x is not zero, its bits are a number above any code it can have. A minimum where a branch
+// would cost more than what it skips.
+TORCHAO8_HD uint32_t zero_stays_zero(uint32_t code, float x) {
+  return code < float_bits(x) ? code : float_bits(x);
+}
+
 // inverse: of the block's scale, with its sign. |x * inverse| is at most the float above 1, unless
 // the state is corrupt: then the code does not matter, but it is looked up inside the table.
 template <bool kSigned>
@@ -61,7 +67,7 @@ TORCHAO8_HD uint32_t encode_nearest(const Tables& t, float x, float inverse) {
   if (magnitude >= kCells << 16) magnitude = (kCells << 16) - 1;
   const uint32_t* words = kSigned ? t.nearest_signed : t.nearest_unsigned;
   const uint32_t code = (words[(magnitude >> 16) - lowest] + magnitude) >> 16;
-  if (!kSigned) return x == 0.0f ? uint32_t(kZeroCodeUnsigned) : code;
+  if (!kSigned) return zero_stays_zero(code, x);
   // There is no -1.0.
   return y >> 31 ? 254 - (code < 254 ? code : 254) : code;
 }
@@ -73,7 +79,7 @@ TORCHAO8_HD uint32_t encode_stochastic(const Tables& t, float x, float inverse, 
   const Real line = fma(y, Real(lines.a), Real(lines.b));
   const Real gap = fma(line, Real(kGapSlope), Real(lines.c));
   const Real position = Real(gap.x < line.x ? gap.x : line.x) + Real(one_to_two);
-  return x == 0.0f ? uint32_t(kZeroCodeUnsigned) : uint32_t(int32_t(position.x)) & 255;
+  return zero_stays_zero(uint32_t(int32_t(position.x)), x);
 }
 
 }  // namespace torchao8::cuda

@@ -40,6 +40,22 @@ __device__ __forceinline__ uint32_t largest_of_warp(uint32_t x) {
 __device__ __forceinline__ void warp_barrier() {
   __syncwarp();
 }
+// Two floats rounded to nearest, the first in the low half.
+__device__ __forceinline__ uint32_t round_to_bfloat16s(float low, float high) {
+  uint32_t both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+__device__ __forceinline__ uint32_t round_to_halves(float low, float high) {
+  uint32_t both;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+__device__ __forceinline__ float widen_half(uint16_t bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+  return x;
+}
 
 }  // namespace torchao8::cuda
 

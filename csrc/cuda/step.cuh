@@ -114,29 +114,23 @@ struct Eight {
 #pragma unroll
     for (int i = 0; i < kWords; i++) reinterpret_cast<uint4*>(to)[i] = words[i];
   }
-  TORCHAO8_HD float get(int i) const {
+  __device__ __forceinline__ float get(int i) const {
     if constexpr (sizeof(T) == 4) {
       return bits_float(word(i));
+    } else if constexpr (std::is_same_v<T, BFloat16>) {
+      return bits_float(i % 2 ? word(i / 2) & 0xffff0000u : word(i / 2) << 16);
     } else {
-      return to_float(T{uint16_t(word(i / 2) >> 16 * (i % 2))});
+      return widen_half(uint16_t(word(i / 2) >> 16 * (i % 2)));
     }
   }
-  TORCHAO8_HD void set_pair(int pair, float low, float high) {
+  __device__ __forceinline__ void set_pair(int pair, float low, float high) {
     if constexpr (sizeof(T) == 4) {
       set_word(2 * pair, float_bits(low));
       set_word(2 * pair + 1, float_bits(high));
+    } else if constexpr (std::is_same_v<T, BFloat16>) {
+      set_word(pair, round_to_bfloat16s(low, high));
     } else {
-      set_word(pair, uint32_t(narrow<T>(low).bits) | uint32_t(narrow<T>(high).bits) << 16);
-    }
-  }
-
- private:
-  template <class S>
-  TORCHAO8_HD static S narrow(float x) {
-    if constexpr (std::is_same_v<S, BFloat16>) {
-      return to_bfloat16(x);
-    } else {
-      return to_half(x);
+      set_word(pair, round_to_halves(low, high));
     }
   }
 };

@@ -19,6 +19,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/floats.h"
+
 #define __global__
 #define __device__
 #define __noinline__ __attribute__((noinline))
@@ -182,6 +184,15 @@ inline bool any_lane(bool x) {
 inline uint32_t largest_of_warp(uint32_t x) {
   return emulation::exchange(
       x, [](const uint32_t* warp) { return *std::max_element(warp, warp + 32); });
+}
+inline uint32_t round_to_bfloat16s(float low, float high) {
+  return uint32_t(to_bfloat16(low).bits) | uint32_t(to_bfloat16(high).bits) << 16;
+}
+inline uint32_t round_to_halves(float low, float high) {
+  return uint32_t(to_half(low).bits) | uint32_t(to_half(high).bits) << 16;
+}
+inline float widen_half(uint16_t bits) {
+  return to_float(Half{bits});
 }
 inline void warp_barrier() {
   emulation::yield();
