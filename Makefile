@@ -41,7 +41,7 @@ CXX_FILES = $(shell find csrc test benchmarks -name '*.h' -o -name '*.inl' -o -n
 
 say = @printf '==> %s\n' '$(1)'
 
-.PHONY: help demo test test-slow bench lint format build wheel clean distclean FORCE
+.PHONY: help demo test test-slow gpu bench lint format build wheel clean distclean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -49,6 +49,7 @@ help:
 	@echo 'make demo       train a small GPT with 8-bit Adam and compare (tutorials/train_gpt.py)'
 	@echo 'make test       run the tests, but for those marked slow'
 	@echo 'make test-slow  run the tests marked slow'
+	@echo 'make gpu        build with the torch and nvcc at hand, no network, and test on the GPU'
 	@echo 'make bench      time a step against other libraries (benchmarks/step.py)'
 	@echo 'make lint       ruff, clang-format and mypy'
 	@echo 'make format     format Python and C++'
@@ -68,6 +69,22 @@ test: $(call tools,test demo) $(EXTENSION_READY)
 test-slow: $(call tools,test demo) $(EXTENSION_READY)
 	$(call say,running the slow tests)
 	$(VPYTHON) -m pytest -m slow $(ARGS)
+
+# On the machine as it is: no environment, nothing installed.
+gpu:
+	$(call say,building in place for this GPU)
+	TORCH_CUDA_ARCH_LIST="$$($(PYTHON) -c 'import torch; print(*torch.cuda.get_device_capability(), sep=".")')" \
+		$(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m torchao8
+	$(call say,comparing the GPU with the CPU)
+	$(PYTHON) -m pytest -q test/test_cuda.py $(ARGS)
+	$(call say,looking for invalid accesses and races)
+	@if command -v compute-sanitizer >/dev/null; then \
+		for tool in memcheck racecheck; do \
+			compute-sanitizer --tool $$tool --error-exitcode 1 \
+				$(PYTHON) -m pytest -q test/test_cuda.py -k 'bad_gradients or tiny_and_huge or odd' || exit 1; \
+		done; \
+	else echo 'skipped: no compute-sanitizer in PATH'; fi
 
 bench: $(call tools,bench) $(EXTENSION_READY)
 	$(call say,timing a step)

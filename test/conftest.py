@@ -2,14 +2,18 @@
 
 from collections.abc import Iterator
 
-import hypothesis
 import pytest
 import torch
 
-# The same examples at every run, so that a failure in CI is one that anybody can see again. The
-# first example of a test may compile or build a table: no deadline.
-hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
-hypothesis.settings.load_profile("repeatable")
+try:
+    import hypothesis
+except ImportError:  # `make gpu` does without: the tests for a GPU use none
+    pass
+else:
+    # The same examples at every run, so that a failure in CI is one that anybody can see again. The
+    # first example of a test may compile or build a table: no deadline.
+    hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+    hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)
