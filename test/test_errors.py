@@ -1,6 +1,7 @@
 """Bad input to an optimizer: the message says what was expected and what came; nothing changes."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -305,7 +306,8 @@ def test_messages_of_steps() -> None:
         report(lines),
         """\
 AdamW: gradient of parameter 0 (weight): expected a dense tensor of float32, bfloat16 or
-    float16, got torch.float32 in layout torch.sparse_coo
+    float16, got torch.float32 in layout torch.sparse_coo. torch.optim.SparseAdam takes sparse
+    ones.
 AdamW: gradient of parameter 0 (weight): expected a dense tensor of float32, bfloat16 or
     float16, got torch.float64
 AdamW: state of parameter 0: expected the keys ['step', 'exp_avg', 'exp_avg_sq',
@@ -337,7 +339,7 @@ def test_optim_bits_changed_after_the_first_step(
     optimizer = trained(case, optim_bits=before)
     optimizer.param_groups[0]["optim_bits"] = after
     bits = all_bits(optimizer)
-    with pytest.raises(RuntimeError, match=f"has {before}-bit state.* which optim_bits={after}"):
+    with pytest.raises(RuntimeError, match=f"has {before}-bit state.* now says optim_bits={after}"):
         optimizer.step()
     assert all_bits(optimizer) == bits
     optimizer.param_groups[0]["optim_bits"] = before
@@ -349,9 +351,18 @@ def test_min_8bit_size_changed_after_the_first_step(case: OptimizerCase) -> None
     optimizer, least = trained(case, optim_bits=8), 10**9
     optimizer.param_groups[0]["min_8bit_size"] = least
     bits = all_bits(optimizer)
-    with pytest.raises(RuntimeError, match=f"min_8bit_size={least} and block_size=256 do not give"):
+    with pytest.raises(RuntimeError, match=f"now says optim_bits=8, min_8bit_size={least}"):
         optimizer.step()
     assert all_bits(optimizer) == bits
+
+
+def test_a_misspelled_group_option_is_named() -> None:
+    for name, meant in {"optim_bit": "optim_bits", "blocksize": "block_size"}.items():
+        with pytest.warns(UserWarning, match=f"'{name}' is no option.* did you mean '{meant}'"):
+            AdamW8bit([{"params": make_params(), name: 32}])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AdamW8bit([{"params": make_params(), "initial_lr": 1.0, "max_lr": 1.0, "name": "all"}])
 
 
 def test_a_gpu_without_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

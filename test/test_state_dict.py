@@ -261,7 +261,7 @@ def test_distributed_checkpoint_files(
 def test_8bit_state_is_refused_by_32bit_and_the_other_way_round() -> None:
     """Neither are codes taken for moments, nor does the 8-bit optimizer turn into a big one."""
     for source, target, remedy in (
-        (AdamW, AdamW8bit, "Adam, AdamW and groups with optim_bits=32 read it"),
+        (AdamW, AdamW8bit, "load it into Adam, AdamW or a group with optim_bits=32"),
         (AdamW8bit, AdamW, "by optim_bits or min_8bit_size of its group, which must be those"),
     ):
         params = make_params()

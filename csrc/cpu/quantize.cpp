@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "common/block_layout.h"
+#include "common/codec_call.h"
 #include "cpu/engine.h"
 #include "cpu/memory.h"
 
@@ -28,11 +29,6 @@ void for_each_block(const BlockLayout& layout, int64_t block_size, const Functio
           f(block, begin, int(std::min(block_size, layout.row_length - column)));
         }
       });
-}
-
-Tensor new_contiguous(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::new_empty(
-      like, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()), dtype);
 }
 
 std::tuple<Tensor, Tensor> quantize_blockwise_cpu(Tensor input, int64_t block_size,
@@ -66,19 +62,8 @@ std::tuple<Tensor, Tensor> quantize_blockwise_cpu(Tensor input, int64_t block_si
 Tensor dequantize_blockwise_cpu(Tensor codes, Tensor scale, int64_t block_size, bool is_signed,
                                 ScalarType dtype) {
   const char* op = "dequantize_blockwise";
-  check_place({op, "codes"}, codes, kCpu);
-  check_place({op, "scale"}, scale, kCpu);
-  check_dtype({op, "codes"}, codes, ScalarType::Byte);
-  check_dtype({op, "scale"}, scale, ScalarType::Float);
-  check_block_size(op, block_size);
-  check_contiguous({op, "codes"}, codes);
-  check_contiguous({op, "scale"}, scale);
+  const BlockLayout layout = check_dequantize(op, codes, scale, block_size, dtype, kCpu);
   const auto sizes = codes.sizes();
-  const BlockLayout layout = block_layout(sizes, block_size);
-  check_shape({op, "scale"}, scale, layout.scale_shape, "one scale per block of a row of codes");
-  TORCHAO8_CHECK(
-      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op,
-      ": dtype must be float32, bfloat16 or float16, got ", dtype_name(dtype));
   Tensor result = new_contiguous(codes, {sizes.begin(), sizes.end()}, dtype);
   const FloatArray values(result, check_float_type({op, "result"}, result),
                           result.mutable_data_ptr());

@@ -9,16 +9,12 @@
 #include <vector>
 
 #include "common/block_layout.h"
+#include "common/codec_call.h"
 #include "cuda/launch.h"
 #include "cuda/tables.cuh"
 
 namespace torchao8::cuda {
 namespace {
-
-Tensor new_contiguous(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::new_empty(
-      like, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()), dtype);
-}
 
 const Tables* tables_on(const Launcher& launcher) {
   void* place = nullptr;
@@ -61,18 +57,8 @@ Tensor dequantize_blockwise_cuda(Tensor codes, Tensor scale, int64_t block_size,
                                  ScalarType dtype) {
   const char* op = "dequantize_blockwise";
   const Place place = {true, codes.get_device_index()};
-  check_place({op, "scale"}, scale, place);
-  check_dtype({op, "codes"}, codes, ScalarType::Byte);
-  check_dtype({op, "scale"}, scale, ScalarType::Float);
-  check_block_size(op, block_size);
-  check_contiguous({op, "codes"}, codes);
-  check_contiguous({op, "scale"}, scale);
+  const BlockLayout layout = check_dequantize(op, codes, scale, block_size, dtype, place);
   const auto sizes = codes.sizes();
-  const BlockLayout layout = block_layout(sizes, block_size);
-  check_shape({op, "scale"}, scale, layout.scale_shape, "one scale per block of a row of codes");
-  TORCHAO8_CHECK(
-      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op,
-      ": dtype must be float32, bfloat16 or float16, got ", dtype_name(dtype));
   Tensor result = new_contiguous(codes, {sizes.begin(), sizes.end()}, dtype);
   const Launcher launcher(op, place.index);
   const DequantizeArguments arguments = {codes.const_data_ptr<uint8_t>(),

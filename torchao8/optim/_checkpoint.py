@@ -59,8 +59,9 @@ def _remedy(layout: dict[str, TensorSpec], saved: dict[str, Any]) -> str:
         return ". This is a checkpoint of bitsandbytes, which is not read yet."
     if "exp_avg" in saved and "exp_avg_codes" in layout:
         return (
-            ". This is 32-bit state, as torch.optim saves it, too. Adam, AdamW and groups with "
-            "optim_bits=32 read it; so does a larger min_8bit_size, if it was saved with one."
+            ". This is 32-bit state, torch.optim's or ours: load it into Adam, AdamW or a group "
+            "with optim_bits=32; it is not converted to 8 bits yet. If an 8-bit optimizer saved it, its "
+            "min_8bit_size was larger."
         )
     if "exp_avg_codes" in saved and "exp_avg" in layout:
         return (

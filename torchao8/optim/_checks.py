@@ -105,6 +105,11 @@ def check_grad(optimizer: Optimizer, p: Tensor) -> None:
         raise RuntimeError(
             f"{type(optimizer).__name__}: gradient of {describe(optimizer, p)}: "
             f"expected a dense tensor of {_DTYPE_NAMES}, got {kind(grad)}"
+            + (
+                ""
+                if grad.layout is torch.strided
+                else ". torch.optim.SparseAdam takes sparse ones."
+            )
         )
 
 

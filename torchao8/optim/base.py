@@ -4,7 +4,9 @@ An optimizer is a subclass that gives its options, declares its states (:class:`
 the op of its update rule on one :class:`Bucket`. Nothing in this file knows a rule.
 """
 
+import difflib
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -136,6 +138,7 @@ class LowPrecisionOptimizer(Optimizer):
             given = param_group["params"]
             if not isinstance(given, (Tensor, list, set)):
                 param_group["params"] = given = list(given)  # an iterator can be read only once
+            _warn_of_misspelled(param_group, self.defaults)
             self._check_options({**self.defaults, **_plain_hints(param_group)})
             check_params([given] if isinstance(given, Tensor) else given)
         super().add_param_group(param_group)
@@ -307,6 +310,19 @@ def _run_when_traced(method: Callable[..., None]) -> None:
     torch.compiler.assume_constant_result(method)
 
 
+def _warn_of_misspelled(group: Group, options: Group) -> None:
+    """Unknown keys of a group are tolerated, as in torch.optim; what is nearly an option is named."""
+    for name in group:
+        if name not in options and name not in ("params", "param_names"):
+            near = difflib.get_close_matches(name, options, n=1, cutoff=0.85)
+            if near:
+                warnings.warn(
+                    f"{name!r} is no option of a parameter group here and has no effect; "
+                    f"did you mean {near[0]!r}?",
+                    stacklevel=4,
+                )
+
+
 def _plain_hints(options: Group) -> Group:
     """The same options with torch's hints as bools: checkpoint tools take no None."""
     return {k: bool(v) if k in HINTS else v for k, v in options.items()}
@@ -341,9 +357,9 @@ def _check_layout(optimizer: Optimizer, group: Group, bucket: Bucket) -> None:
         ):
             has = f"8-bit state, scales {list(scales[i].shape)}" if scales else "32-bit state"
             raise RuntimeError(
-                f"{describe(optimizer, p)} has {has}, which optim_bits={group['optim_bits']}, "
-                f"min_8bit_size={least} and block_size={block_size} do not give. These options "
-                "must be set before the first step."
+                f"{type(optimizer).__name__}: {describe(optimizer, p)} already has {has}, but its "
+                f"group now says optim_bits={group['optim_bits']}, min_8bit_size={least}, "
+                f"block_size={block_size}. Set them back, or build a new optimizer."
             )
 
 

@@ -1,0 +1,37 @@
+// What the codec's ops check and make on every device.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <vector>
+
+#include "common/block_layout.h"
+#include "common/checks.h"
+
+namespace torchao8 {
+
+inline Tensor new_contiguous(const Tensor& like, const std::vector<int64_t>& shape,
+                             ScalarType dtype) {
+  return torch::stable::new_empty(
+      like, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()), dtype);
+}
+
+// The arguments of dequantize_blockwise; returns where the blocks lie.
+inline BlockLayout check_dequantize(const char* op, const Tensor& codes, const Tensor& scale,
+                                    int64_t block_size, ScalarType dtype, const Place& place) {
+  check_place({op, "codes"}, codes, place);
+  check_place({op, "scale"}, scale, place);
+  check_dtype({op, "codes"}, codes, ScalarType::Byte);
+  check_dtype({op, "scale"}, scale, ScalarType::Float);
+  check_block_size(op, block_size);
+  check_contiguous({op, "codes"}, codes);
+  check_contiguous({op, "scale"}, scale);
+  const BlockLayout layout = block_layout(codes.sizes(), block_size);
+  check_shape({op, "scale"}, scale, layout.scale_shape, "one scale per block of a row of codes");
+  TORCHAO8_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op,
+      ": dtype must be float32, bfloat16 or float16, got ", dtype_name(dtype));
+  return layout;
+}
+
+}  // namespace torchao8
