@@ -60,8 +60,8 @@ def _remedy(layout: dict[str, TensorSpec], saved: dict[str, Any]) -> str:
     if "exp_avg" in saved and "exp_avg_codes" in layout:
         return (
             ". This is 32-bit state, torch.optim's or ours: load it into Adam, AdamW or a group "
-            "with optim_bits=32; it is not converted to 8 bits yet. If an 8-bit optimizer saved it, its "
-            "min_8bit_size was larger."
+            "with optim_bits=32; it is not converted to 8 bits yet. If an 8-bit optimizer saved "
+            "it, its min_8bit_size was larger."
         )
     if "exp_avg_codes" in saved and "exp_avg" in layout:
         return (

@@ -311,7 +311,7 @@ def _run_when_traced(method: Callable[..., None]) -> None:
 
 
 def _warn_of_misspelled(group: Group, options: Group) -> None:
-    """Unknown keys of a group are tolerated, as in torch.optim; what is nearly an option is named."""
+    """Unknown keys of a group are tolerated, as in torch.optim; near misses are not."""
     for name in group:
         if name not in options and name not in ("params", "param_names"):
             near = difflib.get_close_matches(name, options, n=1, cutoff=0.85)
