@@ -94,8 +94,7 @@ def compile_flags() -> list[str]:
         "-fno-math-errno",
         "-fno-trapping-math",
         "-ffp-contract=off",
-        # Worth 3% and 2% of a step: an order of instructions (not a choice of them), and loops that
-        # start on a cache line.
+        # For speed: an order of instructions (not a choice of them), and where loops start.
         *(
             ["-mtune=icelake-server"]
             if platform.machine() == "x86_64" and sys.platform == "linux"

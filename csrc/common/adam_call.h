@@ -127,6 +127,23 @@ inline void check_distinct(const char* name, const TensorList& tensors) {
   }
 }
 
+// Of lr, grad_scale and found_inf: numbers that come as tensors, so that they can change without a
+// new trace.
+inline void check_number(const char* name, const Tensor& t) {
+  const Argument argument{kAdamOp, name};
+  TORCHAO8_CHECK(t.numel() == 1, argument.text(), " must have one element, got shape ",
+                 shape_text(t.sizes()));
+  TORCHAO8_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double,
+                 argument.text(), " must be float32 or float64, got ", dtype_name(t.scalar_type()));
+}
+
+// What a number on the CPU is.
+inline double read_number(const Tensor& t) {
+  const void* data = t.const_data_ptr();
+  return t.scalar_type() == ScalarType::Double ? *static_cast<const double*>(data)
+                                               : double(*static_cast<const float*>(data));
+}
+
 // All that can be told without reading a number.
 inline void check_call(const AdamCall& call) {
   check_lengths(call);

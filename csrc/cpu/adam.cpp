@@ -24,16 +24,10 @@ void check_step(int64_t i, const Tensor& step) {
                  value);
 }
 
-// A number that is given as a tensor, so that it can change without a new trace.
 double read_scalar(const char* name, const Tensor& t) {
-  const Argument argument{kAdamOp, name};
-  check_place(argument, t, kCpu);
-  TORCHAO8_CHECK(t.numel() == 1, argument.text(), " must have one element, got shape ",
-                 shape_text(t.sizes()));
-  if (t.scalar_type() == ScalarType::Double) return *t.const_data_ptr<double>();
-  TORCHAO8_CHECK(t.scalar_type() == ScalarType::Float, argument.text(),
-                 " must be float32 or float64, got ", dtype_name(t.scalar_type()));
-  return *t.const_data_ptr<float>();
+  check_place({kAdamOp, name}, t, kCpu);
+  check_number(name, t);
+  return read_number(t);
 }
 
 template <class Rule>

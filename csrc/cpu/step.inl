@@ -202,7 +202,7 @@ struct Pipeline {
 template <class Rule, class T, bool kStochastic>
 struct UpdateAndEncode {
   static constexpr int N = Rule::kStates;
-  // Worth it with the stochastic encoder in the loop: 7% in bfloat16. Without, it costs 2%.
+  // Faster with the stochastic encoder in the loop, slower without it (benchmarks/NOTES.md).
   static constexpr bool kPipelined = kStochastic && kWidth > 1;
   NearestEncoder<true> encode_signed;
   NearestEncoder<false> encode_unsigned;

@@ -22,20 +22,10 @@ namespace {
 
 // lr, grad_scale, found_inf: on the device of the call, or on the CPU, where it is read now.
 Scalar scalar_argument(const char* name, const Tensor& t, const Place& place) {
-  const Argument argument{kAdamOp, name};
-  TORCHAO8_CHECK(t.numel() == 1, argument.text(), " must have one element, got shape ",
-                 shape_text(t.sizes()));
-  const bool is_double = t.scalar_type() == ScalarType::Double;
-  TORCHAO8_CHECK(is_double || t.scalar_type() == ScalarType::Float, argument.text(),
-                 " must be float32 or float64, got ", dtype_name(t.scalar_type()));
-  const void* data = t.const_data_ptr();
-  if (t.is_cpu()) {
-    return {nullptr,
-            is_double ? *static_cast<const double*>(data) : *static_cast<const float*>(data),
-            false};
-  }
-  check_place(argument, t, place);
-  return {data, 0, is_double};
+  check_number(name, t);
+  if (t.is_cpu()) return {nullptr, read_number(t), false};
+  check_place({kAdamOp, name}, t, place);
+  return {t.const_data_ptr(), 0, t.scalar_type() == ScalarType::Double};
 }
 
 bool aligned(const void* p, size_t bytes) {

@@ -23,19 +23,8 @@ __device__ __forceinline__ float approximate_inverse_root(float x) {
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-__device__ __forceinline__ uint32_t exchange_xor(uint32_t x, int lane_mask) {
-  return __shfl_xor_sync(kWholeWarp, x, lane_mask);
-}
-__device__ __forceinline__ bool any_lane(bool x) {
-  return __any_sync(kWholeWarp, x);
-}
 __device__ __forceinline__ uint32_t largest_of_warp(uint32_t x) {
-#if __CUDA_ARCH__ >= 800
-  return __reduce_max_sync(kWholeWarp, x);
-#else
-  for (int k = 16; k > 0; k /= 2) x = max(x, exchange_xor(x, k));
-  return x;
-#endif
+  return __reduce_max_sync(kWholeWarp, x);  // sm_80 and later
 }
 __device__ __forceinline__ void warp_barrier() {
   __syncwarp();

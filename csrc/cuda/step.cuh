@@ -53,7 +53,6 @@ template <int N>
 struct ElementEntry : Places {
   float* states[N];
   int64_t count;
-  uint32_t fast;
 };
 
 // The tensors of a launch.
@@ -181,11 +180,6 @@ struct BlockPlace {
   }
 };
 
-template <bool kSigned>
-TORCHAO8_HD bool in_range(float x) {
-  return usable<kSigned>(x);
-}
-
 // Any block. A lane takes every 32nd element, computes the moments once for the extremes and again
 // to use them; only the lane itself reads what it writes.
 template <class Rule>
@@ -211,7 +205,7 @@ __device__ __noinline__ void slow_block(const BlockEntry<Rule::kStates>& entry,
     if constexpr (Rule::kMomentsNeedParam) p = Real(load_as(entry.param_type, entry.param, at));
     rule.template moments<true>(p, Real(load_as(entry.grad_type, entry.grad, at)), x);
     bool good = true;
-    for_each_state<N>([&](auto s) { good = good && in_range<Rule::kSigned[s]>(x[s].x); });
+    for_each_state<N>([&](auto s) { good = good && usable<Rule::kSigned[s]>(x[s].x); });
     for_each_state<N>([&](auto s) {
       state[s] = good ? x[s].x : (Real(old[s]) * Real(scale[s] / rule.unit[s])).x;
     });
@@ -448,7 +442,7 @@ __device__ __forceinline__ void step_element(const ElementEntry<Rule::kStates>& 
   const Real p(load_as(entry.param_type, entry.param, at));
   rule.template moments<false>(p, Real(load_as(entry.grad_type, entry.grad, at)), state);
   bool good = true;
-  for_each_state<N>([&](auto s) { good = good && in_range<Rule::kSigned[s]>(state[s].x); });
+  for_each_state<N>([&](auto s) { good = good && usable<Rule::kSigned[s]>(state[s].x); });
   if (!good) return;
   for_each_state<N>([&](auto s) { entry.states[s][at] = state[s].x; });
   store_as(entry.param_type, entry.param, at, rule.template update<false>(p, state).x);

@@ -39,11 +39,6 @@ const Shape kShapes[] = {
     {0, 256, 0, 1, 0},      {3, 512, 0, 1, 0, 1536, 2048},
 };
 
-struct Memory {
-  std::vector<float> exact;  // in float32, what `bytes` holds
-  std::vector<unsigned char> bytes;
-};
-
 size_t bytes_of(FloatType type) {
   return type == FloatType::kFloat32 ? 4 : 2;
 }
@@ -229,7 +224,6 @@ void cuda_element_step(std::vector<TensorOf>& tensors,
     e.param_type = t.param_type;
     e.grad_type = t.grad_type;
     e.count = t.count();
-    e.fast = 0;
     for (int s = 0; s < Rule::kStates; s++) e.states[s] = t.states[s].data();
     table.units += uint32_t((t.count() + cuda::kChunk - 1) / cuda::kChunk);
   }

@@ -171,16 +171,6 @@ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
 inline float approximate_inverse_root(float x) {
   return emulation::nudge(float(1 / std::sqrt(double(x))));
 }
-inline uint32_t exchange_xor(uint32_t x, int lane_mask) {
-  return emulation::exchange(x, [=](const uint32_t* warp) {
-    return warp[(emulation::thread.x & 31) ^ unsigned(lane_mask)];
-  });
-}
-inline bool any_lane(bool x) {
-  return emulation::exchange(x, [](const uint32_t* warp) {
-    return uint32_t(std::any_of(warp, warp + 32, [](uint32_t w) { return w != 0; }));
-  });
-}
 inline uint32_t largest_of_warp(uint32_t x) {
   return emulation::exchange(
       x, [](const uint32_t* warp) { return *std::max_element(warp, warp + 32); });

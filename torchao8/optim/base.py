@@ -346,12 +346,11 @@ def _check_layout(optimizer: Optimizer, group: Group, bucket: Bucket) -> None:
     compiling = torch.compiler.is_compiling()  # which has no use for a cache
     scale_of = scale_shape if compiling else _cached_scale_shape
     scales = next(iter(bucket.scales.values()), [])
-    least, block_size, wants_8bit = group["min_8bit_size"], group["block_size"], False
+    least, block_size = group["min_8bit_size"], group["block_size"]
     for i, p in enumerate(bucket.params):
-        if group["optim_bits"] == 8 and p.numel() >= least:
-            wants_8bit = bool(scales) or fits_8bit(p.shape, block_size, least)
-        else:
-            wants_8bit = False
+        wants_8bit = group["optim_bits"] == 8 and p.numel() >= least
+        if wants_8bit and not scales:  # else it has been found to fit
+            wants_8bit = fits_8bit(p.shape, block_size, least)
         if wants_8bit != bool(scales) or (
             scales and scales[i].shape != scale_of(p.shape, block_size)
         ):
