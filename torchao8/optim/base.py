@@ -348,9 +348,11 @@ def _check_layout(optimizer: Optimizer, group: Group, bucket: Bucket) -> None:
     scales = next(iter(bucket.scales.values()), [])
     least, block_size = group["min_8bit_size"], group["block_size"]
     for i, p in enumerate(bucket.params):
-        wants_8bit = group["optim_bits"] == 8 and p.numel() >= least
-        if wants_8bit and not scales:  # else it has been found to fit
-            wants_8bit = fits_8bit(p.shape, block_size, least)
+        # Not as one expression: under dynamic=True its value would be symbolic.
+        if group["optim_bits"] == 8 and p.numel() >= least:
+            wants_8bit = bool(scales) or fits_8bit(p.shape, block_size, least)
+        else:
+            wants_8bit = False
         if wants_8bit != bool(scales) or (
             scales and scales[i].shape != scale_of(p.shape, block_size)
         ):
