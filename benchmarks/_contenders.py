@@ -1,65 +1,47 @@
-"""The optimizers that `step.py` compares, and the tensor lists it compares them on."""
+"""The optimizers that `step.py` compares."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
+from _lists import LISTS
 from torch import Tensor
 
 BASELINE = "torch"
 
 # Not optimizers: they take the same turns to tell the machine's memory rate.
 MEMORY_JOBS = {"copy": "copy of a buffer", "scale": "scaling a buffer in place"}
-MAX_BUFFER_BYTES = 1 << 29  # of one of their buffers: far more than a cache holds
 
 # The same numbers for everybody; a weight decay of zero would let some of them skip work.
 _BETAS = (0.9, 0.999)
 _COMMON: dict[str, Any] = {"lr": 1e-3, "betas": _BETAS, "eps": 1e-8, "weight_decay": 1e-2}
 
-
-def _gpt2_block(d: int) -> list[tuple[int, ...]]:
-    """The 12 parameters of one GPT-2 block of width `d`, with the weights as (in, out)."""
-    norm = [(d,), (d,)]
-    attention = [(d, 3 * d), (3 * d,), (d, d), (d,)]
-    mlp = [(d, 4 * d), (4 * d,), (4 * d, d), (d,)]
-    return [*norm, *attention, *norm, *mlp]
+_ALL_LISTS = tuple(dict.fromkeys(name for names in LISTS.values() for name in names))
 
 
-def gpt2_shapes(
-    layers: int = 12, d: int = 768, vocab: int = 50257, context: int = 1024
-) -> list[tuple[int, ...]]:
-    """Parameter shapes of GPT-2, 124M by default: 148 tensors, the output tied to the embedding."""
-    return [(vocab, d), (context, d), *(_gpt2_block(d) * layers), (d,), (d,)]
+def _all_lists_but(*left_out: str) -> tuple[str, ...]:
+    return tuple(name for name in _ALL_LISTS if name not in left_out)
 
 
-@dataclass(frozen=True)
-class TensorList:
-    """A list of parameter shapes to step over."""
-
-    label: str
-    shapes: list[tuple[int, ...]]
-
-    @property
-    def numel(self) -> int:
-        """Elements of all tensors."""
-        return sum(math.prod(shape) for shape in self.shapes)
-
-    @property
-    def largest(self) -> int:
-        """Elements of the largest tensor."""
-        return max(math.prod(shape) for shape in self.shapes)
+Build = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 
-TENSOR_LISTS = {
-    "gpt2": TensorList("GPT-2 124M (148 tensors)", gpt2_shapes()),
-    "block": TensorList("one block of GPT-2 (12 tensors, 7.1M parameters)", _gpt2_block(768)),
-    "small": TensorList("1,000 tensors of 1,000 elements", [(1000,)] * 1000),
-    "huge": TensorList("one tensor of 256M elements", [(16384, 16384)]),
-}
+class Needs(NamedTuple):
+    """A guess of the bytes that an optimizer takes besides parameters and gradients.
+
+    `state` is for a parameter, `temporary` for an element of the largest tensor, in a step or while
+    the state is made.
+    """
+
+    state: float
+    temporary: float = 0
+
+
+_STATE_32BIT = {"cpu": Needs(8), "cuda": Needs(8)}
+_STATE_8BIT = {"cpu": Needs(3), "cuda": Needs(2.2)}
 
 
 @dataclass(frozen=True)
@@ -67,19 +49,17 @@ class Contender:
     """One optimizer, configured.
 
     `build` makes it from a list of parameters. `lists` are the tensor lists it runs on when no
-    contender is named on the command line. `state` and `temporary` guess the bytes that its state
-    takes for a parameter, and a step's temporaries for an element of the largest tensor: by them
-    the harness decides how many fit into memory at a time. `cpu_path` forces a code path of
+    contender is named on the command line. `needs` has an entry for each kind of device it runs on:
+    by them the harness decides how many fit into memory at a time. `cpu_path` forces a code path of
     torchao8.
     """
 
     name: str
     label: str
     package: str
-    build: Callable[[list[Tensor]], torch.optim.Optimizer]
-    lists: tuple[str, ...] = tuple(TENSOR_LISTS)
-    state: int = 8
-    temporary: int = 0
+    build: Build
+    lists: tuple[str, ...] = _ALL_LISTS
+    needs: Mapping[str, Needs] = field(default_factory=lambda: _STATE_32BIT)
     compiled: bool = False
     cpu_path: str | None = None
 
@@ -94,7 +74,7 @@ def _torch_compiled(params: list[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, **_COMMON, foreach=True)
 
 
-def _torchao8_8bit(**options: Any) -> Callable[[list[Tensor]], torch.optim.Optimizer]:
+def _torchao8_8bit(**options: Any) -> Build:
     def build(params: list[Tensor]) -> torch.optim.Optimizer:
         import torchao8
 
@@ -109,16 +89,30 @@ def _torchao8_32bit(params: list[Tensor]) -> torch.optim.Optimizer:
     return torchao8.AdamW(params, **_COMMON)
 
 
-def _bitsandbytes(params: list[Tensor]) -> torch.optim.Optimizer:
+def _bitsandbytes_8bit(params: list[Tensor]) -> torch.optim.Optimizer:
     import bitsandbytes
 
     return bitsandbytes.optim.AdamW8bit(params, **_COMMON)
+
+
+def _bitsandbytes_32bit(params: list[Tensor]) -> torch.optim.Optimizer:
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW(params, **_COMMON)
 
 
 def _torchao(params: list[Tensor]) -> torch.optim.Optimizer:
     from torchao.optim import AdamW8bit
 
     return AdamW8bit(params, **_COMMON)
+
+
+def _flashoptim(params: list[Tensor]) -> torch.optim.Optimizer:
+    from flashoptim import FlashAdamW
+
+    # By default it keeps 8 more bits of each bfloat16 parameter. Nobody else here does, and on
+    # float32 parameters it refuses to.
+    return FlashAdamW(params, **_COMMON, master_weight_bits=None)
 
 
 def _deepspeed(params: list[Tensor]) -> torch.optim.Optimizer:
@@ -129,20 +123,20 @@ def _deepspeed(params: list[Tensor]) -> torch.optim.Optimizer:
 
 _CONTENDERS = [
     Contender(BASELINE, "torch.optim.AdamW(fused=True)", "torch", _torch_fused),
-    Contender("8bit", "torchao8.AdamW8bit", "torchao8", _torchao8_8bit(), state=3),
+    Contender("8bit", "torchao8.AdamW8bit", "torchao8", _torchao8_8bit(), needs=_STATE_8BIT),
     Contender(
         "8bit-nearest",
         'torchao8.AdamW8bit(state_rounding="nearest")',
         "torchao8",
         _torchao8_8bit(state_rounding="nearest"),
-        state=3,
+        needs=_STATE_8BIT,
     ),
     Contender(
         "8bit-avx2",
         "torchao8.AdamW8bit, AVX2",
         "torchao8",
         _torchao8_8bit(),
-        state=3,
+        needs={"cpu": Needs(3)},
         cpu_path="avx2",
     ),
     Contender(
@@ -151,7 +145,7 @@ _CONTENDERS = [
         "torchao8",
         _torchao8_8bit(),
         lists=("block",),
-        state=3,
+        needs={"cpu": Needs(3)},
         cpu_path="scalar",
     ),
     Contender(
@@ -160,7 +154,7 @@ _CONTENDERS = [
         "torchao8",
         _torchao8_8bit(min_8bit_size=0),
         lists=("small",),
-        state=3,
+        needs=_STATE_8BIT,
     ),
     Contender(
         "8bit-compiled",
@@ -168,7 +162,7 @@ _CONTENDERS = [
         "torchao8",
         _torchao8_8bit(),
         lists=(),
-        state=3,
+        needs=_STATE_8BIT,
         compiled=True,
     ),
     Contender("32bit", "torchao8.AdamW", "torchao8", _torchao8_32bit),
@@ -180,15 +174,40 @@ _CONTENDERS = [
         lists=(),
         compiled=True,
     ),
-    Contender("deepspeed", "DeepSpeedCPUAdam", "deepspeed", _deepspeed),
+    # On a GPU DeepSpeed has another optimizer, which it compiles with nvcc at the first use.
+    Contender("deepspeed", "DeepSpeedCPUAdam", "deepspeed", _deepspeed, needs={"cpu": Needs(8)}),
     Contender(
         "bitsandbytes",
         "bitsandbytes AdamW8bit",
         "bitsandbytes",
-        _bitsandbytes,
-        state=3,
-        temporary=28,
+        _bitsandbytes_8bit,
+        needs={"cpu": Needs(3, temporary=28), "cuda": Needs(2.2)},
     ),
-    Contender("torchao", "torchao AdamW8bit", "torchao", _torchao, state=3, temporary=18),
+    Contender(
+        "bitsandbytes-32bit",
+        "bitsandbytes AdamW",
+        "bitsandbytes",
+        _bitsandbytes_32bit,
+        needs={"cuda": Needs(8)},
+    ),
+    # Its state starts as zeros of the parameter's dtype, which it then quantizes. It tunes that
+    # kernel for each size: most of a minute on the list of many sizes.
+    Contender(
+        "flashoptim",
+        "FlashOptim FlashAdamW",
+        "flashoptim",
+        _flashoptim,
+        lists=_all_lists_but("resnet101"),
+        needs={"cuda": Needs(2.2, temporary=8)},
+    ),
+    # It compiles a step for each shape, for seconds: the lists of many shapes only when named.
+    Contender(
+        "torchao",
+        "torchao AdamW8bit",
+        "torchao",
+        _torchao,
+        lists=_all_lists_but("llama", "resnet101"),
+        needs={"cpu": Needs(3, temporary=18), "cuda": Needs(2.2, temporary=18)},
+    ),
 ]
 CONTENDERS = {contender.name: contender for contender in _CONTENDERS}

@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from _common import format_table
 from _contenders import BASELINE, CONTENDERS, MEMORY_JOBS
-
-_HEADERS = [
-    "AdamW",
-    "ms",
-    "quartiles",
-    "speed-up",
-    "path",
-    "GB/s",
-    "of copy",
-    "moved B/param",
-    "state B/param",
-    "peak extra MiB",
-    "rounds",
-]
 
 
 def in_order(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -48,35 +35,40 @@ def _ms(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
-def _cells(row: dict[str, Any], label: str) -> list[str]:
-    low, high = row["ms_quartiles"]
-    extra = row["peak_extra_bytes"]
-    return [
-        label,
-        _ms(row["ms"]),
-        f"{_ms(low)} - {_ms(high)}",
-        _number(row["speedup"], ".2f"),
-        row["cpu_path"] or "",
-        _number(row["gb_per_s"], ".1f"),
-        _number(row["share_of_copy_rate"], ".0%"),
-        _number(row["moved_bytes_per_parameter"], ".2f"),
-        _number(row["state_bytes_per_parameter"], ".3f"),
-        _number(None if extra is None else extra / 2**20, ".1f"),
-        str(row["rounds"]),
-    ]
+def _mebibytes(value: float | None) -> str:
+    return "" if value is None else format(value / 2**20, ".1f")
+
+
+_Cell = Callable[[dict[str, Any]], str]
+# Between the columns of both devices, "path" is the CPU's and "launches" the GPU's.
+_COLUMNS: dict[str, _Cell] = {
+    "ms": lambda row: _ms(row["ms"]),
+    "quartiles": lambda row: " - ".join(_ms(value) for value in row["ms_quartiles"]),
+    "speed-up": lambda row: _number(row["speedup"], ".2f"),
+    "path": lambda row: row["cpu_path"] or "",
+    "GB/s": lambda row: _number(row["gb_per_s"], ".1f"),
+    "of copy": lambda row: _number(row["share_of_copy_rate"], ".0%"),
+    "moved B/param": lambda row: _number(row["moved_bytes_per_parameter"], ".2f"),
+    "state B/param": lambda row: _number(row["state_bytes_per_parameter"], ".3f"),
+    "launches": lambda row: _number(row["launches"], "d"),
+    "peak extra MiB": lambda row: _mebibytes(row["peak_extra_bytes"]),
+    "rounds": lambda row: str(row["rounds"]),
+}
 
 
 def table(case: dict[str, Any]) -> str:
     """The rows of a case as a table, and below it who was skipped and why."""
     several = any(row["batch"] > 0 for row in case["rows"])
+    on_gpu = any("launches" in row for row in case["rows"])
+    names = [name for name in _COLUMNS if name != ("path" if on_gpu else "launches")]
     lines, notes = [], []
     for row in case["rows"]:
         label = f"{row['label']} (batch {row['batch'] + 1})" if several else row["label"]
         if "skipped" in row:
             notes.append(f"skipped: {label}: {row['skipped']}")
         else:
-            lines.append(_cells(row, label))
-    return "\n".join([format_table(_HEADERS, lines), *notes])
+            lines.append([label, *(_COLUMNS[name](row) for name in names)])
+    return "\n".join([format_table(["AdamW", *names], lines), *notes])
 
 
 def _drawn(row: dict[str, Any]) -> bool:
@@ -84,13 +76,20 @@ def _drawn(row: dict[str, Any]) -> bool:
     return "skipped" not in row and row["name"] not in MEMORY_JOBS and not repeated
 
 
-def draw(cases: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
-    """Draws bars of step times, one panel for each case, to the PNG file `path`."""
+def draw(cases: list[dict[str, Any]], machine: str, path: Path) -> None:
+    """Draws bars of step times, one panel for each case, to the PNG file `path`.
+
+    `machine` names what they were measured on. Cases in which nothing was measured have no panel;
+    if that is so for all of them, there is no file.
+    """
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
+    cases = [case for case in cases if any(_drawn(row) for row in case["rows"])]
+    if not cases:
+        return
     bars_of = [[row for row in case["rows"] if _drawn(row)] for case in cases]
     heights = [len(rows) + 2.5 for rows in bars_of]  # the title and the axis take a few bars' room
     figure, panels = pyplot.subplots(
@@ -118,6 +117,6 @@ def draw(cases: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> No
     panels[-1, 0].set_xlabel(
         "ms per step, log scale (in brackets: speed-up over torch.optim.AdamW(fused=True))"
     )
-    figure.suptitle(f"AdamW step, {machine['cpu']}, {machine['threads']} threads", fontsize=11)
+    figure.suptitle(f"AdamW step, {machine}", fontsize=11)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

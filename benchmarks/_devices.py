@@ -1,0 +1,298 @@
+"""What differs between a CPU and a GPU: its memory, its timer, its profiler.
+
+`step.py` and its workers each make one of these; DEVICES has the class for each kind. Some methods
+are for the one and some for the other, as the headings say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import itertools
+import os
+import re
+import resource
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common import describe_machine, meminfo
+from _lists import LISTS, llama_layers
+from torch.autograd import DeviceType
+
+Step = Callable[[], object]
+
+
+class Cpu:
+    """The CPU, and what the classes of other devices replace."""
+
+    kind = "cpu"
+    # A worker lives for one tensor list: only of a whole process can peak memory be told.
+    keeps_workers = False
+    settle_s = 0.05  # before a turn: until the last one's OpenMP threads have stopped spinning
+    trial_steps = 0  # timed before the first round, to tell how many fit into a turn
+    process_bytes = 1 << 29  # of a worker besides its tensors
+    usable_share = 0.9  # of the free memory
+
+    def __init__(self, name: str) -> None:
+        self.device = torch.device(name)
+
+    # -- for step.py ---------------------------------------------------------------------------
+
+    @property
+    def lists(self) -> tuple[str, ...]:
+        """Names of the tensor lists for this kind of device."""
+        return LISTS[self.kind]
+
+    def problem(self) -> str | None:
+        """Why nothing can run here."""
+        return None
+
+    def describe(self, threads: int) -> dict[str, Any]:
+        """What a timing depends on, for the result file."""
+        return describe_machine(threads)
+
+    def result_name(self) -> str:
+        """How the names of result files begin."""
+        return f"step-{self.kind}"
+
+    def free_bytes(self) -> int:
+        """Memory for workers; a guess where it is not known."""
+        return meminfo("MemAvailable") or 8 << 30
+
+    def buffer_bytes(self) -> int:
+        """Size of a memory job's buffer, at most: far more than a cache holds."""
+        return 1 << 29
+
+    def layers(self) -> int:
+        """Depth of the list "llama"."""
+        return 1
+
+    # -- for a worker --------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Makes the device ready, so that no later step pays for it."""
+
+    def timed_steps(self, step: Step, count: int, warm_up: bool) -> list[float]:
+        """Seconds of `count` calls of `step`, after one untimed call if `warm_up`."""
+        seconds = []
+        gc.collect()
+        gc.disable()
+        try:
+            if warm_up:
+                step()
+            for _ in range(count):
+                start = time.perf_counter()
+                step()
+                seconds.append(time.perf_counter() - start)
+        finally:
+            gc.enable()
+        return seconds
+
+    def finish_steps(self) -> None:
+        """Waits for what was started; raises if it failed."""
+
+    def peak_extra_bytes(self, step: Step) -> int | None:
+        """How far the process's resident memory rises above its present size during a step.
+
+        Where the kernel can reset the high-water mark (Linux), what the allocator keeps for reuse
+        is given back first, so that temporaries of earlier calls do not hide those of this one.
+        Elsewhere only a rise above every earlier peak can be seen; 0 then says little, and None is
+        returned.
+        """
+        self.free()
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            earlier = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            step()
+            risen = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - earlier
+            return risen * 1024 if risen > 0 else None
+        before = _status_bytes("VmRSS")
+        step()
+        peak = _status_bytes("VmHWM")
+        return None if before is None or peak is None else max(peak - before, 0)
+
+    def launches(self, step: Step) -> int | None:
+        """Kernels that a step starts on the device; None if there is no telling."""
+        return None
+
+    def free(self) -> None:
+        """Gives back the memory of what is no longer used."""
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+    def held_bytes(self) -> int:
+        """Memory of live tensors; 0 if there is no telling."""
+        return 0
+
+
+def _status_bytes(field: str) -> int | None:
+    with contextlib.suppress(OSError):
+        match = re.search(rf"^{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+        if match:
+            return int(match.group(1)) * 1024
+    return None
+
+
+class Cuda(Cpu):
+    """A GPU, "cuda" or "cuda:N"."""
+
+    kind = "cuda"
+    # To start a process takes longer here than to time a list.
+    keeps_workers = True
+    settle_s = 0.0
+    trial_steps = 3
+    process_bytes = 1 << 28  # workers are there when free memory is read, so this is for code
+    usable_share = 0.95
+
+    def __init__(self, name: str) -> None:
+        self.index = torch.device(name).index or 0
+        self.device = torch.device("cuda", self.index)
+
+    def problem(self) -> str | None:
+        if torch.version.cuda is None:
+            return f"torch {torch.__version__} is built without CUDA"
+        if not torch.cuda.is_available():
+            return "torch finds no GPU"
+        if self.index >= torch.cuda.device_count():
+            return f"there is no GPU {self.index}: torch finds {torch.cuda.device_count()}"
+        try:
+            from torchao8 import ops
+        except ImportError as error:
+            return str(error)
+        if ops.CUDA_EXTENSION_FILE is None:
+            return f"torchao8 has no CUDA kernels: {ops.CUDA_MISSING}"
+        return None
+
+    def describe(self, threads: int) -> dict[str, Any]:
+        gpu = torch.cuda.get_device_properties(self.index)
+        described = {
+            "name": gpu.name,
+            "compute_capability": f"{gpu.major}.{gpu.minor}",
+            "multiprocessors": gpu.multi_processor_count,
+            "memory_bytes": gpu.total_memory,
+            "l2_bytes": getattr(gpu, "L2_cache_size", None),
+            "driver": _driver_version(),
+        }
+        # The host's part in a step shows where tensors are small.
+        return {**describe_machine(threads), "gpu": described}
+
+    def result_name(self) -> str:
+        name = torch.cuda.get_device_properties(self.index).name.lower()
+        return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+
+    def _total_bytes(self) -> int:
+        return int(torch.cuda.get_device_properties(self.index).total_memory)
+
+    def free_bytes(self) -> int:
+        return int(torch.cuda.mem_get_info(self.index)[0])
+
+    def buffer_bytes(self) -> int:
+        return min(1 << 31, self._total_bytes() // 32)  # 2 GiB on a large card
+
+    def layers(self) -> int:
+        # A tenth goes to the workers' contexts, and three buffers to the memory jobs.
+        return llama_layers(int(0.9 * self._total_bytes()) - 3 * self.buffer_bytes())
+
+    def start(self) -> None:
+        torch.cuda.set_device(self.index)
+        torch.ones(1, device=self.device)
+        torch.cuda.synchronize()
+
+    def timed_steps(self, step: Step, count: int, warm_up: bool) -> list[float]:
+        """Seconds between events that lie between steps, all of them enqueued without waiting.
+
+        So a step takes what the GPU takes for it or what the host takes to enqueue it, whichever is
+        longer, as in a training loop that waits for nothing.
+        """
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+        torch.cuda.synchronize()
+        gc.disable()
+        try:
+            if warm_up:
+                step()
+            events[0].record()
+            for event in events[1:]:
+                step()
+                event.record()
+            torch.cuda.synchronize()
+        finally:
+            gc.enable()
+        return [start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(events)]
+
+    def finish_steps(self) -> None:
+        torch.cuda.synchronize()
+
+    def peak_extra_bytes(self, step: Step) -> int | None:
+        """How far the memory of tensors rises during a step."""
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return max(torch.cuda.max_memory_allocated() - before, 0)
+
+    def launches(self, step: Step) -> int | None:
+        # Nothing is timed after this, so the profiler may stay in the process. It is taken out by a
+        # thread of its own, which is known to collide with the next use.
+        os.environ["TEARDOWN_CUPTI"] = "0"
+        from torch.profiler import ProfilerActivity, profile
+
+        step()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            step()
+            torch.cuda.synchronize()
+        # None: the profiler saw nothing, since every step starts a kernel.
+        return count_kernels(profiler.events() or ()) or None
+
+    def free(self) -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def held_bytes(self) -> int:
+        return int(torch.cuda.memory_allocated())
+
+
+def count_kernels(events: Iterable[Any]) -> int:
+    """Kernels among a profiler's events: not the copies and fills, waits and named regions."""
+    return sum(
+        event.device_type == DeviceType.CUDA
+        and not getattr(event, "is_user_annotation", False)
+        and not event.name.startswith(("Memcpy", "Memset"))
+        and not event.name.endswith(" Sync")
+        for event in events
+    )
+
+
+def _driver_version() -> str | None:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+        return lines.splitlines()[0].strip() if lines.strip() else None
+    return None
+
+
+DEVICES: dict[str, type[Cpu]] = {"cpu": Cpu, "cuda": Cuda}
+
+
+def open_device(name: str) -> Cpu:
+    """The device of this name: "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        ValueError: there is no such kind of device.
+    """
+    kind, _, index = name.partition(":")
+    if kind not in DEVICES or (index and (kind == "cpu" or not index.isdigit())):
+        raise ValueError(f"expected cpu, cuda or cuda:N, got {name!r}")
+    return DEVICES[kind](name)
