@@ -45,6 +45,7 @@ def new_call(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     *,
+    device: str = "cpu",
     state_bits: int = 8,
     amsgrad: bool = False,
     step: int | Sequence[int] = 0,
@@ -52,32 +53,39 @@ def new_call(
     lr_dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> Call:
-    """Arguments with the state of parameters that have not been stepped, whatever ``step`` says."""
+    """Arguments with the state of parameters that have not been stepped, whatever ``step`` says.
+
+    Parameters and gradients that lie on the device are taken as they are.
+    """
     assert set(options) <= set(DEFAULTS) | {"grad_scale", "found_inf"}, options
     options = {**DEFAULTS, "grad_scale": None, "found_inf": None, **options}
+    for name in ("grad_scale", "found_inf"):
+        if options[name] is not None:
+            options[name] = options[name].to(device)
     steps = [step] * len(params) if isinstance(step, int) else step
     call: Call = {
-        "params": list(params),
-        "grads": list(grads),
-        "steps": [torch.tensor(float(s)) for s in steps],
-        "lr": torch.tensor(lr, dtype=lr_dtype),
+        "params": [p.to(device) for p in params],
+        "grads": [g.to(device) for g in grads],
+        "steps": [torch.tensor(float(s), device=device) for s in steps],
+        "lr": torch.tensor(lr, dtype=lr_dtype, device=device),
         **{name: [] for name in STATE_LISTS},
         **options,
     }
     for name in MOMENTS[: 3 if amsgrad else 2]:
         for p in params:
             if state_bits == 32:
-                call[f"{name}s"].append(torch.zeros(p.shape))
+                call[f"{name}s"].append(torch.zeros(p.shape, device=device))
                 continue
             zero = 127 if is_signed(name) else 0
-            call[f"{name}s"].append(torch.full(p.shape, zero, dtype=torch.uint8))
+            codes = torch.full(p.shape, zero, dtype=torch.uint8, device=device)
             shape = reference.scale_shape(tuple(p.shape), options["block_size"])
-            call[f"{name}_scales"].append(torch.zeros(shape))
+            call[f"{name}s"].append(codes)
+            call[f"{name}_scales"].append(torch.zeros(shape, device=device))
     return call
 
 
 def set_moment(call: Call, name: str, index: int, value: Tensor) -> None:
-    """Stores a moment, in the format of the call."""
+    """Stores a moment, given on the CPU, in the format of the call."""
     if not call[f"{name}_scales"]:
         call[f"{name}s"][index].copy_(value)
         return
@@ -89,10 +97,10 @@ def set_moment(call: Call, name: str, index: int, value: Tensor) -> None:
 
 
 def moment(call: Call, name: str, index: int) -> Tensor:
-    """A stored moment, exactly, in float64."""
+    """A stored moment, exactly, in float64 on the CPU."""
     if not call[f"{name}_scales"]:
-        return call[f"{name}s"][index].double()
-    codes, scale = call[f"{name}s"][index], call[f"{name}_scales"][index]
+        return call[f"{name}s"][index].cpu().double()
+    codes, scale = call[f"{name}s"][index].cpu(), call[f"{name}_scales"][index].cpu()
     values = torchao8.dynamic_map(is_signed(name)).double()[codes.long()]
     return values * reference.expand_scale(scale.double(), tuple(codes.shape), call["block_size"])
 
@@ -130,6 +138,25 @@ def sample_call(
 def copy_call(call: Call) -> Call:
     """A deep copy; strides, gaps and overlaps of the tensors stay."""
     return copy.deepcopy(call)
+
+
+def moved_tensor(t: Tensor, device: str) -> Tensor:
+    """A copy on a device, of the same strides, with what lies between the elements."""
+    memory = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())
+    return memory.to(device, copy=True).as_strided(t.shape, t.stride(), t.storage_offset())
+
+
+def moved(call: Call, device: str, numbers_too: bool = True) -> Call:
+    """A copy on a device. Whether lr, grad_scale and found_inf go there, too."""
+    numbers = ("lr", "grad_scale", "found_inf")
+
+    def move(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [moved_tensor(t, device) if isinstance(t, Tensor) else t for t in value]
+        stays = not isinstance(value, Tensor) or (name in numbers and not numbers_too)
+        return value if stays else moved_tensor(value, device)
+
+    return {name: move(name, value) for name, value in call.items()}
 
 
 def run(call: Call) -> Call:

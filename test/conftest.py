@@ -1,13 +1,14 @@
-"""What every test stands on: the same random numbers, and a compiler that starts afresh."""
+"""What every test stands on: the devices, the same random numbers, a compiler that starts anew."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from helpers import DEVICES
 
 try:
     import hypothesis
-except ImportError:  # `make gpu` does without: the tests for a GPU use none
+except ImportError:  # `make gpu` does without: test_cuda.py uses none
     pass
 else:
     # The same examples at every run, so that a failure in CI is one that anybody can see again. The
@@ -16,9 +17,34 @@ else:
     hypothesis.settings.load_profile("repeatable")
 
 
+def pytest_report_header() -> str:
+    return f"devices: {', '.join(DEVICES)}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Runs every test that has an argument `device` on each of them."""
+    if "device" in metafunc.fixturenames and len(DEVICES) > 1:
+        metafunc.parametrize("device", DEVICES)
+
+
+@pytest.fixture
+def device() -> str:
+    """The only one. It does not appear in the names of the tests, as one of several does."""
+    (only,) = DEVICES
+    return only
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def assert_expected_inline() -> Callable[[str, str], None]:
+    """Compares a text with that in the source of the test, which EXPECTTEST_ACCEPT=1 rewrites."""
+    expecttest = pytest.importorskip("expecttest", reason="no expecttest: pip install expecttest")
+    compare: Callable[[str, str], None] = expecttest.assert_expected_inline
+    return compare
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
-"""Parameters, gradients, and comparisons of bits that several tests share."""
+"""Parameters, gradients, checkpoints, and comparisons of bits that several tests share."""
 
+import io
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -7,6 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from torchao8 import ops
+
+# Where every test runs that has an argument `device`; parametrized in conftest.py. A GPU that the
+# library has no kernels for is no reason to be content with the CPU: test_cuda.py fails there.
+DEVICES = ["cpu"]
+if torch.cuda.is_available() and ops.CUDA_EXTENSION_FILE is not None:
+    DEVICES.append("cuda")
 
 # With min_8bit_size=100, the first five are quantized, in rows of 300, 70, 700 (a vector), 45 and
 # 400 elements; the others keep 32 bits: too small, rows too short, a scalar.
@@ -18,10 +27,12 @@ def make_params(
     dtype: torch.dtype = torch.float32,
     shapes: Iterable[Sequence[int]] = SHAPES,
     seed: int = 0,
+    device: str = "cpu",
 ) -> list[torch.nn.Parameter]:
-    """The same parameters at every call with the same arguments."""
+    """The same parameters at every call with the same arguments, and the same on every device."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
+    values = [torch.randn(s, generator=generator) for s in shapes]
+    return [torch.nn.Parameter(x.to(device, dtype)) for x in values]
 
 
 def set_grads(
@@ -34,7 +45,7 @@ def set_grads(
         grad = scale * magnitude * torch.randn(p.shape, generator=generator)
         if dtype is not None and dtype != p.dtype:
             p.grad_dtype = None
-        p.grad = grad.to(dtype or p.dtype)
+        p.grad = grad.to(p.device, dtype or p.dtype)
 
 
 def train(
@@ -49,7 +60,16 @@ def train(
 
 def bits(tensor: Tensor) -> bytes:
     """The bytes of the elements, whatever the strides; NaNs compare as the bits that they are."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def through_file(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Saved and loaded the safe way, which only takes plain tensors and containers."""
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    loaded: dict[str, Any] = torch.load(file, weights_only=True)
+    return loaded
 
 
 def _is_dense(grad: Tensor | None) -> bool:

@@ -13,11 +13,13 @@ from adam_call import Call, new_call, run
 from torch import Tensor
 
 
-def peak_memory() -> int:
-    """Bytes, of the process so far.
+def peak_memory(device: str = "cpu") -> int:
+    """Bytes, of the process so far; on a GPU, since its peak was last forgotten.
 
     Linux tells it of the program; getrusage also counts the larger process that started this one.
     """
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if status.exists():
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
@@ -75,29 +77,30 @@ def peak_of_a_step(case: str, state_bits: str) -> None:
 COLUMNS = 4096
 
 
-def huge_tensor(shape: str, grad_kind: str) -> None:
+def huge_tensor(shape: str, grad_kind: str, device: str) -> None:
     """Steps a tensor of 2^31 + 4096 elements whose rows of 4096 are alike, and checks it."""
     rows = 2**31 // COLUMNS + 1
     size = (rows, COLUMNS) if shape == "matrix" else (rows * COLUMNS,)
-    row = torch.randn(COLUMNS).to(torch.bfloat16)
-    grad_row = torch.randn(COLUMNS).to(torch.bfloat16)
+    row = torch.randn(COLUMNS).to(device, torch.bfloat16)
+    grad_row = torch.randn(COLUMNS).to(device, torch.bfloat16)
     if grad_kind == "one number":
         grad_row.fill_(0.5)
 
-    param = torch.empty(rows, COLUMNS, dtype=torch.bfloat16)
+    param = row.new_empty(rows, COLUMNS)
     param.copy_(row.expand_as(param))
     if grad_kind == "dense":
-        grad = torch.empty(rows, COLUMNS, dtype=torch.bfloat16).copy_(grad_row.expand_as(param))
-        grad = grad.view(size)
+        grad = torch.empty_like(param).copy_(grad_row.expand_as(param)).view(size)
     elif grad_kind == "one number":
-        grad = torch.full((1,), 0.5, dtype=torch.bfloat16).expand(size)
+        grad = grad_row[:1].expand(size)
     else:
         grad = grad_row.expand(size)
-    options: dict[str, Any] = {"weight_decay": 0.1, "step": 3, "seed": 1}
+    options: dict[str, Any] = {"weight_decay": 0.1, "step": 3, "seed": 1, "device": device}
     call = new_call([param.view(size)], [grad], **options)
-    held = peak_memory()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    held = peak_memory(device)
     run(call)
-    growth = peak_memory() - held
+    growth = peak_memory(device) - held
 
     # All of it was stepped: parameters and first moments of all rows have become alike.
     for tensor in (call["params"][0], call["exp_avgs"][0]):

@@ -18,6 +18,7 @@ from adam_call import (
     is_signed,
     live_state,
     moment,
+    moved,
     new_call,
     one_by_one,
     run,
@@ -77,6 +78,7 @@ def oracle_options(call: Call) -> reference.AdamOptions:
 
 
 def oracle_step(call: Call, i: int) -> reference.AdamResult:
+    """Of a call on the CPU."""
     largest = moment(call, "max_exp_avg_sq", i) if call["max_exp_avg_sqs"] else None
     m, v = moment(call, "exp_avg", i), moment(call, "exp_avg_sq", i)
     state = reference.AdamState(int(call["steps"][i]), m, v, largest)
@@ -121,40 +123,43 @@ def assert_stored(call: Call, name: str, i: int, want: Tensor, error: Tensor) ->
 
 
 def assert_step_is_the_oracles(call: Call) -> None:
-    expected = [oracle_step(call, i) for i in range(len(call["params"]))]
-    before = copy_call(call)
-    run(call)
-    for i, want in enumerate(expected):
-        assert_close(call["params"][i], want.param, want.param_error)
-        assert call["steps"][i] == want.state.step
-        for name in MOMENTS[: 3 if call["max_exp_avg_sqs"] else 2]:
+    """Runs a call on any device. The oracle computes on the CPU."""
+    before = moved(call, "cpu")
+    after = moved(run(call), "cpu")
+    for i in range(len(before["params"])):
+        want = oracle_step(before, i)
+        assert_close(after["params"][i], want.param, want.param_error)
+        assert after["steps"][i] == want.state.step
+        for name in MOMENTS[: 3 if after["max_exp_avg_sqs"] else 2]:
             error = want.exp_avg_error if is_signed(name) else want.exp_avg_sq_error
-            assert_stored(call, name, i, getattr(want.state, name), error)
-    assert [bits(g) for g in call["grads"]] == [bits(g) for g in before["grads"]]
+            assert_stored(after, name, i, getattr(want.state, name), error)
+    assert [bits(g) for g in after["grads"]] == [bits(g) for g in before["grads"]]
 
 
 @both_formats
 @pytest.mark.parametrize("name", list(OPTIONS))
-def test_a_step_is_that_of_the_oracle(name: str, state_bits: int) -> None:
-    assert_step_is_the_oracles(sample_call(state_bits=state_bits, **OPTIONS[name]))
+def test_a_step_is_that_of_the_oracle(name: str, state_bits: int, device: str) -> None:
+    call = sample_call(state_bits=state_bits, device=device, **OPTIONS[name])
+    assert_step_is_the_oracles(call)
 
 
 @both_formats
 @both_decays
 @pytest.mark.parametrize(("dtype", "grad_dtype"), DTYPES, ids=str)
 def test_dtypes(
-    dtype: torch.dtype, grad_dtype: torch.dtype, decoupled: bool, state_bits: int
+    dtype: torch.dtype, grad_dtype: torch.dtype, decoupled: bool, state_bits: int, device: str
 ) -> None:
     call = sample_call(dtype, grad_dtype, state_bits=state_bits, weight_decay=0.3,
-                       decoupled_weight_decay=decoupled)  # fmt: skip
+                       decoupled_weight_decay=decoupled, device=device)  # fmt: skip
     assert_step_is_the_oracles(call)
 
 
 @both_formats
-def test_dtypes_mixed_in_a_call(state_bits: int) -> None:
+def test_dtypes_mixed_in_a_call(state_bits: int, device: str) -> None:
     params = [tensors(p, [(3, 300)])[0] for p, _ in DTYPES]
     grads = [tensors(g, [(3, 300)])[0] for _, g in DTYPES]
-    call = live_state(new_call(params, grads, state_bits=state_bits, weight_decay=0.1))
+    call = new_call(params, grads, state_bits=state_bits, weight_decay=0.1, device=device)
+    live_state(call)
     separate = copy_call(call)
     assert_step_is_the_oracles(call)
     for single in one_by_one(separate):
@@ -163,13 +168,13 @@ def test_dtypes_mixed_in_a_call(state_bits: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["decoupled decay", "amsgrad coupled", "no momentum"])
-def test_steps_from_the_beginning(name: str) -> None:
+def test_steps_from_the_beginning(name: str, device: str) -> None:
     """Each step is held against float64 from the state before it, so no error adds up."""
     for state_bits in (8, 32):
-        call = new_call(tensors(), tensors(), state_bits=state_bits, **OPTIONS[name])
+        call = new_call(tensors(), tensors(), state_bits=state_bits, device=device, **OPTIONS[name])
         for _ in range(5):
             assert_step_is_the_oracles(call)
-            call["grads"] = tensors()
+            call["grads"] = [g.to(device) for g in tensors()]
         assert all(step == 5 for step in call["steps"])
 
 
@@ -180,52 +185,51 @@ def test_steps_from_the_beginning(name: str) -> None:
 @pytest.mark.parametrize("name", ["decoupled decay", "maximize coupled", "amsgrad"])
 @pytest.mark.parametrize("exponent", [16, -5])
 def test_gradients_times_a_power_of_two_give_the_same_bits(
-    exponent: int, name: str, state_bits: int
+    exponent: int, name: str, state_bits: int, device: str
 ) -> None:
-    plain = sample_call(state_bits=state_bits, **OPTIONS[name])
+    plain = sample_call(state_bits=state_bits, device=device, **OPTIONS[name])
     for dtype in (torch.float32, torch.float64):
         scaled = copy_call(plain)
         scaled["grads"] = [g * 2.0**exponent for g in scaled["grads"]]
-        scaled["grad_scale"] = torch.tensor(2.0**exponent, dtype=dtype)
+        scaled["grad_scale"] = torch.tensor(2.0**exponent, dtype=dtype, device=device)
         assert_same_bits(run(scaled), run(copy_call(plain)))
 
 
 @both_formats
 @pytest.mark.parametrize("found_inf", [1.0, 3.0, math.inf, math.nan])
-def test_found_inf_changes_nothing(found_inf: float, state_bits: int) -> None:
-    call = sample_call(state_bits=state_bits, amsgrad=True, weight_decay=0.5)
+def test_found_inf_changes_nothing(found_inf: float, state_bits: int, device: str) -> None:
+    call = sample_call(state_bits=state_bits, amsgrad=True, weight_decay=0.5, device=device)
     before = call_bits(call)
-    call["found_inf"] = torch.tensor(found_inf)
+    call["found_inf"] = torch.tensor(found_inf, device=device)
     assert call_bits(run(call)) == before
-    call["found_inf"] = torch.tensor(0.0)
+    call["found_inf"].zero_()
     after = call_bits(run(call))
     assert all(after[name] != before[name] for name in ("params", "exp_avgs", "steps"))
 
 
 @both_formats
-def test_found_inf_of_zero_is_none(state_bits: int) -> None:
-    call = sample_call(state_bits=state_bits)
-    zero = copy_call(call) | {"found_inf": torch.zeros(1)}
+def test_found_inf_of_zero_is_none(state_bits: int, device: str) -> None:
+    call = sample_call(state_bits=state_bits, device=device)
+    zero = copy_call(call) | {"found_inf": torch.zeros(1, device=device)}
     assert_same_bits(run(zero), run(call))
 
 
 @both_formats
-def test_lr_is_float32_or_float64(state_bits: int) -> None:
+def test_lr_is_float32_or_float64(state_bits: int, device: str) -> None:
     """The same number, the same bits; and 0.1 is taken as the float64 that it is."""
-    call = sample_call(state_bits=state_bits, lr=0.0625, weight_decay=0.1)
-    double = copy_call(call) | {"lr": torch.tensor(0.0625, dtype=torch.float64)}
+    options = {"state_bits": state_bits, "weight_decay": 0.1, "device": device}
+    call = sample_call(lr=0.0625, **options)
+    double = copy_call(call) | {"lr": call["lr"].double()}
     assert_same_bits(run(double), run(call))
-    lr = 0.1
     for dtype in (torch.float32, torch.float64):
-        call = sample_call(state_bits=state_bits, lr=lr, lr_dtype=dtype, weight_decay=0.1)
-        assert_step_is_the_oracles(call)
+        assert_step_is_the_oracles(sample_call(lr=0.1, lr_dtype=dtype, **options))
 
 
 @both_formats
 @both_decays
-def test_lr_of_zero_leaves_parameters_alone(decoupled: bool, state_bits: int) -> None:
+def test_lr_of_zero_leaves_parameters_alone(decoupled: bool, state_bits: int, device: str) -> None:
     call = sample_call(state_bits=state_bits, lr=0.0, weight_decay=0.5, eps=0.0,
-                       decoupled_weight_decay=decoupled)  # fmt: skip
+                       decoupled_weight_decay=decoupled, device=device)  # fmt: skip
     before = copy_call(call)
     run(call)
     assert all(torch.equal(a, b) for a, b in zip(call["params"], before["params"], strict=True))
@@ -235,14 +239,16 @@ def test_lr_of_zero_leaves_parameters_alone(decoupled: bool, state_bits: int) ->
 @pytest.mark.parametrize("eps", [0.0, 1e-8])
 @pytest.mark.parametrize("amsgrad", [True, False])
 @both_formats
-def test_zero_gradients_from_the_beginning(state_bits: int, amsgrad: bool, eps: float) -> None:
+def test_zero_gradients_from_the_beginning(
+    state_bits: int, amsgrad: bool, eps: float, device: str
+) -> None:
     """State initialization by a step with zero gradients and lr 0; then the same with an lr."""
     params = tensors()
     call = new_call(params, [torch.zeros_like(p) for p in params], state_bits=state_bits, lr=0.0,
-                    amsgrad=amsgrad, eps=eps)  # fmt: skip
+                    amsgrad=amsgrad, eps=eps, device=device)  # fmt: skip
     for lr in (0.0, 0.1):
         before = call_bits(call)
-        call["lr"] = torch.tensor(lr)
+        call["lr"].fill_(lr)
         after = call_bits(run(call))
         assert after.pop("steps") != before.pop("steps")
         assert after == before
@@ -250,18 +256,19 @@ def test_zero_gradients_from_the_beginning(state_bits: int, amsgrad: bool, eps: 
 
 
 @both_formats
-def test_each_tensor_has_its_step(state_bits: int) -> None:
+def test_each_tensor_has_its_step(state_bits: int, device: str) -> None:
     """The first bias correction differs from the thousandth, in one call as in two."""
     p, g = torch.randn(3, 300), torch.randn(3, 300)
-    call = new_call([p.clone(), p.clone()], [g, g], state_bits=state_bits, step=[0, 999])
+    call = new_call([p.clone(), p.clone()], [g, g], state_bits=state_bits, step=[0, 999],
+                    device=device)  # fmt: skip
     live_state(call)
     assert_step_is_the_oracles(call)
     assert [s.item() for s in call["steps"]] == [1, 1000]
     assert not torch.equal(*call["params"])
 
 
-def test_no_tensors_at_all() -> None:
-    run(new_call([], []))
+def test_no_tensors_at_all(device: str) -> None:
+    run(new_call([], [], device=device))
 
 
 # -- strides -----------------------------------------------------------------------------------
@@ -282,12 +289,15 @@ EXPANDED: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
 }
 
 
-def strided_call(param_view: str, grad_view: str, dtype: torch.dtype, **options: Any) -> Call:
-    """A call on views, with their bases as `bases`."""
+def strided_call(
+    param_view: str, grad_view: str, dtype: torch.dtype, device: str, **options: Any
+) -> Call:
+    """A call on views."""
     base, view = VIEWS[param_view]
-    grad_base, grad = {**VIEWS, **EXPANDED}[grad_view]
-    params = [view(torch.randn(base).to(dtype))]
-    return live_state(new_call(params, [grad(torch.randn(grad_base).to(dtype))], **options))
+    grad_base, grad_view_of = {**VIEWS, **EXPANDED}[grad_view]
+    params = [view(torch.randn(base).to(device, dtype))]
+    grads = [grad_view_of(torch.randn(grad_base).to(device, dtype))]
+    return live_state(new_call(params, grads, device=device, **options))
 
 
 def assert_strides_do_not_matter(call: Call) -> None:
@@ -312,29 +322,32 @@ def assert_strides_do_not_matter(call: Call) -> None:
 
 @both_formats
 @pytest.mark.parametrize("param_view", list(VIEWS))
-def test_strided_params(param_view: str, state_bits: int) -> None:
+def test_strided_params(param_view: str, state_bits: int, device: str) -> None:
     for dtype in FLOATS:
         for grad_view in ("contiguous", "transposed", "odd offset"):
-            call = strided_call(param_view, grad_view, dtype, state_bits=state_bits,
+            call = strided_call(param_view, grad_view, dtype, device, state_bits=state_bits,
                                 weight_decay=0.1)  # fmt: skip
             assert_strides_do_not_matter(call)
 
 
 @both_formats
 @pytest.mark.parametrize("grad_view", [*VIEWS, *EXPANDED])
-def test_strided_grads(grad_view: str, state_bits: int) -> None:
+def test_strided_grads(grad_view: str, state_bits: int, device: str) -> None:
     for dtype in FLOATS:
-        call = strided_call("contiguous", grad_view, dtype, state_bits=state_bits, amsgrad=True,
-                            decoupled_weight_decay=False, weight_decay=0.1)  # fmt: skip
+        call = strided_call("contiguous", grad_view, dtype, device, state_bits=state_bits,
+                            amsgrad=True, decoupled_weight_decay=False,
+                            weight_decay=0.1)  # fmt: skip
         assert_strides_do_not_matter(call)
 
 
 @both_formats
-def test_channels_last(state_bits: int) -> None:
+def test_channels_last(state_bits: int, device: str) -> None:
     param = torch.randn(4, 6, 9, 5).to(memory_format=torch.channels_last)
     grad = torch.randn(4, 6, 9, 5).permute(0, 1, 2, 3)
     for g in (grad, grad.to(memory_format=torch.channels_last)):
-        call = live_state(new_call([param.clone()], [g], state_bits=state_bits, weight_decay=0.1))
+        call = new_call([param.clone()], [g], state_bits=state_bits, weight_decay=0.1,
+                        device=device)  # fmt: skip
+        live_state(call)
         assert not call["params"][0].is_contiguous()
         assert_strides_do_not_matter(call)
 
@@ -347,10 +360,10 @@ ALL_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor",
 
 @both_formats
 @pytest.mark.parametrize("name", ["plain", "amsgrad coupled", "scaled", "nearest"])
-def test_opcheck_adam_step(name: str, state_bits: int) -> None:
+def test_opcheck_adam_step(name: str, state_bits: int, device: str) -> None:
     params = tensors(torch.bfloat16, [(3, 300), (64,)])
     call = new_call(params, tensors(shapes=[(3, 300), (64,)]), state_bits=state_bits,
-                    shard_offsets=[600, 0], shard_row_strides=[300, 64],
+                    shard_offsets=[600, 0], shard_row_strides=[300, 64], device=device,
                     **OPTIONS[name])  # fmt: skip
     live_state(call)
     op = torch.ops.torchao8.adam_step_.default
@@ -362,9 +375,9 @@ def test_opcheck_adam_step(name: str, state_bits: int) -> None:
 
 @pytest.mark.parametrize("shape", [(3, 300), (0, 4), (), (2, 3, 70)], ids=str)
 @pytest.mark.parametrize("signed", [True, False])
-def test_opcheck_codec(shape: tuple[int, ...], signed: bool) -> None:
+def test_opcheck_codec(shape: tuple[int, ...], signed: bool, device: str) -> None:
     for dtype in FLOATS:
-        x = torch.rand(shape).to(dtype)
+        x = torch.rand(shape).to(device, dtype)
         options = {"block_size": 64, "signed": signed}
         op = torch.ops.torchao8.quantize_blockwise.default
         torch.library.opcheck(op, (x,), options, test_utils=ALL_CHECKS)

@@ -16,6 +16,7 @@ from adam_call import (
     is_signed,
     live_state,
     moment,
+    moved,
     new_call,
     run,
     sample_call,
@@ -39,6 +40,7 @@ def bad_and_zero(
     """A call with the bad gradient at PLACES, before and after; and one with a gradient of 0 there.
 
     The moments at PLACES are small beside those of their block, so that no scale depends on them.
+    Run on the device of the options, and given on the CPU.
     """
     call = new_call(tensors(dtype, [(3, 300)]), tensors(grad_dtype, [(3, 300)]), **options)
     live_state(call)
@@ -51,8 +53,8 @@ def bad_and_zero(
     for place in PLACES:
         call["grads"][0][place] = bad
         zero["grads"][0][place] = 0.0
-    before = copy_call(call)
-    return before, run(call), run(zero)
+    before = moved(call, "cpu")
+    return before, moved(run(call), "cpu"), moved(run(zero), "cpu")
 
 
 def bad_mask() -> Tensor:
@@ -65,7 +67,9 @@ def bad_mask() -> Tensor:
 @both_decays
 @pytest.mark.parametrize("bad", BAD, ids=str)
 @both_formats
-def test_a_bad_gradient_stays_where_it_is(state_bits: int, bad: float, decoupled: bool) -> None:
+def test_a_bad_gradient_stays_where_it_is(
+    state_bits: int, bad: float, decoupled: bool, device: str
+) -> None:
     """Its parameter keeps its bits, its moments their value; all else is as if it were 0."""
     there = bad_mask()
     for dtype, grad_dtype in DTYPES:
@@ -74,7 +78,7 @@ def test_a_bad_gradient_stays_where_it_is(state_bits: int, bad: float, decoupled
         for amsgrad in (False, True):
             before, after, zero = bad_and_zero(
                 bad, dtype, grad_dtype, state_bits=state_bits, amsgrad=amsgrad, weight_decay=0.3,
-                decoupled_weight_decay=decoupled, stochastic_rounding=amsgrad,
+                decoupled_weight_decay=decoupled, stochastic_rounding=amsgrad, device=device,
             )  # fmt: skip
             assert bits(after["params"][0][there]) == bits(before["params"][0][there])
             assert bits(after["params"][0][~there]) == bits(zero["params"][0][~there])
@@ -103,7 +107,9 @@ def assert_kept(call: Call, name: str, want: Tensor, there: Tensor, error: Tenso
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("at_extreme", [True, False])
-def test_neighbours_of_a_bad_gradient_in_all_bits(at_extreme: bool, dtype: torch.dtype) -> None:
+def test_neighbours_of_a_bad_gradient_in_all_bits(
+    at_extreme: bool, dtype: torch.dtype, device: str
+) -> None:
     """As if its gradient had left its moments where they are, even where it holds the scales.
 
     With m = 2, v = 4, a gradient of 2 and both betas 1/2 all of this is exact in float32, so a run
@@ -116,7 +122,8 @@ def test_neighbours_of_a_bad_gradient_in_all_bits(at_extreme: bool, dtype: torch
     if not at_extreme:
         m[1, 41], v[1, 41], grad[1, 41] = -9.0, 100.0, 9.0
         m[place], v[place] = 0.0, 0.0
-    call = new_call([torch.randn(3, 300).to(dtype)], [grad.to(dtype)], beta1=0.5, beta2=0.5)
+    param = torch.randn(3, 300).to(dtype)
+    call = new_call([param], [grad.to(dtype)], beta1=0.5, beta2=0.5, device=device)
     set_moment(call, "exp_avg", 0, m)
     set_moment(call, "exp_avg_sq", 0, v)
     quiet = copy_call(call)
@@ -125,20 +132,21 @@ def test_neighbours_of_a_bad_gradient_in_all_bits(at_extreme: bool, dtype: torch
     for bad in (math.nan, math.inf, -math.inf):
         noisy = copy_call(call)
         noisy["grads"][0][place] = bad
-        param = noisy["params"][0][place].item()
+        old = noisy["params"][0][place].item()
         run(noisy)
-        assert noisy["params"][0][place] == param
+        assert noisy["params"][0][place] == old
         noisy["params"][0][place] = quiet["params"][0][place]
         assert_same_bits(noisy, quiet)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @both_formats
-def test_nothing_but_bad_gradients(state_bits: int, dtype: torch.dtype) -> None:
+def test_nothing_but_bad_gradients(state_bits: int, dtype: torch.dtype, device: str) -> None:
     """Whole tensors of them, many times over: parameters keep their bits, and moments their value,
     up to requantization. That costs the scales at most a rounding each way, 2^-23, at each step."""
     times = 50
-    call = sample_call(dtype, state_bits=state_bits, weight_decay=0.5, stochastic_rounding=False)
+    call = sample_call(dtype, state_bits=state_bits, weight_decay=0.5, stochastic_rounding=False,
+                       device=device)  # fmt: skip
     before = copy_call(call)
     for g in call["grads"]:
         g.fill_(math.nan)
@@ -151,13 +159,15 @@ def test_nothing_but_bad_gradients(state_bits: int, dtype: torch.dtype) -> None:
             torch.testing.assert_close(got, want, rtol=times * 2.0**-23, atol=0)
 
 
-def test_gradients_up_to_where_their_square_overflows() -> None:
+def test_gradients_up_to_where_their_square_overflows(device: str) -> None:
     """2^62 is used as it is. From 2^63 on it depends on the format, which multiplies the square by
     1 - beta2 before or after; from 2^68 on the square is out of range in both."""
     for grad, moves in [(2.0**62, True), (-(2.0**62), True), (2.0**68, False), (-3e38, False)]:
         for state_bits in (8, 32):
             g = torch.full((2, 256), grad)
-            call = run(new_call([torch.zeros(2, 256)], [g], state_bits=state_bits, lr=1.0, eps=0.0))
+            call = new_call([torch.zeros(2, 256)], [g], state_bits=state_bits, lr=1.0, eps=0.0,
+                            device=device)  # fmt: skip
+            run(call)
             # The first step of Adam is lr in the direction of the gradient.
             want = torch.full((2, 256), -math.copysign(1.0, grad) if moves else 0.0)
-            torch.testing.assert_close(call["params"][0], want, rtol=1e-6, atol=0)
+            torch.testing.assert_close(call["params"][0].cpu(), want, rtol=1e-6, atol=0)

@@ -42,11 +42,15 @@ class Compiled:
 
 
 def compiled_and_eager(
-    case: OptimizerCase, dynamic: bool | None = None, backend: str = "aot_eager", **options: Any
+    case: OptimizerCase,
+    device: str,
+    dynamic: bool | None = None,
+    backend: str = "aot_eager",
+    **options: Any,
 ) -> tuple[Optimizer, Optimizer, Compiled]:
     """Two optimizers of the same parameters, with 8-bit and 32-bit states, and the first's step."""
     options = {"min_8bit_size": SMALL, "weight_decay": 0.1, **options}
-    pair = [case.cls(make_params(), **copy.deepcopy(options)) for _ in range(2)]
+    pair = [case.cls(make_params(device=device), **copy.deepcopy(options)) for _ in range(2)]
     return *pair, Compiled(pair[0].step, backend, fullgraph=True, dynamic=dynamic)
 
 
@@ -69,10 +73,10 @@ def both_step(
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
 def test_one_graph_and_the_bits_of_eager(
-    case: OptimizerCase, dynamic: bool | None, backend: str
+    case: OptimizerCase, dynamic: bool | None, backend: str, device: str
 ) -> None:
     """From the very first step, which makes the states; compiled once."""
-    compiled, eager, step = compiled_and_eager(case, dynamic, backend)
+    compiled, eager, step = compiled_and_eager(case, device, dynamic, backend)
     both_step(compiled, eager, step, 0)
     graphs = step.graphs
     assert graphs == 1 or dynamic  # dynamic=True starts again once it has met a float it must keep
@@ -87,8 +91,8 @@ def test_one_graph_and_the_bits_of_eager(
     [{"amsgrad": True}, {"maximize": True, "state_rounding": "nearest"}, {"seed": 5}],
     ids=str,
 )
-def test_options(case: OptimizerCase, options: dict[str, Any]) -> None:
-    compiled, eager, step = compiled_and_eager(case, **options)
+def test_options(case: OptimizerCase, options: dict[str, Any], device: str) -> None:
+    compiled, eager, step = compiled_and_eager(case, device, **options)
     for seed in range(3):
         both_step(compiled, eager, step, seed)
     assert step.graphs == 1
@@ -96,16 +100,18 @@ def test_options(case: OptimizerCase, options: dict[str, Any]) -> None:
 
 @every_optimizer()
 @pytest.mark.parametrize("lr", ["tensor", "number"])
-def test_generated_code_has_no_clone(case: OptimizerCase, lr: str) -> None:
+def test_generated_code_has_no_clone(case: OptimizerCase, lr: str, device: str) -> None:
     """The ops get the inputs of the graph: nothing is allocated, copied or written back but for the
     one number that a float lr becomes."""
-    params = make_params() + make_params(torch.bfloat16)
-    value = torch.tensor(0.01) if lr == "tensor" else 0.01
+    params = make_params(device=device) + make_params(torch.bfloat16, device=device)
+    value = torch.tensor(0.01, device=device) if lr == "tensor" else 0.01
     optimizer = case.cls(params, lr=value, optim_bits=8, min_8bit_size=SMALL)
     set_grads(params, 0)
     _, codes = run_and_get_code(torch.compile(optimizer.step, fullgraph=True))
     (code,) = codes
     body = code[code.index("def call(") : code.index("runner = Runner")]
+    # On a GPU inductor may align an input that is not, as all are here.
+    body = body.replace("copy_if_misaligned(", "(")
     assert body.count("torch.ops.torchao8.adam_step_.default(") == 4
     for copying in ("clone", "copy_", "as_strided", "auto_functionalized"):
         assert copying not in body
@@ -122,9 +128,12 @@ def test_generated_code_has_no_clone(case: OptimizerCase, lr: str) -> None:
 @pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")
 @every_optimizer()
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_a_tensor_lr_never_recompiles(case: OptimizerCase, dynamic: bool | None) -> None:
+def test_a_tensor_lr_never_recompiles(
+    case: OptimizerCase, dynamic: bool | None, device: str
+) -> None:
     """A scheduler writes into it after each step."""
-    compiled, eager, step = compiled_and_eager(case, dynamic, lr=torch.tensor(0.01))
+    lr = torch.tensor(0.01, device=device)
+    compiled, eager, step = compiled_and_eager(case, device, dynamic, lr=lr)
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(o, lambda t: 1 / (t + 1)) for o in (compiled, eager)
     ]
@@ -153,17 +162,20 @@ def graphs_of_a_schedule(optimizer: Optimizer, dynamic: bool | None) -> int:
 @every_optimizer()
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_a_float_lr_recompiles_no_more_than_in_torch(
-    case: OptimizerCase, dynamic: bool | None
+    case: OptimizerCase, dynamic: bool | None, device: str
 ) -> None:
     """Once, when torch.compile sees that it changes; and the values are the right ones."""
-    shapes = SHAPES[:2]  # torch.optim is traced op by op
-    theirs = graphs_of_a_schedule(case.torch_cls(make_params(shapes=shapes)), dynamic)
-    ours = graphs_of_a_schedule(case.cls(make_params(shapes=shapes), min_8bit_size=SMALL), dynamic)
+
+    def few_params() -> list[torch.nn.Parameter]:  # torch.optim is traced op by op
+        return make_params(shapes=SHAPES[:2], device=device)
+
+    theirs = graphs_of_a_schedule(case.torch_cls(few_params()), dynamic)
+    ours = graphs_of_a_schedule(case.cls(few_params(), min_8bit_size=SMALL), dynamic)
     assert ours <= theirs
     assert ours <= 2
 
     torch._dynamo.reset()
-    compiled, eager, step = compiled_and_eager(case, dynamic)
+    compiled, eager, step = compiled_and_eager(case, device, dynamic)
     for seed in range(5):
         for optimizer in (compiled, eager):
             optimizer.param_groups[0]["lr"] = 0.01 / (seed + 1)
@@ -172,9 +184,9 @@ def test_a_float_lr_recompiles_no_more_than_in_torch(
 
 
 @every_optimizer()
-def test_late_first_gradient(case: OptimizerCase) -> None:
+def test_late_first_gradient(case: OptimizerCase, device: str) -> None:
     """One more graph when gradients come that were not there before; the states are there."""
-    compiled, eager, step = compiled_and_eager(case)
+    compiled, eager, step = compiled_and_eager(case, device)
     for seed in range(2):
         both_step(compiled, eager, step, seed, skip=2)
     assert step.graphs == 1
@@ -186,13 +198,14 @@ def test_late_first_gradient(case: OptimizerCase) -> None:
 
 
 @every_optimizer()
-def test_groups_and_dtypes(case: OptimizerCase) -> None:
+def test_groups_and_dtypes(case: OptimizerCase, device: str) -> None:
     """Groups of their own options, bfloat16 parameters, and a group that comes later."""
 
     def make() -> Optimizer:
+        halves = make_params(torch.bfloat16, device=device)
         groups = [
-            {"params": make_params(), "lr": 0.1, "optim_bits": 32},
-            {"params": make_params(torch.bfloat16), "weight_decay": 0.5, "amsgrad": True},
+            {"params": make_params(device=device), "lr": 0.1, "optim_bits": 32},
+            {"params": halves, "weight_decay": 0.5, "amsgrad": True},
         ]
         return case.cls(groups, min_8bit_size=SMALL)
 
@@ -202,16 +215,17 @@ def test_groups_and_dtypes(case: OptimizerCase) -> None:
         both_step(compiled, eager, step, seed)
     assert step.graphs == 1
     for optimizer in (compiled, eager):
-        optimizer.add_param_group({"params": make_params(seed=3), "maximize": True})
+        later = make_params(seed=3, device=device)
+        optimizer.add_param_group({"params": later, "maximize": True})
     for seed in range(2, 4):
         both_step(compiled, eager, step, seed)
     assert step.graphs == 2
 
 
 @every_optimizer()
-def test_a_checkpoint_loaded_between_compiled_steps(case: OptimizerCase) -> None:
+def test_a_checkpoint_loaded_between_compiled_steps(case: OptimizerCase, device: str) -> None:
     """The new states are stepped, not those that were traced."""
-    compiled, eager, step = compiled_and_eager(case)
+    compiled, eager, step = compiled_and_eager(case, device)
     both_step(compiled, eager, step, 0)
     saved = copy.deepcopy(compiled.state_dict())
     both_step(compiled, eager, step, 1)
@@ -223,9 +237,9 @@ def test_a_checkpoint_loaded_between_compiled_steps(case: OptimizerCase) -> None
 
 
 @every_optimizer()
-def test_closure_and_hooks(case: OptimizerCase) -> None:
+def test_closure_and_hooks(case: OptimizerCase, device: str) -> None:
     """Hooks are traced with the step, and may count."""
-    compiled, eager, step = compiled_and_eager(case)
+    compiled, eager, step = compiled_and_eager(case, device)
     seen: list[int] = []
     compiled.register_step_pre_hook(lambda o, args, kwargs: seen.append(1))
     compiled.register_step_post_hook(lambda o, args, kwargs: seen.append(2))
@@ -240,9 +254,9 @@ def test_closure_and_hooks(case: OptimizerCase) -> None:
 
 
 @every_optimizer()
-def test_a_write_is_seen_by_autograd(case: OptimizerCase) -> None:
+def test_a_write_is_seen_by_autograd(case: OptimizerCase, device: str) -> None:
     """Also when the step is compiled."""
-    optimizer, _, step = compiled_and_eager(case, backend="inductor")
+    optimizer, _, step = compiled_and_eager(case, device, backend="inductor")
     params = params_of(optimizer)
     set_grads(params, 0)
     step()
@@ -253,15 +267,15 @@ def test_a_write_is_seen_by_autograd(case: OptimizerCase) -> None:
 
 
 @every_optimizer()
-def test_grad_scaler_attributes(case: OptimizerCase) -> None:
+def test_grad_scaler_attributes(case: OptimizerCase, device: str) -> None:
     """grad_scale and found_inf are inputs of the graph: their values do not recompile it."""
-    compiled, eager, step = compiled_and_eager(case, fused=True)
+    compiled, eager, step = compiled_and_eager(case, device, fused=True)
     for seed in range(4):
         overflow = float(seed == 2)
         before = all_bits(compiled)
         for optimizer in (compiled, eager):
-            optimizer.grad_scale = torch.tensor(2.0**seed)
-            optimizer.found_inf = torch.tensor(overflow)
+            optimizer.grad_scale = torch.tensor(2.0**seed, device=device)
+            optimizer.found_inf = torch.tensor(overflow, device=device)
         both_step(compiled, eager, step, seed)
         after = all_bits(compiled)
         assert (after["params"] == before["params"]) == bool(overflow)
@@ -282,6 +296,7 @@ def make_model() -> torch.nn.Module:
 def check_train_step(
     case: OptimizerCase,
     lr: str,
+    device: str,
     make_step: Callable[[torch.nn.Module, Optimizer], Callable[[Tensor], Tensor]],
     **options: Any,
 ) -> list[int]:
@@ -292,13 +307,13 @@ def check_train_step(
     """
 
     def make() -> tuple[torch.nn.Module, Optimizer]:
-        model = make_model()
-        value = torch.tensor(0.01) if lr == "tensor" else 0.01
+        model = make_model().to(device)
+        value = torch.tensor(0.01, device=device) if lr == "tensor" else 0.01
         return model, case.cls(model.parameters(), lr=value, min_8bit_size=SMALL)
 
     model, optimizer = make()
     other_model, other = make()
-    x = torch.randn(8, 70)
+    x = torch.randn(8, 70).to(device)
     compiled = Compiled(make_step(model, optimizer), "inductor", **options)
     losses, graphs = [], []
     for i in range(5):
@@ -319,7 +334,7 @@ def check_train_step(
 
 @every_optimizer()
 @pytest.mark.parametrize("lr", ["tensor", "number"])
-def test_a_whole_train_step(case: OptimizerCase, lr: str) -> None:
+def test_a_whole_train_step(case: OptimizerCase, lr: str, device: str) -> None:
     """Forward, backward and step, as people compile them: a graph on each side of backward()."""
 
     def make_step(model: torch.nn.Module, optimizer: Optimizer) -> Callable[[Tensor], Tensor]:
@@ -332,7 +347,7 @@ def test_a_whole_train_step(case: OptimizerCase, lr: str) -> None:
 
         return step
 
-    graphs = check_train_step(case, lr, make_step)
+    graphs = check_train_step(case, lr, device, make_step)
     assert graphs == ([2] * 5 if lr == "tensor" else [2, 3, 3, 3, 3])
 
 
@@ -342,7 +357,7 @@ def test_a_whole_train_step(case: OptimizerCase, lr: str) -> None:
 )
 @every_optimizer()
 @pytest.mark.parametrize("lr", ["tensor", "number"])
-def test_a_whole_train_step_in_one_graph(case: OptimizerCase, lr: str) -> None:
+def test_a_whole_train_step_in_one_graph(case: OptimizerCase, lr: str, device: str) -> None:
     """With backward() in the graph: the step gets gradients that no parameter has yet.
 
     It is a function of its own because torch mixes up what it compiled of one function with
@@ -361,5 +376,5 @@ def test_a_whole_train_step_in_one_graph(case: OptimizerCase, lr: str) -> None:
         return step_in_one_graph
 
     with torch._dynamo.config.patch(trace_autograd_ops=True):
-        graphs = check_train_step(case, lr, make_step, fullgraph=True)
+        graphs = check_train_step(case, lr, device, make_step, fullgraph=True)
     assert graphs == ([1] * 5 if lr == "tensor" else [1, 2, 2, 2, 2])

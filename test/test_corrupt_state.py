@@ -26,12 +26,13 @@ def workers():
     started.close()
 
 
-def corrupt_call(name: str, scale: float, stochastic: bool) -> Call:
+def corrupt_call(name: str, scale: float, stochastic: bool, device: str = "cpu") -> Call:
     """Rows of several lengths in the middle of a run, the second of them with a bad scale."""
     torch.manual_seed(0)
     shapes = [(3, 512), (3, 300), (3, 40)]
     grads = [torch.randn(s) * 1e-2 for s in shapes]
-    call = new_call([torch.randn(s) for s in shapes], grads, stochastic_rounding=stochastic)
+    params = [torch.randn(s) for s in shapes]
+    call = new_call(params, grads, stochastic_rounding=stochastic, device=device)
     for _ in range(3):
         run(call)
     for scales in call[f"{name}_scales"]:
@@ -52,8 +53,10 @@ def test_a_bad_scale_is_the_same_on_every_path(workers, name, scale, stochastic)
 @pytest.mark.parametrize(
     ("name", "scale"), [(name, scale) for name, all_ in BAD_SCALES.items() for scale in all_]
 )
-def test_a_bad_scale_moves_no_parameter_and_stays_in_its_row(name: str, scale: float) -> None:
-    call, good = corrupt_call(name, scale, True), corrupt_call(name, scale, True)
+def test_a_bad_scale_moves_no_parameter_and_stays_in_its_row(
+    name: str, scale: float, device: str
+) -> None:
+    call, good = (corrupt_call(name, scale, True, device) for _ in range(2))
     for healthy in good[f"{name}_scales"]:
         healthy[1] = 0.0
     before = [p.clone() for p in call["params"]]
@@ -69,7 +72,7 @@ def test_a_bad_scale_moves_no_parameter_and_stays_in_its_row(name: str, scale: f
 @pytest.mark.parametrize("state_bits", [8, 32])
 @pytest.mark.parametrize("decoupled", [True, False])
 @pytest.mark.parametrize("exponent", [-100, -40, 1, 40, 60, 72, 100])
-def test_a_loss_scale_of_any_size_changes_no_bit(exponent, decoupled, state_bits) -> None:
+def test_a_loss_scale_of_any_size_changes_no_bit(exponent, decoupled, state_bits, device) -> None:
     torch.manual_seed(0)
     p, g = torch.randn(4, 512), torch.randn(4, 512) * 1e-2
     calls = []
@@ -82,6 +85,7 @@ def test_a_loss_scale_of_any_size_changes_no_bit(exponent, decoupled, state_bits
             weight_decay=0.1,
             decoupled_weight_decay=decoupled,
             grad_scale=grad_scale,
+            device=device,
         )
         for _ in range(3):
             run(call)
@@ -90,17 +94,33 @@ def test_a_loss_scale_of_any_size_changes_no_bit(exponent, decoupled, state_bits
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, math.inf, math.nan])
-def test_an_impossible_loss_scale_is_refused(scale: float) -> None:
-    call = new_call([torch.ones(4, 512)], [torch.ones(4, 512)], grad_scale=torch.tensor(scale))
+def test_an_impossible_loss_scale_is_refused(scale: float, device: str) -> None:
+    """Where it lies on the CPU. One on a GPU is not read: test_cuda.py says what it does."""
+    call = new_call([torch.ones(4, 512)], [torch.ones(4, 512)], device=device)
+    call["grad_scale"] = torch.tensor(scale)
     before = call_bits(call)
     with pytest.raises(RuntimeError, match="grad_scale must be positive and finite"):
         run(call)
     assert call_bits(call) == before
 
 
-def test_one_tensor_twice_is_refused() -> None:
-    p = torch.ones(4, 512)
-    call = new_call([p, p], [p.clone(), p.clone()])
+@pytest.mark.parametrize("step", [-1.0, 0.5, 2.0**24, math.inf, math.nan])
+def test_an_impossible_step_is_refused(step: float) -> None:
+    """On the CPU. On a GPU it is not read: test_cuda.py says what it does."""
+    params, grads = [[torch.ones(4, 512) for _ in range(2)] for _ in range(2)]
+    call = new_call(params, grads)
+    call["steps"][1].fill_(step)
+    before = call_bits(call)
+    with pytest.raises(
+        RuntimeError, match=r"steps\[1\] must be a whole number from 0 to 2\^24 - 1"
+    ):
+        run(call)
+    assert call_bits(call) == before
+
+
+def test_one_tensor_twice_is_refused(device: str) -> None:
+    p = torch.ones(4, 512, device=device)
+    call = new_call([p, p], [p.clone(), p.clone()], device=device)
     before = call_bits(call)
     with pytest.raises(RuntimeError, match=r"params\[0\] and params\[1\] must be different"):
         run(call)
@@ -117,8 +137,8 @@ def test_one_tensor_twice_is_refused() -> None:
         {"maximize": "no"},
     ],
 )
-def test_an_option_refused_in_the_last_group_leaves_the_first_alone(option) -> None:
-    params = [torch.nn.Parameter(torch.ones(8, 1024)) for _ in range(2)]
+def test_an_option_refused_in_the_last_group_leaves_the_first_alone(option, device) -> None:
+    params = [torch.nn.Parameter(torch.ones(8, 1024, device=device)) for _ in range(2)]
     optimizer = torchao8.AdamW8bit([{"params": [p]} for p in params])
     for p in params:
         p.grad = torch.ones_like(p)
@@ -135,8 +155,8 @@ def test_an_option_refused_in_the_last_group_leaves_the_first_alone(option) -> N
     ("key", "value"),
     [("exp_avg_scale", math.inf), ("exp_avg_sq_scale", -1.0), ("step", 1.5), ("step", -1.0)],
 )
-def test_a_state_that_no_step_leaves_is_not_loaded(key: str, value: float) -> None:
-    p = torch.nn.Parameter(torch.ones(8, 1024))
+def test_a_state_that_no_step_leaves_is_not_loaded(key: str, value: float, device: str) -> None:
+    p = torch.nn.Parameter(torch.ones(8, 1024, device=device))
     optimizer = torchao8.AdamW8bit([p])
     p.grad = torch.ones_like(p)
     optimizer.step()

@@ -1,6 +1,13 @@
-"""The CUDA kernels on a GPU: the bits of the CPU, no waiting for the device, graphs."""
+"""The CUDA kernels on a GPU: the bits of the CPU, no waiting for the device, graphs.
 
-from collections.abc import Iterator
+What holds on every device is tested on all of them in the other files, through their argument
+`device`. Here is what compares two devices, and what a GPU does otherwise.
+"""
+
+import gc
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -9,42 +16,47 @@ from adam_call import (
     DTYPES,
     Call,
     assert_same_bits,
+    call_bits,
     copy_call,
     live_state,
+    moved,
     new_call,
     run,
     sample_call,
     tensors,
 )
-from helpers import make_params, set_grads
+from helpers import (
+    DEVICES,
+    SMALL,
+    all_bits,
+    assert_same_training,
+    make_params,
+    set_grads,
+    through_file,
+    train,
+)
 from optim_table import OptimizerCase, every_optimizer
-from torch import Tensor
+from test_op_errors import BAD_CALLS, BY_DISPATCHER, refusal
 
 import torchao8
 from torchao8 import AdamW8bit, ops
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or ops.CUDA_EXTENSION_FILE is None,
-    reason="no GPU, or torchao8 was built without CUDA: build it on a machine with a GPU and nvcc",
+    not torch.cuda.is_available(),
+    reason="no GPU that this torch can use: run `make gpu` on a machine with one, and with nvcc",
 )
+
+
+@pytest.fixture(autouse=True)
+def _kernels() -> None:
+    """There is a GPU: that it is not tested must not look like success."""
+    if DEVICE not in DEVICES:
+        pytest.fail(f"torchao8 has no kernels for the GPU of this machine: {ops.CUDA_MISSING}")
+
 
 # Rows of whole blocks, which take the path through registers, beside those of adam_call.SHAPES.
 ALIGNED = [(64, 256), (3, 1024), (7, 576), (40, 24), (5000,), (9, 8, 512)]
-
-
-def moved(call: Call, device: str, numbers_too: bool = True) -> Call:
-    """A copy on another device. Whether lr, grad_scale and found_inf go, too."""
-    numbers = ("lr", "grad_scale", "found_inf")
-
-    def move(name: str, value: Any) -> Any:
-        if isinstance(value, list):
-            return [t.to(device, copy=True) if isinstance(t, Tensor) else t for t in value]
-        if isinstance(value, Tensor) and (numbers_too or name not in numbers):
-            return value.to(device, copy=True)
-        return value
-
-    return {name: move(name, value) for name, value in copy_call(call).items()}
 
 
 def assert_steps_alike(call: Call, steps: int = 3, numbers_too: bool = True) -> None:
@@ -57,7 +69,7 @@ def assert_steps_alike(call: Call, steps: int = 3, numbers_too: bool = True) -> 
             on_gpu.copy_(on_cpu)
         run(call)
         run(other)
-        assert_same_bits(call, moved(other, "cpu"))
+        assert_same_bits(call, other)
 
 
 @pytest.mark.parametrize("state_bits", [8, 32])
@@ -106,7 +118,7 @@ def test_bad_gradients(state_bits: int) -> None:
     other = moved(call, DEVICE)
     run(call)
     run(other)
-    assert_same_bits(call, moved(other, "cpu"))
+    assert_same_bits(call, other)
 
 
 def test_tiny_and_huge_gradients() -> None:
@@ -118,7 +130,7 @@ def test_tiny_and_huge_gradients() -> None:
     for _ in range(3):
         run(call)
         run(other)
-        assert_same_bits(call, moved(other, "cpu"))
+        assert_same_bits(call, other)
 
 
 def test_more_tensors_than_one_launch_takes() -> None:
@@ -137,15 +149,8 @@ def test_views_at_odd_addresses_and_strides() -> None:
     other["grads"] = [grads_on_gpu[3:8195].view(32, 256), grads_on_gpu[8200:16392].view(32, 256)]
     run(call)
     run(other)
-    assert_same_bits(call, moved(other, "cpu"))
+    assert_same_bits(call, other)
     assert torch.equal(base, on_gpu.cpu())
-
-
-def test_found_inf_changes_nothing() -> None:
-    call = moved(sample_call(found_inf=torch.tensor(1.0)), DEVICE)
-    before = copy_call(call)
-    run(call)
-    assert_same_bits(moved(call, "cpu"), moved(before, "cpu"))
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -169,26 +174,73 @@ def test_codec(dtype: torch.dtype, block_size: int, signed: bool) -> None:
         assert torch.equal(back, back2)
 
 
-@pytest.fixture
+@contextmanager
 def no_synchronization() -> Iterator[None]:
+    """Whatever has the host wait for the device raises."""
     torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.usefixtures("no_synchronization")
 def test_the_host_waits_for_nothing() -> None:
-    call = moved(sample_call(), DEVICE)
-    for _ in range(2):
-        run(call)
+    call = sample_call(device=DEVICE)
+    with no_synchronization():
+        for _ in range(2):
+            run(call)
+    with no_synchronization(), pytest.raises(RuntimeError, match="synchronizing"):
+        call["lr"].item()
+
+
+@every_optimizer()
+@pytest.mark.parametrize("lr", ["number", "tensor"])
+def test_the_host_waits_for_nothing_in_a_step(case: OptimizerCase, lr: str) -> None:
+    """From the first step on, which makes the state; under GradScaler too."""
+    params = make_params(device=DEVICE)
+    value = torch.tensor(1e-3, device=DEVICE) if lr == "tensor" else 1e-3
+    optimizer = case.cls(params, lr=value, min_8bit_size=SMALL, fused=True)
+    set_grads(params, 0)
+    optimizer.grad_scale = torch.tensor(2.0, device=DEVICE)
+    optimizer.found_inf = torch.tensor(0.0, device=DEVICE)
+    with no_synchronization():
+        for _ in range(2):
+            optimizer.step()
+
+
+def growth_of_a_step(step: Callable[[], Any]) -> int:
+    """Bytes that a step takes for a while; the one before it makes the state and loads kernels."""
+    step()
+    gc.collect()  # nothing of earlier models is freed in between
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return torch.cuda.max_memory_allocated() - held
+
+
+@every_optimizer()
+def test_no_temporary_grows_with_the_model(case: OptimizerCase) -> None:
+    growths = set()
+    for rows in (16, 1024, 16384):
+        params = [torch.nn.Parameter(torch.ones(rows, 1024, device=DEVICE)) for _ in range(2)]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        growths.add(growth_of_a_step(case.cls(params, amsgrad=True).step))
+    assert len(growths) == 1
+    assert growths.pop() < 4096
+
+
+def test_the_measurement_sees_a_temporary() -> None:
+    """A gradient that is not dense is copied, which the CPU does without."""
+    grad = torch.randn(1024, 512, device=DEVICE).t()
+    call = new_call([torch.randn(512, 1024)], [grad], device=DEVICE)
+    assert growth_of_a_step(lambda: run(call)) >= grad.nbytes
 
 
 def test_a_captured_step_replays_with_new_numbers() -> None:
     """Changing lr, steps and gradients in place; the replays are the eager steps, to the bit."""
-    scale = torch.tensor(2.0)
-    call = moved(
-        new_call(tensors(shapes=ALIGNED), tensors(shapes=ALIGNED), grad_scale=scale), DEVICE
-    )
+    params, grads = tensors(shapes=ALIGNED), tensors(shapes=ALIGNED)
+    call = new_call(params, grads, grad_scale=torch.tensor(2.0), device=DEVICE)
     eager = moved(call, DEVICE)
     warm_up = moved(call, DEVICE)
     stream = torch.cuda.Stream()
@@ -205,27 +257,60 @@ def test_a_captured_step_replays_with_new_numbers() -> None:
             each["grad_scale"].fill_(2.0**step)
         graph.replay()
         run(eager)
-        assert_same_bits(moved(call, "cpu"), moved(eager, "cpu"))
+        assert_same_bits(call, eager)
 
 
 @every_optimizer()
 def test_training_has_the_bits_of_the_cpu(case: OptimizerCase) -> None:
-    on_cpu, on_gpu = (
-        make_params(),
-        [torch.nn.Parameter(p.detach().to(DEVICE)) for p in make_params()],
-    )
-    first, second = case.cls(on_cpu), case.cls(on_gpu)
-    for seed in range(3):
-        set_grads(on_cpu, seed)
-        for p, q in zip(on_cpu, on_gpu, strict=True):
-            assert p.grad is not None
-            q.grad = p.grad.to(DEVICE)
-        first.step()
-        second.step()
-    for p, q in zip(on_cpu, on_gpu, strict=True):
-        assert torch.equal(p, q.cpu())
-        for key, value in first.state[p].items():
-            assert torch.equal(value, second.state[q][key].cpu()), key
+    first, second = (case.cls(make_params(device=d), min_8bit_size=SMALL) for d in DEVICES)
+    for optimizer in (first, second):
+        train(optimizer, optimizer.param_groups[0]["params"], range(3))
+    assert_same_training(first, second)
+
+
+@every_optimizer()
+@pytest.mark.parametrize(("source", "target"), [("cpu", DEVICE), (DEVICE, "cpu")])
+def test_a_checkpoint_of_one_device_goes_on_upon_the_other(
+    case: OptimizerCase, source: str, target: str
+) -> None:
+    """In bfloat16, to which torch would cast the state."""
+    params = make_params(torch.bfloat16, device=source)
+    optimizer = case.cls(params, min_8bit_size=SMALL)
+    train(optimizer, params, range(3))
+    saved = through_file(optimizer.state_dict())
+    other_params = [p.detach().to(target).requires_grad_() for p in params]
+    other = case.cls(other_params, min_8bit_size=SMALL)
+    other.load_state_dict(saved)
+    assert all_bits(other)["states"] == all_bits(optimizer)["states"]
+    assert {v.device.type for s in other.state.values() for v in s.values()} == {target}
+    train(optimizer, params, range(3, 5))
+    train(other, other_params, range(3, 5))
+    assert_same_training(optimizer, other)
+
+
+@every_optimizer()
+def test_a_group_on_two_devices(case: OptimizerCase) -> None:
+    """Each is stepped where it lies, and GradScaler's numbers, which lie on one of them, reach
+    both. A scale of a power of two leaves the bits as they are."""
+
+    def make() -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+        return make_params(), make_params(seed=1, device=DEVICE)
+
+    (here, there), (p, q) = make(), make()
+    joint = case.cls([*here, *there], min_8bit_size=SMALL)
+    apart = case.cls(p, min_8bit_size=SMALL), case.cls(q, min_8bit_size=SMALL)
+    joint.grad_scale = torch.tensor(1024.0, device=DEVICE)
+    for step in range(3):
+        for params, seed in ((here, step), (there, step + 5)):
+            set_grads(params, seed, scale=1024.0)
+        for found_inf in (1.0, 0.0):
+            joint.found_inf = torch.tensor(found_inf, device=DEVICE)
+            joint.step()
+        train(apart[0], p, [step])
+        train(apart[1], q, [step + 5])
+    both = case.cls([*p, *q])
+    both.state.update({**apart[0].state, **apart[1].state})
+    assert_same_training(joint, both)
 
 
 def test_a_compiled_step() -> None:
@@ -251,13 +336,80 @@ def test_parameters_on_another_device() -> None:
     other = moved(call, "cuda:1")
     run(call)
     run(other)
-    assert_same_bits(call, moved(other, "cpu"))
+    assert_same_bits(call, other)
 
 
-def test_messages() -> None:
-    call = moved(sample_call(), DEVICE)
-    call["grads"][0] = call["grads"][0].cpu()
-    with pytest.raises(
-        RuntimeError, match=r"grads\[0\] must be on cuda:0, as the first parameter is"
-    ):
+# -- what is refused, and what the host cannot see ---------------------------------------------
+
+
+def test_refusals_in_the_words_of_the_cpu() -> None:
+    for name in BAD_CALLS:
+        if name not in BY_DISPATCHER:
+            assert refusal(name, DEVICE).replace("cuda:0", "cpu") == refusal(name), name
+
+
+@pytest.mark.parametrize("name", ["grads", "steps", "exp_avgs", "exp_avg_sq_scales"])
+def test_tensors_on_two_devices_are_refused(name: str) -> None:
+    call = sample_call(device=DEVICE)
+    call[name][1] = call[name][1].cpu()
+    before = call_bits(call)
+    words = (
+        rf"adam_step_: {name}\[1\] must be on cuda:0, as the first parameter is; it is on the CPU"
+    )
+    with pytest.raises(RuntimeError, match=words):
         run(call)
+    assert call_bits(call) == before
+
+
+def test_a_parameter_on_the_cpu_among_others_on_the_gpu_is_refused() -> None:
+    call = sample_call(device=DEVICE)
+    call["lr"] = call["lr"].cpu()  # as it is where it was given as a number
+    call["params"][0] = call["params"][0].cpu()
+    before = call_bits(call)
+    with pytest.raises(RuntimeError, match=r"adam_step_: params\[0\] must be on .* on the CPU"):
+        run(call)
+    assert call_bits(call) == before
+
+
+def test_a_codec_on_two_devices_is_refused() -> None:
+    codes, scale = torchao8.quantize_blockwise(torch.randn(3, 300, device=DEVICE))
+    with pytest.raises(RuntimeError, match="dequantize_blockwise: scale must be on cuda:0"):
+        torchao8.dequantize_blockwise(codes, scale.cpu())
+    with pytest.raises(RuntimeError, match=r"dequantize_blockwise: codes must be on .* on the CPU"):
+        torchao8.dequantize_blockwise(codes.cpu(), scale)
+
+
+@pytest.mark.parametrize("state_bits", [8, 32])
+@pytest.mark.parametrize(
+    ("scale", "grad"), [(0.0, math.nan), (math.nan, math.nan), (math.inf, 0.0), (-1.0, -1.0)]
+)
+def test_a_loss_scale_out_of_range(scale: float, grad: float, state_bits: int) -> None:
+    """Refused on the CPU; on the GPU nobody looks at it. It does to gradients of 1 what arithmetic
+    says: a scale of 0 makes them infinite, and such a gradient changes nothing."""
+    shapes = [(64, 256), (3, 300), (5,)]
+    params = tensors(shapes=shapes)
+    strange, plain = (
+        live_state(new_call(params, [torch.full(s, g) for s in shapes], state_bits=state_bits,
+                            grad_scale=torch.tensor(x), device=DEVICE))
+        for x, g in ((scale, 1.0), (1.0, grad))
+    )  # fmt: skip
+    assert_same_bits(run(strange), run(plain))
+
+
+@pytest.mark.parametrize("state_bits", [8, 32])
+def test_a_step_count_out_of_range(state_bits: int) -> None:
+    """Refused on the CPU. On the GPU a count of 2^24, up to which float32 counts, stays there, and
+    training goes on; a fraction is dropped."""
+    call = sample_call(state_bits=state_bits, device=DEVICE)
+    for step in call["steps"]:
+        step.fill_(2.0**24)
+    before = copy_call(call)
+    run(call)
+    assert all(step == 2**24 for step in call["steps"])
+    assert not torch.equal(call["params"][0], before["params"][0])
+    assert all(p.isfinite().all() for p in call["params"])
+    whole, broken = copy_call(before), copy_call(before)
+    for a, b in zip(whole["steps"], broken["steps"], strict=True):
+        a.fill_(7.0)
+        b.fill_(7.5)
+    assert_same_bits(run(broken), run(whole))

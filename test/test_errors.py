@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from expecttest import assert_expected_inline
 from helpers import SMALL, all_bits, bits, make_params, report, set_grads, train
 from optim_table import (
     BAD_ADAM_OPTIONS,
@@ -32,9 +31,9 @@ def message(error: type[Exception], call: Callable[[], Any]) -> str:
     return str(info.value)
 
 
-def trained(case: OptimizerCase, **options: Any) -> Optimizer:
+def trained(case: OptimizerCase, device: str = "cpu", **options: Any) -> Optimizer:
     """An optimizer with state in both formats."""
-    params = make_params()
+    params = make_params(device=device)
     optimizer = case.cls(params, min_8bit_size=SMALL, **options)
     train(optimizer, params, [0])
     return optimizer
@@ -43,7 +42,7 @@ def trained(case: OptimizerCase, **options: Any) -> Optimizer:
 # -- options -----------------------------------------------------------------------------------
 
 
-def test_messages_of_options() -> None:
+def test_messages_of_options(assert_expected_inline: Callable[[str, str], None]) -> None:
     lines = [
         message(error, lambda options=options: AdamW8bit(make_params(), **options))
         for options, error in [
@@ -90,10 +89,10 @@ is_paged=True: paged state is not implemented, it must be False""",
     ("options", "error"), BAD_OPTIONS + BAD_ADAM_OPTIONS, ids=lambda value: str(value)
 )
 def test_options_are_refused_wherever_they_come_from(
-    case: OptimizerCase, options: dict[str, Any], error: type[Exception]
+    case: OptimizerCase, options: dict[str, Any], error: type[Exception], device: str
 ) -> None:
     """As defaults, in a group at construction, in a group added later, and in a checkpoint."""
-    params = make_params()
+    params = make_params(device=device)
     before = [bits(p) for p in params]
     with pytest.raises(error):
         case.cls(params, **options)
@@ -101,10 +100,10 @@ def test_options_are_refused_wherever_they_come_from(
         case.cls([{"params": params[:2]}, {"params": params[2:], **options}])
     assert [bits(p) for p in params] == before
 
-    optimizer = trained(case)
+    optimizer = trained(case, device)
     before_all = all_bits(optimizer)
     with pytest.raises(error):
-        optimizer.add_param_group({"params": make_params(seed=1), **options})
+        optimizer.add_param_group({"params": make_params(seed=1, device=device), **options})
     assert all_bits(optimizer) == before_all
 
     # Options that lay out the state are not taken from a checkpoint.
@@ -139,7 +138,7 @@ def test_unknown_option(case: OptimizerCase) -> None:
 
 
 def bad_params() -> dict[str, tuple[type[Exception], Callable[[], Any]]]:
-    """Each makes what is passed as parameters."""
+    """Each makes what is passed as parameters, on torch's default device."""
     p = torch.nn.Parameter(torch.ones(3))
     return {
         "empty list": (ValueError, list),
@@ -165,7 +164,7 @@ def bad_params() -> dict[str, tuple[type[Exception], Callable[[], Any]]]:
     }
 
 
-def test_messages_of_parameters() -> None:
+def test_messages_of_parameters(assert_expected_inline: Callable[[str, str], None]) -> None:
     """Ours: the others are torch's, and of the types that the table says."""
     messages = {
         name: message(error, lambda make=make: AdamW8bit(make()))
@@ -191,10 +190,13 @@ overlapping: params[0]: expected elements that do not share memory, got shape [4
 
 @every_optimizer()
 @pytest.mark.parametrize("name", [n for n in bad_params() if n not in ("empty list", "a tensor")])
-def test_parameters_are_refused_in_a_later_group(case: OptimizerCase, name: str) -> None:
-    optimizer = trained(case)
-    error, make = bad_params()[name]
-    given = make()
+def test_parameters_are_refused_in_a_later_group(
+    case: OptimizerCase, name: str, device: str
+) -> None:
+    optimizer = trained(case, device)
+    with torch.device(device):
+        error, make = bad_params()[name]
+        given = make()
     groups = given if isinstance(given[0], dict) else [{"params": given}]
     for group in groups[:-1]:
         optimizer.add_param_group(group)
@@ -206,13 +208,13 @@ def test_parameters_are_refused_in_a_later_group(case: OptimizerCase, name: str)
 
 
 @every_optimizer()
-def test_parameters_of_another_group(case: OptimizerCase) -> None:
-    optimizer = trained(case)
+def test_parameters_of_another_group(case: OptimizerCase, device: str) -> None:
+    optimizer = trained(case, device)
     before = all_bits(optimizer)
     with pytest.raises(ValueError, match="appear in more than one parameter group"):
         optimizer.add_param_group({"params": optimizer.param_groups[0]["params"][3]})
     with pytest.raises(TypeError, match="must be a dict"):
-        optimizer.add_param_group(make_params(seed=1))  # type: ignore[arg-type]
+        optimizer.add_param_group(make_params(seed=1, device=device))  # type: ignore[arg-type]
     assert all_bits(optimizer) == before
 
 
@@ -243,22 +245,22 @@ def test_dtensor(case: OptimizerCase) -> None:
 
 
 def sparse(p: Tensor) -> Tensor:
-    return torch.zeros(p.shape).to_sparse()
+    return torch.zeros_like(p).to_sparse()
 
 
 def float64(p: Tensor) -> Tensor:
     p.grad_dtype = None
-    return torch.ones(p.shape, dtype=torch.float64)
+    return torch.ones_like(p, dtype=torch.float64)
 
 
 @every_optimizer()
 @pytest.mark.parametrize("bad_grad", [sparse, float64])
 @pytest.mark.parametrize("at_first_step", [True, False])
 def test_bad_gradients(
-    case: OptimizerCase, bad_grad: Callable[[Tensor], Tensor], at_first_step: bool
+    case: OptimizerCase, bad_grad: Callable[[Tensor], Tensor], at_first_step: bool, device: str
 ) -> None:
     """One in the last group leaves the groups before it as they were."""
-    params = make_params()
+    params = make_params(device=device)
     optimizer = case.cls([{"params": params[2:]}, {"params": params[:2]}], min_8bit_size=SMALL)
     if not at_first_step:
         train(optimizer, params, [0])
@@ -272,7 +274,7 @@ def test_bad_gradients(
     optimizer.step()
 
 
-def test_messages_of_steps() -> None:
+def test_messages_of_steps(assert_expected_inline: Callable[[str, str], None]) -> None:
     def with_grad(make: Callable[[Tensor], Tensor]) -> str:
         model = torch.nn.Linear(3, 2)
         optimizer = AdamW(model.named_parameters())
@@ -318,9 +320,9 @@ params[0]: expected a dense tensor of float32, bfloat16 or float16, got torch.fl
 
 
 @every_optimizer()
-def test_block_size_changed_after_the_first_step(case: OptimizerCase) -> None:
+def test_block_size_changed_after_the_first_step(case: OptimizerCase, device: str) -> None:
     """Nothing is written, in no group."""
-    optimizer = trained(case, optim_bits=8)
+    optimizer = trained(case, device, optim_bits=8)
     optimizer.param_groups[0]["block_size"] = 64
     train_params = optimizer.param_groups[0]["params"]
     optimizer.param_groups[0]["params"] = train_params[:5]
@@ -333,10 +335,10 @@ def test_block_size_changed_after_the_first_step(case: OptimizerCase) -> None:
 @every_optimizer()
 @pytest.mark.parametrize(("before", "after"), [(8, 32), (32, 8)])
 def test_optim_bits_changed_after_the_first_step(
-    case: OptimizerCase, before: int, after: int
+    case: OptimizerCase, before: int, after: int, device: str
 ) -> None:
     """Refused in words, not accepted and ignored. Nothing has changed, the old value goes on."""
-    optimizer = trained(case, optim_bits=before)
+    optimizer = trained(case, device, optim_bits=before)
     optimizer.param_groups[0]["optim_bits"] = after
     bits = all_bits(optimizer)
     with pytest.raises(RuntimeError, match=f"has {before}-bit state.* now says optim_bits={after}"):
@@ -347,8 +349,8 @@ def test_optim_bits_changed_after_the_first_step(
 
 
 @every_optimizer()
-def test_min_8bit_size_changed_after_the_first_step(case: OptimizerCase) -> None:
-    optimizer, least = trained(case, optim_bits=8), 10**9
+def test_min_8bit_size_changed_after_the_first_step(case: OptimizerCase, device: str) -> None:
+    optimizer, least = trained(case, device, optim_bits=8), 10**9
     optimizer.param_groups[0]["min_8bit_size"] = least
     bits = all_bits(optimizer)
     with pytest.raises(RuntimeError, match=f"now says optim_bits=8, min_8bit_size={least}"):
@@ -413,7 +415,7 @@ def bad_checkpoints() -> dict[str, Callable[[dict[str, Any]], None]]:
     }
 
 
-def test_messages_of_checkpoints() -> None:
+def test_messages_of_checkpoints(assert_expected_inline: Callable[[str, str], None]) -> None:
     lines = []
     for name, spoil in bad_checkpoints().items():
         optimizer = trained(OPTIMIZERS[3])
@@ -454,9 +456,9 @@ step of two: step of parameter 5: expected torch.float32 of shape [], got torch.
 
 @pytest.mark.parametrize("case", OPTIMIZERS[2:], ids=lambda case: case.cls.__name__)
 @pytest.mark.parametrize("name", list(bad_checkpoints()))
-def test_a_bad_checkpoint_changes_nothing(case: OptimizerCase, name: str) -> None:
+def test_a_bad_checkpoint_changes_nothing(case: OptimizerCase, name: str, device: str) -> None:
     """Not the options, nor the state of the parameters before the bad one; and a good one loads."""
-    optimizer = trained(case)
+    optimizer = trained(case, device)
     params = optimizer.param_groups[0]["params"]
     good = copy.deepcopy(optimizer.state_dict())
     saved = copy.deepcopy(good)

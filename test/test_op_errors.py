@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from expecttest import assert_expected_inline
 from helpers import bits, report
 from torch import Tensor
 
@@ -34,14 +33,16 @@ def call_arguments(quantized: bool) -> dict[str, Any]:
             "grad_scale": None, "found_inf": None, **options}  # fmt: skip
 
 
-def put(name: str, value: Any, index: int | None = 1) -> Callable[[dict[str, Any]], None]:
+def put(
+    name: str, make: Callable[[], Any], index: int | None = 1
+) -> Callable[[dict[str, Any]], None]:
     """Replaces an argument, or the last element of a list."""
 
     def apply(arguments: dict[str, Any]) -> None:
         if index is None:
-            arguments[name] = value
+            arguments[name] = make()
         else:
-            arguments[name][index] = value
+            arguments[name][index] = make()
 
     return apply
 
@@ -54,36 +55,37 @@ BAD_CALLS: dict[str, Callable[[dict[str, Any]], None]] = {
     "scales missing": lambda a: a["exp_avg_sq_scales"].clear(),
     "scales shorter": lambda a: a["exp_avg_scales"].pop(),
     "max of one": lambda a: a["max_exp_avg_sqs"].append(a["exp_avg_sqs"][0]),
-    "codes int8": put("exp_avg_sqs", torch.zeros(700, dtype=torch.int8)),
-    "codes of the other format": put("exp_avgs", torch.zeros(700)),
-    "codes of another shape": put("exp_avgs", torch.zeros(699, dtype=torch.uint8)),
-    "codes not contiguous": put("exp_avgs", torch.zeros(1400, dtype=torch.uint8)[::2]),
-    "scale in double": put("exp_avg_scales", torch.zeros(3, dtype=torch.float64)),
-    "scale of another shape": put("exp_avg_scales", torch.zeros(1, 3)),
-    "scale not contiguous": put("exp_avg_sq_scales", torch.zeros(6)[::2]),
-    "param in double": put("params", torch.zeros(700, dtype=torch.float64)),
-    "param overlapping": put("params", torch.zeros(1).expand(700)),
-    "param sparse": put("params", torch.zeros(700).to_sparse()),
-    "grad complex": put("grads", torch.zeros(700, dtype=torch.complex64)),
-    "grad of another shape": put("grads", torch.zeros(7, 100)),
-    "grad on meta": put("grads", torch.zeros(700, device="meta")),
-    "grad sparse": put("grads", torch.zeros(700).to_sparse()),
-    "codes on meta": put("exp_avgs", torch.zeros(700, dtype=torch.uint8, device="meta")),
-    "step an integer": put("steps", torch.tensor(4)),
-    "step of two": put("steps", torch.zeros(2)),
-    "lr of two": put("lr", torch.zeros(2), None),
-    "lr an integer": put("lr", torch.tensor(1), None),
-    "beta1 of one": put("beta1", 1.0, None),
-    "beta2 below zero": put("beta2", -0.5, None),
-    "eps below zero": put("eps", -1.0, None),
-    "weight_decay below zero": put("weight_decay", -1.0, None),
-    "block size": put("block_size", 100, None),
+    "codes int8": put("exp_avg_sqs", lambda: torch.zeros(700, dtype=torch.int8)),
+    "codes of the other format": put("exp_avgs", lambda: torch.zeros(700)),
+    "codes of another shape": put("exp_avgs", lambda: torch.zeros(699, dtype=torch.uint8)),
+    "codes not contiguous": put("exp_avgs", lambda: torch.zeros(1400, dtype=torch.uint8)[::2]),
+    "scale in double": put("exp_avg_scales", lambda: torch.zeros(3, dtype=torch.float64)),
+    "scale of another shape": put("exp_avg_scales", lambda: torch.zeros(1, 3)),
+    "scale not contiguous": put("exp_avg_sq_scales", lambda: torch.zeros(6)[::2]),
+    "param in double": put("params", lambda: torch.zeros(700, dtype=torch.float64)),
+    "param overlapping": put("params", lambda: torch.zeros(1).expand(700)),
+    "param sparse": put("params", lambda: torch.zeros(700).to_sparse()),
+    "grad complex": put("grads", lambda: torch.zeros(700, dtype=torch.complex64)),
+    "grad of another shape": put("grads", lambda: torch.zeros(7, 100)),
+    "grad on meta": put("grads", lambda: torch.zeros(700, device="meta")),
+    "grad sparse": put("grads", lambda: torch.zeros(700).to_sparse()),
+    "codes on meta": put("exp_avgs", lambda: torch.zeros(700, dtype=torch.uint8, device="meta")),
+    "step an integer": put("steps", lambda: torch.tensor(4)),
+    "step of two": put("steps", lambda: torch.zeros(2)),
+    "lr of two": put("lr", lambda: torch.zeros(2), None),
+    "lr an integer": put("lr", lambda: torch.tensor(1), None),
+    "beta1 of one": put("beta1", lambda: 1.0, None),
+    "beta2 below zero": put("beta2", lambda: -0.5, None),
+    "eps below zero": put("eps", lambda: -1.0, None),
+    "weight_decay below zero": put("weight_decay", lambda: -1.0, None),
+    "block size": put("block_size", lambda: 100, None),
 }
 
 
-def spoiled_call(name: str) -> dict[str, Any]:
-    arguments = call_arguments(quantized=True)
-    BAD_CALLS[name](arguments)
+def spoiled_call(name: str, device: str) -> dict[str, Any]:
+    with torch.device(device):
+        arguments = call_arguments(quantized=True)
+        BAD_CALLS[name](arguments)
     return arguments
 
 
@@ -100,9 +102,9 @@ def argument_bits(arguments: dict[str, Any]) -> dict[str, Any]:
 BY_DISPATCHER = ("param sparse", "grad sparse")
 
 
-def refusal(name: str) -> str:
+def refusal(name: str, device: str = "cpu") -> str:
     """The message, which starts with the op, without the stack that torch may add to it."""
-    arguments = spoiled_call(name)
+    arguments = spoiled_call(name, device)
     with pytest.raises(RuntimeError) as info:
         ops.adam_step_(**arguments)
     text = str(info.value).split("\n")[0]
@@ -110,7 +112,8 @@ def refusal(name: str) -> str:
     return text
 
 
-def test_messages_of_the_op() -> None:
+def test_messages_of_the_op(assert_expected_inline: Callable[[str, str], None]) -> None:
+    """On the CPU. Those of a GPU are compared with them in test_cuda.py."""
     lines = [f"{name}: {refusal(name)}" for name in BAD_CALLS if name not in BY_DISPATCHER]
     assert_expected_inline(
         report(lines),
@@ -156,9 +159,9 @@ block size: adam_step_: block_size must be a power of two from 64 to 2048, got 1
 
 
 @pytest.mark.parametrize("name", list(BAD_CALLS))
-def test_a_refused_call_changes_nothing(name: str) -> None:
+def test_a_refused_call_changes_nothing(name: str, device: str) -> None:
     """The first parameter of each list is a good one: it too must stay as it is."""
-    arguments = spoiled_call(name)
+    arguments = spoiled_call(name, device)
     before = argument_bits(arguments)
     with pytest.raises((RuntimeError, NotImplementedError)):
         ops.adam_step_(**arguments)
@@ -166,8 +169,9 @@ def test_a_refused_call_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("quantized", [True, False])
-def test_the_call_that_the_others_spoil_is_good(quantized: bool) -> None:
-    arguments = call_arguments(quantized)
+def test_the_call_that_the_others_spoil_is_good(quantized: bool, device: str) -> None:
+    with torch.device(device):
+        arguments = call_arguments(quantized)
     before = argument_bits(arguments)
     ops.adam_step_(**arguments)
     after = argument_bits(arguments)

@@ -74,13 +74,14 @@ def shard(call: Call, pieces: list[Piece], columns: int, placed: bool) -> Call:
 
 @pytest.mark.parametrize("columns", [1024, 1000])
 @pytest.mark.parametrize("name", list(SPLITS))
-def test_shards_have_the_bits_of_the_whole(name: str, columns: int) -> None:
+def test_shards_have_the_bits_of_the_whole(name: str, columns: int, device: str) -> None:
     """Stochastic rounding included; and not without being told where the shards lie."""
     rows = 12
     pieces = SPLITS[name](rows, columns)
     for dtype in FLOATS:
         call = new_call([torch.randn(rows, columns).to(dtype)], [torch.randn(rows, columns)],
-                        amsgrad=True, weight_decay=0.1, step=3, seed=5)  # fmt: skip
+                        amsgrad=True, weight_decay=0.1, step=3, seed=5,
+                        device=device)  # fmt: skip
         live_state(call)
         placed = run(shard(call, pieces, columns, placed=True))
         lost = run(shard(call, pieces, columns, placed=False))
@@ -90,10 +91,11 @@ def test_shards_have_the_bits_of_the_whole(name: str, columns: int) -> None:
         assert call_bits(lost)["params"] == call_bits(placed)["params"]
 
 
-def test_shards_of_more_dimensions() -> None:
+def test_shards_of_more_dimensions(device: str) -> None:
     """Of the leading dimension; rows are (70,) x 5 here, and (3, 90) there."""
     for shape in [(6, 5, 70), (6, 4, 3, 90), (6, 2, 300)]:
-        call = live_state(new_call([torch.randn(shape)], [torch.randn(shape)], step=3))
+        call = new_call([torch.randn(shape)], [torch.randn(shape)], step=3, device=device)
+        live_state(call)
         per_row = math.prod(shape[1:])
         lists = [n for n, v in call.items() if isinstance(v, list) and v and n != "steps"]
         parts = []

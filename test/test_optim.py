@@ -49,6 +49,11 @@ def moment(state: dict[str, Tensor], name: str, block_size: int = 256) -> Tensor
     return reference.dequantize(codes, scale, block_size, signed=name == "exp_avg")
 
 
+def on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a parameter where the oracle computes."""
+    return {key: value.cpu() for key, value in state.items()}
+
+
 def reference_state(state: dict[str, Tensor]) -> reference.AdamState:
     amsgrad = any(key.startswith("max_exp_avg_sq") for key in state)
     return reference.AdamState(
@@ -97,10 +102,14 @@ def check_stored(
 @every_option_set()
 @pytest.mark.parametrize(("dtype", "grad_dtype"), DTYPES)
 def test_each_step_is_that_of_the_oracle(
-    case: OptimizerCase, options: Options, dtype: torch.dtype, grad_dtype: torch.dtype
+    case: OptimizerCase,
+    options: Options,
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    device: str,
 ) -> None:
     """Each step is repeated in float64 from the state before it, so that no error adds up."""
-    params = make_params(dtype)
+    params = make_params(dtype, device=device)
     rounding = "nearest" if options.get("amsgrad") else "stochastic"
     optimizer = case.cls(params, **options, min_8bit_size=SMALL, state_rounding=rounding)
     unit = torch.finfo(dtype).eps / 2 if dtype != torch.float32 else 0.0
@@ -111,16 +120,17 @@ def test_each_step_is_that_of_the_oracle(
         if step == 0:
             optimizer._init_states()
         expected = [
-            reference.adam(p.detach(), p.grad, reference_state(optimizer.state[p]),
+            reference.adam(p.detach().cpu(), p.grad.cpu(),
+                           reference_state(on_cpu(optimizer.state[p])),
                            reference_options(optimizer))
             for p in params
         ]  # fmt: skip
         optimizer.step()
         for p, want in zip(params, expected, strict=True):
-            state = optimizer.state[p]
+            state = on_cpu(optimizer.state[p])
             # The float32 result is rounded once more to the dtype: half a unit in the last place.
             limit = want.param_error + unit * want.param.abs() + torch.finfo(dtype).smallest_normal
-            assert ((p.detach().double() - want.param).abs() <= limit).all()
+            assert ((p.detach().cpu().double() - want.param).abs() <= limit).all()
             assert state["step"] == step + 1
             stochastic = rounding == "stochastic"
             check_stored(state, "exp_avg", want.state.exp_avg, want.exp_avg_error, stochastic)
@@ -135,17 +145,18 @@ def test_each_step_is_that_of_the_oracle(
 @pytest.mark.parametrize("lr_as_tensor", [False, True])
 @every_option_set()
 def test_training_follows_torch_optim(
-    case: OptimizerCase, options: Options, lr_as_tensor: bool
+    case: OptimizerCase, options: Options, lr_as_tensor: bool, device: str
 ) -> None:
     """With 32-bit state, as near to torch.optim in float64 as torch.optim in float32 is.
 
     The two float32 runs round at different places, so "as near" means within a factor of four and
-    a few units in the last place, in the largest error of a parameter after 20 steps.
+    a few units in the last place, in the largest error of a parameter after 20 steps. Torch's runs
+    are on the CPU.
     """
     if lr_as_tensor:
         options = {**options, "lr": torch.tensor(options.get("lr", 1e-3), dtype=torch.float64)}
     exact = [p.detach().double().requires_grad_() for p in make_params()]
-    theirs, ours = make_params(), make_params()
+    theirs, ours = make_params(), make_params(device=device)
     runs = [
         (case.torch_cls(exact, **options), exact),
         (case.torch_cls(theirs, **options), theirs),
@@ -157,11 +168,11 @@ def test_training_follows_torch_optim(
             optimizer.step()
     for want, near, got in zip(exact, theirs, ours, strict=True):
         allowed = 4 * (near - want).abs().max() + 4 * 2.0**-23 * want.abs().max()
-        assert (got - want).abs().max() <= allowed
+        assert (got.cpu() - want).abs().max() <= allowed
 
 
 @every_optimizer()
-def test_states_and_where_they_apply(case: OptimizerCase) -> None:
+def test_states_and_where_they_apply(case: OptimizerCase, device: str) -> None:
     """The keys, dtypes and shapes of the state, for parameters on both sides of each limit."""
     shapes = [
         (64, 64),
@@ -175,7 +186,7 @@ def test_states_and_where_they_apply(case: OptimizerCase) -> None:
         (16, 16, 3, 30),
     ]
     quantized = [True, False, True, False, False, True, False, False, True]
-    params = make_params(torch.bfloat16, shapes)
+    params = make_params(torch.bfloat16, shapes, device=device)
     optimizer = case.cls(params, optim_bits=8)
     train(optimizer, params, [0])
     for p, in_8bit in zip(params, quantized, strict=True):
@@ -193,12 +204,13 @@ def test_states_and_where_they_apply(case: OptimizerCase) -> None:
             else:
                 assert (state[name].dtype, state[name].shape) == (torch.float32, p.shape)
         assert all(type(value) is Tensor and value.is_contiguous() for value in state.values())
+        assert all(value.device == p.device for value in state.values())
 
 
 @every_optimizer()
-def test_bytes_of_state(case: OptimizerCase) -> None:
+def test_bytes_of_state(case: OptimizerCase, device: str) -> None:
     """Two bytes and two scales a block of 256 in 8 bits, eight bytes in 32."""
-    params = make_params(shapes=[(512, 1024), (8192,)])
+    params = make_params(shapes=[(512, 1024), (8192,)], device=device)
     optimizer = case.cls(params)
     train(optimizer, params, [0])
     size = sum(v.nbytes for s in optimizer.state.values() for k, v in s.items() if k != "step")
@@ -207,10 +219,10 @@ def test_bytes_of_state(case: OptimizerCase) -> None:
 
 
 @every_optimizer()
-def test_one_op_call_for_each_bucket(case: OptimizerCase) -> None:
+def test_one_op_call_for_each_bucket(case: OptimizerCase, device: str) -> None:
     """A bucket is what shares dtypes and the format of the state; groups are apart."""
-    params = make_params(shapes=[(64, 64)] * 6 + [(3,)] * 2)
-    halves = make_params(torch.bfloat16, [(64, 64)] * 3)
+    params = make_params(shapes=[(64, 64)] * 6 + [(3,)] * 2, device=device)
+    halves = make_params(torch.bfloat16, [(64, 64)] * 3, device=device)
     optimizer = case.cls([{"params": params[:4]}, {"params": params[4:] + halves}], optim_bits=8)
     set_grads(params + halves[:2], 0)
     set_grads(halves[2:], 0, torch.float32)
@@ -224,9 +236,9 @@ def test_one_op_call_for_each_bucket(case: OptimizerCase) -> None:
 
 
 @every_optimizer()
-def test_buckets_do_not_change_the_result(case: OptimizerCase) -> None:
+def test_buckets_do_not_change_the_result(case: OptimizerCase, device: str) -> None:
     """All parameters in one optimizer or each in its own: the same bits."""
-    together, alone = make_params(), make_params()
+    together, alone = make_params(device=device), make_params(device=device)
     whole = case.cls(together, min_8bit_size=SMALL, weight_decay=0.1)
     parts = [case.cls([p], min_8bit_size=SMALL, weight_decay=0.1) for p in alone]
     for step in range(3):
@@ -240,8 +252,11 @@ def test_buckets_do_not_change_the_result(case: OptimizerCase) -> None:
 
 
 @every_optimizer()
-def test_strides_do_not_change_the_result(case: OptimizerCase) -> None:
+def test_strides_do_not_change_the_result(case: OptimizerCase, device: str) -> None:
     """Transposed, sliced and expanded parameters and gradients, against their contiguous copies."""
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape).to(device)
 
     def pair(p: Tensor) -> tuple[Tensor, Tensor]:
         return p.detach().requires_grad_(), p.detach().clone(
@@ -249,20 +264,20 @@ def test_strides_do_not_change_the_result(case: OptimizerCase) -> None:
         ).requires_grad_()
 
     views = [
-        torch.randn(70, 90).t(),
-        torch.randn(90, 141)[:, ::2],
-        torch.randn(5001)[1:],
-        torch.randn(2, 40, 5, 30).permute(0, 3, 1, 2),
-        torch.randn(10, 20, 12, 3).to(memory_format=torch.channels_last),
+        randn(70, 90).t(),
+        randn(90, 141)[:, ::2],
+        randn(5001)[1:],
+        randn(2, 40, 5, 30).permute(0, 3, 1, 2),
+        randn(10, 20, 12, 3).to(memory_format=torch.channels_last),
     ]
     pairs = [pair(view) for view in views]
     strided, plain = [a for a, _ in pairs], [b for _, b in pairs]
     grads = [
-        torch.randn(70, 90).t(),
-        torch.randn(90, 1).expand(90, 71),
-        torch.randn(10000)[::2],
-        torch.randn(30, 2, 5, 40).permute(1, 0, 3, 2),
-        torch.randn(10, 20, 12, 3),
+        randn(70, 90).t(),
+        randn(90, 1).expand(90, 71),
+        randn(10000)[::2],
+        randn(30, 2, 5, 40).permute(1, 0, 3, 2),
+        randn(10, 20, 12, 3),
     ]
     first, second = case.cls(strided, weight_decay=0.1), case.cls(plain, weight_decay=0.1)
     for _ in range(2):
@@ -274,11 +289,11 @@ def test_strides_do_not_change_the_result(case: OptimizerCase) -> None:
 
 
 @every_optimizer()
-def test_nearest_and_stochastic_rounding_differ(case: OptimizerCase) -> None:
+def test_nearest_and_stochastic_rounding_differ(case: OptimizerCase, device: str) -> None:
     """state_rounding and seed reach the op, and without 8-bit state they do nothing."""
 
     def run(**options: Any) -> dict[str, Any]:
-        params = make_params()
+        params = make_params(device=device)
         optimizer = case.cls(params, min_8bit_size=SMALL, **options)
         train(optimizer, params, range(3))
         return all_bits(optimizer)["states"]
@@ -293,15 +308,15 @@ def test_nearest_and_stochastic_rounding_differ(case: OptimizerCase) -> None:
 
 @every_optimizer()
 @pytest.mark.parametrize("block_size", [64, 2048])
-def test_block_size(case: OptimizerCase, block_size: int) -> None:
+def test_block_size(case: OptimizerCase, block_size: int, device: str) -> None:
     """The scales have the shape that the block size asks for, and the step uses it."""
-    params = make_params(shapes=[(3, 5000), (6000,), (20, 40, 5)])
+    params = make_params(shapes=[(3, 5000), (6000,), (20, 40, 5)], device=device)
     optimizer = case.cls(params, optim_bits=8, block_size=block_size, state_rounding="nearest",
                          min_8bit_size=0)  # fmt: skip
     train(optimizer, params, [0])
     for p in params:
-        state, grad = optimizer.state[p], p.grad
-        assert grad is not None
+        assert p.grad is not None
+        state, grad = on_cpu(optimizer.state[p]), p.grad.cpu()
         shape = reference.scale_shape(tuple(p.shape), block_size)
         assert state["exp_avg_scale"].shape == state["exp_avg_sq_scale"].shape == shape
         # After one step the first moment is 0.1 g. Rounding is to half of the map's widest gap.

@@ -17,9 +17,9 @@ def scalar(state: dict[str, Tensor]) -> float:
 
 
 @every_optimizer()
-def test_hooks(case: OptimizerCase) -> None:
+def test_hooks(case: OptimizerCase, device: str) -> None:
     """Step hooks run in order around the step, and a pre-hook may change the arguments."""
-    params = make_params()
+    params = make_params(device=device)
     optimizer = case.cls(params)
     set_grads(params, 0)
     before = bits(params[0])
@@ -36,27 +36,27 @@ def test_hooks(case: OptimizerCase) -> None:
 
 
 @every_optimizer()
-def test_closure(case: OptimizerCase) -> None:
+def test_closure(case: OptimizerCase, device: str) -> None:
     """The closure is positional, runs with gradients enabled, and its value is returned."""
-    p = torch.nn.Parameter(torch.ones(3))
+    p = torch.nn.Parameter(torch.ones(3, device=device))
     optimizer = case.cls([p], lr=0.1, weight_decay=0)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = (p * torch.tensor([1.0, 2.0, 3.0])).sum()
+        loss = (p * torch.tensor([1.0, 2.0, 3.0], device=device)).sum()
         loss.backward()
         return loss
 
     loss = optimizer.step(closure)
     assert float(loss.detach()) == 6.0
     # The first step of Adam is lr times the sign of the gradient.
-    torch.testing.assert_close(p.detach(), torch.full((3,), 0.9), rtol=0, atol=1e-6)
+    torch.testing.assert_close(p.detach().cpu(), torch.full((3,), 0.9), rtol=0, atol=1e-6)
 
 
 @every_optimizer()
-def test_a_write_is_seen_by_autograd(case: OptimizerCase) -> None:
+def test_a_write_is_seen_by_autograd(case: OptimizerCase, device: str) -> None:
     """A backward through a parameter that a step has changed since must raise, as in torch."""
-    params = make_params()
+    params = make_params(device=device)
     optimizer = case.cls(params, min_8bit_size=SMALL)
     train(optimizer, params, [0])
     stale = (params[0] ** 2).sum()
@@ -68,12 +68,12 @@ def test_a_write_is_seen_by_autograd(case: OptimizerCase) -> None:
 
 
 @every_optimizer()
-def test_hints_are_accepted_and_kept_as_bools(case: OptimizerCase) -> None:
+def test_hints_are_accepted_and_kept_as_bools(case: OptimizerCase, device: str) -> None:
     """fused, foreach and capturable choose nothing; checkpoint tools would choke on None."""
     hints = ({}, {"foreach": True}, {"fused": False, "capturable": True}, {"fused": True})
     results = []
     for options in hints:
-        params = make_params()
+        params = make_params(device=device)
         group = {"params": params, "foreach": None, "fused": options.get("fused")}
         optimizer = case.cls([group], **options)
         train(optimizer, params, range(2))
@@ -95,16 +95,16 @@ def test_group_values_pass_through_checkpoint_tools(case: OptimizerCase) -> None
 
 
 @every_optimizer()
-def test_groups_have_their_own_options(case: OptimizerCase) -> None:
+def test_groups_have_their_own_options(case: OptimizerCase, device: str) -> None:
     """Two groups with different options, one of them added later: as two optimizers."""
     first = {"lr": 0.1, "weight_decay": 0.2, "betas": (0.5, 0.6), "optim_bits": 32}
     second = {"lr": 0.01, "eps": 1e-3, "maximize": True, "amsgrad": True, "optim_bits": 8,
               "min_8bit_size": 0, "block_size": 64, "state_rounding": "nearest"}  # fmt: skip
-    a, b = make_params(), make_params(seed=1)
+    a, b = make_params(device=device), make_params(seed=1, device=device)
     joint = case.cls([{"params": a, **first}])
     train(joint, a, [0])
     joint.add_param_group({"params": iter(b), **second})
-    c, d = make_params(), make_params(seed=1)
+    c, d = make_params(device=device), make_params(seed=1, device=device)
     apart = case.cls(c, **first), case.cls(d, **second)
     train(apart[0], c, [0])
     for step in (1, 2):
@@ -123,34 +123,35 @@ def test_groups_have_their_own_options(case: OptimizerCase) -> None:
 
 
 @every_optimizer()
-def test_named_parameters(case: OptimizerCase) -> None:
-    model = torch.nn.Linear(70, 80)
+def test_named_parameters(case: OptimizerCase, device: str) -> None:
+    model = torch.nn.Linear(70, 80).to(device)
     optimizer = case.cls(model.named_parameters())
-    model(torch.randn(2, 70)).sum().backward()
+    model(torch.randn(2, 70).to(device)).sum().backward()
     optimizer.step()
     assert optimizer.state_dict()["param_groups"][0]["param_names"] == ["weight", "bias"]
     assert len(optimizer.state) == 2
 
 
 @every_optimizer()
-def test_unknown_group_keys_are_kept(case: OptimizerCase) -> None:
+def test_unknown_group_keys_are_kept(case: OptimizerCase, device: str) -> None:
     """Schedulers and trainers store their own in the groups."""
-    params = make_params()
+    params = make_params(device=device)
     optimizer = case.cls([{"params": params, "name": "body", "initial_lr": 0.3}])
     train(optimizer, params, [0])
     state = optimizer.state_dict()
-    other = case.cls(make_params())
+    other = case.cls(make_params(device=device))
     other.load_state_dict(state)
     assert other.param_groups[0]["name"] == "body"
     assert other.param_groups[0]["initial_lr"] == 0.3
 
 
 @every_optimizer()
-def test_frozen_parameters(case: OptimizerCase) -> None:
+def test_frozen_parameters(case: OptimizerCase, device: str) -> None:
     """Of any dtype; they keep their bits and get no state until they are thawed."""
-    params = make_params()
+    params = make_params(device=device)
     frozen = params[1].requires_grad_(False)
-    codes = torch.nn.Parameter(torch.zeros(4096, dtype=torch.uint8), requires_grad=False)
+    zeros = torch.zeros(4096, dtype=torch.uint8, device=device)
+    codes = torch.nn.Parameter(zeros, requires_grad=False)
     optimizer = case.cls([*params, codes], weight_decay=0.5)
     before = bits(frozen)
     train(optimizer, [p for p in params if p.requires_grad], range(2))
@@ -165,20 +166,20 @@ def test_frozen_parameters(case: OptimizerCase) -> None:
 
 
 @every_optimizer()
-def test_late_first_gradient(case: OptimizerCase) -> None:
+def test_late_first_gradient(case: OptimizerCase, device: str) -> None:
     """Every trainable parameter has its state after the first step, and is at step 0 until its
     gradient comes; then the bits are those of an optimizer that has just been made."""
-    params = make_params()
+    params = make_params(device=device)
     late = params[0]
     optimizer = case.cls(params, min_8bit_size=SMALL)
     train(optimizer, params[1:], range(2))
     assert set(optimizer.state) == set(params)
     for key, value in optimizer.state[late].items():
         assert (value == (127 if key == "exp_avg_codes" else 0)).all(), key
-    assert bits(late) == bits(make_params()[0])
+    assert bits(late) == bits(make_params(device=device)[0])
     train(optimizer, params, [2])
 
-    fresh = make_params()[:1]
+    fresh = make_params(device=device)[:1]
     other = case.cls(fresh, min_8bit_size=SMALL)
     train(other, fresh, [2])
     assert bits(late) == bits(fresh[0])
@@ -186,23 +187,23 @@ def test_late_first_gradient(case: OptimizerCase) -> None:
 
 
 @every_optimizer()
-def test_parameters_swapped_in_after_construction(case: OptimizerCase) -> None:
+def test_parameters_swapped_in_after_construction(case: OptimizerCase, device: str) -> None:
     """accelerate replaces the parameters in the groups before the first step."""
-    optimizer = case.cls(make_params(torch.bfloat16), min_8bit_size=SMALL)
-    swapped = make_params()
+    optimizer = case.cls(make_params(torch.bfloat16, device=device), min_8bit_size=SMALL)
+    swapped = make_params(device=device)
     optimizer.param_groups[0]["params"] = swapped
     train(optimizer, swapped, range(2))
-    params = make_params()
+    params = make_params(device=device)
     plain = case.cls(params, min_8bit_size=SMALL)
     train(plain, params, range(2))
     assert_same_training(optimizer, plain)
 
 
 @every_optimizer()
-def test_options_are_read_at_every_step(case: OptimizerCase) -> None:
+def test_options_are_read_at_every_step(case: OptimizerCase, device: str) -> None:
     changes = {"lr": 0.5, "betas": (0.1, 0.2), "eps": 1.0, "weight_decay": 0.3, "maximize": True}
     for name, value in changes.items():
-        changed, same = make_params(), make_params()
+        changed, same = make_params(device=device), make_params(device=device)
         a, b = case.cls(changed), case.cls(same)
         train(a, changed, [0])
         train(b, same, [0])
@@ -232,12 +233,14 @@ SCHEDULERS: dict[str, Any] = {
 @every_optimizer()
 @pytest.mark.parametrize("kind", ["float", "float32", "float64"])
 @pytest.mark.parametrize("scheduler", list(SCHEDULERS))
-def test_lr_schedulers(case: OptimizerCase, kind: str, scheduler: str) -> None:
+def test_lr_schedulers(case: OptimizerCase, kind: str, scheduler: str, device: str) -> None:
     """The same groups as torch.optim at every step, and with 32-bit state the same training."""
 
     def run(cls: type[torch.optim.Optimizer], **options: Any) -> tuple[list[Any], list[Tensor]]:
-        params = make_params()
-        lr = 0.05 if kind == "float" else torch.tensor(0.05, dtype=getattr(torch, kind))
+        params = make_params(device=device)
+        lr: float | Tensor = 0.05
+        if kind != "float":
+            lr = torch.tensor(lr, dtype=getattr(torch, kind), device=device)
         optimizer = cls(params, lr=lr, **options)
         schedule = SCHEDULERS[scheduler](optimizer)
         seen = []
@@ -260,10 +263,12 @@ def test_lr_schedulers(case: OptimizerCase, kind: str, scheduler: str) -> None:
 @every_optimizer()
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_tensor_lr(case: OptimizerCase, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_tensor_lr(
+    case: OptimizerCase, shape: tuple[int, ...], dtype: torch.dtype, device: str
+) -> None:
     """A tensor of one element, of any shape, steps as the number does, and stays in its group."""
-    lr = torch.full(shape, 2.0**-7, dtype=dtype)
-    tensors, numbers = make_params(), make_params()
+    lr = torch.full(shape, 2.0**-7, dtype=dtype, device=device)
+    tensors, numbers = make_params(device=device), make_params(device=device)
     a, b = case.cls(tensors, lr=lr), case.cls(numbers, lr=2.0**-7)
     train(a, tensors, range(2))
     train(b, numbers, range(2))
@@ -272,13 +277,13 @@ def test_tensor_lr(case: OptimizerCase, shape: tuple[int, ...], dtype: torch.dty
 
 
 def scaled_run(
-    case: OptimizerCase, fused: bool, overflow: bool, clip: bool = False
+    case: OptimizerCase, device: str, fused: bool, overflow: bool, clip: bool = False
 ) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler]:
     """Two steps under a GradScaler, the second with an infinite gradient if ``overflow``."""
-    params = make_params()
+    params = make_params(device=device)
     optimizer = case.cls(params, fused=fused, min_8bit_size=SMALL)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    scaler.scale(torch.zeros(()))
+    scaler = torch.amp.GradScaler(device, init_scale=1024.0)
+    scaler.scale(torch.zeros((), device=device))
     for step in range(2):
         set_grads(params, step, scale=1024.0)
         if overflow and step == 1:
@@ -299,10 +304,10 @@ def scaled_run(
 @every_optimizer()
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("clip", [False, True])
-def test_grad_scaler(case: OptimizerCase, fused: bool, clip: bool) -> None:
+def test_grad_scaler(case: OptimizerCase, fused: bool, clip: bool, device: str) -> None:
     """A scale of a power of two leaves the bits as they are, whoever divides by it."""
-    optimizer, _ = scaled_run(case, fused, overflow=False, clip=clip)
-    params = make_params()
+    optimizer, _ = scaled_run(case, device, fused, overflow=False, clip=clip)
+    params = make_params(device=device)
     plain = case.cls(params, min_8bit_size=SMALL)
     train(plain, params, range(2))
     assert_same_training(optimizer, plain)
@@ -310,9 +315,11 @@ def test_grad_scaler(case: OptimizerCase, fused: bool, clip: bool) -> None:
 
 @every_optimizer()
 @pytest.mark.parametrize("fused", [False, True])
-def test_grad_scaler_skips_a_step_that_overflows(case: OptimizerCase, fused: bool) -> None:
+def test_grad_scaler_skips_a_step_that_overflows(
+    case: OptimizerCase, fused: bool, device: str
+) -> None:
     """Nothing changes, not even the count of steps, and the scale backs off."""
-    optimizer, scaler = scaled_run(case, fused, overflow=True)
+    optimizer, scaler = scaled_run(case, device, fused, overflow=True)
     steps = {scalar(state) for state in optimizer.state.values()}
     assert steps == {1.0}
     assert scaler.get_scale() == 512.0
@@ -325,15 +332,15 @@ def test_fused_opts_in_to_amp_scaling(case: OptimizerCase) -> None:
     assert not case.cls(make_params())._step_supports_amp_scaling
 
 
-def test_zero_gradients_and_zero_lr_change_nothing() -> None:
+def test_zero_gradients_and_zero_lr_change_nothing(device: str) -> None:
     """torch.distributed.checkpoint makes the state by such a step."""
     for cls in (AdamW, AdamW8bit):
-        params = make_params()
+        params = make_params(device=device)
         optimizer = cls(params, lr=0.0, min_8bit_size=SMALL)
         for p in params:
             p.grad = torch.zeros_like(p)
         optimizer.step()
-        assert [bits(p) for p in params] == [bits(p) for p in make_params()]
+        assert [bits(p) for p in params] == [bits(p) for p in make_params(device=device)]
         for state in optimizer.state.values():
             for key, value in state.items():
                 zero = 127 if key == "exp_avg_codes" else 1 if key == "step" else 0

@@ -1,4 +1,4 @@
-"""The same bits on the scalar, AVX2 and AVX-512 paths, for any threads, grouping and float mode."""
+"""The same bits on all paths of the CPU and on a GPU, for any threads, grouping, float mode."""
 
 import math
 import platform
@@ -11,9 +11,25 @@ import hypothesis.strategies as st
 import pytest
 import reference
 import torch
-from adam_call import FLOATS, MOMENTS, STATE_LISTS, Call, copy_call, live_state, new_call
+from adam_call import (
+    CHANGED,
+    FLOATS,
+    MOMENTS,
+    STATE_LISTS,
+    Call,
+    assert_same_bits,
+    copy_call,
+    live_state,
+    moved,
+    moved_tensor,
+    new_call,
+    run,
+)
+from helpers import DEVICES, bits
 from path_worker import Worker
 from torch import Tensor
+
+from torchao8 import dequantize_blockwise, quantize_blockwise
 
 PATHS = ("scalar", "avx2", "avx512")
 FLAGS = {
@@ -225,6 +241,47 @@ def test_codec(
     assert one("quantize", x, options) == other("quantize", x, options)
     options = {**options, "dtype": dtype}
     assert one("dequantize", codes, scale, options) == other("dequantize", codes, scale, options)
+
+
+# -- a GPU -------------------------------------------------------------------------------------
+
+on_a_gpu = pytest.mark.skipif(
+    "cuda" not in DEVICES,
+    reason="no GPU, or no kernels for it: run `make gpu` on a machine with one",
+)
+
+
+def one_nan(t: Tensor) -> Tensor:
+    """A GPU knows one NaN; the CPU keeps what was in it."""
+    return t.where(~t.isnan(), math.nan) if t.is_floating_point() else t
+
+
+@on_a_gpu
+@EXAMPLES
+@hypothesis.given(call=step_calls())
+def test_steps_on_a_gpu(call: Call) -> None:
+    other = moved(call, "cuda")
+    for _ in range(2):
+        run(call)
+        run(other)
+    for each in (call, other):
+        each.update({name: [one_nan(t) for t in each[name]] for name in CHANGED})
+    assert_same_bits(call, other)
+
+
+@on_a_gpu
+@EXAMPLES
+@hypothesis.given(inputs=codec_inputs(), dtype=st.sampled_from(FLOATS))
+def test_codec_on_a_gpu(
+    inputs: tuple[Tensor, Tensor, Tensor, dict[str, Any]], dtype: torch.dtype
+) -> None:
+    x, codes, scale, options = inputs
+    want = [*quantize_blockwise(x, **options),
+            dequantize_blockwise(codes, scale, dtype=dtype, **options)]  # fmt: skip
+    x, codes, scale = (moved_tensor(t, "cuda") for t in (x, codes, scale))
+    got = [*quantize_blockwise(x, **options),
+           dequantize_blockwise(codes, scale, dtype=dtype, **options)]  # fmt: skip
+    assert [bits(one_nan(t)) for t in got] == [bits(one_nan(t)) for t in want]
 
 
 # -- threads, grouping, the floating-point mode ------------------------------------------------

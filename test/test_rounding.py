@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from adam_call import Call, assert_same_bits, moment, new_call, run, set_moment
+from adam_call import Call, assert_same_bits, moment, moved, new_call, run, set_moment
 from codec_reference import codebook, neighbours
 from torch import Tensor
 
@@ -29,15 +29,15 @@ def grads_for(targets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def second_moment_codes(
-    grad: Tensor, *, step: int = 1, amsgrad: bool = False, **options: Any
+    grad: Tensor, device: str, *, step: int = 1, amsgrad: bool = False, **options: Any
 ) -> list[Tensor]:
-    """What the `step`-th step stores for v = grad^2, and for its maximum."""
+    """What the `step`-th step stores for v = grad^2, and for its maximum; on the CPU."""
     call = new_call([torch.zeros_like(grad)], [grad], amsgrad=amsgrad, step=step - 1, lr=0.0,
-                    beta1=0.0, beta2=0.0, **options)  # fmt: skip
+                    beta1=0.0, beta2=0.0, device=device, **options)  # fmt: skip
     run(call)
     assert (call["exp_avg_sq_scales"][0] == 1).all()
     names = ("exp_avg_sqs", "max_exp_avg_sqs") if amsgrad else ("exp_avg_sqs",)
-    return [call[name][0] for name in names]
+    return [call[name][0].cpu() for name in names]
 
 
 def between(low: int, fractions: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def goes_up(codes: Tensor, below: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", list(TARGETS))
-def test_stochastic_rounding_is_unbiased_and_linear(name: str) -> None:
+def test_stochastic_rounding_is_unbiased_and_linear(name: str, device: str) -> None:
     """The chance of the code above is the distance from the one below, in every kind of interval.
 
     The counts are binomial: each column within 5.5 standard errors, and the sum of the squares of
@@ -101,7 +101,7 @@ def test_stochastic_rounding_is_unbiased_and_linear(name: str) -> None:
     below, chance = neighbours(v.double())
     ups = torch.zeros(COLUMNS, dtype=torch.float64)
     for k in range(repeats):
-        (codes,) = second_moment_codes(grad, step=1 + k % 4, seed=k // 4)
+        (codes,) = second_moment_codes(grad, device, step=1 + k % 4, seed=k // 4)
         ups += goes_up(codes, below)
     n = rows * repeats
     uncertain = (chance > 0) & (chance < 1)
@@ -115,7 +115,7 @@ def test_stochastic_rounding_is_unbiased_and_linear(name: str) -> None:
 
 
 @pytest.mark.parametrize("stochastic", [True, False], ids=["stochastic", "nearest"])
-def test_a_second_moment_above_zero_is_never_stored_as_zero(stochastic: bool) -> None:
+def test_a_second_moment_above_zero_is_never_stored_as_zero(stochastic: bool, device: str) -> None:
     """What lies below the first code, or nearer to 0 than to it, gets code 1, and 0 gets 0."""
     first = codebook(False)[1].item()
     targets = torch.logspace(-37.9, math.log10(first), COLUMNS, dtype=torch.float64)
@@ -124,21 +124,21 @@ def test_a_second_moment_above_zero_is_never_stored_as_zero(stochastic: bool) ->
     assert (v[:-3] >= torch.finfo(torch.float32).tiny).all()
     grad[0, 1:4] = torch.tensor([2.0**-74, 2.0**-70, 3 * 2.0**-75])  # v is subnormal
     for seed in range(20):
-        (codes,) = second_moment_codes(grad, seed=seed, stochastic_rounding=stochastic)
+        (codes,) = second_moment_codes(grad, device, seed=seed, stochastic_rounding=stochastic)
         assert (codes[:, :-4] == 1).all()
         assert (codes[:, -4:-1] == 0).all()
 
 
 @pytest.mark.parametrize("stochastic", [True, False], ids=["stochastic", "nearest"])
 @pytest.mark.parametrize("exponent", [-120, -60, 0, 60, 125])
-def test_rounding_beside_any_extreme(exponent: int, stochastic: bool) -> None:
+def test_rounding_beside_any_extreme(exponent: int, stochastic: bool, device: str) -> None:
     """Blocks of second moments of all magnitudes below an extreme of any size: the codes are the
     two neighbours, or the nearest, and 0 for 0 alone. y = v / scale is off by up to 3 * 2^-24."""
     root = 2.0 ** (exponent / 2) * 10.0 ** (-4 * torch.rand(512, 256))
     root[:, 9] = 0.0
     call = new_call([torch.zeros(512, 256)], [root], lr=0.0, beta1=0.0, beta2=0.0,
-                    stochastic_rounding=stochastic)  # fmt: skip
-    run(call)
+                    stochastic_rounding=stochastic, device=device)  # fmt: skip
+    call = moved(run(call), "cpu")
     v = root * root
     codes, scale = call["exp_avg_sqs"][0].long(), call["exp_avg_sq_scales"][0]
     assert torch.equal(scale, v.amax(1, keepdim=True).where(scale > 0, 0.0))
@@ -184,7 +184,7 @@ def first_draws(rows: int, columns: int, step: int) -> Tensor:
     return (h >> 9) & 0x3FFF
 
 
-def test_the_extreme_element_is_code_255_with_every_draw() -> None:
+def test_the_extreme_element_is_code_255_with_every_draw(device: str) -> None:
     """Divided by itself it is 1 - 2^-24, 1 or 1 + 2^-23; the least and the largest random number
     must neither leave it at code 254 nor carry it over 255. All six pairs occur here."""
     columns, rows, step = 16, 2**19, 5
@@ -201,14 +201,14 @@ def test_the_extreme_element_is_code_255_with_every_draw() -> None:
         grad = torch.full((rows, columns), 1e-3)
         grad[:, 0] = candidates[torch.arange(rows) % len(candidates)]
         call = new_call([torch.zeros_like(grad)], [grad], step=step - 1, lr=0.0, beta1=0.0,
-                        beta2=0.0)  # fmt: skip
+                        beta2=0.0, device=device)  # fmt: skip
         run(call)
         assert (draws == 0).any()
         assert (draws == 2**14 - 1).any()
         assert (call["exp_avg_sqs"][0][:, 0] == 255).all()
 
 
-def test_the_draws_are_those_of_the_hash() -> None:
+def test_the_draws_are_those_of_the_hash(device: str) -> None:
     """The element just above the middle of two codes goes up where its draw is large enough."""
     columns, rows, step = 16, 4096, 7
     grad = torch.full((rows, columns), 1e-3)
@@ -216,9 +216,9 @@ def test_the_draws_are_those_of_the_hash() -> None:
     grad[:, 0], grad[:, 1] = middle, 1.0
     _, chance = neighbours((middle * middle).double())
     call = new_call([torch.zeros_like(grad)], [grad], step=step - 1, lr=0.0, beta1=0.0,
-                    beta2=0.0)  # fmt: skip
+                    beta2=0.0, device=device)  # fmt: skip
     run(call)
-    up = call["exp_avg_sqs"][0][:, 0] == 151
+    up = call["exp_avg_sqs"][0][:, 0].cpu() == 151
     expected = (first_draws(rows, columns, step) + 0.5) / 2**14 + chance >= 1
     assert (up != expected).sum() <= 4  # draws within the rounding of the position
 
@@ -226,14 +226,14 @@ def test_the_draws_are_those_of_the_hash() -> None:
 # -- independence ------------------------------------------------------------------------------
 
 
-def coin_tosses(chance: float, rows: int = 2048, **options: Any) -> list[Tensor]:
+def coin_tosses(chance: float, device: str, rows: int = 2048, **options: Any) -> list[Tensor]:
     """1 where an element went up and 0 where not, less the chance, (rows, 255) for each state."""
     targets = between(150, torch.full((COLUMNS,), chance))
     grad, v = grads_for(targets, rows)
     below, exact = neighbours(v.double())
     return [
         ((codes[:, :-1].long() == below + 1).double() - exact)
-        for codes in second_moment_codes(grad, **options)
+        for codes in second_moment_codes(grad, device, **options)
     ]
 
 
@@ -250,18 +250,18 @@ def assert_uncorrelated(a: Tensor, b: Tensor) -> None:
 
 
 @pytest.mark.parametrize("chance", [0.5, 0.1])
-def test_uncorrelated_from_step_to_step(chance: float) -> None:
-    steps = [coin_tosses(chance, step=t)[0] for t in range(1, 10)]
+def test_uncorrelated_from_step_to_step(chance: float, device: str) -> None:
+    steps = [coin_tosses(chance, device, step=t)[0] for t in range(1, 10)]
     for lag in (1, 2, 4, 8):
         for first, second in zip(steps, steps[lag:], strict=False):
             assert_uncorrelated(first, second)
 
 
 @pytest.mark.parametrize("chance", [0.5, 0.1])
-def test_uncorrelated_from_element_to_element(chance: float) -> None:
+def test_uncorrelated_from_element_to_element(chance: float, device: str) -> None:
     """Within blocks (lags across the vector width, too), across blocks, and three at a time where
     that is promised: not at multiples of 8 (csrc/common/random.h)."""
-    (tosses,) = coin_tosses(chance, rows=16384)
+    (tosses,) = coin_tosses(chance, device, rows=16384)
     for lag in (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 64, 100, 127, 128, 129, 200, 253):
         assert_uncorrelated(tosses[:, lag:], tosses[:, :-lag])
     for lag in (1, 2, 3, 4, 8, 16, 64, 256, 1024, 2048):
@@ -271,36 +271,36 @@ def test_uncorrelated_from_element_to_element(chance: float) -> None:
         assert_uncorrelated(pair - pair.mean(), tosses[:, 2 * lag :])
 
 
-def test_blocks_do_not_resemble_each_other() -> None:
+def test_blocks_do_not_resemble_each_other(device: str) -> None:
     """The mean of a block's tosses varies as that of independent ones: neither the same in all
     blocks nor a coin for the whole block. The sum of their squares is within six of chi-squared's
     standard errors; four, in truth, as the draws of a block are independent in pairs only."""
-    (tosses,) = coin_tosses(0.5, rows=4096)
+    (tosses,) = coin_tosses(0.5, device, rows=4096)
     for means, n in [(tosses.mean(1), COLUMNS), (tosses.mean(0), 4096)]:
         z2 = (means**2 * 4 * n).sum().item()
         assert abs(z2 - len(means)) < 6 * math.sqrt(2 * len(means))
 
 
 @pytest.mark.parametrize("chance", [0.5, 0.1])
-def test_the_two_second_moments_are_rounded_independently(chance: float) -> None:
+def test_the_two_second_moments_are_rounded_independently(chance: float, device: str) -> None:
     """Under amsgrad v and its maximum are the same at the first step; their codes are not."""
-    v, largest = coin_tosses(chance, amsgrad=True)
+    v, largest = coin_tosses(chance, device, amsgrad=True)
     assert_uncorrelated(v, largest)
 
 
 @pytest.mark.parametrize(
     "other", [{"seed": 1}, {"seed": -1}, {"seed": 2**40}, {"step": 2}], ids=str
 )
-def test_other_seeds_and_steps_draw_other_numbers(other: dict[str, int]) -> None:
-    assert_uncorrelated(coin_tosses(0.5)[0], coin_tosses(0.5, **other)[0])
+def test_other_seeds_and_steps_draw_other_numbers(other: dict[str, int], device: str) -> None:
+    assert_uncorrelated(coin_tosses(0.5, device)[0], coin_tosses(0.5, device, **other)[0])
 
 
 @pytest.mark.parametrize("block_size", [64, 2048])
-def test_uncorrelated_in_blocks_of_other_sizes(block_size: int) -> None:
+def test_uncorrelated_in_blocks_of_other_sizes(block_size: int, device: str) -> None:
     target = between(150, torch.tensor([0.5], dtype=torch.float64))
     grad = torch.full((2**23 // block_size, block_size), target.sqrt().item())
     grad[:, -1] = 1.0
-    (codes,) = second_moment_codes(grad, block_size=block_size)
+    (codes,) = second_moment_codes(grad, device, block_size=block_size)
     tosses = (codes[:, :-1].long() == 151).double() - 0.5
     assert abs(tosses.mean()) < 5 * 0.5 / math.sqrt(tosses.numel()) + 1e-3  # grad is float32
     for lag in {1, 2, 16, block_size // 4, block_size // 2}:
@@ -310,24 +310,25 @@ def test_uncorrelated_in_blocks_of_other_sizes(block_size: int) -> None:
 # -- repeatability -----------------------------------------------------------------------------
 
 
-def test_numbers_depend_on_seed_step_and_element_alone() -> None:
+def test_numbers_depend_on_seed_step_and_element_alone(device: str) -> None:
     """Neither on the other tensors of the call nor on the position among them nor on the dtype."""
     grad, _ = grads_for(spread(200), rows=6)
-    want = second_moment_codes(grad, step=7, seed=3)[0]
+    want = second_moment_codes(grad, device, step=7, seed=3)[0]
     params = [torch.zeros(5, 300), torch.zeros_like(grad), torch.zeros(1000),
               torch.zeros(6, 256, dtype=torch.bfloat16)]  # fmt: skip
     grads = [torch.rand(p.shape) for p in params]
     grads[1] = grads[3] = grad
-    call = new_call(params, grads, step=[0, 6, 3, 6], seed=3, lr=0.0, beta1=0.0, beta2=0.0)
+    call = new_call(params, grads, step=[0, 6, 3, 6], seed=3, lr=0.0, beta1=0.0, beta2=0.0,
+                    device=device)  # fmt: skip
     run(call)
-    assert torch.equal(call["exp_avg_sqs"][1], want)
-    assert torch.equal(call["exp_avg_sqs"][3], want)
+    assert torch.equal(call["exp_avg_sqs"][1].cpu(), want)
+    assert torch.equal(call["exp_avg_sqs"][3].cpu(), want)
 
 
-def training_call() -> Call:
+def training_call(device: str) -> Call:
     shapes = [(40, 300), (700,)]
     return new_call([torch.randn(s) for s in shapes], [torch.empty(s) for s in shapes],
-                    amsgrad=True, weight_decay=0.1)  # fmt: skip
+                    amsgrad=True, weight_decay=0.1, device=device)  # fmt: skip
 
 
 def train(call: Call, first: int, last: int) -> Call:
@@ -339,9 +340,9 @@ def train(call: Call, first: int, last: int) -> Call:
     return call
 
 
-def test_a_resumed_run_has_the_same_bits() -> None:
+def test_a_resumed_run_has_the_same_bits(device: str) -> None:
     """From a copy of the tensors alone, and not from one that has lost its step."""
-    call = training_call()
+    call = training_call(device)
     train(call, 0, 5)
     resumed = copy.deepcopy(call)
     forgetful = copy.deepcopy(call)
@@ -356,7 +357,7 @@ def test_a_resumed_run_has_the_same_bits() -> None:
 # -- what it is for ----------------------------------------------------------------------------
 
 
-def stored_after_gradients_fell(stochastic: bool, steps: int) -> tuple[Tensor, float]:
+def stored_after_gradients_fell(stochastic: bool, steps: int, device: str) -> tuple[Tensor, float]:
     """Stored second moments of elements whose gradients fell tenfold, and the true one.
 
     Every block keeps an element whose gradient is still 1, so the scale stays 1.
@@ -365,7 +366,7 @@ def stored_after_gradients_fell(stochastic: bool, steps: int) -> tuple[Tensor, f
     grad = torch.full((64, 256), after)
     grad[:, 0] = before
     call = new_call([torch.zeros_like(grad)], [grad], lr=0.0, beta2=beta2,
-                    stochastic_rounding=stochastic)  # fmt: skip
+                    stochastic_rounding=stochastic, device=device)  # fmt: skip
     set_moment(call, "exp_avg_sq", 0, torch.full_like(grad, before**2))
     for _ in range(steps):
         run(call)
@@ -374,7 +375,7 @@ def stored_after_gradients_fell(stochastic: bool, steps: int) -> tuple[Tensor, f
 
 
 @pytest.mark.parametrize("steps", [1000, 5000])
-def test_stochastic_rounding_follows_where_nearest_freezes(steps: int) -> None:
+def test_stochastic_rounding_follows_where_nearest_freezes(steps: int, device: str) -> None:
     """A step at beta2 = 0.999 moves v by less than half a code.
 
     The expectation of the stored v is the true one: each step multiplies it by beta2 and the
@@ -383,7 +384,7 @@ def test_stochastic_rounding_follows_where_nearest_freezes(steps: int) -> None:
     1 / (2 (1 - beta2)) steps add up: at most gap * v / 2 in all, with the largest gap and v of the
     way down. The sample's own standard deviation is held against that, and then used.
     """
-    stored, true = stored_after_gradients_fell(True, steps)
+    stored, true = stored_after_gradients_fell(True, steps, device)
     largest_gap = codebook(False).diff().max().item()
     deviation = stored.std().item()
     assert deviation**2 < largest_gap * 1.0 / 2
@@ -391,6 +392,6 @@ def test_stochastic_rounding_follows_where_nearest_freezes(steps: int) -> None:
     assert error < 5 * deviation / math.sqrt(stored.numel()) + 1000 * BIAS * largest_gap
     assert 0.5 < stored.median().item() / true < 2
 
-    frozen, true = stored_after_gradients_fell(False, steps)
+    frozen, true = stored_after_gradients_fell(False, steps, device)
     assert (frozen == 1.0).all()  # it never got away from where it was
     assert frozen.median().item() / true > 2.5

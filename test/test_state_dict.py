@@ -1,7 +1,6 @@
 """State dicts, saved and loaded to the bit by every road that torch has, and copies."""
 
 import copy
-import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from helpers import SMALL, all_bits, assert_same_training, make_params, train
+from helpers import SMALL, all_bits, assert_same_training, make_params, through_file, train
 from optim_table import OptimizerCase, every_optimizer
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
@@ -25,15 +24,6 @@ from torchao8 import AdamW, AdamW8bit
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
-def through_file(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Saved and loaded the safe way, which only takes plain tensors and containers."""
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    loaded: dict[str, Any] = torch.load(file, weights_only=True)
-    return loaded
-
-
 def by_pickle(optimizer: Optimizer) -> Optimizer:
     copied: Optimizer = pickle.loads(pickle.dumps(optimizer))
     return copied
@@ -43,13 +33,13 @@ def by_pickle(optimizer: Optimizer) -> Optimizer:
 @every_dtype
 @pytest.mark.parametrize("options", [{}, {"amsgrad": True, "weight_decay": 0.1}])
 def test_resumed_training_has_the_same_bits(
-    case: OptimizerCase, dtype: torch.dtype, options: dict[str, Any]
+    case: OptimizerCase, dtype: torch.dtype, options: dict[str, Any], device: str
 ) -> None:
     """Through a file into a new optimizer with other options, which the checkpoint replaces.
 
     In bfloat16 torch would cast the float32 moments to the dtype of the parameter, and codes too.
     """
-    params = make_params(dtype)
+    params = make_params(dtype, device=device)
     optimizer = case.cls(params, min_8bit_size=SMALL, lr=0.01, seed=3, **options)
     train(optimizer, params, range(3))
     saved = through_file(optimizer.state_dict())
@@ -64,9 +54,9 @@ def test_resumed_training_has_the_same_bits(
 
 
 @every_optimizer()
-def test_state_dict_is_plain(case: OptimizerCase) -> None:
+def test_state_dict_is_plain(case: OptimizerCase, device: str) -> None:
     """No subclass of a tensor, no container in the state of a parameter, keys as documented."""
-    params = make_params(shapes=[(64, 64), (7,)])
+    params = make_params(shapes=[(64, 64), (7,)], device=device)
     optimizer = case.cls(params, optim_bits=8)
     train(optimizer, params, [0])
     state = optimizer.state_dict()["state"]
@@ -77,10 +67,10 @@ def test_state_dict_is_plain(case: OptimizerCase) -> None:
 @every_optimizer()
 @pytest.mark.parametrize("copied_by", [copy.deepcopy, by_pickle])
 def test_copies_go_on_with_the_same_bits(
-    case: OptimizerCase, copied_by: Callable[[Optimizer], Optimizer]
+    case: OptimizerCase, copied_by: Callable[[Optimizer], Optimizer], device: str
 ) -> None:
     """A copy has parameters of its own, steps like the original, and still loads checkpoints."""
-    params = make_params(torch.bfloat16)
+    params = make_params(torch.bfloat16, device=device)
     optimizer = case.cls(params, min_8bit_size=SMALL, fused=True)
     train(optimizer, params, range(2))
     other = copied_by(optimizer)
@@ -97,15 +87,15 @@ def test_copies_go_on_with_the_same_bits(
 
 
 @every_optimizer()
-def test_hooks_of_the_user_see_plain_state(case: OptimizerCase) -> None:
+def test_hooks_of_the_user_see_plain_state(case: OptimizerCase, device: str) -> None:
     """A pre-hook may change what is loaded: it runs before the check. None of ours stays behind."""
-    params = make_params()
+    params = make_params(device=device)
     optimizer = case.cls(params, min_8bit_size=SMALL)
     train(optimizer, params, [0])
     saved = through_file(optimizer.state_dict())
     for state in saved["state"].values():
         state["old_step"] = state.pop("step")
-    other = case.cls(make_params(), min_8bit_size=SMALL)
+    other = case.cls(make_params(device=device), min_8bit_size=SMALL)
     seen = []
 
     def rename(o: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -121,9 +111,9 @@ def test_hooks_of_the_user_see_plain_state(case: OptimizerCase) -> None:
 
 
 @every_optimizer()
-def test_loaded_tensors_of_other_strides(case: OptimizerCase) -> None:
+def test_loaded_tensors_of_other_strides(case: OptimizerCase, device: str) -> None:
     """A checkpoint may hold views, steps as numbers or in other dtypes, and no state for some."""
-    params = make_params()
+    params = make_params(device=device)
     optimizer = case.cls(params, min_8bit_size=SMALL)
     train(optimizer, params, [0])
     want = all_bits(optimizer)["states"]
@@ -135,13 +125,14 @@ def test_loaded_tensors_of_other_strides(case: OptimizerCase) -> None:
                 state[key] = value.transpose(0, -1).contiguous().transpose(0, -1)
         state["step"] = steps[index % len(steps)]
     del saved["state"][7]
-    other_params = make_params()
+    other_params = make_params(device=device)
     other = case.cls(other_params, min_8bit_size=SMALL)
     other.load_state_dict(saved)
     got = all_bits(other)["states"]
     assert got[:7] == want[:7]
     assert got[7] == {}
-    assert all(v.is_contiguous() for s in other.state.values() for v in s.values())
+    for p, state in other.state.items():
+        assert all(v.is_contiguous() and v.device == p.device for v in state.values())
     train(other, other_params, [1])
 
 
@@ -158,9 +149,9 @@ def test_layout_stays_the_optimizers_own(case: OptimizerCase) -> None:
     assert group["decoupled_weight_decay"] == case.decoupled
 
 
-def test_checkpoint_of_torch_optim() -> None:
+def test_checkpoint_of_torch_optim(device: str) -> None:
     """The 32-bit classes go on from a float32 checkpoint of torch.optim, without our options."""
-    params, ours = make_params(), make_params()
+    params, ours = make_params(device=device), make_params(device=device)
     theirs = torch.optim.AdamW(params, lr=0.01)
     train(theirs, params, range(3))
     optimizer = AdamW(ours)
@@ -179,23 +170,24 @@ def test_checkpoint_of_torch_optim() -> None:
 # -- torch.distributed.checkpoint, on one process ----------------------------------------------
 
 
-def make_model(dtype: torch.dtype) -> torch.nn.Module:
+def make_model(dtype: torch.dtype, device: str) -> torch.nn.Module:
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Embedding(50, 70),
         torch.nn.Linear(70, 300),
         torch.nn.LayerNorm(300),
         torch.nn.Linear(300, 5),
-    ).to(dtype)
+    ).to(device, dtype)
     model[2].weight.requires_grad_(False)  # type: ignore[union-attr]
     return model
 
 
 def train_model(model: torch.nn.Module, optimizer: Optimizer, steps: range) -> None:
+    device = next(model.parameters()).device
     for step in steps:
         tokens = torch.randint(50, (4, 6), generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
-        model(tokens).square().mean().backward()
+        model(tokens.to(device)).square().mean().backward()
         optimizer.step()
 
 
@@ -206,14 +198,14 @@ def train_model(model: torch.nn.Module, optimizer: Optimizer, steps: range) -> N
 )
 @pytest.mark.parametrize("lr", ["number", "tensor"])
 def test_distributed_state_dict(
-    case: OptimizerCase, dtype: torch.dtype, options: dict[str, bool], lr: str
+    case: OptimizerCase, dtype: torch.dtype, options: dict[str, bool], lr: str, device: str
 ) -> None:
     """From a trained optimizer into a new one, by parameter names; the new one's state is made by a
     step with zero gradients, of which nothing may remain."""
 
     def make() -> tuple[torch.nn.Module, Optimizer]:
-        model = make_model(dtype)
-        value = torch.tensor(0.01) if lr == "tensor" else 0.01
+        model = make_model(dtype, device)
+        value = torch.tensor(0.01, device=device) if lr == "tensor" else 0.01
         return model, case.cls(model.parameters(), lr=value, min_8bit_size=SMALL)
 
     how = StateDictOptions(**options)
@@ -235,10 +227,10 @@ def test_distributed_state_dict(
 @every_optimizer()
 @every_dtype
 def test_distributed_checkpoint_files(
-    case: OptimizerCase, dtype: torch.dtype, tmp_path: Path
+    case: OptimizerCase, dtype: torch.dtype, tmp_path: Path, device: str
 ) -> None:
     """dcp.save and dcp.load, which write into the live tensors of the new optimizer."""
-    model = make_model(dtype)
+    model = make_model(dtype, device)
     optimizer = case.cls(model.parameters(), min_8bit_size=SMALL)
     train_model(model, optimizer, range(3))
     dcp.save(
@@ -246,7 +238,7 @@ def test_distributed_checkpoint_files(
         checkpoint_id=tmp_path,
         no_dist=True,
     )
-    other_model = make_model(dtype)
+    other_model = make_model(dtype, device)
     other = case.cls(other_model.parameters(), min_8bit_size=SMALL)
     state = {"optimizer": get_optimizer_state_dict(other_model, other)}
     dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
@@ -258,16 +250,16 @@ def test_distributed_checkpoint_files(
     assert_same_training(optimizer, other)
 
 
-def test_8bit_state_is_refused_by_32bit_and_the_other_way_round() -> None:
+def test_8bit_state_is_refused_by_32bit_and_the_other_way_round(device: str) -> None:
     """Neither are codes taken for moments, nor does the 8-bit optimizer turn into a big one."""
     for source, target, remedy in (
         (AdamW, AdamW8bit, "load it into Adam, AdamW or a group with optim_bits=32"),
         (AdamW8bit, AdamW, "by optim_bits or min_8bit_size of its group, which must be those"),
     ):
-        params = make_params()
+        params = make_params(device=device)
         optimizer = source(params, min_8bit_size=SMALL)
         train(optimizer, params, [0])
-        other_params = make_params()
+        other_params = make_params(device=device)
         other = target(other_params, min_8bit_size=SMALL)
         train(other, other_params, [0])
         before = all_bits(other)
@@ -276,14 +268,14 @@ def test_8bit_state_is_refused_by_32bit_and_the_other_way_round() -> None:
         assert all_bits(other) == before
 
 
-def test_state_of_bitsandbytes_and_of_another_block_size_is_refused_by_name() -> None:
-    params = make_params()
+def test_state_of_bitsandbytes_and_of_another_block_size_is_refused_by_name(device: str) -> None:
+    params = make_params(device=device)
     optimizer = AdamW8bit(params, min_8bit_size=SMALL)
     train(optimizer, params, [0])
     foreign = copy.deepcopy(optimizer.state_dict())
     foreign["state"][0] = dict.fromkeys(("step", "state1", "state2", "qmap1"), 0)
     with pytest.raises(ValueError, match="a checkpoint of bitsandbytes, which is not read yet"):
         optimizer.load_state_dict(foreign)
-    other = AdamW8bit(make_params(), min_8bit_size=SMALL, block_size=64)
+    other = AdamW8bit(make_params(device=device), min_8bit_size=SMALL, block_size=64)
     with pytest.raises(ValueError, match="Was it saved with another block_size"):
         other.load_state_dict(optimizer.state_dict())

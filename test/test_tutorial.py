@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("matplotlib", reason="no matplotlib, which the tutorial plots with: install it")
+pytest.importorskip("tqdm", reason="no tqdm, which shows the tutorial's progress: install it")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tutorials"))
 
 import _gpt
