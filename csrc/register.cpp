@@ -4,7 +4,8 @@
 // step is traced once. Lists that belong together have an element per parameter; an empty list
 // means that no parameter has it. shard_offsets and shard_row_strides place a local shard in its
 // global tensor (flat index of its first element; elements between two rows) and only feed the
-// random numbers of stochastic rounding.
+// random numbers of stochastic rounding. `steps` are those made before; an optimizer counts its step
+// by one count_step_ for all its tensors, behind the updates.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(torchao8, m) {
@@ -17,10 +18,11 @@ STABLE_TORCH_LIBRARY(torchao8, m) {
   m.def(
       "adam_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
       "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] exp_avg_scales, "
-      "Tensor(f!)[] exp_avg_sq_scales, Tensor(g!)[] max_exp_avg_sq_scales, Tensor(h!)[] steps, "
+      "Tensor(f!)[] exp_avg_sq_scales, Tensor(g!)[] max_exp_avg_sq_scales, Tensor[] steps, "
       "Tensor lr, Tensor? grad_scale, Tensor? found_inf, *, float beta1, float beta2, float eps, "
       "float weight_decay, bool decoupled_weight_decay, bool maximize, int block_size=256, "
       "bool stochastic_rounding=True, int seed=0, int[] shard_offsets=[], "
       "int[] shard_row_strides=[]) -> ()");
+  m.def("count_step_(Tensor(a!)[] steps, Tensor? found_inf) -> ()");
   m.def("cpu_capability() -> int");
 }

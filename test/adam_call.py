@@ -10,6 +10,7 @@ from helpers import bits
 from torch import Tensor
 
 import torchao8
+from torchao8 import ops
 
 Call = dict[str, Any]
 
@@ -161,6 +162,7 @@ def moved(call: Call, device: str, numbers_too: bool = True) -> Call:
 
 def run(call: Call) -> Call:
     torch.ops.torchao8.adam_step_(**call)
+    ops.count_step_(call["steps"], call["found_inf"])
     return call
 
 

@@ -3,9 +3,10 @@
     python tools/count_instructions.py nvdisasm kernel.cubin
 
 prints, for each step kernel in the file, instructions an element on the way with stochastic
-rounding: the shortest way through the kernel's loop that loads parameters, looks up the lines of
-stochastic rounding and stores codes. What is rare (a division's special cases, a new tensor) lies
-on longer ways. ``nvdisasm`` comes with the CUDA toolkit and with the package triton.
+rounding: the shortest way through the kernel's loop that loads, takes roots, and turns floats into
+codes, as stochastic rounding alone does. What is rare (a division's special cases, a new tensor) lies
+on longer ways. ``nvdisasm`` comes with the CUDA toolkit, and alone as the package
+nvidia-cuda-nvdisasm.
 """
 
 import heapq
@@ -75,6 +76,11 @@ def way(f: Function, start: int, reached: Callable[[int], bool]) -> list[int] | 
     return None
 
 
+def eights(places: list[int]) -> set[int]:
+    """Those of an instruction's places where it stands once for each of a lane's elements."""
+    return {i for i in places if sum(abs(i - j) < 300 for j in places) >= PER_LANE}
+
+
 def loop(f: Function) -> Counter[str]:
     """How often each opcode is executed for one block."""
 
@@ -83,10 +89,10 @@ def loop(f: Function) -> Counter[str]:
 
     barrier = having("BAR.SYNC")[0]  # the tables have been copied
     load = next(i for i in having("LDG.E.128") if i > barrier)
-    lines = set(having("LDS.128"))  # the lines of stochastic rounding alone are 16 bytes
+    roots, codes = eights(having("MUFU.RSQ")), eights(having("F2I.TRUNC"))  # of stochastic rounding alone
     total: Counter[str] = Counter()
     at = load
-    for goals in (lines, {load}):
+    for goals in (roots, codes, {load}):
         path = way(f, at, lambda i, goals=goals: i in goals)
         if path is None:
             raise SystemExit(f"{f.name}: no way through the loop")

@@ -37,6 +37,7 @@ if torch.version.cuda is not None:
 _quantize = torch.ops.torchao8.quantize_blockwise.default
 _dequantize = torch.ops.torchao8.dequantize_blockwise.default
 _adam_step_ = torch.ops.torchao8.adam_step_.default
+_count_step_ = torch.ops.torchao8.count_step_.default
 
 
 def quantize_blockwise(
@@ -135,7 +136,7 @@ def adam_step_(
 
     Args:
         params, grads: float32, bfloat16 or float16, of any strides.
-        steps: 0-d float32 tensors, incremented here.
+        steps: 0-d float32 tensors, the steps made before this one. :func:`count_step_` counts it.
         lr: 0-d, float32 or float64.
         grad_scale: a number to divide the gradients by; none where None.
         found_inf: where it is not 0, nothing changes at all.
@@ -167,6 +168,16 @@ def adam_step_(
         seed=seed,
     )
     _mark_modified(params)
+
+
+def count_step_(steps: list[Tensor], found_inf: Tensor | None) -> None:
+    """Adds 1 to each of the 0-d float32 tensors, of one device, unless ``found_inf`` is not 0.
+
+    Raises:
+        RuntimeError: an argument does not fit; nothing has changed then.
+    """
+    if steps:  # an op chooses its device by its tensors
+        _count_step_(steps, found_inf)
 
 
 def cpu_capability() -> str:
@@ -206,11 +217,20 @@ def _(
 
 @torch.library.register_fake("torchao8::adam_step_")
 def _(params: list[Tensor], *others: list[Tensor] | Tensor | None, **options: object) -> None:
-    # Tensors on the meta device come here too, and would pass for a step that was made.
-    for tensors in [params, *others]:
-        for t in tensors if isinstance(tensors, list) else ():
-            if t.device != params[0].device:
-                raise RuntimeError(
-                    f"adam_step_: expected all tensors on {params[0].device}, as params[0], "
-                    f"got one on {t.device}"
-                )
+    _check_devices("adam_step_", "params", params, *others)
+
+
+@torch.library.register_fake("torchao8::count_step_")
+def _(steps: list[Tensor], found_inf: Tensor | None) -> None:
+    _check_devices("count_step_", "steps", steps)
+
+
+def _check_devices(op: str, first: str, *arguments: list[Tensor] | Tensor | None) -> None:
+    # Tensors on the meta device come to a fake too, and would pass for a step that was made.
+    tensors = [t for argument in arguments if isinstance(argument, list) for t in argument]
+    for t in tensors:
+        if t.device != tensors[0].device:
+            raise RuntimeError(
+                f"{op}: expected all tensors on {tensors[0].device}, as {first}[0], "
+                f"got one on {t.device}"
+            )

@@ -9,14 +9,13 @@
 
 #include "common/block_layout.h"
 #include "common/checks.h"
+#include "common/numbers.h"
 #include "rules/adam.h"
 
 namespace torchao8 {
 
 constexpr const char* kAdamOp = "adam_step_";
 constexpr int kMoments = 3;  // exp_avg, exp_avg_sq, max_exp_avg_sq
-
-using TensorList = std::vector<Tensor>;
 
 // The arguments as they came.
 struct AdamCall {
@@ -94,10 +93,7 @@ inline void check_parameter(const AdamCall& call, int64_t i) {
   check_float_type(grad, call.grads[i]);
   check_shape(grad, call.grads[i], call.params[i].sizes(), "that of the parameter");
   check_no_overlap(param, call.params[i]);
-  check_place(step, call.steps[i], call.place);
-  check_dtype(step, call.steps[i], ScalarType::Float);
-  TORCHAO8_CHECK(call.steps[i].numel() == 1, step.text(), " must have one element, got shape ",
-                 shape_text(call.steps[i].sizes()));
+  check_step(step, call.steps[i], call.place);
   const BlockLayout layout = block_layout(call.params[i].sizes(), call.block_size);
   for (int s = 0; s < call.states(); s++) check_state(call, s, i, layout);
 }
@@ -113,45 +109,13 @@ inline void check_options(const AdamOptions& o) {
                  ": grad_scale must be positive and finite, got ", o.grad_scale);
 }
 
-// Two threads may work on two entries of a list at once.
-inline void check_distinct(const char* name, const TensorList& tensors) {
-  std::vector<std::pair<const void*, size_t>> places;
-  for (size_t i = 0; i < tensors.size(); i++) {
-    if (tensors[i].numel() > 0) places.emplace_back(tensors[i].const_data_ptr(), i);
-  }
-  std::sort(places.begin(), places.end());
-  for (size_t i = 1; i < places.size(); i++) {
-    TORCHAO8_CHECK(places[i].first != places[i - 1].first, kAdamOp, ": ", name, "[",
-                   places[i - 1].second, "] and ", name, "[", places[i].second,
-                   "] must be different tensors, got the same memory twice");
-  }
-}
-
-// Of lr, grad_scale and found_inf: numbers that come as tensors, so that they can change without a
-// new trace.
-inline void check_number(const char* name, const Tensor& t) {
-  const Argument argument{kAdamOp, name};
-  TORCHAO8_CHECK(t.numel() == 1, argument.text(), " must have one element, got shape ",
-                 shape_text(t.sizes()));
-  TORCHAO8_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double,
-                 argument.text(), " must be float32 or float64, got ", dtype_name(t.scalar_type()));
-}
-
-// What a number on the CPU is.
-inline double read_number(const Tensor& t) {
-  const void* data = t.const_data_ptr();
-  return t.scalar_type() == ScalarType::Double ? *static_cast<const double*>(data)
-                                               : double(*static_cast<const float*>(data));
-}
-
 // All that can be told without reading a number.
 inline void check_call(const AdamCall& call) {
   check_lengths(call);
   for (size_t i = 0; i < call.params.size(); i++) check_parameter(call, int64_t(i));
-  check_distinct("params", call.params);
-  check_distinct("exp_avgs", *call.moments[0]);
-  check_distinct("exp_avg_sqs", *call.moments[1]);
-  check_distinct("steps", call.steps);
+  check_distinct(kAdamOp, "params", call.params);
+  check_distinct(kAdamOp, "exp_avgs", *call.moments[0]);
+  check_distinct(kAdamOp, "exp_avg_sqs", *call.moments[1]);
 }
 
 }  // namespace torchao8

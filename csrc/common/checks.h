@@ -19,6 +19,7 @@ namespace torchao8 {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using TensorList = std::vector<Tensor>;
 
 template <class... Parts>
 [[noreturn]] void refuse(const Parts&... parts) {
@@ -165,6 +166,20 @@ inline void check_no_overlap(const Argument& a, const Tensor& t) {
                    " is updated in place and must not overlap itself, as it may with strides ",
                    shape_text(strides), " for shape ", shape_text(sizes));
     extent = stride * (size - 1) + extent;
+  }
+}
+
+// Two threads may work on two entries of a list at once.
+inline void check_distinct(const char* op, const char* name, const TensorList& tensors) {
+  std::vector<std::pair<const void*, size_t>> places;
+  for (size_t i = 0; i < tensors.size(); i++) {
+    if (tensors[i].numel() > 0) places.emplace_back(tensors[i].const_data_ptr(), i);
+  }
+  std::sort(places.begin(), places.end());
+  for (size_t i = 1; i < places.size(); i++) {
+    TORCHAO8_CHECK(places[i].first != places[i - 1].first, op, ": ", name, "[",
+                   places[i - 1].second, "] and ", name, "[", places[i].second,
+                   "] must be different tensors, got the same memory twice");
   }
 }
 

@@ -54,6 +54,9 @@ TORCHAO8_HD float fma(float a, float b, float c) {
 TORCHAO8_HD float sqrt(float a) {
   return std::sqrt(a);
 }
+TORCHAO8_HD float reciprocal(float a) {
+  return 1.0f / a;
+}
 TORCHAO8_HD float max(float a, float b) {
   return a > b ? a : b;
 }

@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <cmath>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -14,19 +13,9 @@
 namespace torchao8 {
 namespace {
 
-constexpr float kLastStep = 16777216.0f;
-
-void check_step(int64_t i, const Tensor& step) {
-  const float value = *step.const_data_ptr<float>();
-  TORCHAO8_CHECK(value >= 0 && value < kLastStep && std::floor(value) == value,
-                 Argument{kAdamOp, "steps", i}.text(),
-                 " must be a whole number from 0 to 2^24 - 1, up to which float32 counts, got ",
-                 value);
-}
-
 double read_scalar(const char* name, const Tensor& t) {
   check_place({kAdamOp, name}, t, kCpu);
-  check_number(name, t);
+  check_number({kAdamOp, name}, t);
   return read_number(t);
 }
 
@@ -79,7 +68,6 @@ void step_all(const AdamCall& call, const AdamOptions& options) {
     engine.add(std::move(item));
   }
   engine.run();
-  for (const Tensor& step : call.steps) *step.mutable_data_ptr<float>() += 1;
 }
 
 void adam_step_cpu(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,
@@ -114,7 +102,7 @@ void adam_step_cpu(TensorList params, TensorList grads, TensorList exp_avgs, Ten
   options.decoupled = decoupled_weight_decay;
   check_options(options);
   check_call(call);
-  for (size_t i = 0; i < steps.size(); i++) check_step(int64_t(i), steps[i]);
+  for (size_t i = 0; i < steps.size(); i++) check_count({kAdamOp, "steps", int64_t(i)}, steps[i]);
   if (found_inf && read_scalar("found_inf", *found_inf) != 0) return;
 
   // A gradient scale of 1 takes the path of any other, as on a GPU, where the host does not know

@@ -24,14 +24,14 @@ TORCHAO8_HD F operator+(F a, F b) {
 TORCHAO8_HD F operator-(F a, F b) {
   return _mm512_sub_ps(a.x, b.x);
 }
-TORCHAO8_HD F operator/(F a, F b) {
-  return _mm512_div_ps(a.x, b.x);
-}
 TORCHAO8_HD F fma(F a, F b, F c) {
   return _mm512_fmadd_ps(a.x, b.x, c.x);
 }
 TORCHAO8_HD F sqrt(F a) {
   return _mm512_sqrt_ps(a.x);
+}
+TORCHAO8_HD F reciprocal(F a) {
+  return _mm512_div_ps(_mm512_set1_ps(1.0f), a.x);
 }
 TORCHAO8_HD F max(F a, F b) {
   return _mm512_max_ps(a.x, b.x);

@@ -1,7 +1,6 @@
 // The op adam_step_ on CUDA: its checks, and what Adam needs of the kernels.
 //
-// Two launches a bucket: one turns the steps and the numbers on the device into each tensor's rule,
-// one updates all tensors. Longer lists take more. The host waits for nothing, and reads nothing
+// One launch updates a bucket; longer lists take more. The host waits for nothing, and reads nothing
 // from the device, so that a step can be captured in a CUDA graph. A step count, a learning rate or
 // a gradient scale that is out of range on the device is therefore not refused.
 #include <torch/csrc/stable/library.h>
@@ -14,19 +13,11 @@
 
 #include "common/adam_call.h"
 #include "cuda/launch.h"
-#include "cuda/prepare.cuh"
+#include "cuda/step.cuh"
 #include "cuda/tables.cuh"
 
 namespace torchao8::cuda {
 namespace {
-
-// lr, grad_scale, found_inf: on the device of the call, or on the CPU, where it is read now.
-Scalar scalar_argument(const char* name, const Tensor& t, const Place& place) {
-  check_number(name, t);
-  if (t.is_cpu()) return {nullptr, read_number(t), false};
-  check_place({kAdamOp, name}, t, place);
-  return {t.const_data_ptr(), 0, t.scalar_type() == ScalarType::Double};
-}
 
 bool aligned(const void* p, size_t bytes) {
   return reinterpret_cast<uintptr_t>(p) % bytes == 0;
@@ -46,40 +37,25 @@ class Dense {
   Tensor original_, dense_;
 };
 
-// Arguments of a call after the checks, and the buffers that must live until the launches are made.
+// Arguments of a call after the checks, and the copies that must live until the launches are made.
 struct Step {
   const AdamCall& call;
   const Launcher& launcher;
-  AdamOptions options;  // but for lr and grad_scale
-  Scalar lr, grad_scale, found_inf;
+  Numbers<AdamRule<false, false>> numbers;
   std::vector<Dense> params, grads;
+
+  template <class Rule>
+  Numbers<Rule> numbers_of() const {
+    return {numbers.options, numbers.lr,  numbers.grad_scale, numbers.found_inf,
+            numbers.seed,    numbers.scaled_state};
+  }
 };
 
-template <class Rule>
-Tensor prepare_all(const Step& step) {
-  const AdamCall& call = step.call;
-  const int64_t n = int64_t(call.params.size()), bytes = n * int64_t(sizeof(Prepared<Rule>));
-  Tensor buffer = torch::stable::new_empty(call.params[0], {bytes}, ScalarType::Byte);
-  auto table = std::make_unique<StepTable>();
-  for (int64_t first = 0; first < n; first += StepTable::kCapacity) {
-    table->first = uint32_t(first);
-    table->count = uint32_t(std::min<int64_t>(n - first, StepTable::kCapacity));
-    for (uint32_t i = 0; i < table->count; i++)
-      table->steps[i] = call.steps[size_t(first + i)].mutable_data_ptr<float>();
-    const unsigned blocks = (table->count + kThreads - 1) / kThreads;
-    step.launcher.launch(prepare<Rule>, blocks, 0, *table, step.options, step.lr, step.grad_scale,
-                         step.found_inf, uint64_t(call.seed), call.quantized(),
-                         static_cast<Prepared<Rule>*>(buffer.mutable_data_ptr()));
-  }
-  return buffer;
-}
-
-template <class Rule>
 Places places_of(const Step& step, size_t i) {
   Places places;
   places.param = step.params[i].data();
   places.grad = step.grads[i].data();
-  places.index = uint32_t(i);
+  places.step = step.call.steps[i].const_data_ptr<float>();
   places.param_type = check_float_type({kAdamOp, "params", int64_t(i)}, step.call.params[i]);
   places.grad_type = check_float_type({kAdamOp, "grads", int64_t(i)}, step.call.grads[i]);
   return places;
@@ -88,15 +64,19 @@ Places places_of(const Step& step, size_t i) {
 constexpr int64_t kMostUnits = int64_t(1) << 31;  // of one launch
 
 // Fills a table and launches it when it is full.
-template <class Entry, class Launch>
+template <class Rule, class Entry, class Launch>
 class Filler {
  public:
-  explicit Filler(Launch launch) : table_(std::make_unique<Table<Entry>>()), launch_(launch) {
-    table_->count = table_->units = 0;
+  Filler(const Step& step, Launch launch)
+      : table_(std::make_unique<Table<Rule, Entry>>()), launch_(launch) {
+    table_->numbers = step.numbers_of<Rule>();
+    table_->block_size = int32_t(step.call.block_size);
+    while (1 << table_->log_of_block < table_->block_size) table_->log_of_block++;
+    table_->stochastic = step.call.stochastic;
   }
   void add(Entry entry, int64_t units) {
     if (units == 0) return;
-    if (table_->count == Table<Entry>::kCapacity || table_->units + units > kMostUnits) flush();
+    if (table_->count == uint32_t(table_->kCapacity) || table_->units + units > kMostUnits) flush();
     entry.first_unit = table_->units;
     table_->entries[table_->count++] = entry;
     table_->units += uint32_t(units);
@@ -107,92 +87,101 @@ class Filler {
   }
 
  private:
-  std::unique_ptr<Table<Entry>> table_;
+  std::unique_ptr<Table<Rule, Entry>> table_;
   Launch launch_;
 };
 
 template <class Rule, class T>
-void step_blocks_of(const Step& step, FloatType type, const Prepared<Rule>* prepared) {
+void step_blocks_of(const Step& step, FloatType type) {
   constexpr int N = Rule::kStates;
   using Entry = BlockEntry<N>;
   const AdamCall& call = step.call;
   const Tables* tables = nullptr;
   step.launcher.check(
       cudaGetSymbolAddress(reinterpret_cast<void**>(const_cast<Tables**>(&tables)), device_tables));
-  const auto launch = [&](Table<Entry>& table) {
-    table.block_size = int32_t(call.block_size);
-    table.stochastic = call.stochastic;
-    step.launcher.launch(step_blocks<Rule, T>, step.launcher.grid_for(table.units, kWarps),
-                         sizeof(Tables), table, prepared, tables);
+  const bool is_long = call.block_size > kSpan;
+  const auto kernel = is_long                    ? step_blocks<Rule, T, Blocks::kLong>
+                      : call.block_size == kSpan ? step_blocks<Rule, T, Blocks::kSpan>
+                                                 : step_blocks<Rule, T, Blocks::kShort>;
+  const auto launch = [&](const Table<Rule, Entry>& table) {
+    step.launcher.launch(kernel, step.launcher.grid_for(table.units, kWarps), sizeof(SharedOfBlocks<Rule>),
+                         table, tables);
   };
-  Filler<Entry, decltype(launch)> filler(launch);
+  Filler<Rule, Entry, decltype(launch)> filler(step, launch);
   for (size_t i = 0; i < call.params.size(); i++) {
     const BlockLayout layout = block_layout(call.params[i].sizes(), call.block_size);
-    const int64_t blocks = layout.rows * layout.blocks_per_row;
-    TORCHAO8_CHECK(blocks <= kMostUnits, Argument{kAdamOp, "params", int64_t(i)}.text(),
-                   " has more than 2^31 blocks");
+    TORCHAO8_CHECK(layout.rows * layout.blocks_per_row <= kMostUnits,
+                   Argument{kAdamOp, "params", int64_t(i)}.text(), " has more than 2^31 blocks");
     Entry entry = {};
-    static_cast<Places&>(entry) = places_of<Rule>(step, i);
+    static_cast<Places&>(entry) = places_of(step, i);
     entry.row_length = entry.row_stride = layout.row_length;
     entry.blocks_per_row = uint32_t(layout.blocks_per_row);
+    entry.units_per_row =
+        is_long ? entry.blocks_per_row : uint32_t((layout.row_length + kSpan - 1) / kSpan);
+    entry.whole_spans = layout.row_length % kSpan == 0;
     if (!call.shard_offsets.empty()) {
       entry.shard_offset = uint64_t(call.shard_offsets[i]);
       entry.row_stride = call.shard_row_strides[i];
     }
-    bool fast = call.block_size == kFastBlock && layout.row_length % kPerLane == 0 &&
-                entry.param_type == type && entry.grad_type == type && aligned(entry.param, 16) &&
-                aligned(entry.grad, 16);
+    entry.fast = layout.row_length % kPerLane == 0 && entry.param_type == type &&
+                 entry.grad_type == type && aligned(entry.param, 16) && aligned(entry.grad, 16);
     for (int s = 0; s < N; s++) {
       entry.codes[s] = (*call.moments[s])[i].template mutable_data_ptr<uint8_t>();
       entry.scales[s] = (*call.scales[s])[i].template mutable_data_ptr<float>();
-      fast = fast && aligned(entry.codes[s], 8);
+      entry.fast = entry.fast && aligned(entry.codes[s], 8);
     }
-    entry.fast = fast;
-    filler.add(entry, blocks);
+    filler.add(entry, layout.rows * entry.units_per_row);
   }
   filler.flush();
 }
 
-template <class Rule>
-void step_elements_of(const Step& step, const Prepared<Rule>* prepared) {
+template <class Rule, class T>
+void step_elements_of(const Step& step, FloatType type) {
   constexpr int N = Rule::kStates;
   using Entry = ElementEntry<N>;
   const AdamCall& call = step.call;
-  const auto launch = [&](const Table<Entry>& table) {
-    step.launcher.launch(step_elements<Rule>, step.launcher.grid_for(table.units, kWarps), 0, table,
-                         prepared);
+  const auto launch = [&](const Table<Rule, Entry>& table) {
+    step.launcher.launch(step_elements<Rule, T>, step.launcher.grid_for(table.units, kWarps),
+                         sizeof(SharedOfElements<Rule>), table);
   };
-  Filler<Entry, decltype(launch)> filler(launch);
+  Filler<Rule, Entry, decltype(launch)> filler(step, launch);
   for (size_t i = 0; i < call.params.size(); i++) {
     Entry entry = {};
-    static_cast<Places&>(entry) = places_of<Rule>(step, i);
+    static_cast<Places&>(entry) = places_of(step, i);
     entry.count = call.params[i].numel();
-    for (int s = 0; s < N; s++)
+    entry.fast = entry.param_type == type && entry.grad_type == type && aligned(entry.param, 16) &&
+                 aligned(entry.grad, 16);
+    for (int s = 0; s < N; s++) {
       entry.states[s] = (*call.moments[s])[i].template mutable_data_ptr<float>();
+      entry.fast = entry.fast && aligned(entry.states[s], 16);
+    }
     filler.add(entry, (entry.count + kChunk - 1) / kChunk);
   }
   filler.flush();
 }
 
+template <class Rule, class T>
+void step_all_of(const Step& step, FloatType type) {
+  if (step.call.quantized()) {
+    step_blocks_of<Rule, T>(step, type);
+  } else {
+    step_elements_of<Rule, T>(step, type);
+  }
+}
+
 template <class Rule>
 void step_all(Step& step) {
-  const Tensor buffer = prepare_all<Rule>(step);
-  const auto* prepared = static_cast<const Prepared<Rule>*>(buffer.const_data_ptr());
-  if (!step.call.quantized()) {
-    step_elements_of<Rule>(step, prepared);
-  } else {
-    const FloatType type = check_float_type({kAdamOp, "params", 0}, step.call.params[0]);
-    switch (type) {
-      case FloatType::kFloat32:
-        step_blocks_of<Rule, float>(step, type, prepared);
-        break;
-      case FloatType::kBFloat16:
-        step_blocks_of<Rule, BFloat16>(step, type, prepared);
-        break;
-      case FloatType::kFloat16:
-        step_blocks_of<Rule, Half>(step, type, prepared);
-        break;
-    }
+  const FloatType type = check_float_type({kAdamOp, "params", 0}, step.call.params[0]);
+  switch (type) {
+    case FloatType::kFloat32:
+      step_all_of<Rule, float>(step, type);
+      break;
+    case FloatType::kBFloat16:
+      step_all_of<Rule, BFloat16>(step, type);
+      break;
+    case FloatType::kFloat16:
+      step_all_of<Rule, Half>(step, type);
+      break;
   }
   for (Dense& param : step.params) param.write_back();
 }
@@ -206,7 +195,7 @@ void adam_step_cuda(TensorList params, TensorList grads, TensorList exp_avgs,
                     int64_t block_size, bool stochastic_rounding, int64_t seed,
                     std::vector<int64_t> shard_offsets, std::vector<int64_t> shard_row_strides) {
   if (params.empty()) return;
-  const Place place = {true, params[0].is_cuda() ? params[0].get_device_index() : -1};
+  const Place place = place_of(params[0]);
   const AdamCall call{params,
                       grads,
                       {&exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs},
@@ -228,17 +217,16 @@ void adam_step_cuda(TensorList params, TensorList grads, TensorList exp_avgs,
   options.grad_scale = 1;
   options.maximize = maximize;
   options.decoupled = decoupled_weight_decay;
-  const Scalar none = {nullptr, 0, false};
-  const Scalar lr_number = scalar_argument("lr", lr, place);
-  const Scalar scale =
-      grad_scale ? scalar_argument("grad_scale", *grad_scale, place) : Scalar{nullptr, 1, false};
-  const Scalar found = found_inf ? scalar_argument("found_inf", *found_inf, place) : none;
+  const Scalar lr_number = scalar_argument({kAdamOp, "lr"}, lr, 0, place);
+  const Scalar scale = scalar_argument({kAdamOp, "grad_scale"}, grad_scale, 1, place);
+  const Scalar found = scalar_argument({kAdamOp, "found_inf"}, found_inf, 0, place);
   if (!scale.place) options.grad_scale = scale.value;
   check_options(options);
   check_call(call);
 
   const Launcher launcher(kAdamOp, place.index);
-  Step step{call, launcher, options, lr_number, scale, found, {}, {}};
+  Step step{call, launcher, {options, lr_number, scale, found, uint64_t(seed), call.quantized()},
+            {},   {}};
   for (const Tensor& param : params) step.params.emplace_back(param);
   for (const Tensor& grad : grads) step.grads.emplace_back(grad);
   const bool plain = !grad_scale && AdamRule<false, true>::gradient_is_plain(options);

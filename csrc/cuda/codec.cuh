@@ -22,7 +22,8 @@ struct alignas(16) PositionCell {
 };
 
 struct alignas(16) Tables {
-  uint32_t nearest_signed[kCells - kLowestSigned];  // of magnitudes
+  // Of magnitudes; signed: of codes counted from zero's.
+  uint32_t nearest_signed[kCells - kLowestSigned];
   uint32_t nearest_unsigned[kCells - kLowestUnsigned];
   float map[2][256];  // [signed][code]
   PositionCell position[32];
@@ -33,6 +34,7 @@ struct alignas(16) Tables {
 constexpr Tables make_tables() {
   Tables t = {};
   build_nearest_words(t.nearest_signed, true, false, kLowestSigned);
+  for (uint32_t& word : t.nearest_signed) word -= uint32_t(kZeroCodeSigned) << 16;
   build_nearest_words(t.nearest_unsigned, false, false, kLowestUnsigned);
   for (int is_signed = 0; is_signed < 2; is_signed++) {
     for (int code = 0; code < 256; code++) t.map[is_signed][code] = value_of_code(is_signed, code);
@@ -50,36 +52,72 @@ TORCHAO8_HD float decode(const Tables& t, uint32_t code) {
   return t.map[kSigned][code];
 }
 
-// Where x is not zero, its bits are a number above any code it can have. A minimum where a branch
-// would cost more than what it skips.
-TORCHAO8_HD uint32_t zero_stays_zero(uint32_t code, float x) {
-  return code < float_bits(x) ? code : float_bits(x);
-}
+// Below, |x * inverse| is at most the float above 1, x being an element of a block and inverse of its
+// extreme element.
 
-// inverse: of the block's scale, with its sign. |x * inverse| is at most the float above 1, unless
-// the state is corrupt: then the code does not matter, but it is looked up inside the table.
+// Nearest rounding: the code of x, or of its magnitude counted from zero's, in byte 2.
 template <bool kSigned>
-TORCHAO8_HD uint32_t encode_nearest(const Tables& t, float x, float inverse) {
+__device__ __forceinline__ uint32_t nearest_word(const Tables& t, float y) {
   constexpr uint32_t lowest = kSigned ? kLowestSigned : kLowestUnsigned;
-  const uint32_t y = float_bits((Real(x) * Real(inverse)).x);
-  uint32_t magnitude = y & 0x7fffffffu;
-  if (magnitude < lowest << 16) magnitude = lowest << 16;
-  if (magnitude >= kCells << 16) magnitude = (kCells << 16) - 1;
+  const uint32_t magnitude = float_bits(larger(std::fabs(y), bits_float(lowest << 16)));
   const uint32_t* words = kSigned ? t.nearest_signed : t.nearest_unsigned;
-  const uint32_t code = (words[(magnitude >> 16) - lowest] + magnitude) >> 16;
-  if (!kSigned) return zero_stays_zero(code, x);
-  // There is no -1.0.
-  return y >> 31 ? 254 - (code < 254 ? code : 254) : code;
+  return words[int(permute_bytes(magnitude, 0, 0x4432)) - int(lowest)] + magnitude;
 }
 
-TORCHAO8_HD uint32_t encode_stochastic(const Tables& t, float x, float inverse, float one_to_two) {
+__device__ __forceinline__ uint32_t pack_bytes(const uint32_t* word, int byte) {
+  const uint32_t two = uint32_t(byte | (byte + 4) << 4);
+  return permute_bytes(permute_bytes(word[0], word[1], two), permute_bytes(word[2], word[3], two),
+                       0x5410);
+}
+
+// The codes of four numbers. A second moment that is not zero never gets the code of zero.
+template <bool kSigned>
+__device__ __forceinline__ uint32_t encode_nearest_four(const Tables& t, const float* x,
+                                                        float inverse) {
+  uint32_t word[4], y[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const float scaled = (Real(x[i]) * Real(inverse)).x;
+    y[i] = float_bits(scaled);
+    word[i] = nearest_word<kSigned>(t, scaled);
+    if (!kSigned && x[i] == 0.0f) word[i] = 0;
+  }
+  uint32_t codes = pack_bytes(word, 2);
+  if constexpr (kSigned) {
+    // 127 + magnitude, 127 - magnitude: without a carry between bytes.
+    const uint32_t negative = permute_bytes(permute_bytes(y[0], y[1], 0x00fb),
+                                            permute_bytes(y[2], y[3], 0x00fb), 0x5410);
+    codes -= (codes & negative & 0x80808080u) >> 7;  // there is no -1.0
+    codes = (codes ^ (negative & 0x7f7f7f7fu)) + (~negative & 0x7f7f7f7fu);
+  }
+  return codes;
+}
+
+template <bool kSigned>
+__device__ __forceinline__ uint32_t encode_nearest(const Tables& t, float x, float inverse) {
+  const float four[4] = {x, x, x, x};
+  return encode_nearest_four<kSigned>(t, four, inverse) & 0xff;
+}
+
+__device__ __forceinline__ uint32_t encode_stochastic(const Tables& t, float x, float inverse,
+                                                      float one_to_two) {
   const Real y = fma(Real(x), Real(inverse), Real(kPositionBias));
-  const uint32_t cell = float_bits(y.x) >> 24 & 15;
+  const uint32_t cell = permute_bytes(float_bits(y.x), 0, 0x4443) - 48;  // from 2^-31 on
   const PositionCell& lines = t.position[cell + (y.x >= t.position_start[cell] ? 0 : 16)];
   const Real line = fma(y, Real(lines.a), Real(lines.b));
   const Real gap = fma(line, Real(kGapSlope), Real(lines.c));
-  const Real position = Real(gap.x < line.x ? gap.x : line.x) + Real(one_to_two);
-  return zero_stays_zero(uint32_t(int32_t(position.x)), x);
+  const Real position = Real(smaller(gap.x, line.x)) + Real(one_to_two);
+  // Where x is not zero, its bits are a number above any code.
+  const uint32_t code = uint32_t(int32_t(position.x));
+  return code < float_bits(x) ? code : float_bits(x);
+}
+
+// Into shared memory, before a barrier.
+__device__ __forceinline__ void copy_tables(Tables& to, const Tables& from) {
+  const uint4* source = reinterpret_cast<const uint4*>(&from);
+  uint4* target = reinterpret_cast<uint4*>(&to);
+  for (uint32_t i = threadIdx.x; i < sizeof(Tables) / sizeof(uint4); i += kThreads)
+    target[i] = source[i];
 }
 
 }  // namespace torchao8::cuda

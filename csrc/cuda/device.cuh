@@ -14,17 +14,41 @@ namespace torchao8::cuda {
 
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
-// byte i of the result is byte (selector >> 4 * i & 7) of the eight bytes of b and a.
+// Byte i of the result is byte (selector >> 4 * i & 7) of the eight bytes of b and a; where the
+// selector's fourth bit is set, that byte's sign, eight times.
 __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
-  return __byte_perm(a, b, selector);
+  uint32_t d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+  return d;
 }
 __device__ __forceinline__ float approximate_inverse_root(float x) {
   float y;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-__device__ __forceinline__ uint32_t largest_of_warp(uint32_t x) {
-  return __reduce_max_sync(kWholeWarp, x);  // sm_80 and later
+__device__ __forceinline__ float approximate_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// Of numbers, not NaN.
+__device__ __forceinline__ float larger(float a, float b) {
+  return fmaxf(a, b);
+}
+__device__ __forceinline__ float smaller(float a, float b) {
+  return fminf(a, b);
+}
+// Of each group of so many neighbouring lanes, a power of two.
+__device__ __forceinline__ uint32_t largest_of_lanes(uint32_t x, int lanes) {
+  if (lanes == 32) return __reduce_max_sync(kWholeWarp, x);  // sm_80 and later
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    const uint32_t other = __shfl_xor_sync(kWholeWarp, x, distance);
+    if (other > x) x = other;
+  }
+  return x;
+}
+__device__ __forceinline__ bool all_of_warp(bool x) {
+  return __all_sync(kWholeWarp, x);
 }
 __device__ __forceinline__ void warp_barrier() {
   __syncwarp();
@@ -55,6 +79,10 @@ __device__ __forceinline__ float widen_half(uint16_t bits) {
 
 namespace torchao8::cuda {
 
+constexpr int kLanes = 32;
+constexpr int kWarps = 8;  // of a thread block
+constexpr int kThreads = kWarps * kLanes;
+
 // The root of a number in [2^-101, 2^128), rounded to nearest: the sequence that the compiler
 // emits behind a range check, without the check.
 TORCHAO8_HD float bounded_root(float v) {
@@ -69,8 +97,22 @@ TORCHAO8_HD float bounded_root(float v) {
 #endif
 }
 
+// 1 / x of a number of magnitude in [2^-126, 2^126), rounded to nearest; in the same way.
+TORCHAO8_HD float bounded_reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  const float r = approximate_reciprocal(x);
+  return __fmaf_rn(__fmaf_rn(-x, r, 1.0f), r, r);
+#elif defined(TORCHAO8_EMULATE)
+  const float r = approximate_reciprocal(x);
+  return std::fma(std::fma(-x, r, 1.0f), r, r);
+#else
+  return 1.0f / x;
+#endif
+}
+
 // A float whose operations are the IEEE ones, whatever the compiler's options are. A rule computes
-// with it as with a vector of the CPU. kBounded: roots are of numbers in [2^-101, 2^128).
+// with it as with a vector of the CPU. kBounded: every number that a root or a reciprocal is taken
+// of lies where the two functions above are exact, and no maximum is of NaN.
 template <bool kBounded>
 struct RealOf {
   float x;
@@ -80,25 +122,32 @@ struct RealOf {
 #ifdef __CUDA_ARCH__
   TORCHAO8_HD friend RealOf operator*(RealOf a, RealOf b) { return RealOf(__fmul_rn(a.x, b.x)); }
   TORCHAO8_HD friend RealOf operator+(RealOf a, RealOf b) { return RealOf(__fadd_rn(a.x, b.x)); }
-  TORCHAO8_HD friend RealOf operator/(RealOf a, RealOf b) { return RealOf(__fdiv_rn(a.x, b.x)); }
   TORCHAO8_HD friend RealOf fma(RealOf a, RealOf b, RealOf c) {
     return RealOf(__fmaf_rn(a.x, b.x, c.x));
   }
   TORCHAO8_HD friend RealOf sqrt(RealOf a) {
     return RealOf(kBounded ? bounded_root(a.x) : __fsqrt_rn(a.x));
   }
+  TORCHAO8_HD friend RealOf reciprocal(RealOf a) {
+    return RealOf(kBounded ? bounded_reciprocal(a.x) : __frcp_rn(a.x));
+  }
 #else
   TORCHAO8_HD friend RealOf operator*(RealOf a, RealOf b) { return RealOf(a.x * b.x); }
   TORCHAO8_HD friend RealOf operator+(RealOf a, RealOf b) { return RealOf(a.x + b.x); }
-  TORCHAO8_HD friend RealOf operator/(RealOf a, RealOf b) { return RealOf(a.x / b.x); }
   TORCHAO8_HD friend RealOf fma(RealOf a, RealOf b, RealOf c) {
     return RealOf(std::fma(a.x, b.x, c.x));
   }
   TORCHAO8_HD friend RealOf sqrt(RealOf a) {
     return RealOf(kBounded ? bounded_root(a.x) : std::sqrt(a.x));
   }
+  TORCHAO8_HD friend RealOf reciprocal(RealOf a) {
+    return RealOf(kBounded ? bounded_reciprocal(a.x) : 1.0f / a.x);
+  }
 #endif
-  TORCHAO8_HD friend RealOf max(RealOf a, RealOf b) { return a.x > b.x ? a : b; }
+  __device__ __forceinline__ friend RealOf max(RealOf a, RealOf b) {
+    if (kBounded) return RealOf(larger(a.x, b.x));
+    return a.x > b.x ? a : b;
+  }
 };
 using Real = RealOf<false>;
 using BoundedReal = RealOf<true>;

@@ -6,15 +6,30 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
+#include <optional>
 
-#include "common/checks.h"
-#include "cuda/step.cuh"
+#include "common/numbers.h"
+#include "cuda/table.cuh"
 
 namespace torchao8::cuda {
 
 inline void check_cuda(cudaError_t error, const char* op, int32_t device) {
   TORCHAO8_CHECK(error == cudaSuccess, op, ": CUDA error on cuda:", device, ": ",
                  cudaGetErrorString(error));
+}
+
+inline Place place_of(const Tensor& first) {
+  return {true, first.is_cuda() ? first.get_device_index() : -1};
+}
+
+// A number on the device of the call, or on the CPU, where it is read now.
+inline Scalar scalar_argument(const Argument& a, const std::optional<Tensor>& t, double otherwise,
+                              const Place& place) {
+  if (!t) return {nullptr, otherwise, false};
+  check_number(a, *t);
+  if (t->is_cpu()) return {nullptr, read_number(*t), false};
+  check_place(a, *t, place);
+  return {t->const_data_ptr(), 0, t->scalar_type() == ScalarType::Double};
 }
 
 // The current device becomes the one of the call; the stream is the current one there.

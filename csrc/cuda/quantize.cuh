@@ -1,7 +1,9 @@
 // quantize_blockwise and dequantize_blockwise: a warp takes a block, a lane every 32nd element.
 #pragma once
 
-#include "cuda/step.cuh"
+#include "cuda/block.cuh"
+#include "cuda/codec.cuh"
+#include "cuda/floats.cuh"
 
 namespace torchao8::cuda {
 
@@ -19,14 +21,14 @@ struct QuantizeArguments {
 template <bool kSigned>
 __device__ __forceinline__ void quantize_block(const QuantizeArguments& a, const Tables& tables,
                                                uint32_t block, int lane) {
-  const BlockPlace place(a.row_length, a.row_length, 0, a.blocks_per_row, a.block_size, block);
+  const BlockPlace place(a.row_length, a.blocks_per_row, a.block_size, block, 0, a.row_length);
   const auto value = [&](int i) {
     const float x = load_as(a.type, a.input, place.begin + i);
     return !kSigned && x <= 0.0f && x >= -3.4028235e38f ? 0.0f : x;
   };
-  WarpExtreme<kSigned> warp;
-  for (int i = lane; i < place.length; i += kLanes) warp.add(value(i));
-  const float extreme = warp.result();
+  Extreme<kSigned> of_lane;
+  for (int i = lane; i < place.length; i += kLanes) of_lane.add(value(i));
+  const float extreme = of_lane.result(kLanes);
   const bool finite = (float_bits(extreme) & 0x7fffffffu) < 0x7f800000u;
   // From 2^126 on the inverse would be subnormal.
   const float factor = !usable<kSigned>(extreme) && finite ? 0.25f : 1.0f;
@@ -50,6 +52,7 @@ __global__ void __launch_bounds__(kThreads)
     quantize(const QuantizeArguments a, const Tables* source) {
   TORCHAO8_SHARED(Tables, tables);
   copy_tables(tables, *source);
+  __syncthreads();
   const int lane = int(threadIdx.x % kLanes);
   for (uint64_t block = uint64_t(blockIdx.x) * kWarps + threadIdx.x / kLanes; block < a.blocks;
        block += uint64_t(gridDim.x) * kWarps)
@@ -71,11 +74,12 @@ __global__ void __launch_bounds__(kThreads)
     dequantize(const DequantizeArguments a, const Tables* source) {
   TORCHAO8_SHARED(Tables, tables);
   copy_tables(tables, *source);
+  __syncthreads();
   const int lane = int(threadIdx.x % kLanes);
   for (uint64_t block = uint64_t(blockIdx.x) * kWarps + threadIdx.x / kLanes; block < a.blocks;
        block += uint64_t(gridDim.x) * kWarps) {
-    const BlockPlace place(a.row_length, a.row_length, 0, a.blocks_per_row, a.block_size,
-                           uint32_t(block));
+    const BlockPlace place(a.row_length, a.blocks_per_row, a.block_size, uint32_t(block), 0,
+                           a.row_length);
     const Real scale(a.scales[block]);
     for (int i = lane; i < place.length; i += kLanes) {
       const Real x(decode<kSigned>(tables, a.codes[place.begin + i]));

@@ -70,7 +70,7 @@ struct AdamRule {
     r.decay[1] = float(o.beta2 / unit2);
     r.decay[2] = float(1 / unit2);
     // p - lr / bc1 * m / (sqrt(v / bc2) + eps) = p + m / (sqrt(v) * root_factor + eps_term). A step
-    // size of zero makes both infinite, and the quotient zero.
+    // size of zero makes both infinite, and the reciprocal zero.
     const double step_size = -(o.lr / (1 - integer_power(o.beta1, t))) * unit1;
     const double inverse_root = 1.0 / std::sqrt(1 - integer_power(o.beta2, t));
     r.root_factor = float(inverse_root * std::sqrt(unit2) / step_size);
@@ -79,6 +79,13 @@ struct AdamRule {
     r.coupled = o.decoupled ? 0.0f : float(o.weight_decay);
     r.grad_gain = float((o.maximize ? -1.0 : 1.0) / o.grad_scale);
     return r;
+  }
+
+  // Whether no denominator leaves [2^-126, 2^126), whatever v below 2^126 there is. So it is but for
+  // learning rates that are zero or out of all proportion.
+  TORCHAO8_HD bool is_bounded() const {
+    const float factor = std::fabs(root_factor), eps = std::fabs(eps_term);
+    return factor >= 0x1p-75f && factor < 0x1p62f && eps < 0x1p124f;
   }
 
   // A stored moment is state * scale; folding the scale into the decay saves a multiplication.
@@ -107,7 +114,7 @@ struct AdamRule {
   }
   template <class F>
   TORCHAO8_HD F step(const F* state, F root) const {
-    return state[0] / fma(root, F(root_factor), F(eps_term));
+    return state[0] * reciprocal(fma(root, F(root_factor), F(eps_term)));
   }
   template <class F>
   TORCHAO8_HD F apply(F p, F step) const {

@@ -8,8 +8,9 @@
 
 #include "cpu/kernels.h"
 #include "cpu/vec_scalar.h"
-#include "cuda/prepare.cuh"
+#include "cuda/count.cuh"
 #include "cuda/quantize.cuh"
+#include "cuda/step.cuh"
 #include "rules/adam.h"
 
 using namespace torchao8;
@@ -38,6 +39,12 @@ const Shape kShapes[] = {
     {1, 5000, 0, 1, 0},     {12, 2048, 0, 1e-4f, 0},
     {0, 256, 0, 1, 0},      {3, 512, 0, 1, 0, 1536, 2048},
 };
+
+// More blocks than a warp prepares random numbers for at a time, and more tensors than a thread block
+// prepares rules for at a time.
+constexpr Shape kMany = {280, 1024, 0, 1, 0};
+constexpr Shape kTiny = {1, 24, 0, 1, 0};
+constexpr int kTinyOnes = 80;
 
 size_t bytes_of(FloatType type) {
   return type == FloatType::kFloat32 ? 4 : 2;
@@ -148,86 +155,107 @@ void cpu_step(TensorOf& t, const AdamOptions& options, bool scaled, int block_si
 
 const cuda::Tables kTables = cuda::make_tables();
 
-template <class Rule>
-std::vector<cuda::Prepared<Rule>> prepare(std::vector<TensorOf>& tensors,
-                                          const AdamOptions& options, bool scaled, uint64_t seed,
-                                          const float& found_inf) {
-  std::vector<cuda::Prepared<Rule>> prepared(tensors.size());
-  static cuda::StepTable table;
-  table.count = uint32_t(tensors.size());
-  table.first = 0;
-  for (size_t i = 0; i < tensors.size(); i++) table.steps[i] = &tensors[i].step;
-  const float lr = float(options.lr), grad_scale = float(options.grad_scale);
-  const cuda::Scalar lr_place{&lr, 0, false}, scale_place{&grad_scale, 0, false};
-  const cuda::Scalar found{&found_inf, 0, false};
-  emulation::launch((table.count + cuda::kThreads - 1) / cuda::kThreads, cuda::kThreads, [&] {
-    cuda::prepare<Rule>(table, options, lr_place, scale_place, found, seed, scaled,
-                        prepared.data());
-  });
-  return prepared;
+struct StepNumbers {
+  AdamOptions options;
+  uint64_t seed;
+  float lr, grad_scale, found_inf;
+};
+
+// As the op does: numbers on the device, which the kernels read.
+template <class Rule, class Entry>
+void set_numbers(cuda::Table<Rule, Entry>& table, const StepNumbers& from, bool scaled) {
+  table.count = table.units = 0;
+  table.numbers.options = from.options;
+  table.numbers.options.lr = table.numbers.options.grad_scale = NAN;
+  table.numbers.lr = {&from.lr, 0, false};
+  table.numbers.grad_scale = {&from.grad_scale, 0, false};
+  table.numbers.found_inf = {&from.found_inf, 0, false};
+  table.numbers.seed = from.seed;
+  table.numbers.scaled_state = scaled;
 }
 
-bool aligned(const void* p) {
-  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+bool aligned(const void* p, size_t bytes = 16) {
+  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
+}
+
+cuda::Places places_of(TensorOf& t) {
+  cuda::Places places;
+  places.param = t.place(t.param, t.param_type);
+  places.grad = t.place(t.grad, t.grad_type);
+  places.step = &t.step;
+  places.param_type = t.param_type;
+  places.grad_type = t.grad_type;
+  return places;
 }
 
 template <class Rule, class T>
-void cuda_block_step(std::vector<TensorOf>& tensors, FloatType type,
-                     const std::vector<cuda::Prepared<Rule>>& prepared, int block_size,
-                     bool stochastic) {
+void cuda_block_step(std::vector<TensorOf>& tensors, FloatType type, const StepNumbers& numbers,
+                     int block_size, bool stochastic) {
   using Entry = cuda::BlockEntry<Rule::kStates>;
-  static cuda::Table<Entry> table;
-  table.count = table.units = 0;
+  static cuda::Table<Rule, Entry> table;
+  set_numbers(table, numbers, true);
   table.block_size = block_size;
+  table.log_of_block = int(std::log2(block_size));
   table.stochastic = stochastic;
-  for (size_t i = 0; i < tensors.size(); i++) {
-    TensorOf& t = tensors[i];
+  for (TensorOf& t : tensors) {
     if (t.count() == 0) continue;
     Entry& e = table.entries[table.count++];
-    e.param = t.place(t.param, t.param_type);
-    e.grad = t.place(t.grad, t.grad_type);
+    static_cast<cuda::Places&>(e) = places_of(t);
     e.first_unit = table.units;
-    e.index = uint32_t(i);
-    e.param_type = t.param_type;
-    e.grad_type = t.grad_type;
     e.row_length = t.shape.columns;
     e.row_stride = t.shape.row_stride ? t.shape.row_stride : t.shape.columns;
     e.shard_offset = uint64_t(t.shape.shard_offset);
     e.blocks_per_row = uint32_t(t.blocks_per_row(block_size));
-    e.fast = block_size == cuda::kFastBlock && t.shape.columns % 8 == 0 && t.param_type == type &&
-             t.grad_type == type && aligned(e.param) && aligned(e.grad);
+    e.units_per_row = uint32_t(t.blocks_per_row(std::max(block_size, cuda::kSpan)));
+    e.whole_spans = t.shape.columns % cuda::kSpan == 0;
+    e.fast = t.shape.columns % cuda::kPerLane == 0 && t.param_type == type && t.grad_type == type &&
+             aligned(e.param) && aligned(e.grad);
     for (int s = 0; s < Rule::kStates; s++) {
       e.codes[s] = t.code_place(s);
       e.scales[s] = t.scales[s].data();
-      e.fast = e.fast && reinterpret_cast<uintptr_t>(e.codes[s]) % 8 == 0;
+      e.fast = e.fast && aligned(e.codes[s], 8);
     }
-    table.units += uint32_t(t.shape.rows * e.blocks_per_row);
+    table.units += uint32_t(t.shape.rows * e.units_per_row);
   }
-  emulation::launch(3, cuda::kThreads,
-                    [&] { cuda::step_blocks<Rule, T>(table, prepared.data(), &kTables); });
+  emulation::launch(3, cuda::kThreads, [&] {
+    if (block_size > cuda::kSpan) {
+      cuda::step_blocks<Rule, T, cuda::Blocks::kLong>(table, &kTables);
+    } else if (block_size == cuda::kSpan) {
+      cuda::step_blocks<Rule, T, cuda::Blocks::kSpan>(table, &kTables);
+    } else {
+      cuda::step_blocks<Rule, T, cuda::Blocks::kShort>(table, &kTables);
+    }
+  });
 }
 
-template <class Rule>
-void cuda_element_step(std::vector<TensorOf>& tensors,
-                       const std::vector<cuda::Prepared<Rule>>& prepared) {
+template <class Rule, class T>
+void cuda_element_step(std::vector<TensorOf>& tensors, FloatType type,
+                       const StepNumbers& numbers) {
   using Entry = cuda::ElementEntry<Rule::kStates>;
-  static cuda::Table<Entry> table;
-  table.count = table.units = 0;
-  for (size_t i = 0; i < tensors.size(); i++) {
-    TensorOf& t = tensors[i];
+  static cuda::Table<Rule, Entry> table;
+  set_numbers(table, numbers, false);
+  for (TensorOf& t : tensors) {
     if (t.count() == 0) continue;
     Entry& e = table.entries[table.count++];
-    e.param = t.place(t.param, t.param_type);
-    e.grad = t.place(t.grad, t.grad_type);
+    static_cast<cuda::Places&>(e) = places_of(t);
     e.first_unit = table.units;
-    e.index = uint32_t(i);
-    e.param_type = t.param_type;
-    e.grad_type = t.grad_type;
     e.count = t.count();
-    for (int s = 0; s < Rule::kStates; s++) e.states[s] = t.states[s].data();
+    e.fast = t.param_type == type && t.grad_type == type && aligned(e.param) && aligned(e.grad);
+    for (int s = 0; s < Rule::kStates; s++) {
+      e.states[s] = t.states[s].data();
+      e.fast = e.fast && aligned(e.states[s]);
+    }
     table.units += uint32_t((t.count() + cuda::kChunk - 1) / cuda::kChunk);
   }
-  emulation::launch(3, cuda::kThreads, [&] { cuda::step_elements<Rule>(table, prepared.data()); });
+  emulation::launch(3, cuda::kThreads, [&] { cuda::step_elements<Rule, T>(table); });
+}
+
+void cuda_count(std::vector<TensorOf>& tensors, const float& found_inf) {
+  static cuda::StepTable table;
+  table.count = uint32_t(tensors.size());
+  for (size_t i = 0; i < tensors.size(); i++) table.steps[i] = &tensors[i].step;
+  emulation::launch((table.count + cuda::kThreads - 1) / cuda::kThreads, cuda::kThreads,
+                    [&] { cuda::count_step(table, {&found_inf, 0, false}); });
 }
 
 template <class V>
@@ -260,8 +288,12 @@ void check(const char* rule_name, FloatType type, FloatType param_type, FloatTyp
   std::vector<TensorOf> gpu;
   for (const Shape& shape : kShapes)
     gpu.push_back(make_tensor(shape, param_type, grad_type, Rule::kStates, block_size, random));
+  if (Rule::kStates == 2 && !Rule::kMomentsNeedParam && block_size == 256 && stochastic)
+    gpu.push_back(make_tensor(kMany, param_type, grad_type, Rule::kStates, block_size, random));
+  for (int i = 0; i < kTinyOnes; i++)
+    gpu.push_back(make_tensor(kTiny, param_type, grad_type, Rule::kStates, block_size, random));
   std::vector<TensorOf> cpu = gpu;
-  for (size_t i = 0; i < gpu.size(); i++) gpu[i].step = cpu[i].step = float(i % 3);
+  for (size_t i = 0; i < gpu.size(); i++) gpu[i].step = cpu[i].step = float(i % 7);
   const uint64_t seed = 11;
   const std::string what = std::string(rule_name) + ", types " + std::to_string(int(param_type)) +
                            " and " + std::to_string(int(grad_type)) + ", " +
@@ -276,12 +308,14 @@ void check(const char* rule_name, FloatType type, FloatType param_type, FloatTyp
                   size_t(gpu[i].count()) * bytes_of(grad_type));
     }
     const float found_inf = step == 2 ? 1.0f : 0.0f;
-    const auto prepared = prepare<Rule>(gpu, options, scaled, seed, found_inf);
+    const StepNumbers numbers = {options, seed, float(options.lr), float(options.grad_scale),
+                                 found_inf};
     if (!scaled) {
-      cuda_element_step<Rule>(gpu, prepared);
+      cuda_element_step<Rule, T>(gpu, type, numbers);
     } else {
-      cuda_block_step<Rule, T>(gpu, type, prepared, block_size, stochastic);
+      cuda_block_step<Rule, T>(gpu, type, numbers, block_size, stochastic);
     }
+    cuda_count(gpu, found_inf);
     if (found_inf == 0) {
       for (TensorOf& t : cpu) cpu_step<Rule>(t, options, scaled, block_size, stochastic, seed);
     }
@@ -295,18 +329,21 @@ void check_rule(const char* name, const AdamOptions& options) {
   for (bool stochastic : {true, false}) {
     check<Rule, float>(name, f32, f32, f32, options, true, 256, stochastic);
     check<Rule, BFloat16>(name, bf16, bf16, bf16, options, true, 256, stochastic);
+    for (int block_size : {64, 512})
+      check<Rule, float>(name, f32, f32, f32, options, true, block_size, stochastic);
 #ifndef QUICK
     check<Rule, Half>(name, f16, f16, f16, options, true, 256, stochastic);
     check<Rule, BFloat16>(name, bf16, bf16, f32, options, true, 256, stochastic);
     check<Rule, float>(name, f32, f32, f16, options, true, 256, stochastic);
-    for (int block_size : {64, 512, 2048})
+    for (int block_size : {128, 2048})
       check<Rule, float>(name, f32, f32, f32, options, true, block_size, stochastic);
 #endif
   }
   check<Rule, float>(name, f32, f32, f32, options, false, 256, false);
 #ifndef QUICK
+  check<Rule, BFloat16>(name, bf16, bf16, bf16, options, false, 256, false);
   check<Rule, float>(name, f32, bf16, f32, options, false, 256, false);
-  check<Rule, float>(name, f32, f16, f16, options, false, 256, false);
+  check<Rule, Half>(name, f16, f16, f16, options, false, 256, false);
 #endif
 }
 

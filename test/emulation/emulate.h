@@ -164,16 +164,34 @@ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t result = 0;
   for (int i = 0; i < 4; i++) {
     const uint32_t byte = both >> (selector >> 4 * i & 7) * 8 & 255;
-    result |= byte << 8 * i;
+    const bool of_sign = selector >> 4 * i & 8;
+    result |= (!of_sign ? byte : byte & 128 ? 255 : 0) << 8 * i;
   }
   return result;
 }
 inline float approximate_inverse_root(float x) {
   return emulation::nudge(float(1 / std::sqrt(double(x))));
 }
-inline uint32_t largest_of_warp(uint32_t x) {
+// Rounded to nearest or a unit below: as good as a GPU's, for which one refinement is enough.
+inline float approximate_reciprocal(float x) {
+  const float r = 1 / x, nudged = emulation::nudge(r);
+  return std::fabs(nudged) > std::fabs(r) ? r : nudged;
+}
+inline float larger(float a, float b) {
+  return std::fmax(a, b);
+}
+inline float smaller(float a, float b) {
+  return std::fmin(a, b);
+}
+inline uint32_t largest_of_lanes(uint32_t x, int lanes) {
+  const unsigned first = emulation::thread.x % 32 / unsigned(lanes) * unsigned(lanes);
+  return emulation::exchange(x, [=](const uint32_t* warp) {
+    return *std::max_element(warp + first, warp + first + lanes);
+  });
+}
+inline bool all_of_warp(bool x) {
   return emulation::exchange(
-      x, [](const uint32_t* warp) { return *std::max_element(warp, warp + 32); });
+      x, [](const uint32_t* warp) { return *std::min_element(warp, warp + 32); });
 }
 inline uint32_t round_to_bfloat16s(float low, float high) {
   return uint32_t(to_bfloat16(low).bits) | uint32_t(to_bfloat16(high).bits) << 16;

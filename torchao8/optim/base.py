@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from torchao8 import ops
 from torchao8.block_layout import check_block_size, fits_8bit, scale_shape
 from torchao8.optim._checkpoint import TensorSpec, seal, unseal
 from torchao8.optim._checks import (
@@ -99,7 +100,7 @@ class LowPrecisionOptimizer(Optimizer):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        """Updates one bucket in place, ``steps`` included."""
+        """Updates one bucket in place; ``steps`` are those made before, and are counted later."""
         raise NotImplementedError
 
     def _check_options(self, group: Group) -> None:
@@ -211,11 +212,15 @@ class LowPrecisionOptimizer(Optimizer):
             _check_layout(self, group, bucket)
         # Only now: what is refused in one group leaves all of them as they were.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        steps: dict[torch.device, list[Tensor]] = {}
         for group, lr, bucket in calls:
             device = bucket.params[0].device
             self._update(
                 group, bucket, lr, _to_device(grad_scale, device), _to_device(found_inf, device)
             )
+            steps.setdefault(device, []).extend(bucket.steps)
+        for device, made in steps.items():  # one kernel on a GPU, for all buckets
+            ops.count_step_(made, _to_device(found_inf, device))
         return loss
 
     def _buckets(self, group: Group) -> list[Bucket]:

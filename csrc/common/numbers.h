@@ -1,0 +1,45 @@
+// Numbers that come as tensors of one element, so that they can change without a new trace: lr,
+// grad_scale, found_inf, and the steps that a tensor has made.
+#pragma once
+
+#include <cmath>
+
+#include "common/checks.h"
+
+namespace torchao8 {
+
+inline void check_one_element(const Argument& a, const Tensor& t) {
+  TORCHAO8_CHECK(t.numel() == 1, a.text(), " must have one element, got shape ",
+                 shape_text(t.sizes()));
+}
+
+inline void check_number(const Argument& a, const Tensor& t) {
+  check_one_element(a, t);
+  TORCHAO8_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double,
+                 a.text(), " must be float32 or float64, got ", dtype_name(t.scalar_type()));
+}
+
+// What a number on the CPU is.
+inline double read_number(const Tensor& t) {
+  const void* data = t.const_data_ptr();
+  return t.scalar_type() == ScalarType::Double ? *static_cast<const double*>(data)
+                                               : double(*static_cast<const float*>(data));
+}
+
+inline void check_step(const Argument& a, const Tensor& step, const Place& place) {
+  check_place(a, step, place);
+  check_dtype(a, step, ScalarType::Float);
+  check_one_element(a, step);
+}
+
+constexpr float kLastStep = 16777216.0f;
+
+// Of a step on the CPU, the number that it holds.
+inline void check_count(const Argument& a, const Tensor& step) {
+  const float value = *step.const_data_ptr<float>();
+  TORCHAO8_CHECK(value >= 0 && value < kLastStep && std::floor(value) == value, a.text(),
+                 " must be a whole number from 0 to 2^24 - 1, up to which float32 counts, got ",
+                 value);
+}
+
+}  // namespace torchao8

@@ -1,0 +1,83 @@
+// A block of 8-bit state: where it lies, and its extreme elements.
+#pragma once
+
+#include <type_traits>
+
+#include "common/block_scale.h"
+#include "cuda/table.cuh"
+
+namespace torchao8::cuda {
+
+template <int N, class Function>
+TORCHAO8_HD void for_each_state(Function f) {
+  f(std::integral_constant<int, 0>());
+  if constexpr (N > 1) f(std::integral_constant<int, 1>());
+  if constexpr (N > 2) f(std::integral_constant<int, 2>());
+}
+
+struct BlockPlace {
+  int64_t begin;  // of the block in the tensor
+  int length;
+  uint64_t first_element;  // global index, for the random numbers
+
+  TORCHAO8_HD BlockPlace(int64_t row_length, uint32_t blocks_per_row, int block_size,
+                         uint32_t block, uint64_t shard_offset, int64_t row_stride) {
+    const uint32_t row = block / blocks_per_row;
+    const int64_t column = int64_t(block - row * blocks_per_row) * block_size;
+    begin = row * row_length + column;
+    length = row_length - column < block_size ? int(row_length - column) : block_size;
+    first_element = shard_offset + uint64_t(row) * uint64_t(row_stride) + uint64_t(column);
+  }
+  template <int N>
+  TORCHAO8_HD BlockPlace(const BlockEntry<N>& e, int block_size, uint32_t block)
+      : BlockPlace(e.row_length, e.blocks_per_row, block_size, block, e.shard_offset,
+                   e.row_stride) {}
+};
+
+// A block's extreme element. Of floats, the largest as a signed integer is the largest positive one,
+// the largest as an unsigned integer the negative one of largest magnitude, if there is one.
+template <bool kSigned>
+struct Extreme {
+  int32_t positive = 0;
+  uint32_t negative = 0;
+
+  TORCHAO8_HD void add(float x) {
+    const uint32_t u = float_bits(x);
+    if (kSigned && int32_t(u) > positive) positive = int32_t(u);
+    if (u > negative) negative = u;
+  }
+  // Of all that the lanes of the block have added. The positive one in a tie; NaN, or a negative
+  // number in an unsigned state, if there is one.
+  __device__ __forceinline__ float result(int lanes) const {
+    const uint32_t low = largest_of_lanes(negative, lanes);
+    if (!kSigned) return bits_float(low);
+    const uint32_t high = largest_of_lanes(uint32_t(positive), lanes);
+    return bits_float((low & 0x7fffffffu) > high ? low : high);
+  }
+};
+
+// One for each state of a rule.
+template <class Rule>
+struct Extremes {
+  Extreme<true> of_signed[Rule::kStates];
+  Extreme<false> of_unsigned[Rule::kStates];
+
+  template <class S>
+  TORCHAO8_HD void add(S s, float x) {
+    if constexpr (Rule::kSigned[s]) {
+      of_signed[s].add(x);
+    } else {
+      of_unsigned[s].add(x);
+    }
+  }
+  template <class S>
+  __device__ __forceinline__ float result(S s, int lanes) const {
+    if constexpr (Rule::kSigned[s]) {
+      return of_signed[s].result(lanes);
+    } else {
+      return of_unsigned[s].result(lanes);
+    }
+  }
+};
+
+}  // namespace torchao8::cuda

@@ -1,0 +1,35 @@
+// The op count_step_ on CUDA.
+#include "cuda/count.cuh"
+
+#include <torch/csrc/stable/library.h>
+
+#include <memory>
+#include <optional>
+
+#include "common/count_call.h"
+#include "cuda/launch.h"
+
+namespace torchao8::cuda {
+namespace {
+
+void count_step_cuda(TensorList steps, std::optional<Tensor> found_inf) {
+  if (steps.empty()) return;
+  const Place place = place_of(steps[0]);
+  check_count_call(steps, place);
+  const Scalar found = scalar_argument({kCountOp, "found_inf"}, found_inf, 0, place);
+  const Launcher launcher(kCountOp, place.index);
+  auto table = std::make_unique<StepTable>();
+  for (size_t first = 0; first < steps.size(); first += StepTable::kCapacity) {
+    table->count = uint32_t(std::min<size_t>(steps.size() - first, StepTable::kCapacity));
+    for (uint32_t i = 0; i < table->count; i++)
+      table->steps[i] = steps[first + i].mutable_data_ptr<float>();
+    launcher.launch(count_step, (table->count + kThreads - 1) / kThreads, 0, *table, found);
+  }
+}
+
+}  // namespace
+}  // namespace torchao8::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(torchao8, CUDA, m) {
+  m.impl("count_step_", TORCH_BOX(&torchao8::cuda::count_step_cuda));
+}

@@ -1,0 +1,20 @@
+// Counts a step: one thread a tensor.
+#pragma once
+
+#include "cuda/table.cuh"
+
+namespace torchao8::cuda {
+
+struct StepTable {
+  static constexpr int kCapacity = 4000;
+  float* steps[kCapacity];
+  uint32_t count;
+};
+
+__global__ void __launch_bounds__(kThreads)
+    count_step(const __grid_constant__ StepTable table, const Scalar found_inf) {
+  const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
+  if (i < table.count && found_inf.get() == 0) *table.steps[i] += 1;
+}
+
+}  // namespace torchao8::cuda

@@ -1,0 +1,280 @@
+// The fast path of 8-bit state: aligned blocks, in rows of multiples of 8, of one dtype. A lane takes
+// 8 neighbouring elements at a time, in 16-byte words, and what does not occur in a healthy run is
+// tested for a block at a time, before anything is written.
+#pragma once
+
+#include "cuda/block.cuh"
+#include "cuda/codec.cuh"
+#include "cuda/floats.cuh"
+
+namespace torchao8::cuda {
+
+// Eight neighbouring elements of one lane.
+template <class Rule, class T>
+struct LaneElements {
+  static constexpr int N = Rule::kStates;
+  Several<T, kPerLane> param, grad;
+  uint2 codes[N];
+  float moments[N][kPerLane];
+
+  __device__ __forceinline__ void load(const BlockEntry<N>& entry, int64_t at, bool with_param) {
+    for_each_state<N>([&](auto s) {
+      codes[s] = *reinterpret_cast<const uint2*>(entry.codes[s] + at);
+    });
+    grad.load(static_cast<const T*>(entry.grad) + at);
+    if (with_param) param.load(static_cast<const T*>(entry.param) + at);
+  }
+
+  // rule: with the block's scales.
+  __device__ __forceinline__ void find_moments(const Rule& rule, const Tables& tables) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; i++) {
+      Real state[N], p(0.0f);
+      for_each_state<N>([&](auto s) {
+        const uint32_t word = i < 4 ? codes[s].x : codes[s].y;
+        state[s] = Real(decode<Rule::kSigned[s]>(tables, permute_bytes(word, 0, 0x4440 + i % 4)));
+      });
+      if constexpr (Rule::kMomentsNeedParam) p = Real(param.get(i));
+      rule.template moments<true>(p, Real(grad.get(i)), state);
+      for_each_state<N>([&](auto s) { moments[s][i] = state[s].x; });
+    }
+  }
+
+  __device__ __forceinline__ void add_to(Extremes<Rule>& extremes) const {
+#pragma unroll
+    for (int i = 0; i < kPerLane; i++)
+      for_each_state<N>([&](auto s) { extremes.add(s, moments[s][i]); });
+  }
+
+  __device__ __forceinline__ void update(const Rule& rule, const BlockEntry<N>& entry, int64_t at) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; i += 2) {
+      float updated[2];
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        BoundedReal state[N];
+        for_each_state<N>([&](auto s) { state[s] = BoundedReal(moments[s][i + j]); });
+        updated[j] = rule.template update<true>(BoundedReal(param.get(i + j)), state).x;
+      }
+      param.set_pair(i / 2, updated[0], updated[1]);
+    }
+    param.store(static_cast<T*>(entry.param) + at);
+  }
+
+  template <class S>
+  __device__ __forceinline__ void store_nearest(S s, const BlockEntry<N>& entry, int64_t at,
+                                                const Tables& tables, float inverse) const {
+    constexpr bool is_signed = Rule::kSigned[s];
+    *reinterpret_cast<uint2*>(entry.codes[s] + at) =
+        make_uint2(encode_nearest_four<is_signed>(tables, moments[s], inverse),
+                   encode_nearest_four<is_signed>(tables, moments[s] + 4, inverse));
+  }
+
+  // eight: number of these elements among the block's eights.
+  template <class S>
+  __device__ __forceinline__ void store_stochastic(S s, const BlockEntry<N>& entry, int64_t at,
+                                                   const Tables& tables, float inverse,
+                                                   const BlockRandom& random,
+                                                   uint32_t eight) const {
+    const uint32_t start = random.c0 + random.c2 * eight, slope = random.c1 + random.c3 * eight;
+    uint32_t code[kPerLane];
+#pragma unroll
+    for (int i = 0; i < kPerLane; i++) {
+      const float u = one_to_two(start + slope * lane_factor(uint32_t(i)));
+      code[i] = encode_stochastic(tables, moments[s][i], inverse, u);
+    }
+    *reinterpret_cast<uint2*>(entry.codes[s] + at) =
+        make_uint2(pack_bytes(code, 0), pack_bytes(code + 4, 0));
+  }
+};
+
+// The coefficients of the random numbers of a warp's next blocks, in shared memory: each lane hashes
+// for one of them.
+template <class Rule>
+struct RandomsAhead {
+  struct alignas(16) Coefficients {
+    uint32_t c0, c1, c2, c3;
+  };
+  Coefficients of_unit[Rule::kStates][kLanes];
+
+  // turn: how many blocks have used these. first_element_of: of a unit's block.
+  template <class FirstElement>
+  __device__ __forceinline__ void prepare(int& turn, const Prepared<Rule>& prepared,
+                                          const FirstElement& first_element_of, uint32_t unit,
+                                          int lane) {
+    if (++turn < kLanes) return;
+    turn = 0;
+    const uint64_t first = first_element_of(unit + uint32_t(lane) * kWarps);
+    warp_barrier();  // all lanes have read the earlier ones
+    for_each_state<Rule::kStates>([&](auto s) {
+      if constexpr (!Rule::kSigned[s]) {
+        BlockRandom random;
+        random.start(prepared.keys[s], first);
+        of_unit[s][lane] = {random.c0, random.c1, random.c2, random.c3};
+      }
+    });
+    warp_barrier();
+  }
+  TORCHAO8_HD BlockRandom get(int s, int turn) const {
+    const Coefficients c = of_unit[s][turn];
+    return {c.c0, c.c1, c.c2, c.c3};
+  }
+};
+
+// What the lanes of a block share.
+template <class Rule>
+struct BlockScales {
+  static constexpr int N = Rule::kStates;
+  float scale[N], extreme[N], inverse[N];
+
+  TORCHAO8_HD void load(const BlockEntry<N>& entry, uint32_t block) {
+    for_each_state<N>([&](auto s) { scale[s] = entry.scales[s][block]; });
+  }
+  // Whether no element needs more than the fast path does.
+  __device__ __forceinline__ bool finish(const Rule& rule, const Extremes<Rule>& extremes,
+                                         int lanes) {
+    bool good = true;
+    for_each_state<N>([&](auto s) {
+      extreme[s] = extremes.result(s, lanes);
+      inverse[s] = extreme[s] == 0 ? 0.0f : bounded_reciprocal(extreme[s]);
+      good = good && usable<Rule::kSigned[s]>(scale[s]) && usable<true>(rule.decay[s]) &&
+             (has_scale<Rule::kSigned[s]>(extreme[s], rule.unit[s]) || extreme[s] == 0);
+    });
+    return all_of_warp(good);
+  }
+  TORCHAO8_HD void store(const Rule& rule, const BlockEntry<N>& entry, uint32_t block) const {
+    for_each_state<N>([&](auto s) {
+      entry.scales[s][block] = (Real(extreme[s]) * Real(rule.unit[s])).x;
+    });
+  }
+};
+
+// Where the 8 elements of a lane lie when a warp takes the blocks of up to kSpan elements that begin
+// within a span of a row. Lanes past the row's end repeat what others do: its last block, of which
+// the last 8 elements. What they write is the same.
+struct LanePlace {
+  int64_t at;
+  uint32_t block, eight;
+
+  template <int N>
+  TORCHAO8_HD LanePlace(const BlockEntry<N>& entry, uint32_t unit, int lane, int log_of_block) {
+    const int per_unit = kSpan >> log_of_block;
+    const int lanes = kLanes / per_unit;
+    int number = lane >> (log_of_block - 3);
+    eight = uint32_t(lane) & uint32_t(lanes - 1);
+    if (entry.whole_spans) {
+      block = unit * uint32_t(per_unit) + uint32_t(number);
+      at = int64_t(unit) * kSpan + lane * kPerLane;
+      return;
+    }
+    const uint32_t row = unit / entry.units_per_row;
+    const uint32_t first_block = (unit - row * entry.units_per_row) * uint32_t(per_unit);
+    const int last = int(entry.blocks_per_row - 1 - first_block);  // of the row, from here
+    if (number > last) number = last;
+    const int64_t column = int64_t(first_block + uint32_t(number)) << log_of_block;
+    const int64_t last_eight = (entry.row_length - column) / kPerLane - 1;
+    if (int64_t(eight) > last_eight) eight = uint32_t(last_eight);
+    block = row * entry.blocks_per_row + first_block + uint32_t(number);
+    at = row * entry.row_length + column + eight * kPerLane;
+  }
+};
+
+// The blocks of a unit, of up to kSpan elements together. False: nothing has been written.
+template <class Rule, class T, bool kOneBlock>
+__device__ __forceinline__ bool step_span(const BlockEntry<Rule::kStates>& entry,
+                                          const Prepared<Rule>& prepared, const Tables& tables,
+                                          RandomsAhead<Rule>& randoms,
+                                          int& turn, int log_of_block, bool stochastic,
+                                          uint32_t unit, int lane) {
+  constexpr int N = Rule::kStates;
+  if (kOneBlock) log_of_block = 8;
+  const int lanes = 1 << (log_of_block - 3);
+  const LanePlace place(entry, unit, lane, log_of_block);
+  const auto first_element_of_block = [&](uint32_t block) {
+    return BlockPlace(entry, 1 << log_of_block, block).first_element;
+  };
+  LaneElements<Rule, T> elements;
+  BlockScales<Rule> scales;
+  scales.load(entry, place.block);
+  elements.load(entry, place.at, true);
+  warp_barrier();  // every lane has read before any writes; and the loads stay up here
+  const Rule rule = prepared.rule.with_scales(scales.scale);
+  elements.find_moments(rule, tables);
+  Extremes<Rule> extremes;
+  elements.add_to(extremes);
+  if (!scales.finish(rule, extremes, lanes)) return false;
+
+  elements.update(rule, entry, place.at);
+  if (stochastic && kOneBlock)
+    randoms.prepare(turn, prepared, first_element_of_block, unit, lane);
+  for_each_state<N>([&](auto s) {
+    constexpr bool is_signed = Rule::kSigned[s];
+    if (is_signed || !stochastic) {
+      elements.store_nearest(s, entry, place.at, tables, scales.inverse[s]);
+      return;
+    }
+    BlockRandom random;
+    if (kOneBlock) {
+      random = randoms.get(s, turn);
+    } else {
+      random.start(prepared.keys[s], first_element_of_block(place.block));
+    }
+    elements.store_stochastic(s, entry, place.at, tables, scales.inverse[s], random, place.eight);
+  });
+  if (lane % lanes == 0) scales.store(rule, entry, place.block);
+  return true;
+}
+
+// A block of more than kSpan elements: twice over its spans, the second time from the cache.
+template <class Rule, class T>
+__device__ __forceinline__ bool step_long_block(const BlockEntry<Rule::kStates>& entry,
+                                                const Prepared<Rule>& prepared,
+                                                const Tables& tables, RandomsAhead<Rule>& randoms,
+                                                int& turn, int block_size, bool stochastic, uint32_t block,
+                                                int lane) {
+  constexpr int N = Rule::kStates;
+  const BlockPlace place(entry, block_size, block);
+  BlockScales<Rule> scales;
+  scales.load(entry, block);
+  const Rule rule = prepared.rule.with_scales(scales.scale);
+  Extremes<Rule> extremes;
+  const auto start_of_lane = [&](int span) {
+    const int start = span + lane * kPerLane, last = place.length - kPerLane;
+    return start < last ? start : last;
+  };
+  for (int span = 0; span < place.length; span += kSpan) {
+    LaneElements<Rule, T> elements;
+    elements.load(entry, place.begin + start_of_lane(span), Rule::kMomentsNeedParam);
+    elements.find_moments(rule, tables);
+    elements.add_to(extremes);
+  }
+  if (!scales.finish(rule, extremes, kLanes)) return false;
+
+  if (stochastic) {
+    randoms.prepare(
+        turn, prepared, [&](uint32_t b) { return BlockPlace(entry, block_size, b).first_element; }, block,
+        lane);
+  }
+  for (int span = 0; span < place.length; span += kSpan) {
+    const int start = start_of_lane(span);
+    const int64_t at = place.begin + start;
+    LaneElements<Rule, T> elements;
+    elements.load(entry, at, true);
+    warp_barrier();  // every lane has read, the lanes past the end too, before any writes
+    elements.find_moments(rule, tables);
+    elements.update(rule, entry, at);
+    for_each_state<N>([&](auto s) {
+      constexpr bool is_signed = Rule::kSigned[s];
+      if (is_signed || !stochastic) {
+        elements.store_nearest(s, entry, at, tables, scales.inverse[s]);
+      } else {
+        elements.store_stochastic(s, entry, at, tables, scales.inverse[s], randoms.get(s, turn),
+                                  uint32_t(start) / kPerLane);
+      }
+    });
+  }
+  if (lane == 0) scales.store(rule, entry, block);
+  return true;
+}
+
+}  // namespace torchao8::cuda

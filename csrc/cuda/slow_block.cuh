@@ -1,0 +1,90 @@
+// The slow path of a block of 8-bit state: any row length and address, mixed dtypes, elements that are
+// not usable, scales that are none. It reads twice what the fast path reads once.
+#pragma once
+
+#include "cuda/block.cuh"
+#include "cuda/codec.cuh"
+#include "cuda/floats.cuh"
+
+namespace torchao8::cuda {
+
+// Any block. A lane takes every 32nd element, computes the moments once for the extremes and again
+// to use them; only the lane itself reads what it writes.
+template <class Rule>
+__device__ __noinline__ void slow_block(const BlockEntry<Rule::kStates>& entry,
+                                        const Prepared<Rule>& prepared, const Tables& tables,
+                                        int block_size, bool stochastic, uint32_t block, int lane) {
+  constexpr int N = Rule::kStates;
+  const BlockPlace place(entry, block_size, block);
+  float scale[N];
+  for_each_state<N>([&](auto s) { scale[s] = entry.scales[s][block]; });
+  const Rule rule = prepared.rule.with_scales(scale);
+
+  // The new moments; whether the element is updated.
+  const auto moments = [&](int i, float* state) {
+    const int64_t at = place.begin + i;
+    float old[N];
+    Real x[N], p(0.0f);
+    for_each_state<N>([&](auto s) {
+      old[s] = decode<Rule::kSigned[s]>(tables, entry.codes[s][at]);
+      x[s] = Real(old[s]);
+    });
+    if constexpr (Rule::kMomentsNeedParam) p = Real(load_as(entry.param_type, entry.param, at));
+    rule.template moments<true>(p, Real(load_as(entry.grad_type, entry.grad, at)), x);
+    bool good = true;
+    for_each_state<N>([&](auto s) { good = good && usable<Rule::kSigned[s]>(x[s].x); });
+    for_each_state<N>([&](auto s) {
+      state[s] = good ? x[s].x : (Real(old[s]) * Real(scale[s] / rule.unit[s])).x;
+    });
+    return good;
+  };
+
+  float extreme[N], inverse[N];
+  {
+    Extremes<Rule> extremes;
+    for (int i = lane; i < place.length; i += kLanes) {
+      float state[N];
+      moments(i, state);
+      for_each_state<N>([&](auto s) { extremes.add(s, state[s]); });
+    }
+    for_each_state<N>([&](auto s) {
+      extreme[s] = extremes.result(s, kLanes);
+      inverse[s] = inverse_of<Rule::kSigned[s]>(extreme[s]);
+    });
+  }
+  bool encodes[N];
+  BlockRandom random[N];
+  for_each_state<N>([&](auto s) {
+    encodes[s] = has_scale<Rule::kSigned[s]>(extreme[s], rule.unit[s]);
+    if (!Rule::kSigned[s]) random[s].start(prepared.keys[s], place.first_element);
+  });
+  warp_barrier();  // every lane has read the scales
+  for (int i = lane; i < place.length; i += kLanes) {
+    const int64_t at = place.begin + i;
+    float state[N];
+    if (moments(i, state)) {
+      Real x[N];
+      for_each_state<N>([&](auto s) { x[s] = Real(state[s]); });
+      const Real p(load_as(entry.param_type, entry.param, at));
+      store_as(entry.param_type, entry.param, at, rule.template update<true>(p, x).x);
+    }
+    for_each_state<N>([&](auto s) {
+      uint32_t code = zero_code<Rule::kSigned[s]>();
+      if (encodes[s] && !Rule::kSigned[s] && stochastic) {
+        code = encode_stochastic(tables, state[s], inverse[s], one_to_two(random[s](uint32_t(i))));
+      } else if (encodes[s]) {
+        code = encode_nearest<Rule::kSigned[s]>(tables, state[s], inverse[s]);
+      }
+      entry.codes[s][at] = uint8_t(code);
+    });
+  }
+  if (lane == 0) {
+    for_each_state<N>([&](auto s) {
+      const float product = extreme[s] * rule.unit[s];
+      const bool finite = usable<Rule::kSigned[s]>(extreme[s]) && usable<true>(product);
+      entry.scales[s][block] = encodes[s] ? product : finite ? 0.0f : bits_float(0x7fc00000u);
+    });
+  }
+}
+
+}  // namespace torchao8::cuda
