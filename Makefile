@@ -2,7 +2,8 @@
 # `make help` lists them. Variables:
 #   PYTHON=python3.12     the Python to use (3.10 or newer)
 #   TORCH=torch==2.12.0   the torch to use, any pip requirement for torch >= 2.10
-#   ARGS="-k codec"       arguments for what the target runs
+#   ARGS="-k codec"       arguments for what the target runs (make gpu: the tests)
+#   BENCH_ARGS=...        of make gpu, arguments for benchmarks/step.py
 #   MAX_JOBS=4            compilations at once
 # Each choice of PYTHON and TORCH has an environment of its own, .venv-<choice>.
 
@@ -49,7 +50,7 @@ help:
 	@echo 'make demo       train a small GPT with 8-bit Adam and compare (tutorials/train_gpt.py)'
 	@echo 'make test       run the tests, but for those marked slow'
 	@echo 'make test-slow  run the tests marked slow'
-	@echo 'make gpu        build with the torch and nvcc at hand, no network, and test on the GPU'
+	@echo 'make gpu        build with the torch and nvcc at hand, no network; test and time on the GPU'
 	@echo 'make bench      time a step against other libraries (benchmarks/step.py)'
 	@echo 'make lint       ruff, clang-format and mypy'
 	@echo 'make format     format Python and C++'
@@ -70,21 +71,26 @@ test-slow: $(call tools,test demo) $(EXTENSION_READY)
 	$(call say,running the slow tests)
 	$(VPYTHON) -m pytest -m slow $(ARGS)
 
-# On the machine as it is: no environment, nothing installed.
+# On the machine as it is: no environment, nothing installed. What fails does not keep the rest from
+# being run: time on such a machine is precious.
+SANITIZED := bad_gradients or tiny_and_huge or odd or codec
 gpu:
 	$(call say,building in place for this GPU)
 	TORCH_CUDA_ARCH_LIST="$$($(PYTHON) -c 'import torch; print(*torch.cuda.get_device_capability(), sep=".")')" \
 		$(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m torchao8
-	$(call say,comparing the GPU with the CPU)
-	$(PYTHON) -m pytest -q test/test_cuda.py $(ARGS)
-	$(call say,looking for invalid accesses and races)
-	@if command -v compute-sanitizer >/dev/null; then \
+	$(call say,the tests on the CPU and on the GPU; compute-sanitizer; the benchmark)
+	@status=0; run() { echo "$$@"; "$$@" || { status=1; echo "FAILED: $$*"; }; }; \
+	run $(PYTHON) -m pytest -q $$($(PYTHON) -c 'import xdist' 2>/dev/null && echo -n 8) $(ARGS); \
+	export PYTHONPATH="$(CURDIR):$$PYTHONPATH"; \
+	if command -v compute-sanitizer >/dev/null; then \
 		for tool in memcheck racecheck; do \
-			compute-sanitizer --tool $$tool --error-exitcode 1 \
-				$(PYTHON) -m pytest -q test/test_cuda.py -k 'bad_gradients or tiny_and_huge or odd' || exit 1; \
+			run env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+				$(PYTHON) -m pytest -q test/test_cuda.py -k '$(SANITIZED)'; \
 		done; \
-	else echo 'skipped: no compute-sanitizer in PATH'; fi
+	else echo 'skipped: no compute-sanitizer in PATH'; fi; \
+	run $(PYTHON) benchmarks/step.py --device cuda $(BENCH_ARGS); \
+	exit $$status
 
 bench: $(call tools,bench) $(EXTENSION_READY)
 	$(call say,timing a step)

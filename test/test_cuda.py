@@ -93,7 +93,10 @@ OPTIONS: list[dict[str, Any]] = [
     {"lr": 0.0},
     {"lr": 1.5, "lr_dtype": torch.float64},
     {"block_size": 64},
+    {"block_size": 128},
+    {"block_size": 512},
     {"block_size": 2048},
+    {"block_size": 512, "amsgrad": True, "decoupled_weight_decay": False, "weight_decay": 0.3},
     {"grad_scale": torch.tensor(1024.0)},
 ]
 
@@ -131,6 +134,15 @@ def test_tiny_and_huge_gradients() -> None:
         run(call)
         run(other)
         assert_same_bits(call, other)
+
+
+def test_roots_and_reciprocals_of_many_numbers() -> None:
+    """Those of healthy blocks stand on the GPU's approximations, refined without a look at what
+    they are. Of 2^26 elements, eight on average meet each of a reciprocal's 2^23 mantissas, and
+    four each of a root's 2^24."""
+    shape = (1 << 18, 256)
+    call = new_call([torch.zeros(shape)], [torch.empty(shape)])
+    assert_steps_alike(call, steps=2)
 
 
 def test_more_tensors_than_one_launch_takes() -> None:
@@ -311,6 +323,19 @@ def test_a_group_on_two_devices(case: OptimizerCase) -> None:
     both = case.cls([*p, *q])
     both.state.update({**apart[0].state, **apart[1].state})
     assert_same_training(joint, both)
+
+
+def test_a_learning_rate_on_another_device() -> None:
+    """A CPU tensor serves parameters on the GPU, as it is; one on the GPU is brought to others."""
+    results = []
+    for lr in (torch.tensor(0.1), torch.tensor(0.1, device=DEVICE)):
+        for device in DEVICES:
+            params = make_params(device=device)
+            optimizer = AdamW8bit(params, lr=lr, min_8bit_size=SMALL)
+            train(optimizer, params, range(2))
+            results.append(all_bits(optimizer))
+    assert all(result["params"] == results[0]["params"] for result in results)
+    assert all(result["states"] == results[0]["states"] for result in results)
 
 
 def test_a_compiled_step() -> None:

@@ -87,7 +87,7 @@ MUTANTS = {
         "(low & 0x7fffffffu) > high ? low : high",
         "(low & 0x7fffffffu) > high ? low & 0x7fffffffu : high",
     ),
-    "the step not counted": ("count.cuh", "*table.steps[i] += 1;", ";"),
+    "the step not counted": ("count.cuh", "= float(int64_t(*table.steps[i]) + 1);", "+= 0;"),
     "lanes past the end of a short row": (
         "fast_block.cuh",
         "if (int64_t(eight) > last_eight) eight = uint32_t(last_eight);",

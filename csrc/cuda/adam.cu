@@ -195,7 +195,7 @@ void adam_step_cuda(TensorList params, TensorList grads, TensorList exp_avgs,
                     int64_t block_size, bool stochastic_rounding, int64_t seed,
                     std::vector<int64_t> shard_offsets, std::vector<int64_t> shard_row_strides) {
   if (params.empty()) return;
-  const Place place = place_of(params[0]);
+  const Place place = place_of({kAdamOp, "params", 0}, params[0]);
   const AdamCall call{params,
                       grads,
                       {&exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs},

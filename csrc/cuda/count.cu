@@ -14,7 +14,7 @@ namespace {
 
 void count_step_cuda(TensorList steps, std::optional<Tensor> found_inf) {
   if (steps.empty()) return;
-  const Place place = place_of(steps[0]);
+  const Place place = place_of({kCountOp, "steps", 0}, steps[0]);
   check_count_call(steps, place);
   const Scalar found = scalar_argument({kCountOp, "found_inf"}, found_inf, 0, place);
   const Launcher launcher(kCountOp, place.index);

@@ -18,8 +18,11 @@ inline void check_cuda(cudaError_t error, const char* op, int32_t device) {
                  cudaGetErrorString(error));
 }
 
-inline Place place_of(const Tensor& first) {
-  return {true, first.is_cuda() ? first.get_device_index() : -1};
+// Where a call takes place: where the first tensor of its arguments is.
+inline Place place_of(const Argument& a, const Tensor& first) {
+  TORCHAO8_CHECK(first.is_cuda(), a.text(),
+                 " must be on a GPU, as another argument is; it is on the CPU");
+  return {true, first.get_device_index()};
 }
 
 // A number on the device of the call, or on the CPU, where it is read now.

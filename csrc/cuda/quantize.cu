@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor> quantize_blockwise_cuda(Tensor input, int64_t block_s
 Tensor dequantize_blockwise_cuda(Tensor codes, Tensor scale, int64_t block_size, bool is_signed,
                                  ScalarType dtype) {
   const char* op = "dequantize_blockwise";
-  const Place place = {true, codes.get_device_index()};
+  const Place place = place_of({op, "codes"}, codes);
   const BlockLayout layout = check_dequantize(op, codes, scale, block_size, dtype, place);
   const auto sizes = codes.sizes();
   Tensor result = new_contiguous(codes, {sizes.begin(), sizes.end()}, dtype);

@@ -8,7 +8,7 @@ import difflib
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -216,7 +216,11 @@ class LowPrecisionOptimizer(Optimizer):
         for group, lr, bucket in calls:
             device = bucket.params[0].device
             self._update(
-                group, bucket, lr, _to_device(grad_scale, device), _to_device(found_inf, device)
+                group,
+                bucket,
+                lr if lr.is_cpu else _to_device(lr, device),  # a number on the CPU goes anywhere
+                _to_device(grad_scale, device),
+                _to_device(found_inf, device),
             )
             steps.setdefault(device, []).extend(bucket.steps)
         for device, made in steps.items():  # one kernel on a GPU, for all buckets
@@ -374,7 +378,10 @@ def _cached_scale_shape(shape: torch.Size, block_size: int) -> tuple[int, ...]:
     return scale_shape(shape, block_size)
 
 
-def _to_device(value: Tensor | None, device: torch.device) -> Tensor | None:
+_Number = TypeVar("_Number", Tensor, None)
+
+
+def _to_device(value: _Number, device: torch.device) -> _Number:
     """GradScaler keeps its tensors on one device; a model may lie on several."""
     return value if value is None else value.to(device)
 
