@@ -81,8 +81,8 @@ gpu:
 	$(PYTHON) -m torchao8
 	$(call say,the tests on the CPU and on the GPU; compute-sanitizer; the benchmark)
 	@status=0; run() { echo "$$@"; "$$@" || { status=1; echo "FAILED: $$*"; }; }; \
-	run $(PYTHON) -m pytest -q $$($(PYTHON) -c 'import xdist' 2>/dev/null && echo -n 8) $(ARGS); \
 	export PYTHONPATH="$(CURDIR):$$PYTHONPATH"; \
+	run $(PYTHON) -m pytest -q $$($(PYTHON) -c 'import xdist' 2>/dev/null && echo -n 8) $(ARGS); \
 	if command -v compute-sanitizer >/dev/null; then \
 		for tool in memcheck racecheck; do \
 			run env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \

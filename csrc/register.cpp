@@ -4,8 +4,8 @@
 // step is traced once. Lists that belong together have an element per parameter; an empty list
 // means that no parameter has it. shard_offsets and shard_row_strides place a local shard in its
 // global tensor (flat index of its first element; elements between two rows) and only feed the
-// random numbers of stochastic rounding. `steps` are those made before; an optimizer counts its step
-// by one count_step_ for all its tensors, behind the updates.
+// random numbers of stochastic rounding. `steps` are those made before; an optimizer counts its
+// step by one count_step_ for all its tensors, behind the updates.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(torchao8, m) {

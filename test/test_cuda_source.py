@@ -93,7 +93,11 @@ MUTANTS = {
         "if (int64_t(eight) > last_eight) eight = uint32_t(last_eight);",
         "",
     ),
-    "lanes past the last block of a row": ("fast_block.cuh", "if (number > last) number = last;", ""),
+    "lanes past the last block of a row": (
+        "fast_block.cuh",
+        "if (number > last) number = last;",
+        "",
+    ),
     "the last span of a long block": (
         "fast_block.cuh",
         "return start < last ? start : last;",

@@ -128,3 +128,18 @@ def test_import_time() -> None:
     outputs = [run_python("-c", code, path=PACKAGE.parent).stdout.split("\n") for _ in range(3)]
     assert min(float(output[0]) for output in outputs) < 0.15
     assert outputs[0][1] == "torchao8"
+
+
+def test_the_self_check_compares_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the CPU in the GPU's place: equal bits pass, and a GPU that is a code off does not."""
+    assert _selfcheck._check_cuda("cpu") == (True, "0 of 16 tensors differ")
+    calls = []
+
+    def broken_every_other_time(*arguments: Any, **options: Any) -> None:
+        calls.append(arguments)
+        (break_codes if len(calls) % 2 else ops_step)(*arguments, **options)
+
+    monkeypatch.setattr(ops, "_adam_step_", broken_every_other_time)
+    passed, detail = _selfcheck._check_cuda("cpu")
+    assert not passed
+    assert detail.endswith("of 16 tensors differ")

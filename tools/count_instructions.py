@@ -89,7 +89,10 @@ def loop(f: Function) -> Counter[str]:
 
     barrier = having("BAR.SYNC")[0]  # the tables have been copied
     load = next(i for i in having("LDG.E.128") if i > barrier)
-    roots, codes = eights(having("MUFU.RSQ")), eights(having("F2I.TRUNC"))  # of stochastic rounding alone
+    roots, codes = (
+        eights(having("MUFU.RSQ")),
+        eights(having("F2I.TRUNC")),
+    )  # of stochastic rounding alone
     total: Counter[str] = Counter()
     at = load
     for goals in (roots, codes, {load}):

@@ -1,6 +1,7 @@
 """Whether the installed ops compute what they should: a part of ``python -m torchao8``."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,10 +21,15 @@ class Result(NamedTuple):
 
 def run() -> list[Result]:
     """Runs every check. One that raises has failed, with what it raised as the detail."""
-    checks = {
+    checks: dict[str, Callable[[], tuple[bool, str]]] = {
         "32-bit AdamW against torch.optim.AdamW": _check_32bit,
         "8-bit AdamW against float64": _check_8bit,
     }
+    from torchao8 import ops
+
+    if ops.CUDA_EXTENSION_FILE is not None:
+        for i in range(torch.cuda.device_count()):
+            checks[f"8-bit AdamW on cuda:{i} against the CPU"] = partial(_check_cuda, f"cuda:{i}")
     return [_run_one(name, check) for name, check in checks.items()]
 
 
@@ -90,6 +96,29 @@ def _check_8bit() -> tuple[bool, str]:
         f"largest difference of a parameter {worst_param:.1e}, "
         f"of a moment {worst_state:.2f} codes (up to 1 is right)"
     )
+
+
+def _check_cuda(device: str) -> tuple[bool, str]:
+    """The same steps on both devices leave the same bits."""
+    from torchao8 import AdamW8bit
+
+    generator = torch.Generator().manual_seed(2)
+    here = _params(generator)
+    there = [p.detach().to(device).requires_grad_() for p in here]
+    optimizers = [AdamW8bit(params, LR, BETAS, EPS, WEIGHT_DECAY) for params in (here, there)]
+    for _ in range(STEPS):
+        for p, q in zip(here, there, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.to(device)
+        for optimizer in optimizers:
+            optimizer.step()
+    compared = different = 0
+    for p, q in zip(here, there, strict=True):
+        states = [optimizer.state[x] for optimizer, x in zip(optimizers, (p, q), strict=True)]
+        pairs = [(p, q), *((states[0][key], states[1][key]) for key in states[0])]
+        compared += len(pairs)
+        different += sum(not torch.equal(a, b.cpu()) for a, b in pairs)
+    return different == 0, f"{different} of {compared} tensors differ"
 
 
 def _adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,8 +1,8 @@
 // The op adam_step_ on CUDA: its checks, and what Adam needs of the kernels.
 //
-// One launch updates a bucket; longer lists take more. The host waits for nothing, and reads nothing
-// from the device, so that a step can be captured in a CUDA graph. A step count, a learning rate or
-// a gradient scale that is out of range on the device is therefore not refused.
+// One launch updates a bucket; longer lists take more. The host waits for nothing, and reads
+// nothing from the device, so that a step can be captured in a CUDA graph. A step count, a learning
+// rate or a gradient scale that is out of range on the device is therefore not refused.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -46,8 +46,8 @@ struct Step {
 
   template <class Rule>
   Numbers<Rule> numbers_of() const {
-    return {numbers.options, numbers.lr,  numbers.grad_scale, numbers.found_inf,
-            numbers.seed,    numbers.scaled_state};
+    return {numbers.options,   numbers.lr,   numbers.grad_scale,
+            numbers.found_inf, numbers.seed, numbers.scaled_state};
   }
 };
 
@@ -104,8 +104,8 @@ void step_blocks_of(const Step& step, FloatType type) {
                       : call.block_size == kSpan ? step_blocks<Rule, T, Blocks::kSpan>
                                                  : step_blocks<Rule, T, Blocks::kShort>;
   const auto launch = [&](const Table<Rule, Entry>& table) {
-    step.launcher.launch(kernel, step.launcher.grid_for(table.units, kWarps), sizeof(SharedOfBlocks<Rule>),
-                         table, tables);
+    step.launcher.launch(kernel, step.launcher.grid_for(table.units, kWarps),
+                         sizeof(SharedOfBlocks<Rule>), table, tables);
   };
   Filler<Rule, Entry, decltype(launch)> filler(step, launch);
   for (size_t i = 0; i < call.params.size(); i++) {
@@ -225,8 +225,8 @@ void adam_step_cuda(TensorList params, TensorList grads, TensorList exp_avgs,
   check_call(call);
 
   const Launcher launcher(kAdamOp, place.index);
-  Step step{call, launcher, {options, lr_number, scale, found, uint64_t(seed), call.quantized()},
-            {},   {}};
+  Step step{
+      call, launcher, {options, lr_number, scale, found, uint64_t(seed), call.quantized()}, {}, {}};
   for (const Tensor& param : params) step.params.emplace_back(param);
   for (const Tensor& grad : grads) step.grads.emplace_back(grad);
   const bool plain = !grad_scale && AdamRule<false, true>::gradient_is_plain(options);

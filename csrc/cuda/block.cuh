@@ -34,8 +34,8 @@ struct BlockPlace {
                    e.row_stride) {}
 };
 
-// A block's extreme element. Of floats, the largest as a signed integer is the largest positive one,
-// the largest as an unsigned integer the negative one of largest magnitude, if there is one.
+// A block's extreme element. Of floats, the largest as a signed integer is the largest positive
+// one, the largest as an unsigned integer the negative one of largest magnitude, if there is one.
 template <bool kSigned>
 struct Extreme {
   int32_t positive = 0;

@@ -52,8 +52,8 @@ TORCHAO8_HD float decode(const Tables& t, uint32_t code) {
   return t.map[kSigned][code];
 }
 
-// Below, |x * inverse| is at most the float above 1, x being an element of a block and inverse of its
-// extreme element.
+// Below, |x * inverse| is at most the float above 1, x being an element of a block and inverse of
+// its extreme element.
 
 // Nearest rounding: the code of x, or of its magnitude counted from zero's, in byte 2.
 template <bool kSigned>
@@ -85,8 +85,8 @@ __device__ __forceinline__ uint32_t encode_nearest_four(const Tables& t, const f
   uint32_t codes = pack_bytes(word, 2);
   if constexpr (kSigned) {
     // 127 + magnitude, 127 - magnitude: without a carry between bytes.
-    const uint32_t negative = permute_bytes(permute_bytes(y[0], y[1], 0x00fb),
-                                            permute_bytes(y[2], y[3], 0x00fb), 0x5410);
+    const uint32_t negative =
+        permute_bytes(permute_bytes(y[0], y[1], 0x00fb), permute_bytes(y[2], y[3], 0x00fb), 0x5410);
     codes -= (codes & negative & 0x80808080u) >> 7;  // there is no -1.0
     codes = (codes ^ (negative & 0x7f7f7f7fu)) + (~negative & 0x7f7f7f7fu);
   }

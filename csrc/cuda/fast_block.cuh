@@ -1,6 +1,6 @@
-// The fast path of 8-bit state: aligned blocks, in rows of multiples of 8, of one dtype. A lane takes
-// 8 neighbouring elements at a time, in 16-byte words, and what does not occur in a healthy run is
-// tested for a block at a time, before anything is written.
+// The fast path of 8-bit state: aligned blocks, in rows of multiples of 8, of one dtype. A lane
+// takes 8 neighbouring elements at a time, in 16-byte words, and what does not occur in a healthy
+// run is tested for a block at a time, before anything is written.
 #pragma once
 
 #include "cuda/block.cuh"
@@ -18,9 +18,8 @@ struct LaneElements {
   float moments[N][kPerLane];
 
   __device__ __forceinline__ void load(const BlockEntry<N>& entry, int64_t at, bool with_param) {
-    for_each_state<N>([&](auto s) {
-      codes[s] = *reinterpret_cast<const uint2*>(entry.codes[s] + at);
-    });
+    for_each_state<N>(
+        [&](auto s) { codes[s] = *reinterpret_cast<const uint2*>(entry.codes[s] + at); });
     grad.load(static_cast<const T*>(entry.grad) + at);
     if (with_param) param.load(static_cast<const T*>(entry.param) + at);
   }
@@ -88,8 +87,8 @@ struct LaneElements {
   }
 };
 
-// The coefficients of the random numbers of a warp's next blocks, in shared memory: each lane hashes
-// for one of them.
+// The coefficients of the random numbers of a warp's next blocks, in shared memory: each lane
+// hashes for one of them.
 template <class Rule>
 struct RandomsAhead {
   struct alignas(16) Coefficients {
@@ -143,15 +142,14 @@ struct BlockScales {
     return all_of_warp(good);
   }
   TORCHAO8_HD void store(const Rule& rule, const BlockEntry<N>& entry, uint32_t block) const {
-    for_each_state<N>([&](auto s) {
-      entry.scales[s][block] = (Real(extreme[s]) * Real(rule.unit[s])).x;
-    });
+    for_each_state<N>(
+        [&](auto s) { entry.scales[s][block] = (Real(extreme[s]) * Real(rule.unit[s])).x; });
   }
 };
 
-// Where the 8 elements of a lane lie when a warp takes the blocks of up to kSpan elements that begin
-// within a span of a row. Lanes past the row's end repeat what others do: its last block, of which
-// the last 8 elements. What they write is the same.
+// Where the 8 elements of a lane lie when a warp takes the blocks of up to kSpan elements that
+// begin within a span of a row. Lanes past the row's end repeat what others do: its last block, of
+// which the last 8 elements. What they write is the same.
 struct LanePlace {
   int64_t at;
   uint32_t block, eight;
@@ -183,9 +181,8 @@ struct LanePlace {
 template <class Rule, class T, bool kOneBlock>
 __device__ __forceinline__ bool step_span(const BlockEntry<Rule::kStates>& entry,
                                           const Prepared<Rule>& prepared, const Tables& tables,
-                                          RandomsAhead<Rule>& randoms,
-                                          int& turn, int log_of_block, bool stochastic,
-                                          uint32_t unit, int lane) {
+                                          RandomsAhead<Rule>& randoms, int& turn, int log_of_block,
+                                          bool stochastic, uint32_t unit, int lane) {
   constexpr int N = Rule::kStates;
   if (kOneBlock) log_of_block = 8;
   const int lanes = 1 << (log_of_block - 3);
@@ -205,8 +202,7 @@ __device__ __forceinline__ bool step_span(const BlockEntry<Rule::kStates>& entry
   if (!scales.finish(rule, extremes, lanes)) return false;
 
   elements.update(rule, entry, place.at);
-  if (stochastic && kOneBlock)
-    randoms.prepare(turn, prepared, first_element_of_block, unit, lane);
+  if (stochastic && kOneBlock) randoms.prepare(turn, prepared, first_element_of_block, unit, lane);
   for_each_state<N>([&](auto s) {
     constexpr bool is_signed = Rule::kSigned[s];
     if (is_signed || !stochastic) {
@@ -230,8 +226,8 @@ template <class Rule, class T>
 __device__ __forceinline__ bool step_long_block(const BlockEntry<Rule::kStates>& entry,
                                                 const Prepared<Rule>& prepared,
                                                 const Tables& tables, RandomsAhead<Rule>& randoms,
-                                                int& turn, int block_size, bool stochastic, uint32_t block,
-                                                int lane) {
+                                                int& turn, int block_size, bool stochastic,
+                                                uint32_t block, int lane) {
   constexpr int N = Rule::kStates;
   const BlockPlace place(entry, block_size, block);
   BlockScales<Rule> scales;
@@ -252,8 +248,8 @@ __device__ __forceinline__ bool step_long_block(const BlockEntry<Rule::kStates>&
 
   if (stochastic) {
     randoms.prepare(
-        turn, prepared, [&](uint32_t b) { return BlockPlace(entry, block_size, b).first_element; }, block,
-        lane);
+        turn, prepared, [&](uint32_t b) { return BlockPlace(entry, block_size, b).first_element; },
+        block, lane);
   }
   for (int span = 0; span < place.length; span += kSpan) {
     const int start = start_of_lane(span);

@@ -68,9 +68,7 @@ struct Several {
   }
 
  private:
-  TORCHAO8_HD uint32_t part(int i) const {
-    return const_cast<Several*>(this)->part(i);
-  }
+  TORCHAO8_HD uint32_t part(int i) const { return const_cast<Several*>(this)->part(i); }
   TORCHAO8_HD uint32_t& part(int i) {
     Word& word = words[i / kInts];
     if constexpr (kInts == 4) {

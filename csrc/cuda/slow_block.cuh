@@ -1,5 +1,5 @@
-// The slow path of a block of 8-bit state: any row length and address, mixed dtypes, elements that are
-// not usable, scales that are none. It reads twice what the fast path reads once.
+// The slow path of a block of 8-bit state: any row length and address, mixed dtypes, elements that
+// are not usable, scales that are none. It reads twice what the fast path reads once.
 #pragma once
 
 #include "cuda/block.cuh"

@@ -19,9 +19,7 @@ struct BlockWorker {
   bool stochastic;
   int turn;
 
-  __device__ __forceinline__ void enter(const Entry&, const Prepared<Rule>&) {
-    turn = kLanes;
-  }
+  __device__ __forceinline__ void enter(const Entry&, const Prepared<Rule>&) { turn = kLanes; }
   __device__ __forceinline__ bool operator()(const Entry& entry, const Prepared<Rule>& prepared,
                                              uint32_t unit) {
     const bool fast = entry.fast && prepared.is_bounded;
@@ -31,9 +29,8 @@ struct BlockWorker {
         return true;
       slow_block<Rule>(entry, prepared, tables, block_size, stochastic, unit, lane);
     } else {
-      if (fast && step_span<Rule, T, kBlocks == Blocks::kSpan>(entry, prepared, tables, randoms,
-                                                               turn, log_of_block, stochastic,
-                                                               unit, lane))
+      if (fast && step_span<Rule, T, kBlocks == Blocks::kSpan>(
+                      entry, prepared, tables, randoms, turn, log_of_block, stochastic, unit, lane))
         return true;
       const uint32_t per_unit = uint32_t(kSpan / block_size), row = unit / entry.units_per_row;
       const uint32_t column = (unit - row * entry.units_per_row) * per_unit;
@@ -61,15 +58,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor -
   if (table.numbers.found_inf.get() != 0) return;
   TORCHAO8_SHARED(SharedOfBlocks<Rule>, shared);
   copy_tables(shared.tables, *source);  // for_each_unit has the barrier
-  BlockWorker<Rule, T, kBlocks> worker = {shared.tables, shared.randoms[threadIdx.x / kLanes],
-                                        int(threadIdx.x % kLanes), table.block_size,
-                                        table.log_of_block, table.stochastic};
+  BlockWorker<Rule, T, kBlocks> worker = {shared.tables,
+                                          shared.randoms[threadIdx.x / kLanes],
+                                          int(threadIdx.x % kLanes),
+                                          table.block_size,
+                                          table.log_of_block,
+                                          table.stochastic};
   for_each_unit(table, shared.window, worker);
 }
 
 // ---- 32-bit state ----------------------------------------------------------------------------
 
-constexpr int kPerThread = 4;                  // neighbouring elements
+constexpr int kPerThread = 4;                    // neighbouring elements
 constexpr int kChunk = kPerThread * kLanes * 8;  // a unit
 
 template <class Rule, class T>

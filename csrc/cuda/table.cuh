@@ -42,8 +42,8 @@ struct Places {
   FloatType param_type, grad_type;
 };
 
-constexpr int kPerLane = 8;                 // neighbouring elements that a lane takes
-constexpr int kSpan = kLanes * kPerLane;    // elements that a warp takes at a time
+constexpr int kPerLane = 8;               // neighbouring elements that a lane takes
+constexpr int kSpan = kLanes * kPerLane;  // elements that a warp takes at a time
 
 // How blocks lie in the warps that take them: several to a warp, one, or longer than it takes.
 enum class Blocks { kShort, kSpan, kLong };

@@ -81,8 +81,8 @@ struct AdamRule {
     return r;
   }
 
-  // Whether no denominator leaves [2^-126, 2^126), whatever v below 2^126 there is. So it is but for
-  // learning rates that are zero or out of all proportion.
+  // Whether no denominator leaves [2^-126, 2^126), whatever v below 2^126 there is. So it is but
+  // for learning rates that are zero or out of all proportion.
   TORCHAO8_HD bool is_bounded() const {
     const float factor = std::fabs(root_factor), eps = std::fabs(eps_term);
     return factor >= 0x1p-75f && factor < 0x1p62f && eps < 0x1p124f;

@@ -40,8 +40,8 @@ const Shape kShapes[] = {
     {0, 256, 0, 1, 0},      {3, 512, 0, 1, 0, 1536, 2048},
 };
 
-// More blocks than a warp prepares random numbers for at a time, and more tensors than a thread block
-// prepares rules for at a time.
+// More blocks than a warp prepares random numbers for at a time, and more tensors than a thread
+// block prepares rules for at a time.
 constexpr Shape kMany = {280, 1024, 0, 1, 0};
 constexpr Shape kTiny = {1, 24, 0, 1, 0};
 constexpr int kTinyOnes = 80;
@@ -229,8 +229,7 @@ void cuda_block_step(std::vector<TensorOf>& tensors, FloatType type, const StepN
 }
 
 template <class Rule, class T>
-void cuda_element_step(std::vector<TensorOf>& tensors, FloatType type,
-                       const StepNumbers& numbers) {
+void cuda_element_step(std::vector<TensorOf>& tensors, FloatType type, const StepNumbers& numbers) {
   using Entry = cuda::ElementEntry<Rule::kStates>;
   static cuda::Table<Rule, Entry> table;
   set_numbers(table, numbers, false);
