@@ -4,9 +4,8 @@
 
 prints, for each step kernel in the file, instructions an element on the way with stochastic
 rounding: the shortest way through the kernel's loop that loads, takes roots, and turns floats into
-codes, as stochastic rounding alone does. What is rare (a division's special cases, a new tensor) lies
-on longer ways. ``nvdisasm`` comes with the CUDA toolkit, and alone as the package
-nvidia-cuda-nvdisasm.
+codes, as stochastic rounding alone does. What is rare (a bad block, a new tensor) lies on longer
+ways. ``nvdisasm`` comes with the CUDA toolkit, and alone as the package nvidia-cuda-nvdisasm.
 """
 
 import heapq
