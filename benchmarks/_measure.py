@@ -15,7 +15,7 @@ from _common import installed
 from _contenders import BASELINE, CONTENDERS, MEMORY_JOBS, Contender
 from _devices import Cpu
 from _lists import TensorList, tensor_list
-from _report import in_order
+from _tables import in_order
 from _workers import Worker, WorkerError, Workers
 
 MIN_ROUNDS = 3  # fewer give no median

@@ -23,7 +23,7 @@ from _contenders import BASELINE, CONTENDERS, Contender
 from _devices import Cpu, open_device
 from _lists import LISTS, tensor_list
 from _measure import MIN_ROUNDS, Bench, Plan, say
-from _report import draw, table, title
+from _tables import draw, table, title
 from _workers import PROGRAM, Workers
 
 _PACKAGES = {

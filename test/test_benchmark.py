@@ -24,7 +24,7 @@ import _contenders  # noqa: E402
 import _devices  # noqa: E402
 import _lists  # noqa: E402
 import _measure  # noqa: E402
-import _report  # noqa: E402
+import _tables  # noqa: E402
 import _workers  # noqa: E402
 import step  # noqa: E402
 
@@ -375,7 +375,7 @@ def test_bars() -> None:
 def test_table_of_a_gpu() -> None:
     skipped = {"name": "torchao", "label": "torchao", "batch": 0, "skipped": "out of memory"}
     copy = row("copy", speedup=None, launches=None, moved_bytes_per_parameter=None)
-    lines = _report.table(case("one", "float32", row("8bit"), copy, skipped)).splitlines()
+    lines = _tables.table(case("one", "float32", row("8bit"), copy, skipped)).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert dict(zip(cells[0], cells[2], strict=True)) == {
         "AdamW": "8bit",
@@ -397,6 +397,6 @@ def test_table_of_a_gpu() -> None:
 def test_committed_results_of_a_cpu_still_make_a_table() -> None:
     for path in sorted((BENCHMARKS / "results").glob("step-cpu-*.json")):
         for one in json.loads(path.read_text())["cases"]:
-            header = _report.table(one).splitlines()[0]
+            header = _tables.table(one).splitlines()[0]
             assert " path " in header
             assert "launches" not in header

@@ -17,16 +17,13 @@ static_assert(rounds_up_from(value_of_code(true, 127), value_of_code(true, 128))
               rounds_up_from(value_of_code(false, 1), value_of_code(false, 2)) >=
                   bits_float(kLowestUnsigned << 16));
 
-struct alignas(16) PositionCell {
-  float a, b, c, unused;
-};
-
 struct alignas(16) Tables {
   // Of magnitudes; signed: of codes counted from zero's.
   uint32_t nearest_signed[kCells - kLowestSigned];
   uint32_t nearest_unsigned[kCells - kLowestUnsigned];
   float map[2][256];  // [signed][code]
-  PositionCell position[32];
+  // As many as there are banks, in arrays of their own: no look-up of a warp meets a conflict.
+  float position_a[32], position_b[32], position_c[32];
   float position_start[16];
 };
 
@@ -41,8 +38,11 @@ constexpr Tables make_tables() {
   }
   PositionLines lines = {};
   build_position_lines(lines);
-  for (int i = 0; i < 32; i++)
-    t.position[i] = {lines.cell_a[i], lines.cell_b[i], lines.cell_c[i], 0};
+  for (int i = 0; i < 32; i++) {
+    t.position_a[i] = lines.cell_a[i];
+    t.position_b[i] = lines.cell_b[i];
+    t.position_c[i] = lines.cell_c[i];
+  }
   for (int i = 0; i < 16; i++) t.position_start[i] = lines.cell_start[i];
   return t;
 }
@@ -103,9 +103,9 @@ __device__ __forceinline__ uint32_t encode_stochastic(const Tables& t, float x, 
                                                       float one_to_two) {
   const Real y = fma(Real(x), Real(inverse), Real(kPositionBias));
   const uint32_t cell = permute_bytes(float_bits(y.x), 0, 0x4443) - 48;  // from 2^-31 on
-  const PositionCell& lines = t.position[cell + (y.x >= t.position_start[cell] ? 0 : 16)];
-  const Real line = fma(y, Real(lines.a), Real(lines.b));
-  const Real gap = fma(line, Real(kGapSlope), Real(lines.c));
+  const uint32_t at = cell + (y.x >= t.position_start[cell] ? 0 : 16);
+  const Real line = fma(y, Real(t.position_a[at]), Real(t.position_b[at]));
+  const Real gap = fma(line, Real(kGapSlope), Real(t.position_c[at]));
   const Real position = Real(smaller(gap.x, line.x)) + Real(one_to_two);
   // Where x is not zero, its bits are a number above any code.
   const uint32_t code = uint32_t(int32_t(position.x));

@@ -14,6 +14,7 @@ struct StepTable {
 
 __global__ void __launch_bounds__(kThreads)
     count_step(const __grid_constant__ StepTable table, const Scalar found_inf) {
+  static_assert(sizeof table + sizeof found_inf <= kArgumentBytes);
   const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
   if (i < table.count && found_inf.get() == 0)
     *table.steps[i] = float(int64_t(*table.steps[i]) + 1);

@@ -55,6 +55,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor -
                                                 (Rule::kStates > 2 || Rule::kMomentsNeedParam))
     step_blocks(const __grid_constant__ Table<Rule, BlockEntry<Rule::kStates>> table,
                 const Tables* source) {
+  static_assert(sizeof table + sizeof source <= kArgumentBytes);
   if (table.numbers.found_inf.get() != 0) return;
   TORCHAO8_SHARED(SharedOfBlocks<Rule>, shared);
   copy_tables(shared.tables, *source);  // for_each_unit has the barrier
@@ -154,6 +155,7 @@ struct SharedOfElements {
 template <class Rule, class T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     step_elements(const __grid_constant__ Table<Rule, ElementEntry<Rule::kStates>> table) {
+  static_assert(sizeof table <= kArgumentBytes);
   if (table.numbers.found_inf.get() != 0) return;
   TORCHAO8_SHARED(SharedOfElements<Rule>, shared);
   ElementWorker<Rule, T> worker = {int(threadIdx.x % kLanes)};
