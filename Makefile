@@ -73,19 +73,21 @@ test-slow: $(call tools,test demo) $(EXTENSION_READY)
 
 # On the machine as it is: no environment, nothing installed. What fails does not keep the rest from
 # being run: time on such a machine is precious.
-SANITIZED := bad_gradients or tiny_and_huge or odd or codec
+SANITIZED := bad_gradients or tiny_and_huge or odd or codec or refills
 gpu:
 	$(call say,building in place for this GPU)
 	TORCH_CUDA_ARCH_LIST="$$($(PYTHON) -c 'import torch; print(*torch.cuda.get_device_capability(), sep=".")')" \
 		$(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) -m torchao8
-	$(call say,the tests on the CPU and on the GPU; compute-sanitizer; the benchmark)
+	$(call say,the self-check; the tests on the CPU and on the GPU; compute-sanitizer; the benchmark)
 	@status=0; run() { echo "$$@"; "$$@" || { status=1; echo "FAILED: $$*"; }; }; \
 	export PYTHONPATH="$(CURDIR):$$PYTHONPATH"; \
-	run $(PYTHON) -m pytest -q $$($(PYTHON) -c 'import xdist' 2>/dev/null && echo -n 8) $(ARGS); \
+	run $(PYTHON) -m torchao8; \
+	if $(PYTHON) -c 'import xdist' 2>/dev/null; then \
+		run env OMP_NUM_THREADS=2 $(PYTHON) -m pytest -q -n 8 --dist loadfile $(ARGS); \
+	else run $(PYTHON) -m pytest -q $(ARGS); fi; \
 	if command -v compute-sanitizer >/dev/null; then \
 		for tool in memcheck racecheck; do \
-			run env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+			run env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --report-api-errors no --error-exitcode 1 \
 				$(PYTHON) -m pytest -q test/test_cuda.py -k '$(SANITIZED)'; \
 		done; \
 	else echo 'skipped: no compute-sanitizer in PATH'; fi; \

@@ -15,7 +15,7 @@ import torchao8
 
 BAD_SCALES = {
     "exp_avg": [math.inf, -math.inf, math.nan, -math.nan, 8e37, 3e38],
-    "exp_avg_sq": [math.inf, math.nan, -math.nan, 8e37, -1e-3, -math.inf],
+    "exp_avg_sq": [math.inf, math.nan, -math.nan, 8e37, -1e-3, -2e-19, -math.inf, -0.0],
 }
 
 

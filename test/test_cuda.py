@@ -36,6 +36,7 @@ from helpers import (
     train,
 )
 from optim_table import OptimizerCase, every_optimizer
+from test_corrupt_state import BAD_SCALES, corrupt_call
 from test_op_errors import BAD_CALLS, BY_DISPATCHER, refusal
 
 import torchao8
@@ -143,6 +144,65 @@ def test_roots_and_reciprocals_of_many_numbers() -> None:
     shape = (1 << 18, 256)
     call = new_call([torch.zeros(shape)], [torch.empty(shape)])
     assert_steps_alike(call, steps=2)
+
+
+@pytest.mark.parametrize("options", [
+    {},
+    {"block_size": 64},
+    {"block_size": 2048},
+    {"amsgrad": True},
+    {"decoupled_weight_decay": False, "weight_decay": 0.3, "grad_scale": torch.tensor(8.0)},
+    {"state_bits": 32},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_warp_takes_several_units(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Of one tensor, and of several: more than the device has warps, in all ways to lie in them."""
+    shapes = [(12_000, 1024), (700, 2048), (300, 1000), (100_003,)]
+    call = new_call(tensors(dtype, shapes), tensors(dtype, shapes), step=[9, 0, 5, 70], **options)
+    assert_steps_alike(call, steps=2)
+
+
+def test_a_warp_refills_its_random_numbers() -> None:
+    """It hashes for 32 blocks at a time: on a large GPU that takes 132 * 24 * 32 of them."""
+    assert_steps_alike(new_call([torch.zeros(150_000, 256)], [torch.zeros(150_000, 256)]), steps=1)
+
+
+def test_a_thread_block_goes_through_many_tensors() -> None:
+    """It makes the rules of 32 at a time; each of these has its own."""
+    shapes = [(1, 24)] * 150 + [(25_000, 1024)] + [(2, 24)] * 100
+    step = [7 * i % 50 for i in range(len(shapes))]
+    for state_bits in (8, 32):
+        call = new_call(
+            tensors(shapes=shapes), tensors(shapes=shapes), step=step, state_bits=state_bits
+        )
+        assert_steps_alike(call, steps=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"), [(name, scale) for name, all_ in BAD_SCALES.items() for scale in all_]
+)
+def test_a_bad_scale(name: str, scale: float) -> None:
+    """The same bits, but for those of a NaN."""
+    call = corrupt_call(name, scale, stochastic=True)
+    other = moved(call, DEVICE)
+    for _ in range(2):
+        run(call)
+        run(other)
+        back = moved(other, "cpu")
+        for kind in ("params", "exp_avgs", "exp_avg_sqs", "exp_avg_scales", "exp_avg_sq_scales"):
+            for a, b in zip(call[kind], back[kind], strict=True):
+                assert torch.equal(a.nan_to_num(nan=12345), b.nan_to_num(nan=12345))
+
+
+def test_every_reciprocal() -> None:
+    """With these options the denominator is minus the magnitude of the gradient: all mantissas."""
+    grad = torch.arange(0x3F800000, 0x40000000, dtype=torch.int32).view(torch.float32)
+    call = new_call([torch.zeros(1 << 15, 256)], [grad.view(1 << 15, 256)],
+                    beta1=0.0, beta2=0.0, eps=0.0, lr=1.0)  # fmt: skip
+    other = moved(call, DEVICE)
+    run(call)
+    run(other)
+    assert_same_bits(call, other)
 
 
 def test_more_tensors_than_one_launch_takes() -> None:
@@ -273,6 +333,28 @@ def test_a_captured_step_replays_with_new_numbers() -> None:
 
 
 @every_optimizer()
+def test_a_captured_optimizer(case: OptimizerCase) -> None:
+    """The whole of `optimizer.step()`, after one step that has made the state."""
+    eager, captured = (
+        case.cls(make_params(device=DEVICE), torch.tensor(1e-2, device=DEVICE), min_8bit_size=SMALL)
+        for _ in range(2)
+    )
+    for optimizer in (eager, captured):
+        train(optimizer, optimizer.param_groups[0]["params"], [0])
+    graph = torch.cuda.CUDAGraph()
+    before = all_bits(captured)
+    with torch.cuda.graph(graph):
+        captured.step()
+    assert all_bits(captured) == before
+    for i in range(3):
+        for optimizer in (eager, captured):
+            optimizer.param_groups[0]["lr"].fill_(10.0 ** -(i + 1))
+        eager.step()
+        graph.replay()
+        assert_same_training(eager, captured)
+
+
+@every_optimizer()
 def test_training_has_the_bits_of_the_cpu(case: OptimizerCase) -> None:
     first, second = (case.cls(make_params(device=d), min_8bit_size=SMALL) for d in DEVICES)
     for optimizer in (first, second):
@@ -379,7 +461,7 @@ def test_tensors_on_two_devices_are_refused(name: str) -> None:
     call[name][1] = call[name][1].cpu()
     before = call_bits(call)
     words = (
-        rf"adam_step_: {name}\[1\] must be on cuda:0, as the first parameter is; it is on the CPU"
+        rf"adam_step_: {name}\[1\] must be on cuda:0, where another argument is; it is on the CPU"
     )
     with pytest.raises(RuntimeError, match=words):
         run(call)

@@ -43,6 +43,7 @@ PYTHON_SYMBOLS = {"PyModuleDef_Init"}
 LIBRARIES = re.compile(
     r"(libtorch_cpu|libstdc\+\+|libgcc_s|libm|libc|libpthread|ld-linux.*)\.so(\..*)?"
 )
+CUDA_LIBRARIES = re.compile(r"(libtorch_cuda|libcudart)\.so(\..*)?")  # of torchao8._C_cuda, too
 
 # Itanium-mangled names that mention one of torch's namespaces: at, c10, torch, caffe2.
 TORCH_CPP = re.compile(r"^_Z.*?(?<!\d)(2at|3c10|5torch|6caffe2)[A-Z\d]")
@@ -138,7 +139,8 @@ def violations(needs: Needs, since: dict[str, Version]) -> list[str]:
     """What the library uses and must not, one message each."""
     found = []
     for library in needs.libraries:
-        if not LIBRARIES.fullmatch(library):
+        of_cuda = "PyInit__C_cuda" in needs.exported and CUDA_LIBRARIES.fullmatch(library)
+        if not LIBRARIES.fullmatch(library) and not of_cuda:
             found.append(f"is linked to {library}")
     for name in needs.undefined:
         if TORCH_CPP.match(name):
@@ -158,14 +160,15 @@ def violations(needs: Needs, since: dict[str, Version]) -> list[str]:
     for name in needs.exported:
         if TORCH_CPP.match(name):
             found.append(f"exports {name}, which may clash with another library's copy")
-    if "PyInit__C" not in needs.exported:
-        found.append("does not export PyInit__C")
+    if not {"PyInit__C", "PyInit__C_cuda"} & set(needs.exported):
+        found.append("exports neither PyInit__C nor PyInit__C_cuda")
     return found
 
 
 def check_library(path: Path, label: str, since: dict[str, Version]) -> list[str]:
     """Print what a shared library needs; return its violations."""
-    found = [] if label.endswith("_C.abi3.so") else ["is not named _C.abi3.so"]
+    names = ("_C.abi3.so", "_C_cuda.abi3.so")
+    found = [] if label.endswith(names) else [f"is not named {' or '.join(names)}"]
     try:
         needs = read_needs(path)
     except ValueError as error:
@@ -177,15 +180,18 @@ def check_library(path: Path, label: str, since: dict[str, Version]) -> list[str
 
 
 def check_wheel(path: Path, since: dict[str, Version]) -> list[str]:
-    """Check the tags of a wheel and the one extension in it; return the violations."""
+    """Check the tags of a wheel and the extensions in it, one and at most one more for CUDA."""
     found = []
     tags = path.stem.split("-")[-3:]
     if tags[:2] != [OLDEST_PYTHON_TAG, "abi3"]:
         found.append(f"is tagged {'-'.join(tags)}, not {OLDEST_PYTHON_TAG}-abi3-*")
     with zipfile.ZipFile(path) as wheel, tempfile.TemporaryDirectory() as scratch:
         libraries = [name for name in wheel.namelist() if name.endswith(".so")]
-        if libraries != ["torchao8/_C.abi3.so"]:
-            found.append(f"must hold torchao8/_C.abi3.so and no other library, has {libraries}")
+        if set(libraries) - {"torchao8/_C_cuda.abi3.so"} != {"torchao8/_C.abi3.so"}:
+            found.append(
+                "must hold torchao8/_C.abi3.so, with CUDA torchao8/_C_cuda.abi3.so too, and no "
+                f"other library, has {libraries}"
+            )
         for name in libraries:
             found += check_library(Path(wheel.extract(name, scratch)), name, since)
     return found

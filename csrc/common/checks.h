@@ -105,7 +105,7 @@ constexpr Place kCpu = {false, 0};
 inline void check_place(const Argument& a, const Tensor& t, const Place& place) {
   if (place.cuda) {
     TORCHAO8_CHECK(t.is_cuda() && t.get_device_index() == place.index, a.text(),
-                   " must be on cuda:", place.index, ", as the first parameter is; it is on ",
+                   " must be on cuda:", place.index, ", where another argument is; it is on ",
                    t.is_cuda()  ? "cuda:" + std::to_string(t.get_device_index())
                    : t.is_cpu() ? std::string("the CPU")
                                 : std::string("another device"));

@@ -12,7 +12,8 @@ TORCHAO8_COLD inline void clear_codes(uint8_t* codes, int length) {
 // codes are those of zero. kEncoded: so they are already where all elements are zero.
 template <bool kSigned, bool kEncoded>
 TORCHAO8_HD float final_scale(float extreme, float unit, int length, uint8_t* codes) {
-  if (has_scale<kSigned>(extreme, unit) || (kEncoded && extreme == 0.0f)) return extreme * unit;
+  if (has_scale<kSigned>(extreme, unit)) return extreme * unit;
+  if (kEncoded && extreme == 0.0f && usable<kSigned>(extreme)) return 0.0f;
   clear_codes<kSigned>(codes, length);
   return usable<kSigned>(extreme) && usable<true>(extreme * unit) ? 0.0f : bits_float(0x7fc00000u);
 }

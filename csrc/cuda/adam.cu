@@ -7,7 +7,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <memory>
 #include <optional>
 #include <vector>
 
@@ -19,16 +18,13 @@
 namespace torchao8::cuda {
 namespace {
 
-bool aligned(const void* p, size_t bytes) {
-  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
-}
-
 // Kernels read dense memory in row-major order. What is not like that is copied, and back.
 class Dense {
  public:
   explicit Dense(const Tensor& t)
       : original_(t), dense_(t.is_contiguous() ? t : torch::stable::contiguous(t)) {}
   void* data() const { return dense_.mutable_data_ptr(); }
+  const void* const_data() const { return dense_.const_data_ptr(); }
   void write_back() {
     if (!original_.is_contiguous()) torch::stable::copy_(original_, dense_);
   }
@@ -54,83 +50,46 @@ struct Step {
 Places places_of(const Step& step, size_t i) {
   Places places;
   places.param = step.params[i].data();
-  places.grad = step.grads[i].data();
+  places.grad = step.grads[i].const_data();
   places.step = step.call.steps[i].const_data_ptr<float>();
   places.param_type = check_float_type({kAdamOp, "params", int64_t(i)}, step.call.params[i]);
   places.grad_type = check_float_type({kAdamOp, "grads", int64_t(i)}, step.call.grads[i]);
   return places;
 }
 
-constexpr int64_t kMostUnits = int64_t(1) << 31;  // of one launch
-
-// Fills a table and launches it when it is full.
-template <class Rule, class Entry, class Launch>
-class Filler {
- public:
-  Filler(const Step& step, Launch launch)
-      : table_(std::make_unique<Table<Rule, Entry>>()), launch_(launch) {
-    table_->numbers = step.numbers_of<Rule>();
-    table_->block_size = int32_t(step.call.block_size);
-    while (1 << table_->log_of_block < table_->block_size) table_->log_of_block++;
-    table_->stochastic = step.call.stochastic;
-  }
-  void add(Entry entry, int64_t units) {
-    if (units == 0) return;
-    if (table_->count == uint32_t(table_->kCapacity) || table_->units + units > kMostUnits) flush();
-    entry.first_unit = table_->units;
-    table_->entries[table_->count++] = entry;
-    table_->units += uint32_t(units);
-  }
-  void flush() {
-    if (table_->count > 0) launch_(*table_);
-    table_->count = table_->units = 0;
-  }
-
- private:
-  std::unique_ptr<Table<Rule, Entry>> table_;
-  Launch launch_;
-};
-
 template <class Rule, class T>
 void step_blocks_of(const Step& step, FloatType type) {
   constexpr int N = Rule::kStates;
   using Entry = BlockEntry<N>;
   const AdamCall& call = step.call;
-  const Tables* tables = nullptr;
-  step.launcher.check(
-      cudaGetSymbolAddress(reinterpret_cast<void**>(const_cast<Tables**>(&tables)), device_tables));
-  const bool is_long = call.block_size > kSpan;
-  const auto kernel = is_long                    ? step_blocks<Rule, T, Blocks::kLong>
+  const Tables* tables = tables_on(step.launcher);
+  const auto kernel = call.block_size > kSpan    ? step_blocks<Rule, T, Blocks::kLong>
                       : call.block_size == kSpan ? step_blocks<Rule, T, Blocks::kSpan>
                                                  : step_blocks<Rule, T, Blocks::kShort>;
   const auto launch = [&](const Table<Rule, Entry>& table) {
-    step.launcher.launch(kernel, step.launcher.grid_for(table.units, kWarps),
-                         sizeof(SharedOfBlocks<Rule>), table, tables);
+    step.launcher.launch_over(table.units, kernel, sizeof(SharedOfBlocks<Rule>), table, tables);
   };
-  Filler<Rule, Entry, decltype(launch)> filler(step, launch);
+  Filler<Rule, Entry, decltype(launch)> filler(step.numbers_of<Rule>(), int(call.block_size),
+                                               call.stochastic, launch);
   for (size_t i = 0; i < call.params.size(); i++) {
     const BlockLayout layout = block_layout(call.params[i].sizes(), call.block_size);
     TORCHAO8_CHECK(layout.rows * layout.blocks_per_row <= kMostUnits,
                    Argument{kAdamOp, "params", int64_t(i)}.text(), " has more than 2^31 blocks");
     Entry entry = {};
     static_cast<Places&>(entry) = places_of(step, i);
+    for (int s = 0; s < N; s++) {
+      entry.codes[s] = (*call.moments[s])[i].template mutable_data_ptr<uint8_t>();
+      entry.scales[s] = (*call.scales[s])[i].template mutable_data_ptr<float>();
+    }
+    entry.rows = layout.rows;
     entry.row_length = entry.row_stride = layout.row_length;
     entry.blocks_per_row = uint32_t(layout.blocks_per_row);
-    entry.units_per_row =
-        is_long ? entry.blocks_per_row : uint32_t((layout.row_length + kSpan - 1) / kSpan);
-    entry.whole_spans = layout.row_length % kSpan == 0;
     if (!call.shard_offsets.empty()) {
       entry.shard_offset = uint64_t(call.shard_offsets[i]);
       entry.row_stride = call.shard_row_strides[i];
     }
-    entry.fast = layout.row_length % kPerLane == 0 && entry.param_type == type &&
-                 entry.grad_type == type && aligned(entry.param, 16) && aligned(entry.grad, 16);
-    for (int s = 0; s < N; s++) {
-      entry.codes[s] = (*call.moments[s])[i].template mutable_data_ptr<uint8_t>();
-      entry.scales[s] = (*call.scales[s])[i].template mutable_data_ptr<float>();
-      entry.fast = entry.fast && aligned(entry.codes[s], 8);
-    }
-    filler.add(entry, layout.rows * entry.units_per_row);
+    entry.finish(type, int(call.block_size));
+    filler.add(entry);
   }
   filler.flush();
 }
@@ -141,21 +100,19 @@ void step_elements_of(const Step& step, FloatType type) {
   using Entry = ElementEntry<N>;
   const AdamCall& call = step.call;
   const auto launch = [&](const Table<Rule, Entry>& table) {
-    step.launcher.launch(step_elements<Rule, T>, step.launcher.grid_for(table.units, kWarps),
-                         sizeof(SharedOfElements<Rule>), table);
+    step.launcher.launch_over(table.units, step_elements<Rule, T>, sizeof(SharedOfElements<Rule>),
+                              table);
   };
-  Filler<Rule, Entry, decltype(launch)> filler(step, launch);
+  Filler<Rule, Entry, decltype(launch)> filler(step.numbers_of<Rule>(), int(call.block_size),
+                                               call.stochastic, launch);
   for (size_t i = 0; i < call.params.size(); i++) {
     Entry entry = {};
     static_cast<Places&>(entry) = places_of(step, i);
-    entry.count = call.params[i].numel();
-    entry.fast = entry.param_type == type && entry.grad_type == type && aligned(entry.param, 16) &&
-                 aligned(entry.grad, 16);
-    for (int s = 0; s < N; s++) {
+    for (int s = 0; s < N; s++)
       entry.states[s] = (*call.moments[s])[i].template mutable_data_ptr<float>();
-      entry.fast = entry.fast && aligned(entry.states[s], 16);
-    }
-    filler.add(entry, (entry.count + kChunk - 1) / kChunk);
+    entry.count = call.params[i].numel();
+    entry.finish(type);
+    filler.add(entry);
   }
   filler.flush();
 }

@@ -107,7 +107,7 @@ __device__ __forceinline__ uint32_t encode_stochastic(const Tables& t, float x, 
   const Real line = fma(y, Real(t.position_a[at]), Real(t.position_b[at]));
   const Real gap = fma(line, Real(kGapSlope), Real(t.position_c[at]));
   const Real position = Real(smaller(gap.x, line.x)) + Real(one_to_two);
-  // Where x is not zero, its bits are a number above any code.
+  // Where x is not zero, its bits are no number below its code: a minimum in place of a branch.
   const uint32_t code = uint32_t(int32_t(position.x));
   return code < float_bits(x) ? code : float_bits(x);
 }

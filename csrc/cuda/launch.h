@@ -45,12 +45,6 @@ class Launcher {
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
-  // Enough thread blocks to fill the device, and no more than there is work for.
-  unsigned grid_for(uint64_t units, int units_per_block) const {
-    const uint64_t wanted = (units + uint64_t(units_per_block) - 1) / uint64_t(units_per_block);
-    return unsigned(std::min<uint64_t>(wanted, uint64_t(multiprocessors()) * kBlocksPerProcessor));
-  }
-
   template <class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), unsigned blocks, size_t shared_bytes,
               const Arguments&... arguments) const {
@@ -59,15 +53,22 @@ class Launcher {
     check_cuda(cudaGetLastError(), op_, device_);
   }
 
+  // For a kernel that shares out units of work evenly, a warp's at a time: as many thread blocks as
+  // the device holds at a time, and no more than there is work for.
+  template <class... Parameters, class... Arguments>
+  void launch_over(uint64_t units, void (*kernel)(Parameters...), size_t shared_bytes,
+                   const Arguments&... arguments) const {
+    int processors = 0, resident = 0;
+    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device_));
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, shared_bytes));
+    const uint64_t held = uint64_t(processors) * uint64_t(resident);
+    const uint64_t wanted = (units + kWarps - 1) / kWarps;
+    launch(kernel, unsigned(std::min(wanted, held)), shared_bytes, arguments...);
+  }
+
   void check(cudaError_t error) const { check_cuda(error, op_, device_); }
 
  private:
-  int multiprocessors() const {
-    int count = 0;
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_));
-    return count;
-  }
-
   const char* op_;
   int32_t device_;
   torch::stable::accelerator::DeviceGuard guard_;

@@ -16,12 +16,6 @@
 namespace torchao8::cuda {
 namespace {
 
-const Tables* tables_on(const Launcher& launcher) {
-  void* place = nullptr;
-  launcher.check(cudaGetSymbolAddress(&place, device_tables));
-  return static_cast<const Tables*>(place);
-}
-
 uint32_t count_blocks(const char* op, const BlockLayout& layout) {
   const int64_t blocks = layout.rows * layout.blocks_per_row;
   TORCHAO8_CHECK(blocks < int64_t(1) << 32, op, ": more than 2^32 blocks");
@@ -47,9 +41,8 @@ std::tuple<Tensor, Tensor> quantize_blockwise_cuda(Tensor input, int64_t block_s
                                        count_blocks(op, layout),
                                        int32_t(block_size),
                                        type};
-  const unsigned grid = launcher.grid_for(arguments.blocks, kWarps);
-  launcher.launch(is_signed ? quantize<true> : quantize<false>, grid, sizeof(Tables), arguments,
-                  tables_on(launcher));
+  launcher.launch_over(arguments.blocks, is_signed ? quantize<true> : quantize<false>,
+                       sizeof(Tables), arguments, tables_on(launcher));
   return {codes, scale};
 }
 
@@ -69,9 +62,8 @@ Tensor dequantize_blockwise_cuda(Tensor codes, Tensor scale, int64_t block_size,
                                          count_blocks(op, layout),
                                          int32_t(block_size),
                                          check_float_type({op, "result"}, result)};
-  const unsigned grid = launcher.grid_for(arguments.blocks, kWarps);
-  launcher.launch(is_signed ? dequantize<true> : dequantize<false>, grid, sizeof(Tables), arguments,
-                  tables_on(launcher));
+  launcher.launch_over(arguments.blocks, is_signed ? dequantize<true> : dequantize<false>,
+                       sizeof(Tables), arguments, tables_on(launcher));
   return result;
 }
 

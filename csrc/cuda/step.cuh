@@ -22,7 +22,7 @@ struct BlockWorker {
   __device__ __forceinline__ void enter(const Entry&, const Prepared<Rule>&) { turn = kLanes; }
   __device__ __forceinline__ bool operator()(const Entry& entry, const Prepared<Rule>& prepared,
                                              uint32_t unit) {
-    const bool fast = entry.fast && prepared.is_bounded;
+    const bool fast = unit < entry.fast_units && prepared.is_bounded;
     if constexpr (kBlocks == Blocks::kLong) {
       if (fast && step_long_block<Rule, T>(entry, prepared, tables, randoms, turn, block_size,
                                            stochastic, unit, lane))
@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor -
                 const Tables* source) {
   static_assert(sizeof table + sizeof source <= kArgumentBytes);
   if (table.numbers.found_inf.get() != 0) return;
+  static_assert(sizeof(SharedOfBlocks<Rule>) <= 48 << 10);  // that a kernel has unasked
   TORCHAO8_SHARED(SharedOfBlocks<Rule>, shared);
   copy_tables(shared.tables, *source);  // for_each_unit has the barrier
   BlockWorker<Rule, T, kBlocks> worker = {shared.tables,
@@ -69,9 +70,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor -
 }
 
 // ---- 32-bit state ----------------------------------------------------------------------------
-
-constexpr int kPerThread = 4;                    // neighbouring elements
-constexpr int kChunk = kPerThread * kLanes * 8;  // a unit
 
 template <class Rule, class T>
 struct ElementWorker {

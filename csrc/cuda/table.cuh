@@ -2,6 +2,8 @@
 // numbered through them, a contiguous range of units for each thread block.
 #pragma once
 
+#include <memory>
+
 #include "common/block_scale.h"
 #include "common/floats.h"
 #include "common/random.h"
@@ -34,16 +36,34 @@ struct Numbers {
   bool scaled_state;
 };
 
+TORCHAO8_HD bool is_aligned(const void* p, size_t bytes) {
+  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
+}
+constexpr size_t bytes_of(FloatType type) {
+  return type == FloatType::kFloat32 ? 4 : 2;
+}
+
 struct Places {
   void* param;
   const void* grad;
   const float* step;    // the steps that the tensor has made
   uint32_t first_unit;  // number of its first unit in the launch
   FloatType param_type, grad_type;
+
+  // Whether runs of so many elements, the launch's type being this one, can be loaded as words.
+  bool fits(FloatType type, size_t elements) const {
+    const size_t bytes = elements * bytes_of(type), word = bytes < 16 ? bytes : 16;
+    return param_type == type && grad_type == type && is_aligned(param, word) &&
+           is_aligned(grad, word);
+  }
 };
 
 constexpr int kPerLane = 8;               // neighbouring elements that a lane takes
 constexpr int kSpan = kLanes * kPerLane;  // elements that a warp takes at a time
+
+// Of 32-bit state: neighbouring elements of a thread, and elements of a unit.
+constexpr int kPerThread = 4;
+constexpr int kChunk = kPerThread * kLanes * 8;
 
 // How blocks lie in the warps that take them: several to a warp, one, or longer than it takes.
 enum class Blocks { kShort, kSpan, kLong };
@@ -51,21 +71,45 @@ enum class Blocks { kShort, kSpan, kLong };
 // Of 8-bit state. A unit is a block, or the neighbouring blocks of a row that fill a warp.
 template <int N>
 struct BlockEntry : Places {
-  bool fast;         // aligned, rows of multiples of 8, param and grad of the launch's type
-  bool whole_spans;  // rows of multiples of a warp's elements
   uint8_t* codes[N];
   float* scales[N];
-  int64_t row_length, row_stride;
+  int64_t rows, row_length, row_stride;
   uint64_t shard_offset;
-  uint32_t blocks_per_row, units_per_row;
+  uint32_t blocks_per_row;
+  // What follows from the others.
+  uint32_t units_per_row;
+  uint32_t fast_units;  // the units that the fast path takes are those before this one
+  bool whole_spans;     // whose elements are all there, and follow each other from unit to unit
+
+  int64_t units() const { return rows * units_per_row; }
+
+  void finish(FloatType type, int block_size) {
+    const int unit = block_size > kSpan ? block_size : kSpan;
+    units_per_row = uint32_t((row_length + unit - 1) / unit);
+    bool fits_words = this->fits(type, kPerLane);
+    for (int s = 0; s < N; s++) fits_words = fits_words && is_aligned(codes[s], kPerLane);
+    // Of a single row, a vector, only the end may be of any length.
+    fast_units = !fits_words                  ? 0
+                 : rows == 1                  ? uint32_t(row_length / unit)
+                 : row_length % kPerLane == 0 ? ~uint32_t(0)
+                                              : 0;
+    whole_spans = rows == 1 || row_length % kSpan == 0;
+  }
 };
 
 // Of 32-bit state. A unit is a chunk of elements.
 template <int N>
 struct ElementEntry : Places {
-  bool fast;  // aligned, param and grad of the launch's type
   float* states[N];
   int64_t count;
+  bool fast;  // follows from the others
+
+  int64_t units() const { return (count + kChunk - 1) / kChunk; }
+
+  void finish(FloatType type) {
+    fast = this->fits(type, kPerThread);
+    for (int s = 0; s < N; s++) fast = fast && is_aligned(states[s], kPerThread * sizeof(float));
+  }
 };
 
 // The tensors of a launch.
@@ -79,6 +123,37 @@ struct Table {
   uint32_t units;
   int32_t block_size, log_of_block;
   bool stochastic;
+};
+
+constexpr int64_t kMostUnits = int64_t(1) << 31;  // of one launch, and of one tensor
+
+// Fills a table and launches it when it is full.
+template <class Rule, class Entry, class Launch>
+class Filler {
+ public:
+  Filler(const Numbers<Rule>& numbers, int block_size, bool stochastic, Launch launch)
+      : table_(std::make_unique<Table<Rule, Entry>>()), launch_(launch) {
+    table_->numbers = numbers;
+    table_->block_size = block_size;
+    while (1 << table_->log_of_block < block_size) table_->log_of_block++;
+    table_->stochastic = stochastic;
+  }
+  void add(Entry entry) {
+    const int64_t units = entry.units();
+    if (units == 0) return;
+    if (table_->count == uint32_t(table_->kCapacity) || table_->units + units > kMostUnits) flush();
+    entry.first_unit = table_->units;
+    table_->entries[table_->count++] = entry;
+    table_->units += uint32_t(units);
+  }
+  void flush() {
+    if (table_->count > 0) launch_(*table_);
+    table_->count = table_->units = 0;
+  }
+
+ private:
+  std::unique_ptr<Table<Rule, Entry>> table_;
+  Launch launch_;
 };
 
 // What a tensor's step makes of the numbers.

@@ -2,11 +2,18 @@
 #pragma once
 
 #include "cuda/codec.cuh"
+#include "cuda/launch.h"
 
 namespace torchao8::cuda {
 namespace {
 
 __device__ const Tables device_tables = make_tables();
+
+const Tables* tables_on(const Launcher& launcher) {
+  void* place = nullptr;
+  launcher.check(cudaGetSymbolAddress(&place, device_tables));
+  return static_cast<const Tables*>(place);
+}
 
 }  // namespace
 }  // namespace torchao8::cuda

@@ -100,8 +100,8 @@ def _wrong_value(key: str, value: Tensor) -> str:
     if key.endswith("_scale"):
         if not bool(value.isfinite().all()):
             return "finite numbers, got some that are not"
-        if key != "exp_avg_scale" and bool((value < 0).any()):
-            return f"numbers >= 0, got {float(value.min())}"
+        if key != "exp_avg_scale" and bool(value.signbit().any()):
+            return f"numbers >= 0, got {float(value[value.signbit()][0])}"
     return ""
 
 
