@@ -157,6 +157,9 @@ def make_cuda_extension() -> Extension | None:
     from torch.utils.cpp_extension import CUDA_HOME, CUDAExtension
 
     if torch.version.cuda is None or CUDA_HOME is None:
+        if "TORCH_CUDA_ARCH_LIST" in os.environ:
+            missing = "no nvcc" if torch.version.cuda else "this torch is built without CUDA"
+            print(f"torchao8: TORCH_CUDA_ARCH_LIST has no effect: {missing}", file=sys.stderr)
         return None
     blackwell = tuple(int(n) for n in torch.version.cuda.split(".")) >= (12, 8)
     os.environ.setdefault(

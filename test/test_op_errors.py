@@ -74,6 +74,8 @@ BAD_CALLS: dict[str, Callable[[dict[str, Any]], None]] = {
     "step of two": put("steps", lambda: torch.zeros(2)),
     "lr of two": put("lr", lambda: torch.zeros(2), None),
     "lr an integer": put("lr", lambda: torch.tensor(1), None),
+    "lr NaN": put("lr", lambda: torch.tensor(torch.nan, device="cpu"), None),
+    "lr infinite": put("lr", lambda: torch.tensor(torch.inf, device="cpu"), None),
     "beta1 of one": put("beta1", lambda: 1.0, None),
     "beta2 below zero": put("beta2", lambda: -0.5, None),
     "eps below zero": put("eps", lambda: -1.0, None),
@@ -150,6 +152,8 @@ step an integer: adam_step_: steps[1] must be float32, got int64
 step of two: adam_step_: steps[1] must have one element, got shape [2]
 lr of two: adam_step_: lr must have one element, got shape [2]
 lr an integer: adam_step_: lr must be float32 or float64, got int64
+lr NaN: adam_step_: lr must be finite, got nan
+lr infinite: adam_step_: lr must be finite, got inf
 beta1 of one: adam_step_: beta1 must be in [0, 1), got 1
 beta2 below zero: adam_step_: beta2 must be in [0, 1), got -0.5
 eps below zero: adam_step_: eps must not be negative, got -1

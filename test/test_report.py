@@ -143,3 +143,12 @@ def test_the_self_check_compares_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     passed, detail = _selfcheck._check_cuda("cpu")
     assert not passed
     assert detail.endswith("of 16 tensors differ")
+
+
+def test_a_path_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHAO8_CPU", "sse")
+    result = run_python("-m", "torchao8", path=PACKAGE.parent)
+    assert result.returncode == 1
+    assert "CPU path      " in result.stdout
+    assert "TORCHAO8_CPU must be avx512, avx2 or scalar, got sse" in result.stdout
+    assert result.stderr == ""

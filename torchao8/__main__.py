@@ -25,7 +25,11 @@ def main() -> int:
     _line("extension", ops.EXTENSION_FILE)
     _line("CUDA kernels", ops.CUDA_EXTENSION_FILE or f"none: {ops.CUDA_MISSING}")
     forced = os.environ.get("TORCHAO8_CPU")
-    _line("CPU path", ops.cpu_capability() + (f" (TORCHAO8_CPU={forced})" if forced else ""))
+    try:
+        _line("CPU path", ops.cpu_capability() + (f" (TORCHAO8_CPU={forced})" if forced else ""))
+    except RuntimeError as error:
+        _line("CPU path", error)
+        return 1
     results = _selfcheck.run()
     for result in results:
         _line("self-check", f"{'ok' if result.passed else 'FAILED'}: {result.name}")

@@ -130,14 +130,18 @@ def adam_step_(
 ) -> None:
     """One step of Adam or AdamW, in place, on tensors of one device and one state format.
 
-    The i-th entries of all lists belong together. With 8-bit state the moments are uint8 codes and
-    the ``*_scales`` their scales; with 32-bit state the moments are float32 and the ``*_scales``
-    lists are empty. ``max_exp_avg_sqs`` is empty without amsgrad.
+    The i-th entries of all lists belong together. The dtype of ``exp_avgs`` chooses the format:
+    float32 moments, with empty lists of scales, or uint8 codes of the shape of the parameter with
+    float32 scales of the shape ``torchao8.block_layout.scale_shape(p.shape, block_size)``.
+    ``exp_avgs`` are of the signed map, the others of the unsigned one (:func:`dynamic_map`); fresh
+    8-bit state has scales of 0, and codes of 127 or 0. ``max_exp_avg_sqs`` is empty without
+    amsgrad.
 
     Args:
         params, grads: float32, bfloat16 or float16, of any strides.
         steps: 0-d float32 tensors, the steps made before this one. :func:`count_step_` counts it.
-        lr: 0-d, float32 or float64.
+        lr: 0-d, float32 or float64, on the device of the parameters or on the CPU. The optimizers
+            make a float64 tensor of a number, and the dtype matters to the last bit.
         grad_scale: a number to divide the gradients by; none where None.
         found_inf: where it is not 0, nothing changes at all.
 

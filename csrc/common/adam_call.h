@@ -102,6 +102,7 @@ inline void check_options(const AdamOptions& o) {
   const auto in_unit = [](double beta) { return beta >= 0 && beta < 1; };
   TORCHAO8_CHECK(in_unit(o.beta1), kAdamOp, ": beta1 must be in [0, 1), got ", o.beta1);
   TORCHAO8_CHECK(in_unit(o.beta2), kAdamOp, ": beta2 must be in [0, 1), got ", o.beta2);
+  TORCHAO8_CHECK(std::isfinite(o.lr), kAdamOp, ": lr must be finite, got ", o.lr);
   TORCHAO8_CHECK(o.eps >= 0, kAdamOp, ": eps must not be negative, got ", o.eps);
   TORCHAO8_CHECK(o.weight_decay >= 0, kAdamOp, ": weight_decay must not be negative, got ",
                  o.weight_decay);

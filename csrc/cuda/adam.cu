@@ -170,13 +170,13 @@ void adam_step_cuda(TensorList params, TensorList grads, TensorList exp_avgs,
   options.beta2 = beta2;
   options.eps = eps;
   options.weight_decay = weight_decay;
-  options.lr = 0;
   options.grad_scale = 1;
   options.maximize = maximize;
   options.decoupled = decoupled_weight_decay;
   const Scalar lr_number = scalar_argument({kAdamOp, "lr"}, lr, 0, place);
   const Scalar scale = scalar_argument({kAdamOp, "grad_scale"}, grad_scale, 1, place);
   const Scalar found = scalar_argument({kAdamOp, "found_inf"}, found_inf, 0, place);
+  options.lr = lr_number.place ? 0 : lr_number.value;  // on the device, nobody looks at it
   if (!scale.place) options.grad_scale = scale.value;
   check_options(options);
   check_call(call);
