@@ -85,7 +85,8 @@ gpu:
 	export PYTHONPATH="$(CURDIR):$$PYTHONPATH"; \
 	run $(PYTHON) -m torchao8; \
 	if $(PYTHON) -c 'import xdist' 2>/dev/null; then \
-		run env OMP_NUM_THREADS=2 $(PYTHON) -m pytest -q -n 8 --dist loadfile $(ARGS); \
+		run env OMP_NUM_THREADS=2 $(PYTHON) -m pytest -q -n 8 --ignore test/test_cuda_source.py $(ARGS); \
+		$(if $(ARGS),,run $(PYTHON) -m pytest -q test/test_cuda_source.py;) \
 	else run $(PYTHON) -m pytest -q $(ARGS); fi; \
 	if command -v compute-sanitizer >/dev/null; then \
 		for tool in memcheck racecheck; do \
