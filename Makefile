@@ -75,8 +75,8 @@ test-slow: $(call tools,test demo) $(EXTENSION_READY)
 # being run: time on such a machine is precious.
 SANITIZED := bad_gradients or tiny_and_huge or odd or codec or refills
 gpu:
-	@$(PYTHON) -c 'import torch, pytest; assert torch.cuda.is_available()' 2>/dev/null || \
-		{ echo 'make gpu: $(PYTHON) needs pytest, and a torch that finds a GPU'; exit 1; }
+	@$(PYTHON) -c 'import hypothesis, numpy, pytest, torch; assert torch.cuda.is_available()' 2>/dev/null || \
+		{ echo 'make gpu: $(PYTHON) needs hypothesis, numpy, pytest, and a torch that finds a GPU'; exit 1; }
 	$(call say,building in place for this GPU)
 	TORCH_CUDA_ARCH_LIST="$$($(PYTHON) -c 'import torch; print(*torch.cuda.get_device_capability(), sep=".")')" \
 		$(PYTHON) setup.py -q build_ext --inplace

@@ -2,19 +2,15 @@
 
 from collections.abc import Callable, Iterator
 
+import hypothesis
 import pytest
 import torch
 from helpers import DEVICES
 
-try:
-    import hypothesis
-except ImportError:  # `make gpu` does without: test_cuda.py uses none
-    pass
-else:
-    # The same examples at every run, so that a failure in CI is one that anybody can see again. The
-    # first example of a test may compile or build a table: no deadline.
-    hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
-    hypothesis.settings.load_profile("repeatable")
+# The same examples at every run, so that a failure in CI is one that anybody can see again. The
+# first example of a test may compile or build a table: no deadline.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_report_header() -> str:
