@@ -29,7 +29,7 @@ def check_block_size(block_size: int) -> None:
         )
 
 
-def _row_start(shape: Sequence[int], block_size: int) -> int:
+def row_start(shape: Sequence[int], block_size: int) -> int:
     """Where a row starts: the largest k >= 1 whose ``shape[k:]`` fills a block, or 1."""
     for k in range(len(shape) - 1, 1, -1):
         if math.prod(shape[k:]) >= block_size:
@@ -41,7 +41,7 @@ def row_length(shape: Sequence[int], block_size: int) -> int:
     """Elements of one row of a tensor of this shape: 1 for a scalar, all of a vector."""
     if len(shape) < 2:
         return math.prod(shape)
-    return math.prod(shape[_row_start(shape, block_size) :])
+    return math.prod(shape[row_start(shape, block_size) :])
 
 
 def scale_shape(shape: Sequence[int], block_size: int) -> tuple[int, ...]:
@@ -51,7 +51,7 @@ def scale_shape(shape: Sequence[int], block_size: int) -> tuple[int, ...]:
     ((3072, 3), (64, 3), (20,))
     """
     blocks = -(-row_length(shape, block_size) // block_size)
-    leading = tuple(shape[: _row_start(shape, block_size)]) if len(shape) >= 2 else ()
+    leading = tuple(shape[: row_start(shape, block_size)]) if len(shape) >= 2 else ()
     return (*leading, blocks)
 
 

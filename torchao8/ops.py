@@ -127,6 +127,8 @@ def adam_step_(
     block_size: int = 256,
     stochastic_rounding: bool = True,
     seed: int = 0,
+    shard_offsets: Sequence[int] = (),
+    shard_row_strides: Sequence[int] = (),
 ) -> None:
     """One step of Adam or AdamW, in place, on tensors of one device and one state format.
 
@@ -144,6 +146,9 @@ def adam_step_(
             make a float64 tensor of a number, and the dtype matters to the last bit.
         grad_scale: a number to divide the gradients by; none where None.
         found_inf: where it is not 0, nothing changes at all.
+        shard_offsets, shard_row_strides: of parameters that are shards, one number each: the flat
+            index of the first element in the global tensor, and the elements of it from one local
+            row to the next. The random numbers of stochastic rounding depend on them.
 
     Raises:
         RuntimeError: an argument does not fit the others; nothing has changed then.
@@ -170,8 +175,10 @@ def adam_step_(
         block_size=block_size,
         stochastic_rounding=stochastic_rounding,
         seed=seed,
+        shard_offsets=shard_offsets,
+        shard_row_strides=shard_row_strides,
     )
-    _mark_modified(params)
+    mark_modified(params)
 
 
 def count_step_(steps: list[Tensor], found_inf: Tensor | None) -> None:
@@ -189,7 +196,7 @@ def cpu_capability() -> str:
     return ("scalar", "avx2", "avx512")[torch.ops.torchao8.cpu_capability.default()]
 
 
-def _mark_modified(tensors: Sequence[Tensor]) -> None:
+def mark_modified(tensors: Sequence[Tensor]) -> None:
     """Tells autograd that an op wrote to the tensors, so that a stale backward raises.
 
     A traced graph does without: torch.compile counts the writes to its inputs itself.

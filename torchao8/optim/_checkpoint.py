@@ -1,26 +1,58 @@
 """What the state of a parameter is made of, and its way through ``load_state_dict``."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchao8.optim._checks import is_dtensor, kind
+from torchao8 import ops
+from torchao8.block_layout import scale_shape
+from torchao8.optim._checks import kind
+from torchao8.sharding import cut_out, is_dtensor, like, local, same_placement
+
+# Of the state as it is saved: the keys, what they hold and how blocks lie. It stands in every
+# parameter group, as what stands beside the groups gets lost on some roads.
+STATE_VERSION = 1
+
+
+class State(NamedTuple):
+    """A state of a parameter: ``name`` in 32 bits, ``name_codes`` and ``name_scale`` in 8."""
+
+    name: str
+    signed: bool
 
 
 class TensorSpec(NamedTuple):
-    """A tensor of ``optimizer.state[p]``: what it must be, and what it is full of at the start."""
+    """A tensor of ``optimizer.state[p]``: what it must be, and what it is full of at the start.
+
+    Attributes:
+        shape: of the whole tensor.
+        local_shape: of the part on this rank, where ``p`` is a DTensor and this is to be one.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     fill: int = 0
+    local_shape: tuple[int, ...] | None = None
 
-    def empty(self, device: torch.device) -> Tensor:
+    def empty(self, p: Tensor) -> Tensor:
         """The tensor of a parameter that has made no step yet."""
-        return torch.full(self.shape, self.fill, dtype=self.dtype, device=device)
+        shape = self.shape if self.local_shape is None else self.local_shape
+        return self.place(p, torch.full(shape, self.fill, dtype=self.dtype))
+
+    def place(self, p: Tensor, part: Tensor) -> Tensor:
+        """The state tensor of ``p`` whose part on this rank is given."""
+        part = part.to(local(p).device)
+        return part if self.local_shape is None else like(p, part, self.shape)
 
     def __str__(self) -> str:
         return f"{self.dtype} of shape {list(self.shape)}"
+
+
+Layout = dict[str, TensorSpec]
 
 
 class Sealed:
@@ -30,16 +62,27 @@ class Sealed:
     is neither a tensor nor iterable passes untouched.
     """
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+    def __init__(self, spec: TensorSpec, part: Tensor) -> None:
+        self.spec = spec
+        self.part = part
 
 
-def seal(index: int, layout: dict[str, TensorSpec], saved: dict[str, Any]) -> dict[str, Sealed]:
+def unseal(state: dict[Any, Any]) -> None:
+    """Takes the tensors out of their seals, in place, on the device of their parameter."""
+    for p, tensors in state.items():
+        if isinstance(p, Tensor):
+            for key, value in tensors.items():
+                if isinstance(value, Sealed):
+                    tensors[key] = value.spec.place(p, value.part)
+
+
+def seal(label: str, p: Tensor, layout: Layout, saved: dict[str, Any]) -> dict[str, Sealed]:
     """Checks the saved state of one parameter and makes it ready to be loaded.
 
     Args:
-        index: the parameter's number in the state dict, for messages.
+        label: names the parameter in messages.
         layout: what the state must be.
+        saved: plain tensors of the whole, or DTensors where ``p`` is one.
 
     Raises:
         ValueError: other keys; a value that is no tensor or of another dtype or shape; a step or a
@@ -47,50 +90,51 @@ def seal(index: int, layout: dict[str, TensorSpec], saved: dict[str, Any]) -> di
     """
     if set(saved) != set(layout):
         raise ValueError(
-            f"state of parameter {index}: expected the keys {list(layout)}, got {list(saved)}"
-            + _remedy(layout, saved)
+            f"state of {label}: expected the keys {list(layout)}, got {list(saved)}"
+            + _remedy(saved)
         )
-    return {key: Sealed(_checked(index, key, spec, saved[key])) for key, spec in layout.items()}
+    return {
+        key: Sealed(spec, _checked_part(label, key, p, spec, saved[key]))
+        for key, spec in layout.items()
+    }
 
 
-def _remedy(layout: dict[str, TensorSpec], saved: dict[str, Any]) -> str:
-    """What to do about a checkpoint of another format, where it can be told."""
-    if {"state1", "qmap1"} & set(saved):
-        return ". This is a checkpoint of bitsandbytes, which is not read yet."
-    if "exp_avg" in saved and "exp_avg_codes" in layout:
-        return (
-            ". This is 32-bit state, torch.optim's or ours: load it into Adam, AdamW or a group "
-            "with optim_bits=32; it is not converted to 8 bits yet. If an 8-bit optimizer saved "
-            "it, its min_8bit_size was larger."
-        )
-    if "exp_avg_codes" in saved and "exp_avg" in layout:
-        return (
-            ". This is 8-bit state of a parameter that has 32-bit state here: by optim_bits or "
-            "min_8bit_size of its group, which must be those that it was saved with."
-        )
+def _remedy(saved: dict[str, Any]) -> str:
+    """What to do about a checkpoint of another kind, where it can be told."""
+    if any(key.startswith("max_exp_avg_sq") for key in saved):
+        return ". It was saved with amsgrad=True."
     return ""
 
 
-def _other_blocks(key: str, spec: TensorSpec, scale: Tensor) -> bool:
-    return key.endswith("_scale") and scale.dtype == spec.dtype and scale.shape != spec.shape
-
-
-def _checked(index: int, key: str, spec: TensorSpec, value: Any) -> Tensor:
+def _checked_part(label: str, key: str, p: Tensor, spec: TensorSpec, value: Any) -> Tensor:
+    """What this rank holds of a value, after its check."""
     if key == "step":
         value = _step_tensor(value)
-    if not isinstance(value, Tensor) or is_dtensor(value):
-        raise ValueError(f"{key} of parameter {index}: expected {spec}, got {type(value).__name__}")
+    if not isinstance(value, Tensor) or (is_dtensor(value) and spec.local_shape is None):
+        raise ValueError(f"{key} of {label}: expected {spec}, got {type(value).__name__}")
     dense = value.layout is torch.strided
     if not dense or (value.dtype, tuple(value.shape)) != (spec.dtype, spec.shape):
         raise ValueError(
-            f"{key} of parameter {index}: expected {spec}, "
-            f"got {kind(value)} of shape {list(value.shape)}"
-            + (". Was it saved with another block_size?" if _other_blocks(key, spec, value) else "")
+            f"{key} of {label}: expected {spec}, got {kind(value)} of shape {list(value.shape)}"
         )
-    wrong = _wrong_value(key, value)
+    part = _part(p, spec, value.detach())
+    if spec.local_shape is not None and tuple(part.shape) != spec.local_shape:
+        raise ValueError(
+            f"{key} of {label}: expected a local shape of {list(spec.local_shape)} on this rank, "
+            f"got {list(part.shape)}"
+        )
+    wrong = _wrong_value(key, part)
     if wrong:
-        raise ValueError(f"{key} of parameter {index}: expected {wrong}")
-    return value.detach().contiguous()
+        raise ValueError(f"{key} of {label}: expected {wrong}")
+    return part.contiguous()
+
+
+def _part(p: Tensor, spec: TensorSpec, value: Tensor) -> Tensor:
+    if spec.local_shape is None or not is_dtensor(p):
+        return value
+    if not is_dtensor(value):
+        return cut_out(p, value, spec.shape)
+    return local(same_placement(p, value))
 
 
 def _wrong_value(key: str, value: Tensor) -> str:
@@ -107,15 +151,68 @@ def _wrong_value(key: str, value: Tensor) -> str:
 
 def _step_tensor(value: Any) -> Any:
     """Steps also come as numbers, as tensors of other dtypes, and as one tensor for all."""
+    if is_dtensor(value):
+        value = value.full_tensor()
     if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1):
         return torch.as_tensor(value, dtype=torch.float32).reshape(()).clone()
     return value
 
 
-def unseal(state: dict[Any, Any]) -> None:
-    """Takes the tensors out of their seals, in place, on the device of their parameter."""
-    for p, tensors in state.items():
-        if isinstance(p, Tensor):
-            for key, value in tensors.items():
-                if isinstance(value, Sealed):
-                    tensors[key] = value.tensor.to(p.device)
+# -- another precision -----------------------------------------------------------------------------
+
+
+def convert(
+    label: str,
+    layout: Layout,
+    states: Sequence[State],
+    saved: dict[str, Any],
+    block_size: int,
+    saved_block_size: int,
+) -> dict[str, Any]:
+    """The saved state of a parameter in the format that the layout asks for, through float32.
+
+    8 bits become 32 without loss, 32 become 8 rounded to nearest, and other blocks both. What is
+    sharded is gathered first, a parameter at a time: another precision may lie in other places.
+
+    Returns:
+        ``saved`` itself where it has that format already, or none that this function knows.
+
+    Raises:
+        ValueError: state in 8 bits that is no codes and scales of the saved block size.
+    """
+    saved_in_8bit, in_8bit = (f"{states[0].name}_codes" in keys for keys in (saved, layout))
+    if set(saved) != {"step"} | {key for state in states for key in _keys(state, saved_in_8bit)}:
+        return saved
+    if saved_in_8bit == in_8bit and not (in_8bit and saved_block_size != block_size):
+        return saved
+    converted = {"step": saved["step"]}
+    for state in states:
+        values = [_whole(saved[key]) for key in _keys(state, saved_in_8bit)]
+        shape = next(layout[key].shape for key in _keys(state, in_8bit))
+        if saved_in_8bit:
+            codes, scale = values
+            specs = (
+                TensorSpec(torch.uint8, shape),
+                TensorSpec(torch.float32, scale_shape(shape, saved_block_size)),
+            )
+            for key, value, spec in zip(_keys(state, True), values, specs, strict=True):
+                _checked_part(label, key, value, spec, value)
+            moment = ops.dequantize_blockwise(
+                codes, scale, block_size=saved_block_size, signed=state.signed
+            )
+        else:
+            (moment,) = values
+            _checked_part(label, state.name, moment, TensorSpec(torch.float32, shape), moment)
+        new: tuple[Tensor, ...] = (moment,)
+        if in_8bit:
+            new = ops.quantize_blockwise(moment, block_size=block_size, signed=state.signed)
+        converted.update(zip(_keys(state, in_8bit), new, strict=True))
+    return converted
+
+
+def _keys(state: State, in_8bit: bool) -> tuple[str, ...]:
+    return (f"{state.name}_codes", f"{state.name}_scale") if in_8bit else (state.name,)
+
+
+def _whole(value: Any) -> Any:
+    return value.full_tensor() if is_dtensor(value) else value

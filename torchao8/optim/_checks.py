@@ -1,7 +1,6 @@
 """Checks of options, parameters and gradients: what is wrong, what was expected, what came."""
 
 import math
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchao8 import ops
+from torchao8.sharding import is_dtensor, local
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPE_NAMES = "float32, bfloat16 or float16"
@@ -58,7 +58,6 @@ def check_params(params: Iterable[Any]) -> None:
         ValueError: a parameter given twice, of an unsupported dtype or layout, or with elements
             that share memory.
         RuntimeError: on a GPU, without the CUDA kernels.
-        NotImplementedError: a DTensor.
     """
     seen: set[int] = set()
     for index, entry in enumerate(params):
@@ -68,10 +67,6 @@ def check_params(params: Iterable[Any]) -> None:
         if id(p) in seen:
             raise ValueError(f"params[{index}]: expected each parameter once, got this one again")
         seen.add(id(p))
-        if is_dtensor(p):
-            raise NotImplementedError(
-                f"params[{index}] is a DTensor: sharded training comes in a later version"
-            )
         if p.requires_grad or p.grad is not None:
             _check_trainable(index, p)
 
@@ -86,6 +81,13 @@ def check_device(index: int, device: torch.device) -> None:
 
 
 def _check_trainable(index: int, p: Tensor) -> None:
+    if is_dtensor(p):
+        if any(placement.is_partial() for placement in p.placements):
+            raise ValueError(
+                f"params[{index}]: expected a DTensor of shards and replicas, got the placements "
+                f"{p.placements}"
+            )
+        p = local(p)
     check_device(index, p.device)
     if p.dtype not in PARAM_DTYPES or p.layout is not torch.strided:
         raise ValueError(
@@ -101,16 +103,27 @@ def _check_trainable(index: int, p: Tensor) -> None:
 def check_grad(optimizer: Optimizer, p: Tensor) -> None:
     """Raises RuntimeError, as torch.optim does, unless a step can read the gradient of ``p``."""
     grad = p.grad
-    if grad is not None and (grad.layout is not torch.strided or grad.dtype not in PARAM_DTYPES):
+    if grad is None or is_readable_grad(p, grad):
+        return
+    if is_dtensor(p) != is_dtensor(grad):
         raise RuntimeError(
-            f"{type(optimizer).__name__}: gradient of {describe(optimizer, p)}: "
-            f"expected a dense tensor of {_DTYPE_NAMES}, got {kind(grad)}"
-            + (
-                ""
-                if grad.layout is torch.strided
-                else ". torch.optim.SparseAdam takes sparse ones."
-            )
+            f"{type(optimizer).__name__}: gradient of {describe(optimizer, p)}: expected a "
+            f"{type(p.data).__name__}, as the parameter is, got a {type(grad).__name__}"
         )
+    raise RuntimeError(
+        f"{type(optimizer).__name__}: gradient of {describe(optimizer, p)}: "
+        f"expected a dense tensor of {_DTYPE_NAMES}, got {kind(grad)}"
+        + ("" if grad.layout is torch.strided else ". torch.optim.SparseAdam takes sparse ones.")
+    )
+
+
+def is_readable_grad(p: Tensor, grad: Tensor) -> bool:
+    """Whether a step can read this gradient of ``p``."""
+    return (
+        grad.layout is torch.strided
+        and grad.dtype in PARAM_DTYPES
+        and is_dtensor(grad) == is_dtensor(p)
+    )
 
 
 def describe(optimizer: Optimizer, p: Tensor) -> str:
@@ -128,9 +141,3 @@ def describe(optimizer: Optimizer, p: Tensor) -> str:
 def kind(t: Tensor) -> str:
     """The dtype of a tensor, and its layout if that is not the dense one."""
     return f"{t.dtype}" if t.layout is torch.strided else f"{t.dtype} in layout {t.layout}"
-
-
-def is_dtensor(value: object) -> bool:
-    # Not imported: it takes longer than all of torchao8, and where nobody has, there is no DTensor.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(value, module.DTensor)

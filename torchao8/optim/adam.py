@@ -6,8 +6,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from torchao8 import ops
+from torchao8.optim._buckets import Bucket, Group
+from torchao8.optim._checkpoint import State
 from torchao8.optim._checks import check_flag, check_number
-from torchao8.optim.base import Bucket, Group, LowPrecisionOptimizer, State
+from torchao8.optim.base import LowPrecisionOptimizer
 
 
 class _Adam(LowPrecisionOptimizer):
@@ -64,6 +66,8 @@ class _Adam(LowPrecisionOptimizer):
             block_size=group["block_size"],
             stochastic_rounding=group["state_rounding"] == "stochastic",
             seed=group["seed"],
+            shard_offsets=bucket.shard_offsets,
+            shard_row_strides=bucket.shard_row_strides,
         )
 
 

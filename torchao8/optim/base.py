@@ -4,34 +4,34 @@ An optimizer is a subclass that gives its options, declares its states (:class:`
 the op of its update rule on one :class:`Bucket`. Nothing in this file knows a rule.
 """
 
+from __future__ import annotations
+
 import difflib
-import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from torchao8 import ops
+from torchao8 import ops, sharding
 from torchao8.block_layout import check_block_size, fits_8bit, scale_shape
-from torchao8.optim._checkpoint import TensorSpec, seal, unseal
-from torchao8.optim._checks import (
-    PARAM_DTYPES,
-    check_grad,
-    check_number,
-    check_params,
-    describe,
-    is_int,
+from torchao8.optim._buckets import Bucket, Group, sort_into_buckets
+from torchao8.optim._checkpoint import (
+    STATE_VERSION,
+    Layout,
+    State,
+    TensorSpec,
+    unseal,
 )
+from torchao8.optim._checks import check_grad, check_number, check_params, describe, is_int
+from torchao8.optim._load import plain_hints, seal_state_dict
+from torchao8.sharding import Place, is_dtensor
 
-Group = dict[str, Any]
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
-# Torch's hints of implementation. The step here is always fused, multi-tensor and capturable, so
-# they choose nothing, but for fused=True, which opts in to the fused protocol of
-# torch.amp.GradScaler.
-HINTS = ("foreach", "fused", "capturable", "differentiable")
 # Options of every optimizer that have one value so far, and what the others would be.
 FIXED = {
     "differentiable": (False, "a step that autograd records"),
@@ -39,27 +39,6 @@ FIXED = {
     "block_wise": (True, "one scale for a whole tensor"),
     "is_paged": (False, "paged state"),
 }
-
-
-class State(NamedTuple):
-    """A state of a parameter: ``name`` in 32 bits, ``name_codes`` and ``name_scale`` in 8."""
-
-    name: str
-    signed: bool
-
-
-class Bucket(NamedTuple):
-    """The tensors of one op call: one device, one dtype of parameters and of gradients, one format.
-
-    ``values`` and ``scales`` hold a list for each state, by its name: the codes and their scales,
-    or the float32 values and an empty list.
-    """
-
-    params: list[Tensor]
-    grads: list[Tensor]
-    steps: list[Tensor]
-    values: dict[str, list[Tensor]]
-    scales: dict[str, list[Tensor]]
 
 
 class LowPrecisionOptimizer(Optimizer):
@@ -80,10 +59,10 @@ class LowPrecisionOptimizer(Optimizer):
 
     def __init__(self, params: ParamsT, options: Group) -> None:
         fixed = {name: value for name, (value, _) in FIXED.items()}
-        defaults = _plain_hints({**fixed, **options})
+        defaults = plain_hints({**fixed, **options, "state_version": STATE_VERSION})
         self._check_options(defaults)
         super().__init__(params, defaults)
-        _run_when_traced(type(self)._init_states)
+        _run_when_traced(type(self))
         self._step_supports_amp_scaling = bool(defaults["fused"])
 
     # -- what a subclass defines ---------------------------------------------------------------
@@ -123,6 +102,11 @@ class LowPrecisionOptimizer(Optimizer):
             )
         if not is_int(group["seed"]) or not -(2**63) <= group["seed"] < 2**63:
             raise ValueError(f"seed: expected an int of 64 bits, got {group['seed']!r}")
+        if group["state_version"] != STATE_VERSION:
+            raise ValueError(
+                f"state_version: this version of torchao8 reads and writes {STATE_VERSION}, got "
+                f"{group['state_version']!r}. A newer one may have saved the checkpoint."
+            )
 
     # -- groups --------------------------------------------------------------------------------
 
@@ -133,32 +117,39 @@ class LowPrecisionOptimizer(Optimizer):
             TypeError: not a dict, or ``params`` not an ordered collection of tensors.
             ValueError: an option out of range; a parameter that is not a leaf, not of a supported
                 dtype, or already in the optimizer.
-            NotImplementedError: an option of a later version, or a DTensor parameter.
+            NotImplementedError: an option of a later version.
         """
         if isinstance(param_group, dict):
             given = param_group["params"]
             if not isinstance(given, (Tensor, list, set)):
                 param_group["params"] = given = list(given)  # an iterator can be read only once
             _warn_of_misspelled(param_group, self.defaults)
-            self._check_options({**self.defaults, **_plain_hints(param_group)})
+            self._check_options({**self.defaults, **plain_hints(param_group)})
             check_params([given] if isinstance(given, Tensor) else given)
         super().add_param_group(param_group)
-        self.param_groups[-1].update(_plain_hints(self.param_groups[-1]))
+        self.param_groups[-1].update(plain_hints(self.param_groups[-1]))
 
     # -- state ---------------------------------------------------------------------------------
 
-    def _layout(self, group: Group, p: Tensor) -> dict[str, TensorSpec]:
+    def _layout(self, group: Group, p: Tensor) -> Layout:
         """Every key of ``state[p]`` under the options of its group, and what stands there."""
         shape, block_size = tuple(p.shape), group["block_size"]
         in_8bit = group["optim_bits"] == 8 and fits_8bit(shape, block_size, group["min_8bit_size"])
+        place, local_shape, local_scale = None, None, None
+        if is_dtensor(p):
+            local_shape = tuple(sharding.local(p).shape)
+            place = sharding.place(p, block_size)
+            in_8bit = in_8bit and place is not None
+            local_scale = place.scale_shape if place is not None else None
         layout = {"step": TensorSpec(torch.float32, ())}
         for name, signed in self._states(group):
             if in_8bit:
                 zero_code = 127 if signed else 0
-                layout[f"{name}_codes"] = TensorSpec(torch.uint8, shape, zero_code)
-                layout[f"{name}_scale"] = TensorSpec(torch.float32, scale_shape(shape, block_size))
+                scales = scale_shape(shape, block_size)
+                layout[f"{name}_codes"] = TensorSpec(torch.uint8, shape, zero_code, local_shape)
+                layout[f"{name}_scale"] = TensorSpec(torch.float32, scales, 0, local_scale)
             else:
-                layout[name] = TensorSpec(torch.float32, shape)
+                layout[name] = TensorSpec(torch.float32, shape, 0, local_shape)
         return layout
 
     def _init_states(self) -> None:
@@ -174,9 +165,24 @@ class LowPrecisionOptimizer(Optimizer):
                 if p.grad is not None:
                     check_grad(self, p)
                 if (p.requires_grad or p.grad is not None) and not self.state.get(p):
+                    self._warn_of_cut_row(group, p)
                     fresh.append((p, self._layout(group, p)))
         for p, layout in fresh:
-            self.state[p] = {key: spec.empty(p.device) for key, spec in layout.items()}
+            self.state[p] = {key: spec.empty(p) for key, spec in layout.items()}
+
+    def _warn_of_cut_row(self, group: Group, p: Tensor) -> None:
+        """Says which parameter keeps 32 bits for the way it is sharded, and what to do."""
+        block_size = group["block_size"]
+        wanted = group["optim_bits"] == 8 and fits_8bit(p.shape, block_size, group["min_8bit_size"])
+        if is_dtensor(p) and wanted:
+            message = sharding.cut_row_message(p, block_size)
+            if message is not None:
+                warnings.warn(f"{type(self).__name__}: {describe(self, p)} {message}", stacklevel=2)
+
+    def _place(self, group: int, param: int) -> Place | None:
+        """Where the shard of a DTensor parameter lies; by its numbers, which can be traced."""
+        options = self.param_groups[group]
+        return sharding.place(options["params"][param], options["block_size"])
 
     # -- the step ------------------------------------------------------------------------------
 
@@ -205,14 +211,16 @@ class LowPrecisionOptimizer(Optimizer):
             for group in self.param_groups:  # lr, a tensor maybe, is not read: it may be on a GPU
                 self._check_options({**group, "lr": 0.0})
         calls = []
-        for group in self.param_groups:
-            lr = _lr_tensor(group["lr"])
-            calls += [(group, lr, bucket) for bucket in self._buckets(group)]
-        for group, _, bucket in calls:
-            _check_layout(self, group, bucket)
-        # Only now: what is refused in one group leaves all of them as they were.
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         steps: dict[torch.device, list[Tensor]] = {}
+        for number, group in enumerate(self.param_groups):
+            lr = _lr_tensor(group["lr"])
+            buckets, made = self._buckets(number, group)
+            calls += [(group, lr, bucket) for bucket in buckets]
+            for step in made:
+                steps.setdefault(step.device, []).append(step)
+        # Only now: what is refused in one group leaves all of them as they were.
+        grad_scale = _plain(getattr(self, "grad_scale", None))
+        found_inf = _plain(getattr(self, "found_inf", None))
         for group, lr, bucket in calls:
             device = bucket.params[0].device
             self._update(
@@ -222,38 +230,27 @@ class LowPrecisionOptimizer(Optimizer):
                 _to_device(grad_scale, device),
                 _to_device(found_inf, device),
             )
-            steps.setdefault(device, []).extend(bucket.steps)
         for device, made in steps.items():  # one kernel on a GPU, for all buckets
             ops.count_step_(made, _to_device(found_inf, device))
+        self._mark_modified()
         return loss
 
-    def _buckets(self, group: Group) -> list[Bucket]:
-        """Sorts the parameters with a gradient, their gradients and states into op calls."""
+    def _buckets(self, number: int, group: Group) -> tuple[list[Bucket], list[Tensor]]:
+        """The op calls of a group, and the steps to count."""
         names = [state.name for state in self._states(group)]
-        codes, scales = [f"{name}_codes" for name in names], [f"{name}_scale" for name in names]
-        keys32, keys8 = ["step", *names], ["step", *codes, *scales]
-        first_codes = codes[0] if codes else None
-        # Of each kind of bucket its parameters, one after the other: p, p.grad, step, states...
-        kinds: dict[Any, list[Tensor]] = {}
-        for p in group["params"]:
-            grad, state = p.grad, self.state.get(p)
-            if not state:
-                if grad is None and not p.requires_grad:
-                    continue
-                self._init_states()
-                state = self.state[p]
-            if grad is None:
-                continue
-            if grad.layout is not torch.strided or grad.dtype not in PARAM_DTYPES:
-                check_grad(self, p)
-            quantized = first_codes in state
-            tensors = kinds.setdefault((quantized, p.device, p.dtype, grad.dtype), [])
-            tensors += (p, grad)
-            try:
-                tensors += [state[key] for key in (keys8 if quantized else keys32)]
-            except KeyError:
-                raise RuntimeError(_keys_message(self, p, keys8 if quantized else keys32)) from None
-        return [_bucket(names, kind[0], tensors) for kind, tensors in kinds.items()]
+
+        def place_of(i: int, p: DTensor) -> Place | None:
+            if torch.compiler.is_compiling():
+                return self._place(number, i)
+            return sharding.place(p, group["block_size"])
+
+        return sort_into_buckets(self, group, names, self._init_states, place_of)
+
+    def _mark_modified(self) -> None:
+        """The ops tell autograd of plain parameters and of the local tensors of DTensors only."""
+        if not torch.compiler.is_compiling():
+            params = (p for group in self.param_groups for p in group["params"])
+            ops.mark_modified([p for p in params if p.grad is not None and is_dtensor(p)])
 
     # -- checkpoints and copies ----------------------------------------------------------------
 
@@ -263,18 +260,23 @@ class LowPrecisionOptimizer(Optimizer):
         As in ``torch.optim``, the options of the checkpoint replace those of the groups, except
         those that lay out the state (``optim_bits``, ``min_8bit_size``, ``block_size``). State
         tensors keep their bytes. They move to the device of their parameter; those that are there
-        already are taken over, not copied.
+        already are taken over, not copied. State that was saved in another precision than the
+        parameter keeps here, or in other blocks, is converted, and one warning says so.
+
+        Where parameters are DTensors this is a collective: all ranks load, or all raise. Their
+        state may come as DTensors or, on every rank, as the whole plain tensors.
 
         Args:
             state_dict: what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: groups of another number or size, an option out of range, or a state whose
-                keys, dtypes or shapes are not those of the parameter.
+            ValueError: groups of another number or size, an option out of range, a state_version
+                that is not known, or a state whose keys, dtypes, shapes or values are not those of
+                the parameter.
         """
         # Registered for this call only: so it runs after the user's hooks, and copies and pickles
         # of the optimizer, which carry no hooks, load checkpoints as well.
-        handle = self.register_load_state_dict_pre_hook(_seal_state_dict)
+        handle = self.register_load_state_dict_pre_hook(seal_state_dict)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -283,40 +285,20 @@ class LowPrecisionOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         unseal(state["state"])
         super().__setstate__(state)
-        _run_when_traced(type(self)._init_states)
+        _run_when_traced(type(self))
         self.__dict__.setdefault("_step_supports_amp_scaling", bool(self.defaults["fused"]))
 
 
-def _seal_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-    """Load hook: checks a checkpoint against the optimizer and protects its tensors from a cast."""
-    assert isinstance(optimizer, LowPrecisionOptimizer)
-    live, saved = optimizer.param_groups, state_dict["param_groups"]
-    if [len(g["params"]) for g in live] != [len(g["params"]) for g in saved]:
-        return None  # torch refuses it, and says so
-    groups, state, index = [], dict(state_dict["state"]), 0
-    for live_group, saved_group in zip(live, saved, strict=True):
-        kept = {name: live_group[name] for name in optimizer._own_options}
-        missing = {name: live_group[name] for name in optimizer.defaults}
-        group = {**missing, **_plain_hints(saved_group), **kept}
-        optimizer._check_options(group)
-        groups.append(group)
-        for p, saved_id in zip(live_group["params"], saved_group["params"], strict=True):
-            if state.get(saved_id):
-                layout = optimizer._layout(group, p)
-                state[saved_id] = seal(index, layout, state[saved_id])
-            index += 1
-    return {**state_dict, "state": state, "param_groups": groups}
-
-
-def _run_when_traced(method: Callable[..., None]) -> None:
-    """Has torch.compile run the method as it is, once, when it traces a call of it.
+def _run_when_traced(cls: type[LowPrecisionOptimizer]) -> None:
+    """Has torch.compile run two methods as they are, once, when it traces a call of them.
 
     ``torch.optim`` calls its method for this ``_init_group``, a name that torch.compile knows. But
     it refuses to run that one where the gradients come from the same graph, in a whole train step.
     Not a decorator: torch.compiler loads the compiler, as making an optimizer does but importing
     one should not.
     """
-    torch.compiler.assume_constant_result(method)
+    torch.compiler.assume_constant_result(cls._init_states)
+    torch.compiler.assume_constant_result(cls._place)
 
 
 def _warn_of_misspelled(group: Group, options: Group) -> None:
@@ -332,11 +314,6 @@ def _warn_of_misspelled(group: Group, options: Group) -> None:
                 )
 
 
-def _plain_hints(options: Group) -> Group:
-    """The same options with torch's hints as bools: checkpoint tools take no None."""
-    return {k: bool(v) if k in HINTS else v for k, v in options.items()}
-
-
 def _lr_tensor(lr: float | Tensor) -> Tensor:
     """The learning rate as the op takes it: 0-d, float64 where it comes as a number."""
     if not isinstance(lr, Tensor):
@@ -350,35 +327,7 @@ def _lr_tensor(lr: float | Tensor) -> Tensor:
     return lr if lr.dim() == 0 else lr.reshape(())
 
 
-def _check_layout(optimizer: Optimizer, group: Group, bucket: Bucket) -> None:
-    """Raises RuntimeError if an option was changed after it had laid out the state."""
-    compiling = torch.compiler.is_compiling()  # which has no use for a cache
-    scale_of = scale_shape if compiling else _cached_scale_shape
-    scales = next(iter(bucket.scales.values()), [])
-    least, block_size = group["min_8bit_size"], group["block_size"]
-    for i, p in enumerate(bucket.params):
-        # Not as one expression: under dynamic=True its value would be symbolic.
-        if group["optim_bits"] == 8 and p.numel() >= least:
-            wants_8bit = bool(scales) or fits_8bit(p.shape, block_size, least)
-        else:
-            wants_8bit = False
-        if wants_8bit != bool(scales) or (
-            scales and scales[i].shape != scale_of(p.shape, block_size)
-        ):
-            has = f"8-bit state, scales {list(scales[i].shape)}" if scales else "32-bit state"
-            raise RuntimeError(
-                f"{type(optimizer).__name__}: {describe(optimizer, p)} already has {has}, but its "
-                f"group now says optim_bits={group['optim_bits']}, min_8bit_size={least}, "
-                f"block_size={block_size}. Set them back, or build a new optimizer."
-            )
-
-
-@functools.cache
-def _cached_scale_shape(shape: torch.Size, block_size: int) -> tuple[int, ...]:
-    return scale_shape(shape, block_size)
-
-
-_Number = TypeVar("_Number", Tensor, None)
+_Number = TypeVar("_Number", Tensor, Tensor | None)
 
 
 def _to_device(value: _Number, device: torch.device) -> _Number:
@@ -386,24 +335,6 @@ def _to_device(value: _Number, device: torch.device) -> _Number:
     return value if value is None else value.to(device)
 
 
-def _bucket(names: list[str], quantized: bool, tensors: list[Tensor]) -> Bucket:
-    """Turns one parameter after the other into one list for each thing of a parameter."""
-    width = 3 + len(names) * (2 if quantized else 1)
-    columns = [tensors[i::width] for i in range(width)]
-    states = columns[3 : 3 + len(names)]
-    scales = columns[3 + len(names) :] if quantized else [[] for _ in names]
-    return Bucket(
-        columns[0],
-        columns[1],
-        columns[2],
-        dict(zip(names, states, strict=True)),
-        dict(zip(names, scales, strict=True)),
-    )
-
-
-def _keys_message(optimizer: Optimizer, p: Tensor, keys: list[str]) -> str:
-    return (
-        f"{type(optimizer).__name__}: state of {describe(optimizer, p)}: expected the keys {keys}, "
-        f"got {list(optimizer.state[p])}. An option that decides which state there is, such as "
-        "amsgrad, must be set before the first step."
-    )
+def _plain(value: Tensor | None) -> Tensor | None:
+    """What GradScaler found in sharded gradients comes as a DTensor."""
+    return value.full_tensor() if is_dtensor(value) else value

@@ -1,0 +1,193 @@
+"""Sorting parameters, gradients and states into the op calls of a step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torchao8 import sharding
+from torchao8.block_layout import fits_8bit, scale_shape
+from torchao8.optim._checks import check_grad, describe, is_readable_grad
+from torchao8.sharding import Place
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+Group = dict[str, Any]
+
+
+class Bucket(NamedTuple):
+    """The tensors of one op call: one device, one dtype of parameters and of gradients, one format.
+
+    They are plain tensors: of a DTensor, what lies on this rank. ``values`` and ``scales`` hold a
+    list for each state, by its name: the codes and their scales, or the float32 values and an empty
+    list. ``shard_offsets`` and ``shard_row_strides`` say where shards lie in their global tensors;
+    both are empty where none is sharded.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    steps: list[Tensor]
+    values: dict[str, list[Tensor]]
+    scales: dict[str, list[Tensor]]
+    shard_offsets: list[int]
+    shard_row_strides: list[int]
+
+
+class Columns:
+    """A bucket in the making: one parameter after the other, with all that belongs to it."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.offsets: list[int] = []
+        self.strides: list[int] = []
+
+    def bucket(self, names: Sequence[str], quantized: bool) -> Bucket:
+        """One list for each thing of a parameter."""
+        width = 3 + len(names) * (2 if quantized else 1)
+        columns = [self.tensors[i::width] for i in range(width)]
+        states = columns[3 : 3 + len(names)]
+        scales = columns[3 + len(names) :] if quantized else [[] for _ in names]
+        return Bucket(
+            columns[0],
+            columns[1],
+            columns[2],
+            dict(zip(names, states, strict=True)),
+            dict(zip(names, scales, strict=True)),
+            self.offsets,
+            self.strides,
+        )
+
+    def add_shard(
+        self, place: Place | None, p: Tensor, grad: Tensor, step: Tensor, states: list[Tensor]
+    ) -> None:
+        """Adds what lies on this rank, if anything does: first all codes or values, then scales.
+
+        In 32 bits (no place) there are no blocks, and nothing depends on where an element lies.
+        """
+        if place is None:
+            if p.numel():
+                self.tensors += (p, grad, step, *states)
+        elif place.whole:
+            for run in place.runs:
+                self.tensors += (p, grad, step, *states)
+                self.offsets.append(run.offset)
+                self.strides.append(run.stride)
+        else:
+            # As matrices, whose rows are those of the global tensor whatever the local shape.
+            widths = [place.row] * (len(states) // 2) + [place.blocks] * (len(states) // 2)
+            rows = [t.view(-1, width) for t, width in zip(states, widths, strict=True)]
+            p, grad = p.view(-1, place.row), grad.reshape(-1, place.row)
+            for run in place.runs:
+                a, b = run.first, run.last
+                self.tensors += (p[a:b], grad[a:b], step, *(t[a:b] for t in rows))
+                self.offsets.append(run.offset)
+                self.strides.append(run.stride)
+
+
+def sort_into_buckets(
+    optimizer: Optimizer,
+    group: Group,
+    names: Sequence[str],
+    init_states: Callable[[], None],
+    place_of: Callable[[int, DTensor], Place | None],
+) -> tuple[list[Bucket], list[Tensor]]:
+    """The op calls that update the parameters of a group that have a gradient.
+
+    Args:
+        names: of the states of a parameter.
+        init_states: makes the states that are missing.
+        place_of: of the i-th parameter of the group, a DTensor: where its shard lies.
+
+    Returns:
+        The buckets, and the step of each parameter once, to be counted: one whose shard here is
+        empty is in no bucket, and one may be there in several pieces.
+
+    Raises:
+        RuntimeError: a gradient that no step can read; a state that does not fit the options.
+    """
+    codes, scales = [f"{name}_codes" for name in names], [f"{name}_scale" for name in names]
+    keys32, keys8 = ["step", *names], ["step", *codes, *scales]
+    first_codes, first_scale = (codes[0], scales[0]) if names else ("", "")
+    kinds: dict[Any, Columns] = {}
+    steps = []
+    for i, p in enumerate(group["params"]):
+        grad, state = p.grad, optimizer.state.get(p)
+        if not state:
+            if grad is None and not p.requires_grad:
+                continue
+            init_states()
+            state = optimizer.state[p]
+        if grad is None:
+            continue
+        if not is_readable_grad(p, grad):
+            check_grad(optimizer, p)
+        quantized = first_codes in state
+        keys = keys8 if quantized else keys32
+        try:
+            tensors = [state[key] for key in keys]
+        except KeyError:
+            raise RuntimeError(_keys_message(optimizer, p, keys)) from None
+        sharded = sharding.is_dtensor(p)
+        place = place_of(i, p) if sharded else None
+        scale = state[first_scale] if quantized else None
+        _check_layout(optimizer, group, p, scale, not sharded or place is not None)
+        steps.append(tensors[0])
+        if not sharded:
+            kind = (quantized, p.device, p.dtype, grad.dtype, False)
+            kinds.setdefault(kind, Columns()).tensors += (p, grad, *tensors)
+            continue
+        step, *states = tensors
+        p_local, grad = sharding.local(p), sharding.placed_grad(p, grad)
+        kind = (quantized, p_local.device, p.dtype, grad.dtype, quantized)
+        kinds.setdefault(kind, Columns()).add_shard(
+            place if quantized else None, p_local, grad, step, [sharding.local(t) for t in states]
+        )
+    buckets = [made.bucket(names, kind[0]) for kind, made in kinds.items() if made.tensors]
+    return buckets, steps
+
+
+def _check_layout(
+    optimizer: Optimizer, group: Group, p: Tensor, scale: Tensor | None, keeps_blocks: bool
+) -> None:
+    """Raises RuntimeError if an option was changed after it had laid out the state.
+
+    Args:
+        scale: of the parameter's first state, None in 32 bits.
+        keeps_blocks: False for a DTensor that keeps 32-bit state for the way it is sharded.
+    """
+    compiling = torch.compiler.is_compiling()  # which has no use for a cache
+    scale_of = scale_shape if compiling else _cached_scale_shape
+    least, block_size = group["min_8bit_size"], group["block_size"]
+    # Not as one expression: under dynamic=True its value would be symbolic.
+    if group["optim_bits"] == 8 and p.numel() >= least and keeps_blocks:
+        wants_8bit = scale is not None or fits_8bit(p.shape, block_size, least)
+    else:
+        wants_8bit = False
+    if wants_8bit != (scale is not None) or (
+        scale is not None and scale.shape != scale_of(p.shape, block_size)
+    ):
+        has = "32-bit state" if scale is None else f"8-bit state, scales {list(scale.shape)}"
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: {describe(optimizer, p)} already has {has}, but its "
+            f"group now says optim_bits={group['optim_bits']}, min_8bit_size={least}, "
+            f"block_size={block_size}. Set them back, or build a new optimizer."
+        )
+
+
+@functools.cache
+def _cached_scale_shape(shape: torch.Size, block_size: int) -> tuple[int, ...]:
+    return scale_shape(shape, block_size)
+
+
+def _keys_message(optimizer: Optimizer, p: Tensor, keys: list[str]) -> str:
+    return (
+        f"{type(optimizer).__name__}: state of {describe(optimizer, p)}: expected the keys {keys}, "
+        f"got {list(optimizer.state[p])}. An option that decides which state there is, such as "
+        "amsgrad, must be set before the first step."
+    )
