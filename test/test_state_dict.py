@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from torchao8 import AdamW, AdamW8bit
+from torchao8 import AdamW
 
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
@@ -248,34 +248,3 @@ def test_distributed_checkpoint_files(
     train_model(model, optimizer, range(3, 5))
     train_model(other_model, other, range(3, 5))
     assert_same_training(optimizer, other)
-
-
-def test_8bit_state_is_refused_by_32bit_and_the_other_way_round(device: str) -> None:
-    """Neither are codes taken for moments, nor does the 8-bit optimizer turn into a big one."""
-    for source, target, remedy in (
-        (AdamW, AdamW8bit, "load it into Adam, AdamW or a group with optim_bits=32"),
-        (AdamW8bit, AdamW, "by optim_bits or min_8bit_size of its group, which must be those"),
-    ):
-        params = make_params(device=device)
-        optimizer = source(params, min_8bit_size=SMALL)
-        train(optimizer, params, [0])
-        other_params = make_params(device=device)
-        other = target(other_params, min_8bit_size=SMALL)
-        train(other, other_params, [0])
-        before = all_bits(other)
-        with pytest.raises(ValueError, match=f"state of parameter 0: expected the keys.*{remedy}"):
-            other.load_state_dict(optimizer.state_dict())
-        assert all_bits(other) == before
-
-
-def test_state_of_bitsandbytes_and_of_another_block_size_is_refused_by_name(device: str) -> None:
-    params = make_params(device=device)
-    optimizer = AdamW8bit(params, min_8bit_size=SMALL)
-    train(optimizer, params, [0])
-    foreign = copy.deepcopy(optimizer.state_dict())
-    foreign["state"][0] = dict.fromkeys(("step", "state1", "state2", "qmap1"), 0)
-    with pytest.raises(ValueError, match="a checkpoint of bitsandbytes, which is not read yet"):
-        optimizer.load_state_dict(foreign)
-    other = AdamW8bit(make_params(device=device), min_8bit_size=SMALL, block_size=64)
-    with pytest.raises(ValueError, match="Was it saved with another block_size"):
-        other.load_state_dict(optimizer.state_dict())

@@ -1,0 +1,91 @@
+"""Models sharded in several ways, the same gradients for all of them, and their gathered bits."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from helpers import bits, make_params, set_grads
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Placement, distribute_tensor
+
+# Rows that no world size divides, fewer rows than ranks, vectors, rows of two dimensions, and of
+# more than a block. With min_8bit_size=SMALL, matrices are quantized but for (5, 10) and (300, 3).
+SHAPES = ((7, 300), (40, 70), (700,), (3, 6, 9, 5), (13, 3, 400), (5, 10), (300, 3), (1, 513))
+
+
+class Weights(nn.Module):
+    """A model that is nothing but its parameters, w0, w1, ..."""
+
+    def __init__(
+        self, dtype: torch.dtype = torch.float32, shapes: Iterable[Sequence[int]] = SHAPES
+    ) -> None:
+        super().__init__()
+        for i, p in enumerate(make_params(dtype, shapes)):
+            self.register_parameter(f"w{i}", p)
+
+
+def fsdp_weights(mesh: DeviceMesh | None, dtype: torch.dtype = torch.float32) -> Weights:
+    """Sharded by FSDP2 over a mesh: of one dimension, or of two, the first of which replicates."""
+    model = Weights(dtype)
+    return model if mesh is None else fully_shard(model, mesh=mesh)
+
+
+def distributed(value: Tensor, like: Tensor) -> Tensor:
+    """A tensor that every rank has, placed as a parameter is."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def distributed_param(value: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
+    return nn.Parameter(distribute_tensor(value.detach(), mesh, placements, src_data_rank=None))
+
+
+def set_global_grads(params: Iterable[Tensor], seed: int) -> None:
+    """The gradients of ``set_grads`` for parameters of these global shapes, each rank its part."""
+    params = list(params)
+    whole = [nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for p in params]
+    set_grads(whole, seed)
+    for p, q in zip(params, whole, strict=True):
+        p.grad = distributed(q.grad, p)
+
+
+def step_with(
+    optimizer: torch.optim.Optimizer,
+    seeds: Iterable[int],
+    step: Callable[[], Any] | None = None,
+) -> None:
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for seed in seeds:
+        set_global_grads(params, seed)
+        (step or optimizer.step)()
+
+
+def whole(value: Any) -> Any:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def gathered(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Bits of each parameter and of its state, as one device would hold them."""
+    return [
+        {"param": bits(whole(p))}
+        | {
+            k: (v.dtype, tuple(v.shape), bits(whole(v)))
+            for k, v in optimizer.state.get(p, {}).items()
+        }
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
+
+
+def groups_of(params: Iterable[Tensor], sharded: bool) -> list[dict[str, Any]]:
+    """Groups under which unsharded parameters get the state that sharded ones have.
+
+    Sharded vectors keep 32 bits, so where nothing is sharded an option must say so.
+    """
+    params = list(params)
+    vectors = [p for p in params if p.ndim == 1]
+    others = [p for p in params if p.ndim != 1]
+    return [{"params": others}, {"params": vectors} | ({} if sharded else {"optim_bits": 32})]
