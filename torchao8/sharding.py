@@ -31,6 +31,11 @@ def is_dtensor(value: object) -> TypeGuard[DTensor]:
     return module is not None and isinstance(value, module.DTensor)
 
 
+def is_flattened(p: Tensor) -> bool:
+    """Whether FSDP1 keeps a parameter (``use_orig_params=True``): a vector of what lies here."""
+    return getattr(p, "_fsdp_flattened", False)
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor: its local tensor, or all of it where it is a plain one."""
     if is_dtensor(tensor):

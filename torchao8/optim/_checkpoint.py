@@ -210,6 +210,19 @@ def convert(
     return converted
 
 
+def in_32bit(states: Sequence[State], saved: dict[str, Any], block_size: int) -> dict[str, Any]:
+    """The state of a parameter that is no DTensor, in 32 bits: ``saved`` itself where it is so."""
+    if f"{states[0].name}_codes" not in saved:
+        return saved
+    converted = {"step": saved["step"]}
+    for state in states:
+        codes, scale = (saved[key] for key in _keys(state, True))
+        converted[state.name] = ops.dequantize_blockwise(
+            codes, scale, block_size=block_size, signed=state.signed
+        )
+    return converted
+
+
 def _keys(state: State, in_8bit: bool) -> tuple[str, ...]:
     return (f"{state.name}_codes", f"{state.name}_scale") if in_8bit else (state.name,)
 

@@ -23,6 +23,7 @@ from torchao8.optim._checkpoint import (
     Layout,
     State,
     TensorSpec,
+    in_32bit,
     unseal,
 )
 from torchao8.optim._checks import check_grad, check_number, check_params, describe, is_int
@@ -253,6 +254,22 @@ class LowPrecisionOptimizer(Optimizer):
             ops.mark_modified([p for p in params if p.grad is not None and is_dtensor(p)])
 
     # -- checkpoints and copies ----------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the options, as in ``torch.optim``; state tensors are not copied.
+
+        8-bit state stays codes and scales, but for parameters that FSDP1 has flattened: its
+        ``optim_state_dict`` can gather moments only, so that these are given in 32 bits. Loaded at
+        the same world size they become the same codes again.
+        """
+        result = super().state_dict()
+        for group, packed in zip(self.param_groups, result["param_groups"], strict=True):
+            states = self._states(group)
+            for p, key in zip(group["params"], packed["params"], strict=True):
+                if sharding.is_flattened(p) and key in result["state"]:
+                    saved = result["state"][key]
+                    result["state"][key] = in_32bit(states, saved, group["block_size"])
+        return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint, or raises and changes nothing.
