@@ -32,7 +32,7 @@ KEYS_32BIT = ["step", "exp_avg", "exp_avg_sq"]
 
 
 class OptimState8bit:
-    """What torchao_like() reads of torchao's class of this name, which it knows by the name."""
+    """The attributes of the class of torchao, which is known by this name."""
 
     def __init__(self, parts: dict[str, Any]) -> None:
         self.codes, self.scale, self.qmap = parts["codes"], parts["scale"], parts["qmap"]
@@ -502,9 +502,6 @@ def test_torch_goes_on_from_our_state(cls: Any, amsgrad: bool, device: str) -> N
     train(theirs, converted, range(3, 6))
     train(reference, by_hand, range(3, 6))
     assert [bits(p) for p in converted] == [bits(p) for p in by_hand]
-    # And they are the moments that we go on from: one more step of ours is close by.
-    train(ours, params, [3])
-    assert all(float(state["step"]) == 4 for state in ours.state.values())
 
 
 def moment(state: dict[str, Tensor], name: str, signed: bool) -> Tensor:
