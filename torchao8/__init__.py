@@ -10,7 +10,7 @@ import sys as _sys
 from torchao8._version import __version__
 
 try:
-    from torchao8 import optim
+    from torchao8 import checkpoint, optim
     from torchao8.ops import dequantize_blockwise, dynamic_map, quantize_blockwise
     from torchao8.optim import Adam, Adam8bit, AdamW, AdamW8bit
 except ImportError:
@@ -25,6 +25,7 @@ __all__ = [
     "AdamW",
     "AdamW8bit",
     "__version__",
+    "checkpoint",
     "dequantize_blockwise",
     "dynamic_map",
     "optim",

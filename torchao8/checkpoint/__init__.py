@@ -1,5 +1,6 @@
-"""Checkpoints of other libraries: their state as ours, and ours as that of ``torch.optim``."""
+"""Checkpoints beyond ``state_dict``: of other libraries, of another format, for another reader."""
 
+from torchao8.checkpoint.distributed import load_dcp
 from torchao8.checkpoint.torch_optim import to_torch
 
-__all__ = ["to_torch"]
+__all__ = ["load_dcp", "to_torch"]

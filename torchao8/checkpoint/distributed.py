@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from torchao8.optim.base import LowPrecisionOptimizer
 from torchao8.sharding import is_dtensor, like, local
+
+if TYPE_CHECKING:
+    from torchao8.optim.base import LowPrecisionOptimizer
 
 
 def load_dcp(
@@ -36,7 +38,8 @@ def load_dcp(
         key: under which ``get_optimizer_state_dict(model, optimizer)`` was saved in it.
 
     Raises:
-        ValueError: no state of a parameter in the checkpoint, or one that does not fit.
+        ValueError: no state of a parameter or no options in the checkpoint, or such that do not
+            fit.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -48,18 +51,47 @@ def load_dcp(
     saved = dcp.FileSystemReader(checkpoint_id).read_metadata().state_dict_metadata
     state_dict: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
     params = dict(model.named_parameters())
+    converted = []
     for name, live in state_dict["state"].items():
         start = f"{key}.state.{name}."
         keys = {k[len(start) :]: entry for k, entry in saved.items() if k.startswith(start)}
         if not keys:
             raise ValueError(f"{checkpoint_id}: no state of {name}, expected keys {start}*")
-        if set(keys) != set(live):
+        if _differs(keys, live):
             p = params[name]
-            state_dict["state"][name] = {k: _room(p, live, k, entry) for k, entry in keys.items()}
-    groups = {k for k in saved if k.startswith(f"{key}.param_groups.")}
-    dcp.load(
-        {key: state_dict},
-        checkpoint_id=checkpoint_id,
-        planner=DefaultLoadPlanner(allow_partial_load=not groups),
-    )
+            converted.append(name)
+            state_dict["state"][name] = {k: _room(p, entry) for k, entry in keys.items()}
+    if not any(k.startswith(f"{key}.param_groups.0.") for k in saved):
+        raise ValueError(f"{checkpoint_id}: no options, expected keys {key}.param_groups.0.*")
+    # Partial: options that only live groups have. No state can be missing here.
+    planner = DefaultLoadPlanner(allow_partial_load=True)
+    dcp.load({key: state_dict}, checkpoint_id=checkpoint_id, planner=planner)
+    for name in converted:
+        state = state_dict["state"][name]
+        # torch.optim keeps moments in the dtype of the parameter.
+        state.update({k: v.float() for k, v in state.items() if v.dtype in _HALF})
     set_optimizer_state_dict(model, optimizer, state_dict)
+
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def _differs(saved: dict[str, Any], live: dict[str, Tensor]) -> bool:
+    """Whether state is to be converted: it has other keys, dtypes or scales."""
+    return set(saved) != set(live) or any(
+        (entry.properties.dtype, tuple(entry.size)) != (live[k].dtype, tuple(live[k].shape))
+        for k, entry in saved.items()
+        if k != "step"
+    )
+
+
+def _room(p: Tensor, entry: Any) -> Tensor:
+    """A tensor to read one of the checkpoint into: sharded as the parameter where it is a moment.
+
+    Codes and scales are read whole: where this is called, shards need not hold whole blocks.
+    """
+    size, dtype = tuple(entry.size), entry.properties.dtype
+    device = local(p).device
+    if is_dtensor(p) and size == tuple(p.shape) and dtype.is_floating_point:
+        return like(p, torch.empty(local(p).shape, dtype=dtype, device=device), size)
+    return torch.empty(size, dtype=dtype, device=device)

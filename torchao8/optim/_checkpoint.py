@@ -11,7 +11,7 @@ from torch import Tensor
 from torchao8 import ops
 from torchao8.block_layout import scale_shape
 from torchao8.optim._checks import kind
-from torchao8.sharding import cut_out, is_dtensor, like, local, same_placement
+from torchao8.sharding import cut_out, is_dtensor, like, local, place, same_placement
 
 # Of the state as it is saved: the keys, what they hold and how blocks lie. It stands in every
 # parameter group, as what stands beside the groups gets lost on some roads.
@@ -76,8 +76,11 @@ def unseal(state: dict[Any, Any]) -> None:
                     tensors[key] = value.spec.place(p, value.part)
 
 
-def seal(label: str, p: Tensor, layout: Layout, saved: dict[str, Any]) -> dict[str, Sealed]:
-    """Checks the saved state of one parameter and makes it ready to be loaded.
+def parts_of(label: str, p: Tensor, layout: Layout, saved: dict[str, Any]) -> dict[str, Tensor]:
+    """What this rank holds of the saved state of one parameter.
+
+    A collective where the state is sharded otherwise than ``p``. So it looks at no value: all ranks
+    raise, or none.
 
     Args:
         label: names the parameter in messages.
@@ -85,18 +88,31 @@ def seal(label: str, p: Tensor, layout: Layout, saved: dict[str, Any]) -> dict[s
         saved: plain tensors of the whole, or DTensors where ``p`` is one.
 
     Raises:
-        ValueError: other keys; a value that is no tensor or of another dtype or shape; a step or a
-            scale that no step could have left.
+        ValueError: other keys; a value that is no tensor or of another dtype or shape.
     """
     if set(saved) != set(layout):
         raise ValueError(
             f"state of {label}: expected the keys {list(layout)}, got {list(saved)}"
             + _remedy(saved)
         )
-    return {
-        key: Sealed(spec, _checked_part(label, key, p, spec, saved[key]))
-        for key, spec in layout.items()
-    }
+    return {key: _part(label, key, p, spec, saved[key]) for key, spec in layout.items()}
+
+
+def seal(label: str, layout: Layout, parts: dict[str, Tensor]) -> dict[str, Sealed]:
+    """Checks the values on this rank and makes them ready to be loaded.
+
+    Raises:
+        ValueError: a step or a scale that no step could have left.
+    """
+    for key, part in parts.items():
+        expected = layout[key].local_shape
+        if expected is not None and tuple(part.shape) != expected:
+            raise ValueError(
+                f"{key} of {label}: expected a local shape of {list(expected)} on this rank, got "
+                f"{list(part.shape)}"
+            )
+        _check_values(label, key, part)
+    return {key: Sealed(layout[key], part.contiguous()) for key, part in parts.items()}
 
 
 def _remedy(saved: dict[str, Any]) -> str:
@@ -106,47 +122,45 @@ def _remedy(saved: dict[str, Any]) -> str:
     return ""
 
 
-def _checked_part(label: str, key: str, p: Tensor, spec: TensorSpec, value: Any) -> Tensor:
-    """What this rank holds of a value, after its check."""
+def _part(label: str, key: str, p: Tensor, spec: TensorSpec, value: Any) -> Tensor:
     if key == "step":
         value = _step_tensor(value)
-    if not isinstance(value, Tensor) or (is_dtensor(value) and spec.local_shape is None):
-        raise ValueError(f"{key} of {label}: expected {spec}, got {type(value).__name__}")
-    dense = value.layout is torch.strided
-    if not dense or (value.dtype, tuple(value.shape)) != (spec.dtype, spec.shape):
-        raise ValueError(
-            f"{key} of {label}: expected {spec}, got {kind(value)} of shape {list(value.shape)}"
-        )
-    part = _part(p, spec, value.detach())
-    if spec.local_shape is not None and tuple(part.shape) != spec.local_shape:
-        raise ValueError(
-            f"{key} of {label}: expected a local shape of {list(spec.local_shape)} on this rank, "
-            f"got {list(part.shape)}"
-        )
-    wrong = _wrong_value(key, part)
-    if wrong:
-        raise ValueError(f"{key} of {label}: expected {wrong}")
-    return part.contiguous()
-
-
-def _part(p: Tensor, spec: TensorSpec, value: Tensor) -> Tensor:
+    _check_kind(label, key, spec, value)
+    value = value.detach()
     if spec.local_shape is None or not is_dtensor(p):
+        if is_dtensor(value):
+            raise ValueError(
+                f"{key} of {label}: expected {spec}, got a DTensor, as the parameter is none; "
+                "gather the state first (StateDictOptions(full_state_dict=True))"
+            )
         return value
     if not is_dtensor(value):
         return cut_out(p, value, spec.shape)
     return local(same_placement(p, value))
 
 
-def _wrong_value(key: str, value: Tensor) -> str:
-    """What a step and scales must be, where these are not; codes and moments may be anything."""
+def _check_kind(label: str, key: str, spec: TensorSpec, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{key} of {label}: expected {spec}, got {type(value).__name__}")
+    dense = value.layout is torch.strided
+    if not dense or (value.dtype, tuple(value.shape)) != (spec.dtype, spec.shape):
+        raise ValueError(
+            f"{key} of {label}: expected {spec}, got {kind(value)} of shape {list(value.shape)}"
+        )
+
+
+def _check_values(label: str, key: str, value: Tensor) -> None:
+    """Of a step and of scales; codes and moments may be anything."""
+    wrong = ""
     if key == "step" and not 0 <= float(value) == float(value) // 1 < 2**24:
-        return f"a whole number from 0 to 2^24 - 1, got {float(value)}"
-    if key.endswith("_scale"):
+        wrong = f"a whole number from 0 to 2^24 - 1, got {float(value)}"
+    elif key.endswith("_scale"):
         if not bool(value.isfinite().all()):
-            return "finite numbers, got some that are not"
-        if key != "exp_avg_scale" and bool(value.signbit().any()):
-            return f"numbers >= 0, got {float(value[value.signbit()][0])}"
-    return ""
+            wrong = "finite numbers, got some that are not"
+        elif key != "exp_avg_scale" and bool(value.signbit().any()):
+            wrong = f"numbers >= 0, got {float(value[value.signbit()][0])}"
+    if wrong:
+        raise ValueError(f"{key} of {label}: expected {wrong}")
 
 
 def _step_tensor(value: Any) -> Any:
@@ -196,13 +210,14 @@ def convert(
                 TensorSpec(torch.float32, scale_shape(shape, saved_block_size)),
             )
             for key, value, spec in zip(_keys(state, True), values, specs, strict=True):
-                _checked_part(label, key, value, spec, value)
+                _check_kind(label, key, spec, value)
+                _check_values(label, key, value)
             moment = ops.dequantize_blockwise(
                 codes, scale, block_size=saved_block_size, signed=state.signed
             )
         else:
             (moment,) = values
-            _checked_part(label, state.name, moment, TensorSpec(torch.float32, shape), moment)
+            _check_kind(label, state.name, TensorSpec(torch.float32, shape), moment)
         new: tuple[Tensor, ...] = (moment,)
         if in_8bit:
             new = ops.quantize_blockwise(moment, block_size=block_size, signed=state.signed)
@@ -210,17 +225,30 @@ def convert(
     return converted
 
 
-def in_32bit(states: Sequence[State], saved: dict[str, Any], block_size: int) -> dict[str, Any]:
-    """The state of a parameter that is no DTensor, in 32 bits: ``saved`` itself where it is so."""
+def in_32bit(
+    p: Tensor, states: Sequence[State], saved: dict[str, Any], block_size: int
+) -> dict[str, Any]:
+    """The state of a parameter in 32 bits, sharded as it is; ``saved`` itself where it is so."""
     if f"{states[0].name}_codes" not in saved:
         return saved
     converted = {"step": saved["step"]}
     for state in states:
         codes, scale = (saved[key] for key in _keys(state, True))
-        converted[state.name] = ops.dequantize_blockwise(
-            codes, scale, block_size=block_size, signed=state.signed
-        )
+        converted[state.name] = _dequantize(p, codes, scale, block_size, state.signed)
     return converted
+
+
+def _dequantize(p: Tensor, codes: Tensor, scale: Tensor, block_size: int, signed: bool) -> Tensor:
+    if not is_dtensor(p):
+        return ops.dequantize_blockwise(codes, scale, block_size=block_size, signed=signed)
+    part, where = local(codes), place(p, block_size)
+    assert where is not None  # or it would have no codes
+    moment = torch.empty(part.shape, dtype=torch.float32, device=part.device)
+    if part.numel():  # as matrices, whose rows are those of the whole
+        rows, scales = part.view(-1, where.row), local(scale).view(-1, where.blocks)
+        values = ops.dequantize_blockwise(rows, scales, block_size=block_size, signed=signed)
+        moment = values.view(part.shape)
+    return like(p, moment, p.shape)
 
 
 def _keys(state: State, in_8bit: bool) -> tuple[str, ...]:

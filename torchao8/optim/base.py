@@ -268,7 +268,7 @@ class LowPrecisionOptimizer(Optimizer):
             for p, key in zip(group["params"], packed["params"], strict=True):
                 if sharding.is_flattened(p) and key in result["state"]:
                     saved = result["state"][key]
-                    result["state"][key] = in_32bit(states, saved, group["block_size"])
+                    result["state"][key] = in_32bit(p, states, saved, group["block_size"])
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
