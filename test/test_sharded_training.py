@@ -1,11 +1,12 @@
 """Sharding changes nothing: the bits of sharded training are those of unsharded training."""
 
+import re
 import warnings
 from typing import Any
 
 import pytest
 import torch
-from helpers import SMALL, make_params, report
+from helpers import SMALL, make_params, report, set_grads
 from optim_table import OPTIMIZERS
 from ranks import run_ranks
 from sharded import (
@@ -14,13 +15,24 @@ from sharded import (
     fsdp_weights,
     gathered,
     groups_of,
+    set_global_grads,
     step_with,
     whole,
 )
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullOptimStateDictConfig,
+    FullStateDictConfig,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    StateDictType,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import torchao8
@@ -202,3 +214,205 @@ def _fsdp_over_tp(rank: int, world_size: int, hidden: int, out: int) -> None:
 def test_fsdp_over_tensor_parallelism(world_size: int, hidden: int, out: int) -> None:
     """Rows split twice, by the strided placement; evenly or not by FSDP, and by both."""
     run_ranks(world_size, _fsdp_over_tp, hidden, out)
+
+
+def _ddp(rank: int, world_size: int) -> None:
+    model = nn.parallel.DistributedDataParallel(Net())
+    _train_and_shadow(model)
+
+
+def test_real_training_under_ddp() -> None:
+    """Parameters are plain tensors there; sharded vectors are none."""
+    run_ranks(2, _ddp)
+
+
+# -- gradients that come otherwise -----------------------------------------------------------------
+
+
+def _partial_gradients(rank: int, world_size: int) -> None:
+    """Each rank of a replicated parameter has a part of the sum, as sequence parallelism leaves."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    for placement in (Replicate(), Shard(0)):
+        (p,) = make_params(shapes=[(40, 70)])
+        q = distributed_param(p, mesh, [placement])
+        sharded, unsharded = (torchao8.AdamW8bit([x], **OPTIONS) for x in (q, p))
+        for seed in range(3):
+            set_grads([p], seed)
+            # Sums of two halves are exact.
+            part = p.grad / 2 if rank < 2 else torch.zeros_like(p)
+            q.grad = DTensor.from_local(part, mesh, [Partial()], run_check=False)
+            sharded.step()
+            unsharded.step()
+        assert gathered(sharded) == gathered(unsharded)
+
+
+def _scaled(rank: int, world_size: int) -> None:
+    """An infinite gradient on one rank skips the step on all; others are unscaled by the op."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    model, plain = fully_shard(Net(), mesh=mesh), Net()
+    sharded = torchao8.AdamW8bit(groups_of(model.parameters(), True), **OPTIONS, fused=True)
+    unsharded = torchao8.AdamW8bit(groups_of(plain.parameters(), False), **OPTIONS)
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+        p.data.copy_(whole(q.data))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for seed in range(4):
+        loss = model(torch.randn(2, 300)).square().mean()
+        scaler.scale(loss * (float("inf") if rank == 1 and seed == 1 else 1.0)).backward()
+        for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+            p.grad = whole(q.grad) / scaler.get_scale()
+        scaler.step(sharded)
+        scaler.update()
+        sharded.zero_grad()
+        if seed != 1:
+            unsharded.step()
+        assert gathered(sharded) == gathered(unsharded)
+    assert scaler.get_scale() == 4.0
+
+
+def _refused(rank: int, world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (world_size,))
+    p = nn.Parameter(DTensor.from_local(torch.ones(4, 4), mesh, [Partial()], run_check=False))
+    with pytest.raises(ValueError, match=r"params\[0\]: expected a DTensor of shards and replicas"):
+        torchao8.AdamW8bit([p])
+
+
+@pytest.mark.parametrize("function", [_partial_gradients, _scaled, _refused])
+def test_gradients(function: Any) -> None:
+    run_ranks(3, function)
+
+
+# -- parameters that come otherwise ----------------------------------------------------------------
+
+
+def _swapped(rank: int, world_size: int) -> None:
+    """accelerate builds the optimizer first, and puts the sharded parameters into its groups."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    model, plain = Weights(), Weights()
+    optimizer = torchao8.AdamW8bit(groups_of(model.parameters(), True), **OPTIONS)
+    unsharded = torchao8.AdamW8bit(groups_of(plain.parameters(), False), **OPTIONS)
+    names = {p: name for name, p in model.named_parameters()}
+    in_groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+    fully_shard(model, mesh=mesh)
+    sharded = dict(model.named_parameters())
+    for group, params in zip(optimizer.param_groups, in_groups, strict=True):
+        group["params"] = [sharded[name] for name in params]
+    step_with(optimizer, range(3))
+    step_with(unsharded, range(3))
+    assert gathered(optimizer) == gathered(unsharded)
+
+
+def _several_meshes(rank: int, world_size: int) -> None:
+    """Parameters sharded over all ranks, over two dimensions of them, and not at all, in one op."""
+    flat = init_device_mesh("cpu", (world_size,))
+    square = init_device_mesh("cpu", (2, world_size // 2))
+    plain = make_params(torch.bfloat16, [(40, 70), (9, 300), (12, 512), (7, 300)])
+    params = [
+        distributed_param(plain[0], flat, [Shard(0)]),
+        distributed_param(plain[1], square, [Replicate(), Shard(0)]),
+        distributed_param(plain[2], square, [Shard(0), Shard(1)]),
+        nn.Parameter(plain[3].detach().clone()),
+    ]
+    sharded, unsharded = (torchao8.AdamW8bit(ps, **OPTIONS) for ps in (params, plain))
+    step_with(sharded, range(3))
+    step_with(unsharded, range(3))
+    assert gathered(sharded) == gathered(unsharded)
+
+
+@pytest.mark.parametrize("function", [_swapped, _several_meshes])
+def test_parameters(function: Any) -> None:
+    run_ranks(4, function)
+
+
+# -- torch.compile ---------------------------------------------------------------------------------
+
+
+def _compiled(rank: int, world_size: int, backend: str) -> None:
+    mesh = init_device_mesh("cpu", (2, world_size // 2))
+    lr = torch.tensor(0.01)
+    ends = []
+    for compiled in (True, False):
+        plain = make_params(torch.bfloat16, [(40, 70), (9, 300), (12, 512), (700,), (3, 6, 300)])
+        placements = [(Replicate(), Shard(0)), (Shard(0), Shard(0)), (Shard(0), Shard(1)),
+                      (Shard(0), Replicate()), (Replicate(), Shard(1))]  # fmt: skip
+        params = [
+            distributed_param(p, mesh, where) for p, where in zip(plain, placements, strict=True)
+        ]
+        optimizer = torchao8.AdamW8bit(params, **{**OPTIONS, "lr": lr.clone()})
+        step, counter = optimizer.step, CompileCounterWithBackend(backend)
+        if compiled:
+            step = torch.compile(optimizer.step, fullgraph=True, backend=counter)
+        for seed in range(3):
+            optimizer.param_groups[0]["lr"].mul_(0.9)
+            step_with(optimizer, [seed], step)
+        assert counter.frame_count == int(compiled)
+        ends.append(gathered(optimizer))
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_one_graph_and_the_bits_of_eager(backend: str) -> None:
+    """A schedule of the learning rate included."""
+    run_ranks(4, _compiled, backend)
+
+
+def _code_of_step(rank: int, world_size: int) -> str:
+    mesh = init_device_mesh("cpu", (world_size,))
+    params = list(fully_shard(Weights(torch.bfloat16), mesh=mesh).parameters())
+    optimizer = torchao8.AdamW8bit(params, **{**OPTIONS, "lr": torch.tensor(0.01)})
+    set_global_grads(params, 0)
+    _, codes = run_and_get_code(torch.compile(optimizer.step, fullgraph=True))
+    (code,) = codes
+    return code
+
+
+def test_generated_code_has_no_clone() -> None:
+    """The ops get the local tensors themselves; nothing is allocated, copied or written back."""
+    for code in run_ranks(2, _code_of_step):
+        assert "torchao8.adam_step_" in code
+        assert not re.findall(r"empty_strided\w*\(|clone|copy_\(|\bbuf\d+ = ", code)
+
+
+# -- FSDP1 -----------------------------------------------------------------------------------------
+
+
+def _fsdp1(rank: int, world_size: int, use_orig_params: bool) -> None:
+    """Trains, and its own checkpoints, of moments in 32 bits, come back to the same codes."""
+    ends: list[Any] = []
+    saved: dict[str, Any] = {}
+    for resumed in (False, True):
+        torch.manual_seed(0)
+        model = FullyShardedDataParallel(
+            Net(), use_orig_params=use_orig_params, device_id=torch.device("cpu")
+        )
+        # Offloading to the CPU, the default, copies nothing here: torch (2.13) then gives one
+        # buffer for both moments.
+        FullyShardedDataParallel.set_state_dict_type(
+            model,
+            StateDictType.FULL_STATE_DICT,
+            FullStateDictConfig(offload_to_cpu=False),
+            FullOptimStateDictConfig(offload_to_cpu=False),
+        )
+        optimizer = torchao8.AdamW8bit(model.parameters(), **OPTIONS)
+        for step in range(4):
+            if resumed and step == 2:
+                optimizer = torchao8.AdamW8bit(model.parameters(), **OPTIONS)
+                state = FullyShardedDataParallel.optim_state_dict_to_load(model, optimizer, saved)
+                optimizer.load_state_dict(state)
+            generator = torch.Generator().manual_seed(step)
+            model(torch.randn(4, 300, generator=generator)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 1:
+                saved = FullyShardedDataParallel.optim_state_dict(model, optimizer)
+                shapes = {k: tuple(v.shape) for k, v in saved["state"]["one.weight"].items()}
+                assert shapes == {"step": (), "exp_avg": (40, 300), "exp_avg_sq": (40, 300)}
+        assert any("exp_avg_codes" in state for state in optimizer.state.values())
+        ends.append(gathered(optimizer))
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False])
+@pytest.mark.filterwarnings("ignore")
+def test_fsdp1(use_orig_params: bool) -> None:
+    """Its blocks follow the local tensors, so that other world sizes give other bits."""
+    run_ranks(2, _fsdp1, use_orig_params)
