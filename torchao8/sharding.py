@@ -157,7 +157,18 @@ def place(p: DTensor, block_size: int) -> Place | None:
     mesh = p.device_mesh
     coordinate = mesh.get_coordinate()
     where = None if coordinate is None else tuple(coordinate)
-    return _place(p.shape, mesh.shape, where, p.placements, block_size)
+    return _place_on(mesh, p.shape, where, p.placements, block_size)
+
+
+@functools.cache
+def _place_on(  # the shape of a mesh takes longer than the rest of it
+    mesh: DeviceMesh,
+    shape: tuple[int, ...],
+    where: tuple[int, ...] | None,
+    placements: tuple[Placement, ...],
+    block_size: int,
+) -> Place | None:
+    return _place(tuple(shape), tuple(mesh.shape), where, placements, block_size)
 
 
 @functools.cache
@@ -170,7 +181,6 @@ def _place(
 ) -> Place | None:
     if not _keeps_blocks(shape, mesh_shape, placements, block_size):
         return None
-    shape = tuple(shape)
     k = row_start(shape, block_size)
     inner = math.prod(shape[k + 1 :])
     if coordinate is None:  # this rank has no part in the mesh

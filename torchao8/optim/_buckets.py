@@ -145,9 +145,9 @@ def sort_into_buckets(
         step, *states = tensors
         p_local, grad = sharding.local(p), sharding.placed_grad(p, grad)
         kind = (quantized, p_local.device, p.dtype, grad.dtype, quantized)
-        kinds.setdefault(kind, Columns()).add_shard(
-            place if quantized else None, p_local, grad, step, [sharding.local(t) for t in states]
-        )
+        parts = [t.to_local() for t in states]
+        columns = kinds.setdefault(kind, Columns())
+        columns.add_shard(place if quantized else None, p_local, grad, step, parts)
     buckets = [made.bucket(names, kind[0]) for kind, made in kinds.items() if made.tensors]
     return buckets, steps
 
