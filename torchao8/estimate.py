@@ -293,8 +293,8 @@ def _local_scales(t: _Tensor, block_size: int) -> int:
 
 
 def _heading(e: Estimate) -> str:
-    ranks = "1 rank" if e.ranks == 1 else f"{e.ranks:,} ranks"
-    return f"{e.tensors:,} tensors, {e.elements:,} elements, {ranks}"
+    counts = ((e.tensors, "tensor"), (e.elements, "element"), (e.ranks, "rank"))
+    return ", ".join(f"{n:,} {word}" + ("s" if n != 1 else "") for n, word in counts)
 
 
 def _table(e: Estimate) -> list[str]:
