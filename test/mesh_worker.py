@@ -1,14 +1,14 @@
-"""A Llama of 70 billion parameters on meshes larger than any machine: `mesh_worker.py LAYERS`.
+"""A Llama of 70 billion parameters on large meshes: `mesh_worker.py LAYERS POSITION`.
 
-Everything lies on the meta device, and the process group is torch's fake one, which stays in this
-process: it answers at once, as any of the ranks. For each mesh and a few of its ranks a line of
-JSON is printed with what the parameters and the optimizer's state are there.
+Everything lies on the meta device, and the process group is torch's fake one, which answers at once
+as any of the ranks. For each mesh a line of JSON is printed with what the parameters and the
+optimizer's state are on one of its ranks: the first, a middle or the last one. These are processes
+of their own, as torch keeps DTensor specs and with them a mesh as an earlier rank sees it.
 """
 
 import json
 import math
 import sys
-import time
 import warnings
 from typing import Any
 
@@ -144,30 +144,32 @@ def survey(model: Block) -> dict[str, Any]:
             for t in state.values()
         ),
         "estimate": vars(estimated) | {"total": vars(estimated.total)},
+        "peak_memory": peak_memory(),
     }
 
 
-def print_facts(**values: Any) -> None:
-    print(json.dumps(values), flush=True)
+def print_survey(mesh: dict[str, int], rank: int, layers: int) -> None:
+    """The line of a rank of a mesh; of one process that has no mesh, if it is empty."""
+    model = llama(layers)
+    if mesh:
+        ranks = math.prod(mesh.values())
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+        shard(model, init_device_mesh("cpu", tuple(mesh.values()), mesh_dim_names=tuple(mesh)))
+    print(json.dumps({"mesh": mesh, "rank": rank, "layers": layers, **survey(model)}), flush=True)
+    if mesh:
+        dist.destroy_process_group()
 
 
 def main() -> None:
-    start = time.perf_counter()
-    layers = int(sys.argv[1])
-    print_facts(mesh={}, rank=0, layers=80, **survey(llama(80)))
+    layers, position = int(sys.argv[1]), sys.argv[2]
+    if position == "first":
+        print_survey({}, 0, 80)
     for mesh in MESHES:
         ranks = math.prod(mesh.values())
-        for rank in (0, ranks // 2 - 1, ranks - 1):
-            # The full depth where it is quick: torch takes a tenth of a second to shard a layer
-            # over 2,048 ranks, and all layers are alike.
-            depth = 80 if ranks == 8 and rank == 0 else layers
-            dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
-            device_mesh = init_device_mesh("cpu", tuple(mesh.values()), mesh_dim_names=tuple(mesh))
-            model = llama(depth)
-            shard(model, device_mesh)
-            print_facts(mesh=mesh, rank=rank, layers=depth, **survey(model))
-            dist.destroy_process_group()
-    print_facts(seconds=time.perf_counter() - start, peak_memory=peak_memory())
+        rank = {"first": 0, "middle": ranks // 2 - 1, "last": ranks - 1}[position]
+        # The full depth where it is quick: torch takes a tenth of a second to shard a layer over
+        # 2,048 ranks, and all layers are alike.
+        print_survey(mesh, rank, 80 if mesh == {"shard": 8} and rank == 0 else layers)
 
 
 if __name__ == "__main__":
