@@ -158,7 +158,10 @@ def step_sharded(rank: int, world_size: int, mesh_shape: tuple[int, ...]) -> tup
     """What lies on this rank after a step, and what the sharded model itself is estimated at."""
     model = model_of(UNEVEN, torch.bfloat16)
     names = ("replicas", "shards")[-len(mesh_shape) :]
-    fully_shard(model, mesh=init_device_mesh("cpu", mesh_shape, mesh_dim_names=names))
+    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
+    of_shapes = estimate(model, mesh)  # not sharded yet
+    fully_shard(model, mesh=mesh)
+    assert of_shapes == estimate(model)
     assert all(isinstance(p, DTensor) for p in model.parameters())
     return measured(model), fields(estimate(model))
 
@@ -334,6 +337,15 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
         f"llama-8b in bfloat16: {tables[0]}\n\n"
         f"llama-8b in bfloat16 as 4 replicas of 8 shards: {tables[1]}\n"
     )
+
+
+def test_readme(capsys: pytest.CaptureFixture[str]) -> None:
+    """What the README shows is what its command prints."""
+    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    _, shown = readme.split("$ python -m torchao8 estimate ")
+    arguments, output = shown.split("```")[0].split("\n", 1)
+    assert command(["estimate", *arguments.split()]) == 0
+    assert capsys.readouterr().out == output
 
 
 def test_command_with_shapes(capsys: pytest.CaptureFixture[str]) -> None:
