@@ -11,6 +11,7 @@ from torchao8._version import __version__
 
 try:
     from torchao8 import checkpoint, optim
+    from torchao8.estimate import Estimate, estimate
     from torchao8.ops import dequantize_blockwise, dynamic_map, quantize_blockwise
     from torchao8.optim import Adam, Adam8bit, AdamW, AdamW8bit
 except ImportError:
@@ -24,10 +25,12 @@ __all__ = [
     "Adam8bit",
     "AdamW",
     "AdamW8bit",
+    "Estimate",
     "__version__",
     "checkpoint",
     "dequantize_blockwise",
     "dynamic_map",
+    "estimate",
     "optim",
     "quantize_blockwise",
 ]

@@ -1,12 +1,17 @@
-"""``python -m torchao8``: what a bug report needs. Exits with 1 where something does not work."""
+"""``python -m torchao8``: what a bug report needs. Exits with 1 where something does not work.
 
+``python -m torchao8 estimate`` prints the memory of training instead, see :mod:`torchao8.estimate`.
+"""
+
+import argparse
 import os
 import platform
 import sys
+from collections.abc import Sequence
 
 import torch
 
-from torchao8 import __version__, _selfcheck
+from torchao8 import __version__, _estimate_command, _selfcheck
 
 
 def main() -> int:
@@ -49,5 +54,18 @@ def _cuda_devices() -> list[str]:
     ]
 
 
+def command(arguments: Sequence[str]) -> int:
+    """Runs the command that the arguments name; the report where there are none."""
+    parser = argparse.ArgumentParser(
+        prog="python -m torchao8",
+        description="Without a command: prints versions, what was built and a self-check.",
+    )
+    parser.set_defaults(run=lambda _: main())
+    _estimate_command.add_to(parser.add_subparsers(title="commands", metavar="command"))
+    parsed = parser.parse_args(arguments)
+    code: int = parsed.run(parsed)
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(sys.argv[1:]))

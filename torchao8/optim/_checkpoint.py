@@ -41,7 +41,8 @@ class TensorSpec(NamedTuple):
     def empty(self, p: Tensor) -> Tensor:
         """The tensor of a parameter that has made no step yet."""
         shape = self.shape if self.local_shape is None else self.local_shape
-        return self.place(p, torch.full(shape, self.fill, dtype=self.dtype))
+        device = local(p).device
+        return self.place(p, torch.full(shape, self.fill, dtype=self.dtype, device=device))
 
     def place(self, p: Tensor, part: Tensor) -> Tensor:
         """The state tensor of ``p`` whose part on this rank is given."""

@@ -1,0 +1,396 @@
+"""``torchao8.estimate``: to the byte what real optimizers keep. And its command."""
+
+import inspect
+import itertools
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import SHAPES, SMALL
+from ranks import run_ranks
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+import torchao8
+from torchao8 import Estimate, estimate, sharding
+from torchao8.__main__ import command
+from torchao8._estimate_command import MODELS
+from torchao8.estimate import CUT_ROWS, PARAM_DTYPES, SHARDED_VECTOR, SHORT_ROWS, TOO_SMALL
+from torchao8.optim import _checks
+
+PACKAGE = Path(torchao8.__file__).parent
+Sizes = dict[str, int]
+
+
+# -- against optimizers --------------------------------------------------------------------------
+
+
+def model_of(shapes: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32) -> nn.Module:
+    return nn.ParameterList([torch.zeros(shape, dtype=dtype) for shape in shapes])
+
+
+def storage(tensors: Any) -> int:
+    """Bytes of memory behind tensors, what of them lies on this rank."""
+    return sum(sharding.local(t).untyped_storage().nbytes() for t in tensors)
+
+
+def whole(tensors: Any) -> int:
+    """Bytes of tensors once, wherever they lie."""
+    return sum(t.numel() * t.itemsize for t in tensors)
+
+
+def kept(model: nn.Module, cls: Any, **options: Any) -> list[Tensor]:
+    """Every tensor of the state of an optimizer that has made a step."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer = cls(params, **options)
+    optimizer.step()
+    return [t for state in optimizer.state_dict()["state"].values() for t in state.values()]
+
+
+def measured(model: nn.Module, **options: Any) -> Sizes:
+    """The fields of an estimate, of this rank, as real tensors have them."""
+    state_32bit = kept(model, torchao8.AdamW, block_size=options.get("block_size", 256))
+    state_8bit = kept(model, torchao8.AdamW8bit, **options)
+    params = list(model.parameters())
+    return {
+        "parameters": sum(whole([sharding.local(p)]) for p in params),
+        "gradients": sum(whole([sharding.local(p.grad)]) for p in params if p.grad is not None),
+        "state_32bit": storage(state_32bit),
+        "state_8bit": storage(state_8bit),
+        "checkpoint_32bit": whole(state_32bit),
+        "checkpoint_8bit": whole(state_8bit),
+    }
+
+
+FIELDS = ("parameters", "gradients", "state_32bit", "state_8bit")
+
+
+def fields(estimated: Estimate) -> Sizes:
+    names = (*FIELDS, "checkpoint_32bit", "checkpoint_8bit")
+    return {name: getattr(estimated, name) for name in names}
+
+
+# Matrices with short last blocks, convolutions, experts, vectors, a scalar, an empty one.
+MIXED = ((70, 300), (64, 3, 7, 7), (33, 16, 3, 3), (3, 40, 260), (5000,), (100,), (9, 15), (0, 64))
+ALL = (*MIXED, *SHAPES)
+CASES: list[tuple[Any, torch.dtype, dict[str, Any]]] = [
+    (ALL, torch.float32, {}),
+    (ALL, torch.bfloat16, {"min_8bit_size": SMALL}),
+    (ALL, torch.float16, {"min_8bit_size": 0, "block_size": 64}),
+    (ALL, torch.float32, {"min_8bit_size": 1, "block_size": 2048}),
+]
+
+
+@pytest.mark.parametrize(("shapes", "dtype", "options"), CASES)
+def test_state_of_real_optimizers(shapes: Any, dtype: torch.dtype, options: Any) -> None:
+    """A module, the same on the meta device, its shapes and its names: the bytes of two steps."""
+    model = model_of(shapes, dtype)
+    expected = measured(model, **options)
+    estimated = estimate(model, **options)
+    assert fields(estimated) == expected
+    assert vars(estimated.total) == {name: expected[name] for name in FIELDS}
+    assert (estimated.ranks, estimated.tensors) == (1, len(shapes))
+    assert estimated.elements == sum(map(math.prod, shapes))
+    meta = model_of(shapes, dtype).to("meta")
+    assert fields(estimate(meta, **options)) == expected
+    assert fields(estimate(iter(shapes), dtype=dtype, **options)) == expected
+    assert fields(estimate(list(model.parameters()), **options)) == expected
+    names = {str(i): shape for i, shape in enumerate(shapes)}
+    assert fields(estimate(names, dtype=dtype, **options)) == expected
+
+
+def test_32_bit_state_is_that_of_torch() -> None:
+    model = model_of(ALL)
+    assert estimate(model).state_32bit == storage(kept(model, torch.optim.AdamW))
+
+
+def test_defaults_are_those_of_the_optimizer() -> None:
+    ours, theirs = (inspect.signature(f).parameters for f in (estimate, torchao8.AdamW8bit))
+    for name in ("min_8bit_size", "block_size"):
+        assert ours[name].default == theirs[name].default
+    assert PARAM_DTYPES == _checks.PARAM_DTYPES
+
+
+def test_frozen_and_tied_parameters() -> None:
+    """Frozen ones have no gradient and no state, of whatever dtype; tied ones count once."""
+    model = nn.Sequential(nn.Linear(300, 40), nn.Linear(300, 40), nn.Linear(40, 300))
+    model[1].weight = model[0].weight
+    model[2].weight.requires_grad_(False)
+    packed = torch.zeros(500, 16, dtype=torch.uint8)
+    model[2].packed = nn.Parameter(packed, requires_grad=False)
+    expected = measured(model)
+    estimated = estimate(model)
+    assert fields(estimated) == expected
+    assert estimated.tensors == 6
+    in_bfloat16 = estimate(model, dtype=torch.bfloat16)
+    assert in_bfloat16.parameters == (expected["parameters"] - 8000) // 2 + 8000
+    assert in_bfloat16.gradients == expected["gradients"] // 2
+    assert in_bfloat16.state_8bit == expected["state_8bit"]
+
+
+def test_why_32_bits() -> None:
+    shapes = {"norm": (8192,), "bias": (8,), "scale": (), "lora": (4096, 8), "w": (64, 300)}
+    small = ("bias", "scale")
+    assert estimate(shapes).kept_32bit == {TOO_SMALL: small, SHORT_ROWS: ("lora",)}
+    assert estimate(shapes, 1).kept_32bit == {
+        SHARDED_VECTOR: ("norm",), TOO_SMALL: small, SHORT_ROWS: ("lora",)
+    }  # fmt: skip
+
+
+# -- sharded ---------------------------------------------------------------------------------------
+
+UNEVEN = ((70, 300), (7, 640), (64, 3, 7, 7), (2, 40, 260), (5000,), (7,), (401, 16), (1, 5000))
+
+
+def step_sharded(rank: int, world_size: int, mesh_shape: tuple[int, ...]) -> tuple[Sizes, Sizes]:
+    """What lies on this rank after a step, and what the sharded model itself is estimated at."""
+    model = model_of(UNEVEN, torch.bfloat16)
+    names = ("replicas", "shards")[-len(mesh_shape) :]
+    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
+    of_shapes = estimate(model, mesh)  # not sharded yet
+    fully_shard(model, mesh=mesh)
+    assert of_shapes == estimate(model)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    return measured(model), fields(estimate(model))
+
+
+@pytest.mark.parametrize("mesh", [(1,), (2,), (3,), (2, 2)], ids=str)
+def test_fully_sharded(mesh: tuple[int, ...]) -> None:
+    """Rows that ranks share unevenly; replicas; the largest rank and the sum of all."""
+    estimated = estimate(UNEVEN, mesh, dtype=torch.bfloat16)
+    of_ranks = run_ranks(math.prod(mesh), step_sharded, mesh)
+    assert estimated.ranks == len(of_ranks)
+    for sizes, of_model in of_ranks:
+        assert of_model == fields(estimated)
+        for name in ("checkpoint_32bit", "checkpoint_8bit"):
+            assert sizes[name] == getattr(estimated, name)
+    for name in FIELDS:
+        found = [sizes[name] for sizes, _ in of_ranks]
+        assert max(found) == getattr(estimated, name)
+        assert sum(found) == getattr(estimated.total, name)
+    if mesh in ((2,), (3,)):
+        assert len({sizes["state_8bit"] for sizes, _ in of_ranks}) > 1
+        assert estimate(UNEVEN, mesh[0], dtype=torch.bfloat16) == estimated
+
+
+class TensorParallel(nn.Module):
+    """Parameters that are placed in several ways, of which two cut blocks, beside a plain one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        mesh = init_device_mesh("cpu", (2,))
+
+        def parameter(shape: tuple[int, ...], placement: Placement) -> nn.Parameter:
+            return nn.Parameter(distribute_tensor(torch.zeros(shape), mesh, [placement]))
+
+        self.columns = parameter((30, 1024), Shard(1))
+        self.cut = parameter((30, 1000), Shard(1))
+        self.experts = parameter((3, 5, 1024), Shard(1))
+        self.cut_experts = parameter((3, 5, 1024, 40), Shard(3))
+        self.copied = parameter((30, 300), Replicate())
+        self.vector = parameter((5000,), Replicate())
+        self.plain = nn.Parameter(torch.zeros(5000))
+
+
+def step_tensor_parallel(rank: int, world_size: int) -> tuple[Sizes, Estimate]:
+    model = TensorParallel()
+    with pytest.warns(UserWarning, match="cuts its blocks"):
+        sizes = measured(model)
+    with pytest.raises(ValueError, match="mesh: expected None, as columns is a DTensor"):
+        estimate(model, 2)
+    return sizes, estimate(model)
+
+
+def test_tensor_parallel() -> None:
+    """A module of DTensors counts as it is placed."""
+    of_ranks = run_ranks(2, step_tensor_parallel)
+    for _, estimated in of_ranks:
+        assert estimated.kept_32bit == {
+            CUT_ROWS: ("cut", "cut_experts"), SHARDED_VECTOR: ("vector",)
+        }  # fmt: skip
+        for name in FIELDS:
+            found = [sizes[name] for sizes, _ in of_ranks]
+            assert max(found) == getattr(estimated, name)
+            assert sum(found) == getattr(estimated.total, name)
+        for name in ("checkpoint_32bit", "checkpoint_8bit"):
+            assert getattr(estimated, name) == of_ranks[0][0][name]
+
+
+STRIDED = _StridedShard(0, split_factor=2)
+PLACED: list[tuple[tuple[int, ...], tuple[Placement, ...]]] = [
+    ((5,), (Shard(0),)),
+    ((2, 3), (Replicate(), Shard(0))),
+    ((3, 2), (Shard(0), Shard(0))),
+    ((3, 2), (STRIDED, Shard(0))),
+    ((3, 2), (Shard(0), Shard(1))),
+    ((2, 3), (Shard(1), Shard(0))),
+    ((2, 2, 2), (Replicate(), STRIDED, Shard(0))),
+]
+
+
+@pytest.mark.parametrize(("mesh_shape", "placements"), PLACED, ids=str)
+@pytest.mark.parametrize("shape", [(7, 512), (13, 1000), (1, 300), (11, 3, 260), (17, 2, 3, 50)])
+def test_the_first_rank_holds_most(
+    shape: tuple[int, ...], mesh_shape: tuple[int, ...], placements: tuple[Placement, ...]
+) -> None:
+    """What an estimate relies on: no coordinate has more elements or scales than the first."""
+    elements, scales = [], []
+    for where in itertools.product(*(range(size) for size in mesh_shape)):
+        dims = range(len(shape))
+        indices = [sharding._indices(shape, mesh_shape, where, placements, d) for d in dims]
+        elements.append(math.prod(map(len, indices)))
+        place = sharding._place(shape, mesh_shape, where, placements, 256)
+        scales.append(0 if place is None else math.prod(place.scale_shape))
+    assert elements[0] == max(elements)
+    assert scales[0] == max(scales)
+
+
+# -- refused ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((5,), {}, TypeError, "model_or_shapes: expected a module or shapes, got int"),
+        (((64, 64),), {}, TypeError, r"expected a shape, as \[4096, 1024\], for \[0\], got 64"),
+        (("64x64",), {}, TypeError, "expected a module or shapes, got str"),
+        (([(4, -1)],), {}, ValueError, r"\[0\]: expected a shape of whole numbers >= 0"),
+        (({"w": (4, 1.5)},), {}, ValueError, "w: expected a shape of whole numbers >= 0"),
+        (([(4, 4)], 0), {}, ValueError, r"mesh: expected one or two numbers >= 1, got \(0,\)"),
+        (([(4, 4)], (2, 2, 2)), {}, ValueError, "mesh: expected one or two numbers >= 1"),
+        (([(4, 4)], ()), {}, ValueError, "mesh: expected one or two numbers >= 1"),
+        (([(4, 4)], "8"), {}, TypeError, r"mesh: expected a number of ranks, \(replicas, shards\)"),
+        (([(4, 4)], (2, 2.0)), {}, TypeError, "mesh: expected a number of ranks"),
+        (([(4, 4)], True), {}, TypeError, "mesh: expected a number of ranks"),
+        (([(4, 4)],), {"dtype": torch.float64}, ValueError, "dtype: expected float32, bfloat16"),
+        (([(4, 4)],), {"min_8bit_size": -1}, ValueError, "min_8bit_size: expected an int >= 0"),
+        (([(4, 4)],), {"block_size": 100}, ValueError, "block_size: expected a power of two"),
+        ((nn.Linear(4, 4).double(),), {}, ValueError, "weight: expected float32, bfloat16 or"),
+    ],
+)
+def test_refused(arguments: Any, options: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        estimate(*arguments, **options)
+
+
+def test_nothing() -> None:
+    assert vars(estimate([]).total) == dict.fromkeys(FIELDS, 0)
+    assert "0 tensors, 0 elements, 1 rank" in str(estimate([]))
+
+
+# -- the table and the command ---------------------------------------------------------------------
+
+
+def test_table() -> None:
+    """Of one rank; of several with a column for all of them."""
+    shapes = {"w": (1024, 1024), "a": (7,), "b": (7,)}
+    assert str(estimate(shapes)).split("\n") == [
+        "3 tensors, 1,048,590 elements, 1 rank",
+        "                         32-bit      8-bit",
+        "parameters             4.00 MiB   4.00 MiB",
+        "gradients              4.00 MiB   4.00 MiB",
+        "optimizer state        8.00 MiB   2.03 MiB",
+        "together              16.00 MiB  10.03 MiB",
+        "optimizer checkpoint   8.00 MiB   2.03 MiB",
+        "32 bits in 8-bit Adam too: 2 of 3 (too small: a, ...)",
+    ]
+    sharded = estimate({"w": (1024, 1024)}, (2, 2048), dtype=torch.bfloat16)
+    assert str(sharded).split("\n") == [
+        "1 tensor, 1,048,576 elements, 4,096 ranks",
+        "                      a rank: 32-bit     8-bit  all ranks: 32-bit      8-bit",
+        "parameters                  2.00 KiB  2.00 KiB           4.00 MiB   4.00 MiB",
+        "gradients                   2.00 KiB  2.00 KiB           4.00 MiB   4.00 MiB",
+        "optimizer state             8.00 KiB  2.04 KiB          16.02 MiB   4.08 MiB",
+        "together                   12.00 KiB  6.04 KiB          24.02 MiB  12.08 MiB",
+        "optimizer checkpoint                                     8.00 MiB   2.03 MiB",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "elements"),
+    [("gpt2", 148, 124_439_808), ("llama-8b", 291, 8_030_261_248), ("llama-70b", 723, 70553706496)],
+)
+def test_models(name: str, tensors: int, elements: int) -> None:
+    """The published counts, https://huggingface.co/meta-llama/Meta-Llama-3-70B and the like."""
+    estimated = estimate(MODELS[name])
+    assert (estimated.tensors, estimated.elements) == (tensors, elements)
+
+
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "estimate --model llama-8b --mesh 8 4x8 --dtype bfloat16 --block-size 128"
+    assert command([*arguments.split(), "--min-8bit-size", "100"]) == 0
+    options: Any = {"dtype": torch.bfloat16, "block_size": 128, "min_8bit_size": 100}
+    tables = [str(estimate(MODELS["llama-8b"], mesh, **options)) for mesh in (8, (4, 8))]
+    assert capsys.readouterr().out == (
+        f"llama-8b in bfloat16: {tables[0]}\n\n"
+        f"llama-8b in bfloat16 as 4 replicas of 8 shards: {tables[1]}\n"
+    )
+
+
+def test_readme(capsys: pytest.CaptureFixture[str]) -> None:
+    """What the README shows is what its command prints."""
+    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    _, shown = readme.split("$ python -m torchao8 estimate ")
+    arguments, output = shown.split("```")[0].split("\n", 1)
+    assert command(["estimate", *arguments.split()]) == 0
+    assert capsys.readouterr().out == output
+
+
+def test_command_with_shapes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(["estimate", "--shapes", "2*640x300, 7,3x3X3"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("shapes in float32: 4 tensors, 384,034 elements, 1 rank\n")
+    assert out.endswith("32 bits in 8-bit Adam too: 2 of 4 (too small: 2: 7, ...)\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("estimate", "one of the arguments --model --shapes is required"),
+        ("estimate --model gpt2 --shapes 4x4", "not allowed with argument --model"),
+        ("estimate --shapes 4096x", "expected whole numbers with an x between them, as 4096x1024"),
+        ("estimate --shapes 4x4*3x3", "expected one number before the *, got '4x4*3x3'"),
+        ("estimate --model gpt2 --mesh 2x2x2", "expected a number of ranks, as 8, or replicas x"),
+        ("estimate --model gpt2 --mesh 0", "expected a number of ranks, as 8, or replicas x"),
+        ("estimate --model gpt2 --block-size 100", "expected a power of two from 64 to 2048"),
+        ("estimate --model gpt2 --min-8bit-size 4x4", "expected one number, got '4x4'"),
+        ("estimation", "invalid choice: 'estimation'"),
+    ],
+)
+def test_command_refuses(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the status of a wrong call, and what was expected."""
+    with pytest.raises(SystemExit) as stopped:
+        command(arguments.split())
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_the_extension(tmp_path: Path) -> None:
+    """In a new interpreter: the command needs nothing that is compiled, and neither does help."""
+    ignore = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__")
+    shutil.copytree(PACKAGE, tmp_path / "torchao8", ignore=ignore)
+    for arguments, expected in (
+        (["estimate", "--model", "gpt2", "--mesh", "8"], str(estimate(MODELS["gpt2"], 8))),
+        (["--help"], "estimate"),
+    ):
+        result = subprocess.run(
+            [sys.executable, "-m", "torchao8", *arguments],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        )
+        assert result.returncode == 0, result.stderr
+        assert expected in result.stdout

@@ -1,0 +1,173 @@
+"""``python -m torchao8 estimate``: the memory of training, from the shapes of a model."""
+
+import argparse
+
+from torchao8.block_layout import check_block_size
+from torchao8.estimate import PARAM_DTYPES, estimate
+
+Shapes = dict[str, tuple[int, ...]]
+
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in PARAM_DTYPES}
+_EXAMPLES = """examples:
+  python -m torchao8 estimate --model llama-70b --dtype bfloat16 --mesh 8 64 8x64
+  python -m torchao8 estimate --shapes 32000x4096,32*4096x4096,65*4096
+"""
+
+
+def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds the command to those of ``python -m torchao8``."""
+    parser = commands.add_parser(
+        "estimate",
+        help="the memory of parameters, gradients, 32-bit and 8-bit Adam state on each rank",
+        description="The memory of parameters, gradients and optimizer state of Adam\nin 32 and in "
+        "8 bits, on the rank that holds most and on all. Activations are not counted.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", choices=MODELS, help="the shapes of a known model")
+    what.add_argument(
+        "--shapes",
+        type=_shapes,
+        help="of the parameters, separated by commas; 32*4096x1024 stands for 32 of a shape",
+    )
+    parser.add_argument(
+        "--mesh",
+        type=_mesh,
+        nargs="+",
+        default=[None],
+        metavar="RANKS",
+        help="to shard over as FSDP2 does: 8, or 4x8 for 4 replicas of 8 shards (HSDP); a table "
+        "for each. Without it nothing is sharded",
+    )
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, default="float32", help="of the parameters (%(default)s)"
+    )
+    parser.add_argument(
+        "--min-8bit-size",
+        type=_size,
+        default=4096,
+        help="parameters with fewer elements keep 32-bit state (%(default)s)",
+    )
+    parser.add_argument(
+        "--block-size",
+        type=_block_size,
+        default=256,
+        help="elements that share a scale (%(default)s)",
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    shapes = arguments.shapes if arguments.model is None else MODELS[arguments.model]
+    tables = []
+    for mesh in arguments.mesh:
+        table = estimate(
+            shapes,
+            mesh,
+            dtype=_DTYPES[arguments.dtype],
+            min_8bit_size=arguments.min_8bit_size,
+            block_size=arguments.block_size,
+        )
+        replicas = f" as {mesh[0]} replicas of {mesh[1]} shards" if len(mesh or ()) == 2 else ""
+        name = "shapes" if arguments.model is None else arguments.model
+        tables.append(f"{name} in {arguments.dtype}{replicas}: {table}")
+    print("\n\n".join(tables))
+    return 0
+
+
+# -- what a person types ---------------------------------------------------------------------------
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    parts = text.strip().lower().split("x")
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"expected whole numbers with an x between them, as 4096x1024, got {text!r}"
+        )
+    return tuple(int(part) for part in parts)
+
+
+def _shapes(text: str) -> Shapes:
+    shapes: Shapes = {}
+    for entry in text.split(","):
+        count, star, shape = entry.rpartition("*")
+        numbers = _numbers(shape)
+        copies = _numbers(count) if star else (1,)
+        if len(copies) != 1:
+            raise argparse.ArgumentTypeError(f"expected one number before the *, got {entry!r}")
+        for _ in range(copies[0]):
+            shapes[f"{len(shapes)}: {'x'.join(map(str, numbers))}"] = numbers
+    return shapes
+
+
+def _mesh(text: str) -> tuple[int, ...]:
+    numbers = _numbers(text)
+    if len(numbers) > 2 or min(numbers) < 1:
+        raise argparse.ArgumentTypeError(
+            f"expected a number of ranks, as 8, or replicas x shards, as 4x8, got {text!r}"
+        )
+    return numbers
+
+
+def _size(text: str) -> int:
+    numbers = _numbers(text)
+    if len(numbers) != 1:
+        raise argparse.ArgumentTypeError(f"expected one number, got {text!r}")
+    return numbers[0]
+
+
+def _block_size(text: str) -> int:
+    block_size = _size(text)
+    try:
+        check_block_size(block_size)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return block_size
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+def _llama(vocabulary: int, layers: int, hidden: int, keys: int, inner: int) -> Shapes:
+    """Llama 3 as transformers names it; ``keys`` is the width of keys and values."""
+    shapes: Shapes = {"model.embed_tokens.weight": (vocabulary, hidden)}
+    for i in range(layers):
+        layer = {
+            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.k_proj": (keys, hidden),
+            "self_attn.v_proj": (keys, hidden),
+            "self_attn.o_proj": (hidden, hidden),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+            "input_layernorm": (hidden,),
+            "post_attention_layernorm": (hidden,),
+        }
+        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+    return {**shapes, "model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
+
+
+def _gpt2(vocabulary: int, positions: int, layers: int, hidden: int) -> Shapes:
+    """GPT-2 with its head tied to the embedding; matrices stand as in ``Conv1D``, inputs first."""
+    shapes: Shapes = {"wte.weight": (vocabulary, hidden), "wpe.weight": (positions, hidden)}
+    linear = {
+        "attn.c_attn": (hidden, 3 * hidden),
+        "attn.c_proj": (hidden, hidden),
+        "mlp.c_fc": (hidden, 4 * hidden),
+        "mlp.c_proj": (4 * hidden, hidden),
+    }
+    for i in range(layers):
+        for name, shape in linear.items():
+            shapes[f"h.{i}.{name}.weight"] = shape
+            shapes[f"h.{i}.{name}.bias"] = shape[1:]
+        for name in ("ln_1", "ln_2"):
+            shapes |= {f"h.{i}.{name}.{kind}": (hidden,) for kind in ("weight", "bias")}
+    return {**shapes, "ln_f.weight": (hidden,), "ln_f.bias": (hidden,)}
+
+
+MODELS = {
+    "gpt2": _gpt2(50257, 1024, 12, 768),
+    "llama-8b": _llama(128256, 32, 4096, 1024, 14336),
+    "llama-70b": _llama(128256, 80, 8192, 1024, 28672),
+}

@@ -1,0 +1,340 @@
+"""How much memory training takes, from shapes alone: 32-bit state against 8-bit state.
+
+Nothing is allocated and no process group is needed. Which parameters keep 8-bit state, and what of
+them lies on a rank, is asked of the functions that the optimizers ask.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from torchao8 import sharding
+from torchao8.block_layout import check_block_size, fits_8bit, scale_shape
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor.placement_types import Placement
+
+Shape: TypeAlias = Sequence[int]
+ModelOrShapes: TypeAlias = "nn.Module | Mapping[str, Shape | Tensor] | Iterable[Shape | Tensor]"
+
+PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those an optimizer takes
+MOMENTS = 2  # of Adam
+STEP = 4  # bytes: a float32 number for each parameter, on every rank
+# Why a parameter keeps 32-bit state.
+TOO_SMALL = "too small"
+SHORT_ROWS = "short rows"
+SHARDED_VECTOR = "sharded vector"
+CUT_ROWS = "rows cut inside a block"
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """What training keeps from one step to the next, in bytes."""
+
+    parameters: int
+    gradients: int
+    state_32bit: int
+    state_8bit: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The memory of training with Adam or AdamW, in bytes; printed, it is a table.
+
+    Attributes:
+        ranks: over which the parameters lie.
+        tensors, elements: of the whole model, frozen parameters included.
+        parameters, gradients: on the rank that holds most; gradients as wide as their parameters.
+        state_32bit: of :class:`torchao8.AdamW` on that rank: two float32 moments an element and a
+            float32 step count a tensor. ``torch.optim.AdamW`` keeps the same for float32
+            parameters, and moments of the parameter's own width for narrower ones.
+        state_8bit: of :class:`torchao8.AdamW8bit` on that rank.
+        checkpoint_32bit, checkpoint_8bit: the optimizer's state dict, every element once.
+        total: summed over all ranks, replicas included.
+        kept_32bit: the names of parameters that keep 32-bit state in an 8-bit optimizer, by reason.
+    """
+
+    ranks: int
+    tensors: int
+    elements: int
+    parameters: int
+    gradients: int
+    state_32bit: int
+    state_8bit: int
+    checkpoint_32bit: int
+    checkpoint_8bit: int
+    total: Bytes
+    kept_32bit: dict[str, tuple[str, ...]]
+
+    def __str__(self) -> str:
+        return "\n".join([_heading(self), *_table(self), *_kept_lines(self)])
+
+
+def estimate(
+    model_or_shapes: ModelOrShapes,
+    mesh: int | tuple[int, ...] | DeviceMesh | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    min_8bit_size: int = 4096,
+    block_size: int = 256,
+) -> Estimate:
+    """The memory of parameters, gradients and state of Adam, in 32 and in 8 bits.
+
+    >>> print(torchao8.estimate(model, mesh=(8, 64)))
+
+    Activations, the temporary buffers of FSDP and the rounding up of an allocator are not counted.
+
+    Args:
+        model_or_shapes: a module, which may be on the meta device; or shapes, or a mapping from
+            names to shapes, all trainable. Tensors may stand in place of shapes. Frozen parameters
+            (``requires_grad`` False) have neither gradient nor state. DTensors are counted as they
+            are placed, and plain tensors beside them as whole on every rank.
+        mesh: how FSDP2's ``fully_shard`` is to shard plain parameters, by rows: a number of ranks;
+            or (replicas, shards) for HSDP; or a DeviceMesh of one or two dimensions. A scalar,
+            which FSDP2 does not take, counts as whole on every rank. None: nothing is sharded.
+        dtype: float32, bfloat16 or float16, in place of the dtype of every floating-point
+            parameter; shapes are float32 unless it is given.
+        min_8bit_size, block_size: as in :class:`torchao8.AdamW8bit`.
+
+    Raises:
+        TypeError: not a module or shapes; a mesh that is none of these.
+        ValueError: an option or a shape out of range; a trainable parameter of a dtype that the
+            optimizers refuse; a mesh for parameters that are DTensors already.
+    """
+    _check_options(dtype, min_8bit_size, block_size)
+    tensors = list(_tensors(model_or_shapes, _mesh_shape(mesh), dtype))
+    ranks = max([1, *(math.prod(t.mesh_shape) for t in tensors)])
+    on_rank, once, on_all = [], [], []
+    kept: dict[str, list[str]] = {}
+    for t in tensors:
+        reason = _reason(t, min_8bit_size, block_size)
+        in_8bit = reason is None
+        elements, scales = math.prod(t.shape), math.prod(scale_shape(t.shape, block_size))
+        local_scales = _local_scales(t, block_size) if in_8bit else 0
+        on_rank.append(_bytes(t, in_8bit, _local(t), local_scales))
+        once.append(_bytes(t, in_8bit, elements, scales))
+        shards = _shards(t)  # the ranks share each copy, but the step of a tensor lies on all
+        copies = (elements * ranks // shards, scales * ranks // shards)
+        on_all.append(_bytes(t, in_8bit, *copies, steps=ranks))
+        if reason is not None and t.trainable:
+            kept.setdefault(reason, []).append(t.name)
+    rank, checkpoint = _sum(on_rank), _sum(once)
+    return Estimate(
+        ranks=ranks,
+        tensors=len(tensors),
+        elements=sum(math.prod(t.shape) for t in tensors),
+        parameters=rank.parameters,
+        gradients=rank.gradients,
+        state_32bit=rank.state_32bit,
+        state_8bit=rank.state_8bit,
+        checkpoint_32bit=checkpoint.state_32bit,
+        checkpoint_8bit=checkpoint.state_8bit,
+        total=_sum(on_all),
+        kept_32bit={reason: tuple(names) for reason, names in kept.items()},
+    )
+
+
+def _bytes(t: _Tensor, in_8bit: bool, elements: int, scales: int, steps: int = 1) -> Bytes:
+    """Of so many elements, scales of one moment, and step counts of a tensor."""
+    values = elements * t.dtype.itemsize
+    if not t.trainable:
+        return Bytes(values, 0, 0, 0)
+    moments = MOMENTS * 4 * elements
+    low_moments = MOMENTS * (elements + 4 * scales) if in_8bit else moments
+    return Bytes(values, values, moments + STEP * steps, low_moments + STEP * steps)
+
+
+def _sum(parts: Iterable[Bytes]) -> Bytes:
+    totals = [sum(column) for column in zip(*(vars(part).values() for part in parts), strict=True)]
+    return Bytes(*(totals or (0, 0, 0, 0)))
+
+
+# -- the parameters --------------------------------------------------------------------------------
+
+
+class _Tensor(NamedTuple):
+    """A parameter; ``mesh_shape`` and ``placements`` are empty for one that is no DTensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trainable: bool
+    mesh_shape: tuple[int, ...] = ()
+    placements: tuple[Placement, ...] = ()
+
+
+def _tensors(
+    model_or_shapes: Any, mesh_shape: tuple[int, ...], dtype: torch.dtype | None
+) -> Iterator[_Tensor]:
+    placements = _fsdp_placements(mesh_shape)
+    for name, value in _named(model_or_shapes):
+        t = _tensor(name, value, dtype)
+        if t.trainable and t.dtype not in PARAM_DTYPES:
+            raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {t.dtype}")
+        if mesh_shape and t.mesh_shape:
+            raise ValueError(f"mesh: expected None, as {name} is a DTensor and has a mesh already")
+        if mesh_shape and t.shape:
+            t = t._replace(mesh_shape=mesh_shape, placements=placements)
+        elif mesh_shape:
+            t = t._replace(mesh_shape=mesh_shape, placements=_replicated(len(mesh_shape)))
+        yield t
+
+
+def _named(model_or_shapes: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(model_or_shapes, nn.Module):
+        yield from model_or_shapes.named_parameters()
+    elif isinstance(model_or_shapes, Mapping):
+        yield from ((str(name), value) for name, value in model_or_shapes.items())
+    elif isinstance(model_or_shapes, Iterable) and not isinstance(model_or_shapes, (str, Tensor)):
+        yield from ((f"[{i}]", value) for i, value in enumerate(model_or_shapes))
+    else:
+        got = type(model_or_shapes).__name__
+        raise TypeError(f"model_or_shapes: expected a module or shapes, got {got}")
+
+
+def _tensor(name: str, value: Any, dtype: torch.dtype | None) -> _Tensor:
+    if isinstance(value, Tensor):
+        own = dtype if dtype is not None and value.dtype.is_floating_point else value.dtype
+        t = _Tensor(name, tuple(value.shape), own, value.requires_grad)
+        if sharding.is_dtensor(value):
+            t = t._replace(mesh_shape=tuple(value.device_mesh.shape), placements=value.placements)
+        return t
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(
+            f"model_or_shapes: expected a shape, as [4096, 1024], for {name}, got {value!r}"
+        )
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value):
+        raise ValueError(f"{name}: expected a shape of whole numbers >= 0, got {list(value)}")
+    return _Tensor(name, tuple(value), dtype or torch.float32, True)
+
+
+def _mesh_shape(mesh: Any) -> tuple[int, ...]:
+    if mesh is None:
+        return ()
+    shape = (mesh,) if isinstance(mesh, int) else getattr(mesh, "shape", mesh)
+    if not isinstance(shape, tuple) or not all(type(n) is int for n in shape):
+        raise TypeError(
+            f"mesh: expected a number of ranks, (replicas, shards) or a DeviceMesh, got {mesh!r}"
+        )
+    if len(shape) not in (1, 2) or min(shape) < 1:
+        raise ValueError(f"mesh: expected one or two numbers >= 1, got {shape}")
+    return shape
+
+
+def _fsdp_placements(mesh_shape: tuple[int, ...]) -> tuple[Placement, ...]:
+    """Those of ``fully_shard``: the last dimension of the mesh shards rows."""
+    if not mesh_shape:
+        return ()
+    from torch.distributed.tensor import Shard
+
+    return (*_replicated(len(mesh_shape) - 1), Shard(0))
+
+
+def _replicated(dims: int) -> tuple[Placement, ...]:
+    from torch.distributed.tensor import Replicate
+
+    return (Replicate(),) * dims
+
+
+def _check_options(dtype: Any, min_8bit_size: Any, block_size: int) -> None:
+    if dtype is not None and dtype not in PARAM_DTYPES:
+        raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+    if type(min_8bit_size) is not int or min_8bit_size < 0:
+        raise ValueError(f"min_8bit_size: expected an int >= 0, got {min_8bit_size!r}")
+    check_block_size(block_size)
+
+
+# -- what of them lies where -----------------------------------------------------------------------
+
+
+def _reason(t: _Tensor, min_8bit_size: int, block_size: int) -> str | None:
+    """Why the state has 32 bits; None where it has 8."""
+    if not fits_8bit(t.shape, block_size, min_8bit_size):
+        small = not t.shape or math.prod(t.shape) < min_8bit_size
+        return TOO_SMALL if small else SHORT_ROWS
+    if not t.mesh_shape or sharding._keeps_blocks(t.shape, t.mesh_shape, t.placements, block_size):
+        return None
+    return SHARDED_VECTOR if len(t.shape) == 1 else CUT_ROWS
+
+
+def _shards(t: _Tensor) -> int:
+    """The number of ranks that share one copy of a tensor."""
+    split = (sharding._shards(placement) is not None for placement in t.placements)
+    return math.prod(n for n, is_split in zip(t.mesh_shape, split, strict=True) if is_split)
+
+
+def _local(t: _Tensor) -> int:
+    """Elements on the first rank, which no other exceeds: chunks are cut so that none grows."""
+    first = (0,) * len(t.mesh_shape)
+    return math.prod(
+        len(sharding._indices(t.shape, t.mesh_shape, first, t.placements, dim))
+        for dim in range(len(t.shape))
+    )
+
+
+def _local_scales(t: _Tensor, block_size: int) -> int:
+    """Scales on the first rank, of a tensor that keeps its blocks."""
+    if not t.mesh_shape:
+        return math.prod(scale_shape(t.shape, block_size))
+    first = (0,) * len(t.mesh_shape)
+    place = sharding._place(t.shape, t.mesh_shape, first, t.placements, block_size)
+    assert place is not None
+    return math.prod(place.scale_shape)
+
+
+# -- the table -------------------------------------------------------------------------------------
+
+
+def _heading(e: Estimate) -> str:
+    counts = ((e.tensors, "tensor"), (e.elements, "element"), (e.ranks, "rank"))
+    return ", ".join(f"{n:,} {word}" + ("s" if n != 1 else "") for n, word in counts)
+
+
+def _table(e: Estimate) -> list[str]:
+    """Bytes of the largest rank, and of all of them, in 32 and in 8 bits."""
+    rows: list[tuple[str, ...]] = [("", "32-bit", "8-bit")]
+    columns: list[Estimate | Bytes] = [e]
+    if e.ranks > 1:
+        rows = [("", "a rank: 32-bit", "8-bit", "all ranks: 32-bit", "8-bit")]
+        columns.append(e.total)
+    for label, names in (
+        ("parameters", ("parameters",)),
+        ("gradients", ("gradients",)),
+        ("optimizer state", ("state",)),
+        ("together", ("parameters", "gradients", "state")),
+    ):
+        cells = [_size(_together(c, names, bits)) for c in columns for bits in (32, 8)]
+        rows.append((label, *cells))
+    checkpoints = (_size(e.checkpoint_32bit), _size(e.checkpoint_8bit))
+    rows.append(("optimizer checkpoint", *[""] * (2 * len(columns) - 2), *checkpoints))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
+
+
+def _together(column: Estimate | Bytes, names: Iterable[str], bits: int) -> int:
+    total: int = sum(
+        getattr(column, f"state_{bits}bit" if name == "state" else name) for name in names
+    )
+    return total
+
+
+def _size(size: int) -> str:
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if size >= 2**power:
+            return f"{size / 2**power:,.2f} {unit}"
+    return f"{size} B"
+
+
+def _kept_lines(e: Estimate) -> Iterator[str]:
+    for reason, names in e.kept_32bit.items():
+        example = f"{names[0]}, ..." if len(names) > 1 else names[0]
+        yield f"32 bits in 8-bit Adam too: {len(names):,} of {e.tensors:,} ({reason}: {example})"
