@@ -179,10 +179,9 @@ class Training:
             raise SystemExit("the losses differ: this is not the model that was saved")
 
     def train(self) -> None:
-        steps, save_every = self.arguments.steps, self.arguments.save_every
-        while self.step < steps:
+        while self.step < self.arguments.steps:
             self.train_step()
-            if self.step % save_every == 0 or self.step == steps:
+            if self.step % self.arguments.save_every == 0 or self.step == self.arguments.steps:
                 self.held_out = self.evaluate()
                 say(f"step {self.step}: held-out loss {self.held_out:.6f}")
                 self.save()
