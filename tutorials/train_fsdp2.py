@@ -1,0 +1,249 @@
+"""Train a small GPT that is sharded over several processes (FSDP2), with 8-bit AdamW.
+
+    torchrun --nproc-per-node 2 tutorials/train_fsdp2.py --steps 40
+    torchrun --nproc-per-node 3 tutorials/train_fsdp2.py --steps 80    # goes on at step 40
+    python tutorials/train_fsdp2.py --help                             # one process does, too
+
+Every rank, as the processes are called, keeps a part of each parameter and of its optimizer state:
+8-bit AdamW makes the state a fourth of its size, FSDP2 divides what remains. DCP, PyTorch's
+distributed checkpoint, saves the parts, and any number of ranks can load them. What the optimizer
+keeps does not depend on how many there are: the same bytes come back.
+
+The batches do not depend on it either, so that a run that goes on with more or fewer ranks has the
+same losses, up to the order in which float32 numbers are added. A run that is killed, by Ctrl-C or
+otherwise, goes on from the last checkpoint that is whole.
+"""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from _gpt import GPT, GPTConfig, Text, cross_entropy
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import torchao8
+
+WARMUP_STEPS = 10
+CLIP_NORM = 1.0
+# The held-out loss after loading may differ from that before saving by rounding alone, 6e-8 at a
+# time: a rank with more or fewer sequences may add the same products in another order. This leaves
+# room for the sum of many roundings. A training step changes the loss by 1e-3 and more.
+LOSS_TOLERANCE = 1e-5
+# What the losses of a run depend on. The number of ranks is not among them.
+SETTINGS = ("batch", "lr", "layers", "width", "heads", "context", "seed", "held_out_batches")
+
+
+def start_ranks(device_type: str | None) -> torch.device:
+    """Join the other ranks, of which torchrun tells in the environment; return our device."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device_type is None:
+        device_type = "cuda" if torch.cuda.device_count() >= local_ranks else "cpu"
+    if device_type == "cuda":
+        torch.cuda.set_device(local_rank)
+    backend = "nccl" if device_type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:  # started without torchrun: a group of one
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return torch.device(device_type, local_rank if device_type == "cuda" else 0)
+
+
+def say(text: str) -> None:
+    """Print on one rank what all know."""
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def make_model(arguments: argparse.Namespace, device: torch.device) -> GPT:
+    """Return the model, of which each rank keeps its shard."""
+    # All ranks draw the same whole model, so that its values do not depend on how it is sharded.
+    # One too large for that is made on the device "meta", sharded, then given memory and values.
+    torch.manual_seed(arguments.seed)
+    sizes = GPTConfig(arguments.layers, arguments.width, arguments.heads, arguments.context)
+    model = GPT(sizes).to(device)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    # A sharded module gathers its parameters when it runs and frees them after. With each block a
+    # module of its own, one at a time is whole. The root takes what is left: embedding and head.
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def my_share(batch: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor, Tensor], float]:
+    """Return this rank's sequences of a batch, and which share of the batch they are.
+
+    Every rank draws the whole batch, which is small: so it is the same batch at any world size.
+    Where the ranks do not divide it, some have one sequence more.
+    """
+    inputs, targets = batch
+    mine = slice(dist.get_rank(), None, dist.get_world_size())
+    return (inputs[mine], targets[mine]), len(inputs[mine]) / len(inputs)
+
+
+class Training:
+    """A model, its optimizer, and how far they have come."""
+
+    def __init__(self, arguments: argparse.Namespace, device: torch.device) -> None:
+        self.arguments = arguments
+        self.settings = {name: getattr(arguments, name) for name in SETTINGS}
+        self.text = Text.from_stdlib(str(device))
+        self.model = make_model(arguments, device)
+        # After fully_shard, which puts sharded parameters in the place of the others. As a tensor
+        # lr is data to a compiled step; a number would be compiled in, and each new one anew.
+        lr = torch.tensor(arguments.lr, device=device)
+        self.optimizer = torchao8.AdamW8bit(
+            self.model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1
+        )
+        self.optimizer_step = self.optimizer.step
+        if arguments.compile:
+            self.optimizer_step = torch.compile(self.optimizer.step, fullgraph=True)
+        self.step = 0
+        self.held_out = float("nan")
+
+    def train_step(self) -> None:
+        a = self.arguments
+        # No decay to the last step: with another --steps, that would be another run.
+        for group in self.optimizer.param_groups:
+            group["lr"].fill_(a.lr * min(1.0, (self.step + 1) / WARMUP_STEPS))
+        mine, share = my_share(self.text.batch(self.step, a.seed, a.batch, a.context))
+        # The loss is the mean over the whole batch: the sum of the ranks' means, each times its
+        # share. FSDP2 takes the mean of the ranks' gradients, not the sum: hence the last factor.
+        loss = cross_entropy(self.model, *mine) * share * dist.get_world_size()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)  # of the whole, not the shards
+        self.optimizer_step()
+        self.optimizer.zero_grad()
+        self.step += 1
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Return the mean held-out loss, the same number on every rank."""
+        a = self.arguments
+        total = torch.zeros((), dtype=torch.float64, device=self.text.train.device)
+        for batch in self.text.held_out_batches(a.held_out_batches, a.batch, a.context):
+            mine, share = my_share(batch)
+            total += cross_entropy(self.model, *mine) * share
+        dist.all_reduce(total)
+        return total.item() / a.held_out_batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds: shards as DTensors, by the names of the parameters."""
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        progress = {"step": self.step, "held_out": self.held_out, "ranks": dist.get_world_size()}
+        parts = {"model": model, "optimizer": optimizer}
+        return {**parts, "progress": progress, "settings": self.settings}
+
+    def save(self) -> None:
+        """Write a checkpoint into a folder that gets its name when all of it is there."""
+        folder = self.arguments.out / f"step-{self.step:08}"
+        unfinished = folder.with_suffix(".unfinished")
+        if dist.get_rank() == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(folder, ignore_errors=True)  # there, but not whole, or we had loaded it
+        dist.barrier()
+        # Each rank writes its shards, and none gets on before all have.
+        dcp.save(self.state_dict(), checkpoint_id=unfinished)
+        if dist.get_rank() == 0:
+            unfinished.replace(folder)
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint, and check that the model is what it was."""
+        # DCP reads just what it is given, and into it.
+        saved = {"settings": dict(self.settings)}
+        dcp.load(saved, checkpoint_id=folder)
+        for name, value in saved["settings"].items():
+            if value != self.settings[name]:
+                raise SystemExit(f"{folder} was made with {name} {value}: use another --out")
+        # Each rank asks for its own shards, from whichever files: the number of ranks may change.
+        state = self.state_dict()
+        dcp.load(state, checkpoint_id=folder)
+        parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+        set_state_dict(self.model, self.optimizer, **parts)
+        progress = state["progress"]
+        self.step, before = progress["step"], progress["held_out"]
+        self.held_out = self.evaluate()
+        say(f"{folder}, saved by {progress['ranks']} ranks: held-out loss {before:.6f}")
+        say(f"loaded by {dist.get_world_size()}: held-out loss {self.held_out:.6f}")
+        if not abs(self.held_out - before) <= LOSS_TOLERANCE * before:
+            raise SystemExit("the losses differ: this is not the model that was saved")
+
+    def train(self) -> None:
+        while self.step < self.arguments.steps:
+            self.train_step()
+            if self.step % self.arguments.save_every == 0 or self.step == self.arguments.steps:
+                self.held_out = self.evaluate()
+                say(f"step {self.step}: held-out loss {self.held_out:.6f}")
+                self.save()
+
+    def report_memory(self) -> None:
+        """Print each rank's bytes of optimizer state, and those of two float32 an element."""
+        tensors = [t for state in self.optimizer.state.values() for t in state.values()]
+        shards = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+        elements = sum(parameter.to_local().numel() for parameter in self.model.parameters())
+        mine = sum(shard.nbytes for shard in shards), 8 * elements
+        of_all = [mine] * dist.get_world_size()
+        dist.all_gather_object(of_all, mine)
+        for rank, (ours, theirs) in enumerate(of_all):
+            say(f"rank {rank}: {ours:,} bytes of optimizer state; AdamW takes {theirs:,}")
+
+
+def newest_checkpoint(out: Path) -> Path | None:
+    """Return the newest folder that is whole. DCP writes .metadata when all else is there."""
+    return max((path.parent for path in out.glob("step-????????/.metadata")), default=None)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    default = "(%(default)s)"
+    add("--out", type=Path, default=Path("runs/fsdp2"), help=f"where checkpoints go {default}")
+    add("--steps", type=int, default=40, help=f"train up to this step {default}")
+    add("--save-every", type=int, default=20, help=f"steps, evaluate as often {default}")
+    add("--compile", action="store_true", help="torch.compile the optimizer's step")
+    add("--device", choices=["cpu", "cuda"], help="cuda where there is a GPU for each rank")
+
+    add = parser.add_argument_group("the run; a checkpoint is only for the same run").add_argument
+    add("--batch", type=int, default=12, help=f"sequences a step, on all ranks {default}")
+    add("--lr", type=float, default=1e-3, help=f"learning rate after the warm-up {default}")
+    add("--layers", type=int, default=3, help=f"transformer blocks {default}")
+    add("--width", type=int, default=256, help=f"size of the residual stream {default}")
+    add("--heads", type=int, default=4, help=f"attention heads {default}")
+    add("--context", type=int, default=128, help=f"bytes in a sequence {default}")
+    add("--seed", type=int, default=0, help=f"of the parameters and the batches {default}")
+    add("--held-out-batches", type=int, default=8, help=f"in an evaluation {default}")
+    arguments = parser.parse_args()
+    if arguments.width % (2 * arguments.heads):
+        parser.error("--width must be a multiple of twice --heads, for pairs of numbers to rotate")
+    if arguments.batch < int(os.environ.get("WORLD_SIZE", 1)):
+        parser.error("--batch must have a sequence for each rank")
+    if min(arguments.save_every, arguments.held_out_batches) < 1:
+        parser.error("--save-every and --held-out-batches must be at least 1")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    training = Training(arguments, start_ranks(arguments.device))
+    if checkpoint := newest_checkpoint(arguments.out):
+        training.load(checkpoint)
+    training.train()
+    training.report_memory()
+    dist.barrier()  # no rank leaves while another still talks to it
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
