@@ -5,6 +5,7 @@ test/data/foreign holds what the real packages saved: tools/make_foreign_checkpo
 
 import copy
 import importlib.util
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -12,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SMALL, bits, make_params, report, train
+from helpers import SMALL, all_bits, bits, make_params, report, train
 from optim_table import OptimizerCase, every_optimizer
 from torch import Tensor
 
-from torchao8 import AdamW, AdamW8bit, ops
+from torchao8 import Adam8bit, AdamW, AdamW8bit, ops
 from torchao8.block_layout import scale_shape
 from torchao8.checkpoint import to_torch
 from torchao8.checkpoint.foreign import to_own, who_wrote
@@ -308,6 +309,67 @@ def text(state: Any) -> Any:
     if isinstance(state, dict):
         return {k: text(v) for k, v in state.items()}
     return state
+
+
+def checkpoint_of(name: str, groups: dict[str, Any]) -> dict[str, Any]:
+    """A whole state dict of the package, as its optimizer would give it."""
+    states = [p["state"] for p in load(name)]
+    group = {"lr": 0.5, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1, **groups}
+    return {
+        "state": dict(enumerate(states)),
+        "param_groups": [{**group, "params": list(range(len(states)))}],
+    }
+
+
+@pytest.mark.parametrize("name", ["bitsandbytes", "torchao"])
+@pytest.mark.parametrize("cls", [AdamW8bit, AdamW])
+def test_load_state_dict_knows_them(name: str, cls: Any, device: str) -> None:
+    """Options and state; in 8 bits code for code where blocks allow it, or else rounded anew."""
+    shapes = [p["shape"] for p in load(name)]
+    params = make_params(torch.bfloat16, shapes=shapes, device=device)
+    optimizer = cls(params, min_8bit_size=SMALL)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.load_state_dict(checkpoint_of(name, {"t_alpha": None}))
+    told = [str(w.message) for w in caught]
+    assert len(told) == 1
+    assert ("in 32 bits, and is rounded to 8" if cls is AdamW8bit else "in 8 bits") in told[0]
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+    for p, parameter in zip(params, load(name), strict=True):
+        own = read(parameter["state"], *parameter["shape"]) or parameter["state"]
+        state = optimizer.state[p]
+        assert state["step"] == 3
+        for moment, signed in ADAM:
+            if cls is AdamW and moment in own:
+                assert_same_bits(state[moment].cpu(), own[moment])
+            elif cls is AdamW8bit and f"{moment}_codes" in own:
+                assert_same_bits(state[f"{moment}_codes"].cpu(), own[f"{moment}_codes"])
+                assert_same_bits(state[f"{moment}_scale"].cpu(), own[f"{moment}_scale"])
+            elif f"{moment}_codes" in state:
+                codes, _ = ops.quantize_blockwise(own[moment], signed=signed)
+                assert_same_bits(state[f"{moment}_codes"].cpu(), codes)
+    train(optimizer, params, [0])
+
+
+def test_the_decay_of_bitsandbytes_is_told(device: str) -> None:
+    """Its Adam decays as AdamW does."""
+    params = make_params(shapes=[p["shape"] for p in load("bitsandbytes")], device=device)
+    optimizer = Adam8bit(params, min_8bit_size=SMALL)
+    with pytest.warns(UserWarning, match="decays weights decoupled"):
+        optimizer.load_state_dict(checkpoint_of("bitsandbytes", {}))
+
+
+def test_damage_changes_nothing(device: str) -> None:
+    shapes = [p["shape"] for p in load("bitsandbytes")]
+    params = make_params(shapes=shapes, device=device)
+    optimizer = AdamW8bit(params, min_8bit_size=SMALL)
+    train(optimizer, params, [0])
+    before, spoiled = all_bits(optimizer), checkpoint_of("bitsandbytes", {})
+    spoiled["state"][3][NESTED]["absmax2"][0] = float("nan")
+    with pytest.raises(ValueError, match=r"absmax2 of parameter 3"):
+        optimizer.load_state_dict(spoiled)
+    assert all_bits(optimizer) == before
 
 
 # -- torch.optim and our own -------------------------------------------------------------------

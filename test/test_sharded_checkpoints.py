@@ -19,6 +19,7 @@ from sharded import (
     gathered,
     groups_of,
     step_with,
+    whole,
 )
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -31,7 +32,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 
 import torchao8
-from torchao8.checkpoint import load_dcp
+from torchao8.checkpoint import load_dcp, to_torch
 
 WORLD_SIZES = [1, 2, 3, 4, 8]
 DTYPES = (torch.float32, torch.bfloat16)
@@ -236,8 +237,24 @@ def _refused_by_one(rank: int, world_size: int) -> None:
     assert gathered(optimizer) == before
 
 
+def _to_torch(rank: int, world_size: int) -> None:
+    """32-bit moments for torch.optim, sharded as the parameters are, and of the same bits."""
+    model, sharded = new_run(world_size, torch.float32)
+    unsharded = torchao8.AdamW8bit(groups_of(Weights().parameters(), False), **OPTIONS)
+    ends = []
+    for optimizer in (sharded, unsharded):
+        step_with(optimizer, range(3))
+        state = to_torch(optimizer)["state"]
+        ends.append({i: {k: bits(whole(v)) for k, v in s.items()} for i, s in state.items()})
+    assert ends[0] == ends[1]
+    theirs = torch.optim.AdamW(groups_of(model.parameters(), True))
+    theirs.load_state_dict(to_torch(sharded))
+    step_with(theirs, range(3, 5))
+
+
 @pytest.mark.parametrize(
-    "function", [_whole_into_shards, _shards_into_whole, _other_placements, _refused_by_one]
+    "function",
+    [_to_torch, _whole_into_shards, _shards_into_whole, _other_placements, _refused_by_one],
 )
 def test_load_state_dict(function: Any) -> None:
     run_ranks(2, function)
