@@ -400,6 +400,14 @@ def test_a_header_of_which_bytes_have_changed(tmp_path: Path) -> None:
             lambda s: s["param_groups"][0].update(schedule=print),
             r"param_groups\.0\.schedule: expected a number, string, .* got builtin_function",
         ),
+        (
+            lambda s: s["state"].update({9: s["state"][0]}),
+            "state of 9: no parameter group of the state dict has it",
+        ),
+        (
+            lambda s: s.clear(),
+            r"state_dict: expected the keys .* got \[\]\. Where a full",
+        ),
     ],
 )
 def test_what_cannot_be_saved(spoil: Callable[[Any], None], match: str, tmp_path: Path) -> None:

@@ -123,9 +123,16 @@ def load_safetensors(optimizer: Optimizer, path: _Path) -> None:
 
 def _flatten(saved: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The entries and the metadata of the file."""
+    if not {"state", "param_groups"} <= set(saved):
+        raise ValueError(
+            f"state_dict: expected the keys 'state' and 'param_groups', got {sorted(saved)}. "
+            "Where a full state dict was gathered with cpu_offload=True, only rank 0 has it"
+        )
     tensors: dict[str, Tensor] = {}
     names = _file_names(saved["param_groups"])
     for param, values in saved["state"].items():
+        if param not in names:
+            raise ValueError(f"state of {param!r}: no parameter group of the state dict has it")
         for key, value in values.items():
             _add(tensors, f"{names[param]}.{key}", value)
     groups = []
