@@ -1,0 +1,333 @@
+"""Random damage to a state dict: refused by a message that says where, with nothing changed."""
+
+import copy
+import functools
+import random
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import SMALL, all_bits, make_params, train
+from optim_table import OPTIMIZERS, OptimizerCase, every_optimizer
+from torch import Tensor
+from torch.optim import Optimizer
+
+StateDict = dict[str, Any]
+
+# What a damage returns: a pattern that the message of the refusal must have.
+Damage = Callable[[random.Random, StateDict], str]
+
+SEEDS = range(6)
+
+
+def trained(case: OptimizerCase, **options: Any) -> Optimizer:
+    """State in both formats where the class has both; two groups; a step counted differently."""
+    params = make_params()
+    groups = [{"params": params[:4]}, {"params": params[4:], "weight_decay": 0.1}]
+    optimizer = case.cls(groups, min_8bit_size=SMALL, **options)
+    train(optimizer, params, [0, 1])
+    return optimizer
+
+
+def pick(rng: random.Random, saved: StateDict, *endings: str) -> tuple[int, str]:
+    """A parameter and one of its keys, which ends in one of the endings if any are given."""
+    places = [
+        (index, key)
+        for index, state in saved["state"].items()
+        for key in state
+        if not endings or key.endswith(endings)
+    ]
+    return rng.choice(places)
+
+
+def change(to: Callable[[Tensor], Any], *endings: str) -> Damage:
+    """Another value for a key that ends so."""
+
+    def damage(rng: random.Random, saved: StateDict) -> str:
+        index, key = pick(rng, saved, *endings)
+        saved["state"][index][key] = to(saved["state"][index][key])
+        return rf"^{key} of parameter {index}: expected "
+
+    return damage
+
+
+def element(value: float, *endings: str) -> Damage:
+    """Another value for one element of such a tensor."""
+
+    def damage(rng: random.Random, saved: StateDict) -> str:
+        index, key = pick(rng, saved, *endings)
+        tensor = saved["state"][index][key]
+        tensor.view(-1)[rng.randrange(tensor.numel())] = value
+        return rf"^{key} of parameter {index}: expected "
+
+    return damage
+
+
+def drop_key(rng: random.Random, saved: StateDict) -> str:
+    index, key = pick(rng, saved)
+    del saved["state"][index][key]
+    return rf"^state of parameter {index}: expected the keys .*'{key}'.*, got "
+
+
+def rename_key(rng: random.Random, saved: StateDict) -> str:
+    index, key = pick(rng, saved)
+    new = rng.choice(["state1", key + "_", key.upper(), "", "absmax1"])
+    saved["state"][index][new] = saved["state"][index].pop(key)
+    return rf"^state of parameter {index}: expected the keys .*'{key}'.*, got .*'{new}'"
+
+
+def extra_key(rng: random.Random, saved: StateDict) -> str:
+    index, key = pick(rng, saved)
+    saved["state"][index][f"{key}_2"] = saved["state"][index][key]
+    return rf"^state of parameter {index}: expected the keys .*, got .*'{key}_2'"
+
+
+def swap_states(rng: random.Random, saved: StateDict) -> str:
+    a, b = rng.sample(sorted(saved["state"]), 2)
+    state = saved["state"]
+    state[a], state[b] = state[b], state[a]
+    return rf"of parameter ({a}|{b}): expected"
+
+
+def stray_state(rng: random.Random, saved: StateDict) -> str:
+    index, _ = pick(rng, saved)
+    new = rng.choice([99, "layer.weight", -1, None])
+    saved["state"][new] = saved["state"][index]
+    return re.escape(f"state of {new!r}: no parameter group of the checkpoint has it")
+
+
+def states_under_strings(rng: random.Random, saved: StateDict) -> str:
+    """As JSON would have it."""
+    saved["state"] = {str(index): state for index, state in saved["state"].items()}
+    return "no parameter group of the checkpoint has it"
+
+
+def group(rng: random.Random, saved: StateDict) -> dict[str, Any]:
+    chosen: dict[str, Any] = rng.choice(saved["param_groups"])
+    return chosen
+
+
+def params_too_few(rng: random.Random, saved: StateDict) -> str:
+    group(rng, saved)["params"].pop()
+    return "doesn't match the size"
+
+
+def params_too_many(rng: random.Random, saved: StateDict) -> str:
+    params = group(rng, saved)["params"]
+    params.append(rng.choice([8, 99, params[0]]))
+    return "doesn't match the size"
+
+
+def params_twice(rng: random.Random, saved: StateDict) -> str:
+    params = group(rng, saved)["params"]
+    i, j = rng.sample(range(len(params)), 2)
+    params[i] = params[j]
+    return "of parameter |no parameter group of the checkpoint has it"
+
+
+def params_permuted(rng: random.Random, saved: StateDict) -> str:
+    params = group(rng, saved)["params"]
+    i, j = rng.sample(range(len(params)), 2)
+    params[i], params[j] = params[j], params[i]
+    return "of parameter "
+
+
+def groups_swapped(rng: random.Random, saved: StateDict) -> str:
+    saved["param_groups"].reverse()
+    return "of parameter "
+
+
+def group_missing(rng: random.Random, saved: StateDict) -> str:
+    del saved["param_groups"][rng.randrange(2)]
+    return "different number of parameter groups"
+
+
+def option(name: str, *values: Any) -> Damage:
+    def damage(rng: random.Random, saved: StateDict) -> str:
+        group(rng, saved)[name] = rng.choice(values)
+        return rf"^{name}\b"
+
+    return damage
+
+
+NAN, INF = float("nan"), float("inf")
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+DAMAGES: dict[str, Damage] = {
+    "key dropped": drop_key,
+    "key renamed": rename_key,
+    "key too many": extra_key,
+    "states swapped": swap_states,
+    "stray state": stray_state,
+    "states under strings": states_under_strings,
+    "params too few": params_too_few,
+    "params too many": params_too_many,
+    "params twice": params_twice,
+    "params permuted": params_permuted,
+    "groups swapped": groups_swapped,
+    "group missing": group_missing,
+    "value None": change(lambda t: None),
+    "value a string": change(lambda t: "1.0"),
+    "value a list": change(lambda t: t.reshape(-1).tolist() * 2),
+    "value of numpy": change(lambda t: t.numpy()),
+    "value sparse": change(lambda t: t.reshape(1, -1).to_sparse(), *MOMENTS, "_codes"),
+    "value stacked": change(lambda t: torch.stack([t, t])),
+    "value empty": change(lambda t: t.reshape(-1)[:0]),
+    "value flattened": change(lambda t: t.reshape(1, -1, 1), *MOMENTS, "_codes", "_scale"),
+    "moment complex": change(lambda t: t + 1j, *MOMENTS),
+    "moment in bfloat16": change(lambda t: t.bfloat16(), *MOMENTS),
+    "moment in float64": change(lambda t: t.double(), *MOMENTS),
+    "moment in integers": change(lambda t: t.int(), *MOMENTS),
+    "step negative": change(lambda t: t - 5, "step"),
+    "step a fraction": change(lambda t: t + 0.5, "step"),
+    "step huge": change(lambda t: t + 1e20, "step"),
+    "step just too large": change(lambda t: torch.tensor(2**24 + 1), "step"),
+    "step NaN": change(lambda t: t * NAN, "step"),
+    "step infinite": change(lambda t: INF, "step"),
+    "step a negative number": change(lambda t: -1, "step"),
+    "lr": option("lr", -1.0, NAN, INF, None, "fast", [1e-3], torch.ones(2), True),
+    "lr a bad tensor": option("lr", torch.tensor(NAN), torch.tensor(-1.0), torch.ones(0)),
+    "betas": option("betas", (0.9,), (0.9, 1.0), None, "ab", 0.9, (None, None), torch.ones(2)),
+    "eps": option("eps", -1.0, NAN, None, "x", torch.tensor(1e-8)),
+    "weight_decay": option("weight_decay", -1.0, NAN, None, "x"),
+    "amsgrad": option("amsgrad", None, 1, "yes", torch.tensor(True)),
+    "maximize": option("maximize", None, 1, "yes"),
+    "state_rounding": option("state_rounding", None, 1, "up", ["nearest"]),
+    "seed": option("seed", None, 0.5, 2**63, "x", True),
+    "state_version": option("state_version", 0, 2, None, "1", 1.5),
+    "block_size": option("block_size", 0, -1, 100, None, "x", 256.0, torch.ones(2)),
+}
+
+# Of state in 8 bits.
+CODE_DAMAGES: dict[str, Damage] = {
+    "codes as float32": change(lambda t: t.float(), "_codes"),
+    "codes as bfloat16": change(lambda t: t.bfloat16(), "_codes"),
+    "codes as int8": change(lambda t: t.to(torch.int8), "_codes"),
+    "codes as int64": change(lambda t: t.long(), "_codes"),
+    "codes as bool": change(lambda t: t.bool(), "_codes"),
+    "codes too few": change(lambda t: t[:-1], "_codes"),
+    "scale in bfloat16": change(lambda t: t.bfloat16(), "_scale"),
+    "scale in float64": change(lambda t: t.double(), "_scale"),
+    "scale in bytes": change(lambda t: t.byte(), "_scale"),
+    "scales too few": change(lambda t: t[..., :-1], "_scale"),
+    "scale NaN": element(NAN, "_scale"),
+    "scale infinite": element(INF, "_scale"),
+    "scale infinite and negative": element(-INF, "_scale"),
+    "scale of a second moment negative": element(-1.0, "sq_scale"),
+    "scale of a second moment -0": element(-0.0, "sq_scale"),
+}
+
+
+def without_state(rng: random.Random, saved: StateDict) -> None:
+    del saved["state"][pick(rng, saved)[0]]
+
+
+def state_empty(rng: random.Random, saved: StateDict) -> None:
+    saved["state"][pick(rng, saved)[0]] = {}
+
+
+def params_a_tuple(rng: random.Random, saved: StateDict) -> None:
+    chosen = group(rng, saved)
+    chosen["params"] = tuple(chosen["params"])
+
+
+def params_of_other_numbers(rng: random.Random, saved: StateDict) -> None:
+    """They need only be the same in both parts."""
+    saved["state"] = {f"p{index}": state for index, state in saved["state"].items()}
+    for each in saved["param_groups"]:
+        each["params"] = [f"p{index}" for index in each["params"]]
+
+
+def option_missing(rng: random.Random, saved: StateDict) -> None:
+    """As in a checkpoint of an older version: the optimizer's own stands."""
+    chosen = group(rng, saved)
+    del chosen[rng.choice([name for name in chosen if name not in ("params", "amsgrad")])]
+
+
+# What no harm comes of: it loads, and a step works.
+HARMLESS: dict[str, Callable[[random.Random, StateDict], Any]] = {
+    "no state of a parameter": without_state,
+    "empty state of a parameter": state_empty,
+    "params a tuple": params_a_tuple,
+    "params of other numbers": params_of_other_numbers,
+    "option missing": option_missing,
+    "step zero": change(lambda t: t * 0, "step"),
+    "step an int": change(lambda t: int(t), "step"),
+    "step in one dimension": change(lambda t: t.reshape(1).long(), "step"),
+    "largest step": change(lambda t: torch.tensor(2.0**24 - 1), "step"),
+    "memory in another order": change(
+        lambda t: t.transpose(0, -1).contiguous().transpose(0, -1) if t.dim() else t
+    ),
+    "value a parameter": change(lambda t: torch.nn.Parameter(t, requires_grad=False)),
+    "betas a list": option("betas", [0.9, 0.95]),
+    "option of another library": option("initial_lr", 0.1, None, "x"),
+    "hints": option("foreach", None, True),
+}
+
+
+@functools.cache
+def unchanging(cls_number: int, amsgrad: bool) -> Optimizer:
+    """One for all damages that are refused, as nothing may change it."""
+    return trained(OPTIMIZERS[cls_number], amsgrad=amsgrad)
+
+
+def assert_refused(optimizer: Optimizer, damage: Damage, seed: int) -> None:
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["eps"] = 0.5  # would tell of options that are taken over too early
+    message = damage(random.Random(seed), saved)
+    before = all_bits(optimizer)
+    with pytest.raises(ValueError, match=message) as info:
+        optimizer.load_state_dict(saved)
+    assert type(info.value) is ValueError
+    assert all_bits(optimizer) == before
+
+
+@every_optimizer()
+@pytest.mark.parametrize("amsgrad", [False, True], ids=["", "amsgrad"])
+@pytest.mark.parametrize("name", list(DAMAGES))
+def test_damage_is_refused(case: OptimizerCase, name: str, amsgrad: bool) -> None:
+    optimizer = unchanging(OPTIMIZERS.index(case), amsgrad)
+    for seed in SEEDS:
+        assert_refused(optimizer, DAMAGES[name], seed)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in OPTIMIZERS if case.optim_bits == 8], ids=lambda c: c.cls.__name__
+)
+@pytest.mark.parametrize("amsgrad", [False, True], ids=["", "amsgrad"])
+@pytest.mark.parametrize("name", list(CODE_DAMAGES))
+def test_damage_to_codes_and_scales_is_refused(
+    case: OptimizerCase, name: str, amsgrad: bool
+) -> None:
+    optimizer = unchanging(OPTIMIZERS.index(case), amsgrad)
+    for seed in SEEDS:
+        assert_refused(optimizer, CODE_DAMAGES[name], seed)
+
+
+@pytest.mark.parametrize("name", list(CODE_DAMAGES))
+def test_damage_is_refused_before_a_conversion(name: str) -> None:
+    """State in 8 bits for an optimizer that keeps 32."""
+    source, target = unchanging(3, False), unchanging(1, False)
+    for seed in SEEDS:
+        saved = copy.deepcopy(source.state_dict())
+        message = CODE_DAMAGES[name](random.Random(seed), saved)
+        before = all_bits(target)
+        with pytest.raises(ValueError, match=message):
+            target.load_state_dict(saved)
+        assert all_bits(target) == before
+
+
+@every_optimizer()
+@pytest.mark.parametrize("name", list(HARMLESS))
+def test_what_does_no_harm_is_loaded(case: OptimizerCase, name: str) -> None:
+    for seed in SEEDS:
+        optimizer = trained(case)
+        saved = copy.deepcopy(optimizer.state_dict())
+        HARMLESS[name](random.Random(seed), saved)
+        optimizer.load_state_dict(saved)
+        train(optimizer, [p for each in optimizer.param_groups for p in each["params"]], [2])
+        for params in (each["params"] for each in optimizer.param_groups):
+            assert all(bool(p.isfinite().all()) for p in params)
