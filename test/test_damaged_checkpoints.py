@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 import random
 import re
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from helpers import SMALL, all_bits, make_params, train
 from optim_table import OPTIMIZERS, OptimizerCase, every_optimizer
 from torch import Tensor
 from torch.optim import Optimizer
+
+from torchao8 import AdamW, AdamW8bit
 
 StateDict = dict[str, Any]
 
@@ -331,3 +334,92 @@ def test_what_does_no_harm_is_loaded(case: OptimizerCase, name: str) -> None:
         train(optimizer, [p for each in optimizer.param_groups for p in each["params"]], [2])
         for params in (each["params"] for each in optimizer.param_groups):
             assert all(bool(p.isfinite().all()) for p in params)
+
+
+# -- the form of a state dict ----------------------------------------------------------------------
+
+FORMS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "no dict": (lambda s: None, "state_dict: expected a dict, got NoneType"),
+    "no state": (lambda s: drop(s, "state"), "expected the key 'state'"),
+    "no groups": (lambda s: drop(s, "param_groups"), "expected the key 'param_groups'"),
+    "state a list": (lambda s: s | {"state": []}, "state: expected a dict, got list"),
+    "groups a number": (lambda s: s | {"param_groups": 3}, "param_groups: expected a list"),
+    "group a string": (lambda s: s | {"param_groups": ["a"]}, r"\[0\]: expected a dict"),
+    "group without params": (lambda s: s | {"param_groups": [{}]}, "expected the key 'params'"),
+    "params a set": (lambda s: in_group(s, params={0, 1}), "expected a list or tuple, got set"),
+    "params of lists": (lambda s: in_group(s, params=[[0]]), "expected a int or str, got list"),
+    "names too few": (lambda s: in_group(s, param_names=["x"]), "expected a name for each of"),
+    "names are numbers": (lambda s: in_group(s, param_names=[3] * 8), "expected a name for"),
+    "names None": (lambda s: in_group(s, param_names=None), "expected a list or tuple, got None"),
+    "state None": (lambda s: in_state(s, None), "state of parameter 0: expected a dict, got None"),
+    "state a tensor": (lambda s: in_state(s, torch.ones(3)), "expected a dict, got Tensor"),
+    "a key no string": (lambda s: in_state(s, {7: torch.ones(3)}), "expected the keys"),
+    "a huge step": (lambda s: in_value(s, "step", 10**400), "step of .* 0: expected a whole"),
+    "a step of True": (lambda s: in_value(s, "step", True), "step of .* 0: expected torch"),
+    "a complex step": (lambda s: in_value(s, "step", torch.tensor(1j)), "got torch.complex64"),
+    "meta": (lambda s: in_value(s, "exp_avg_codes", None), "on the device meta: no values"),
+    "a complex lr": (lambda s: in_group(s, lr=torch.tensor(1j)), "lr: expected .* torch.complex64"),
+    "two versions": (lambda s: in_group(s, state_version=torch.ones(2)), "state_version: this"),
+}  # fmt: skip
+
+
+def drop(saved: dict[str, Any], key: str) -> dict[str, Any]:
+    return {k: v for k, v in saved.items() if k != key}
+
+
+def in_group(saved: dict[str, Any], **options: Any) -> dict[str, Any]:
+    saved["param_groups"][0].update(options)
+    return saved
+
+
+def in_state(saved: dict[str, Any], value: Any) -> dict[str, Any]:
+    saved["state"][0] = value
+    return saved
+
+
+def in_value(saved: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    state = saved["state"][0]
+    state[key] = state[key].to("meta") if value is None else value
+    return saved
+
+
+@pytest.mark.parametrize("name", list(FORMS))
+def test_another_form_is_told(name: str) -> None:
+    params = make_params()
+    optimizer = AdamW8bit(params, min_8bit_size=SMALL)
+    train(optimizer, params, [0])
+    before = all_bits(optimizer)
+    spoil, match = FORMS[name]
+    with pytest.raises(ValueError, match=match):
+        optimizer.load_state_dict(spoil(copy.deepcopy(optimizer.state_dict())))
+    assert all_bits(optimizer) == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("exp_avg", math.nan), ("exp_avg_sq", math.inf), ("exp_avg_sq", -1.0)],
+)
+@pytest.mark.parametrize("cls", [AdamW, AdamW8bit])
+def test_moments_that_no_step_leaves(key: str, value: float, cls: Any) -> None:
+    """In 32 bits, which a checkpoint of torch.optim has, loaded as it is or rounded to 8."""
+    params = make_params()
+    source = AdamW(params)
+    train(source, params, [0])
+    saved = copy.deepcopy(source.state_dict())
+    saved["state"][1][key][2, 3] = value
+    optimizer = cls(make_params(), min_8bit_size=SMALL)
+    before = all_bits(optimizer)
+    with pytest.raises(ValueError, match=f"{key} of parameter 1: expected"):
+        optimizer.load_state_dict(saved)
+    assert all_bits(optimizer) == before
+
+
+def test_one_tensor_at_two_places() -> None:
+    """Is copied: no step could write to both."""
+    params = make_params(shapes=[(4, 300), (4, 300)])
+    optimizer = AdamW8bit(params, min_8bit_size=SMALL)
+    train(optimizer, params, [0])
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][1] = saved["state"][0]
+    optimizer.load_state_dict(saved)
+    train(optimizer, params, [1])

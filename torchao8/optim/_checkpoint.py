@@ -31,12 +31,14 @@ class TensorSpec(NamedTuple):
     Attributes:
         shape: of the whole tensor.
         local_shape: of the part on this rank, where ``p`` is a DTensor and this is to be one.
+        signed: whether its numbers may be negative.
     """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     fill: int = 0
     local_shape: tuple[int, ...] | None = None
+    signed: bool = True
 
     def empty(self, p: Tensor) -> Tensor:
         """The tensor of a parameter that has made no step yet."""
@@ -103,7 +105,7 @@ def seal(label: str, layout: Layout, parts: dict[str, Tensor]) -> dict[str, Seal
     """Checks the values on this rank and makes them ready to be loaded.
 
     Raises:
-        ValueError: a step or a scale that no step could have left.
+        ValueError: a number that no step could have left.
     """
     for key, part in parts.items():
         expected = layout[key].local_shape
@@ -112,13 +114,13 @@ def seal(label: str, layout: Layout, parts: dict[str, Tensor]) -> dict[str, Seal
                 f"{key} of {label}: expected a local shape of {list(expected)} on this rank, got "
                 f"{list(part.shape)}"
             )
-        _check_values(label, key, part)
+        _check_values(label, key, layout[key], part)
     return {key: Sealed(layout[key], part.contiguous()) for key, part in parts.items()}
 
 
 def _remedy(saved: dict[str, Any]) -> str:
     """What to do about a checkpoint of another kind, where it can be told."""
-    if any(key.startswith("max_exp_avg_sq") for key in saved):
+    if any(str(key).startswith("max_exp_avg_sq") for key in saved):
         return ". It was saved with amsgrad=True."
     return ""
 
@@ -143,6 +145,10 @@ def _part(label: str, key: str, p: Tensor, spec: TensorSpec, value: Any) -> Tens
 def _check_kind(label: str, key: str, spec: TensorSpec, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise ValueError(f"{key} of {label}: expected {spec}, got {type(value).__name__}")
+    if value.is_meta:
+        raise ValueError(
+            f"{key} of {label}: expected {spec}, got one on the device meta: no values"
+        )
     dense = value.layout is torch.strided
     if not dense or (value.dtype, tuple(value.shape)) != (spec.dtype, spec.shape):
         raise ValueError(
@@ -150,16 +156,19 @@ def _check_kind(label: str, key: str, spec: TensorSpec, value: Any) -> None:
         )
 
 
-def _check_values(label: str, key: str, value: Tensor) -> None:
-    """Of a step and of scales; codes and moments may be anything."""
+def _check_values(label: str, key: str, spec: TensorSpec, value: Tensor) -> None:
     wrong = ""
-    if key == "step" and not 0 <= float(value) == float(value) // 1 < 2**24:
+    if value.dtype == torch.uint8:
+        return  # every code is one
+    if not bool(value.isfinite().all()):
+        wrong = "finite numbers, got some that are not"
+    elif key == "step" and not 0 <= float(value) == float(value) // 1 < 2**24:
         wrong = f"a whole number from 0 to 2^24 - 1, got {float(value)}"
-    elif key.endswith("_scale"):
-        if not bool(value.isfinite().all()):
-            wrong = "finite numbers, got some that are not"
-        elif key != "exp_avg_scale" and bool(value.signbit().any()):
-            wrong = f"numbers >= 0, got {float(value[value.signbit()][0])}"
+    elif not spec.signed:
+        # A scale of -0.0 would give the codes a sign.
+        negative = value.signbit() if key.endswith("_scale") else value < 0
+        if bool(negative.any()):
+            wrong = f"numbers >= 0, got {float(value[negative][0])}"
     if wrong:
         raise ValueError(f"{key} of {label}: expected {wrong}")
 
@@ -168,8 +177,11 @@ def _step_tensor(value: Any) -> Any:
     """Steps also come as numbers, as tensors of other dtypes, and as one tensor for all."""
     if is_dtensor(value):
         value = value.full_tensor()
-    if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1):
-        return torch.as_tensor(value, dtype=torch.float32).reshape(()).clone()
+    if isinstance(value, Tensor):
+        counts = value.numel() == 1 and not (value.is_complex() or value.dtype == torch.bool)
+        return value.to(torch.float32).reshape(()).clone() if counts else value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return torch.tensor(float(min(value, 2**24)), dtype=torch.float32)
     return value
 
 
@@ -208,17 +220,21 @@ def convert(
             codes, scale = values
             specs = (
                 TensorSpec(torch.uint8, shape),
-                TensorSpec(torch.float32, scale_shape(shape, saved_block_size)),
+                TensorSpec(
+                    torch.float32, scale_shape(shape, saved_block_size), signed=state.signed
+                ),
             )
             for key, value, spec in zip(_keys(state, True), values, specs, strict=True):
                 _check_kind(label, key, spec, value)
-                _check_values(label, key, value)
+                _check_values(label, key, spec, value)
             moment = ops.dequantize_blockwise(
                 codes, scale, block_size=saved_block_size, signed=state.signed
             )
         else:
             (moment,) = values
-            _check_kind(label, state.name, TensorSpec(torch.float32, shape), moment)
+            spec = TensorSpec(torch.float32, shape, signed=state.signed)
+            _check_kind(label, state.name, spec, moment)
+            _check_values(label, state.name, spec, moment)
         new: tuple[Tensor, ...] = (moment,)
         if in_8bit:
             new = ops.quantize_blockwise(moment, block_size=block_size, signed=state.signed)

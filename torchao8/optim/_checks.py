@@ -32,6 +32,8 @@ def check_number(
     if isinstance(value, Tensor):
         if not tensor:
             raise ValueError(f"{name}: expected {limit}, got a tensor")
+        if value.is_complex() or value.dtype == torch.bool:
+            raise ValueError(f"{name}: expected {limit}, got a tensor of {value.dtype}")
         if value.numel() != 1:
             raise ValueError(
                 f"{name}: expected one element, got a tensor of shape {list(value.shape)}"

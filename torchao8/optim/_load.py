@@ -30,11 +30,12 @@ def seal_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[st
     Where parameters are sharded, all ranks refuse what one of them does.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    loading, refusal = _Loading(cast("LowPrecisionOptimizer", optimizer), state_dict), None
-    fits = [len(group["params"]) for group in optimizer.param_groups] == [
-        len(group["params"]) for group in state_dict["param_groups"]
-    ]
+    refusal: Exception | None = None
+    fits = False
     try:
+        _check_structure(state_dict)
+        loading = _Loading(cast("LowPrecisionOptimizer", optimizer), state_dict)
+        fits = loading.fits()
         if fits:
             loading.convert()
             loading.seal()
@@ -68,10 +69,15 @@ class _Loading:
         self.converted: dict[str, list[str]] = {}
         self.authors: set[str] = set()
 
+    def fits(self) -> bool:
+        """Whether there are as many groups, of as many parameters."""
+        ours, theirs = self.optimizer.param_groups, self.saved_groups
+        return [len(g["params"]) for g in ours] == [len(g["params"]) for g in theirs]
+
     def convert(self) -> None:
         """Brings options and state into the format of the optimizer."""
+        _check_names(self.optimizer.param_groups, self.saved_groups)
         for live, saved in zip(self.optimizer.param_groups, self.saved_groups, strict=True):
-            _check_order(live, saved)
             kept = {name: live[name] for name in self.optimizer._own_options}
             missing = {name: live[name] for name in self.optimizer.defaults}
             group = {**missing, **plain_hints(saved), **kept}
@@ -80,7 +86,7 @@ class _Loading:
             block_size = saved.get("block_size", group["block_size"])
             check_block_size(block_size)
             for p, saved_id in zip(live["params"], saved["params"], strict=True):
-                if self.state.get(saved_id):
+                if self._has_state(p, saved_id):
                     if "state_version" not in saved:
                         self._read_foreign(group, p, saved_id)
                     self._convert_state(group, p, saved_id, block_size)
@@ -88,6 +94,13 @@ class _Loading:
         stray = [key for key in self.state if key not in known]
         if stray:
             raise ValueError(f"state of {stray[0]!r}: no parameter group of the checkpoint has it")
+
+    def _has_state(self, p: Tensor, saved_id: Any) -> bool:
+        values = self.state.get(saved_id, {})
+        if not isinstance(values, dict):
+            label = describe(self.optimizer, p)
+            raise ValueError(f"state of {label}: expected a dict, got {type(values).__name__}")
+        return bool(values)
 
     def _read_foreign(self, group: Group, p: Tensor, saved_id: Any) -> None:
         values, states = self.state[saved_id], self.optimizer._states(group)
@@ -100,8 +113,6 @@ class _Loading:
     def _convert_state(self, group: Group, p: Tensor, saved_id: Any, saved_block_size: int) -> None:
         values, states = self.state[saved_id], self.optimizer._states(group)
         label, layout = describe(self.optimizer, p), self.optimizer._layout(group, p)
-        if not isinstance(values, dict):
-            raise ValueError(f"state of {label}: expected a dict, got {type(values).__name__}")
         new = convert(label, layout, states, values, group["block_size"], saved_block_size)
         if new is not values:
             was_8bit, is_8bit = (any(k.endswith("_codes") for k in keys) for keys in (values, new))
@@ -117,7 +128,13 @@ class _Loading:
 
     def seal(self) -> None:
         """Checks the values on this rank."""
+        seen: set[int] = set()
         for saved_id, label, layout, parts in self.parts:
+            # A checkpoint may hold one tensor twice, which no step could write to.
+            for key, part in parts.items():
+                if part.numel() and part.data_ptr() in seen:
+                    parts[key] = part.clone()
+                seen.add(part.data_ptr())
             self.state[saved_id] = seal(label, layout, parts)
 
     def tell(self) -> None:
@@ -144,19 +161,53 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=7)
 
 
-def _check_order(live: Group, saved: Group) -> None:
+def _check_structure(state_dict: dict[str, Any]) -> None:
+    """Raises ValueError unless this has the form of an optimizer's state dict."""
+
+    def expect(name: str, value: Any, *kinds: type) -> None:
+        if not isinstance(value, kinds):
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{name}: expected a {wanted}, got {type(value).__name__}")
+
+    for key, kind in (("state", dict), ("param_groups", list)):
+        if key not in state_dict:
+            raise ValueError(f"state dict: expected the key {key!r}, got {list(state_dict)}")
+        expect(key, state_dict[key], kind)
+    for i, group in enumerate(state_dict["param_groups"]):
+        expect(f"param_groups[{i}]", group, dict)
+        if "params" not in group:
+            raise ValueError(f"param_groups[{i}]: expected the key 'params', got {list(group)}")
+        expect(f"params of param_groups[{i}]", group["params"], list, tuple)
+        for saved_id in group["params"]:
+            expect(f"params of param_groups[{i}]: an element", saved_id, int, str)
+        names = group.get("param_names", [""] * len(group["params"]))
+        expect(f"param_names of param_groups[{i}]", names, list, tuple)
+        if len(names) != len(group["params"]) or not all(isinstance(n, str) for n in names):
+            raise ValueError(
+                f"param_names of param_groups[{i}]: expected a name for each of "
+                f"{len(group['params'])} parameters, got {names!r}"
+            )
+
+
+def _check_names(live: list[Group], saved: list[Group]) -> None:
     """Names may differ, as wrappers of modules change them, but not be those of other parameters.
 
     Raises:
-        ValueError: the same names in another order.
+        ValueError: a name that both have, at different places.
     """
-    ours, theirs = live.get("param_names"), saved.get("param_names")
-    if ours and theirs and list(ours) != list(theirs) and sorted(ours) == sorted(theirs):
-        i = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
-        raise ValueError(
-            f"param_names: the checkpoint has the parameters in another order: {theirs[i]!r} where "
-            f"the optimizer has {ours[i]!r}"
+    if all("param_names" in group for group in (*live, *saved)):
+        ours, theirs = (
+            [name for g in groups for name in g["param_names"]] for groups in (live, saved)
         )
+        if any(len(set(names)) < len(names) for names in (ours, theirs)):
+            return  # they do not tell which is which
+        places = {name: i for i, name in enumerate(ours)}
+        for i, name in enumerate(theirs):
+            if places.get(name, i) != i:
+                raise ValueError(
+                    f"param_names: the checkpoint has the parameters in another order: {name!r} "
+                    f"where the optimizer has {ours[i]!r}"
+                )
 
 
 def plain_hints(options: Group) -> Group:

@@ -103,7 +103,7 @@ class LowPrecisionOptimizer(Optimizer):
             )
         if not is_int(group["seed"]) or not -(2**63) <= group["seed"] < 2**63:
             raise ValueError(f"seed: expected an int of 64 bits, got {group['seed']!r}")
-        if group["state_version"] != STATE_VERSION:
+        if not is_int(group["state_version"]) or group["state_version"] != STATE_VERSION:
             raise ValueError(
                 f"state_version: this version of torchao8 reads and writes {STATE_VERSION}, got "
                 f"{group['state_version']!r}. A newer one may have saved the checkpoint."
@@ -148,9 +148,9 @@ class LowPrecisionOptimizer(Optimizer):
                 zero_code = 127 if signed else 0
                 scales = scale_shape(shape, block_size)
                 layout[f"{name}_codes"] = TensorSpec(torch.uint8, shape, zero_code, local_shape)
-                layout[f"{name}_scale"] = TensorSpec(torch.float32, scales, 0, local_scale)
+                layout[f"{name}_scale"] = TensorSpec(torch.float32, scales, 0, local_scale, signed)
             else:
-                layout[name] = TensorSpec(torch.float32, shape, 0, local_shape)
+                layout[name] = TensorSpec(torch.float32, shape, 0, local_shape, signed)
         return layout
 
     def _init_states(self) -> None:
@@ -291,6 +291,8 @@ class LowPrecisionOptimizer(Optimizer):
                 that is not known, or a state whose keys, dtypes, shapes or values are not those of
                 the parameter.
         """
+        if not isinstance(state_dict, dict):
+            raise ValueError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
         # Registered for this call only: so it runs after the user's hooks, and copies and pickles
         # of the optimizer, which carry no hooks, load checkpoints as well.
         handle = self.register_load_state_dict_pre_hook(seal_state_dict)
