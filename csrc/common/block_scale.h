@@ -5,8 +5,6 @@
 
 namespace torchao8 {
 
-constexpr int kMaxStates = 3;  // of any rule
-
 // Whether a number can be a block's extreme element: below 2^126, and not negative in an unsigned
 // state. The bits of a negative number, and of NaN, are above those of 2^126.
 template <bool kSigned>

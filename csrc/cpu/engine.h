@@ -140,8 +140,8 @@ class Engine {
   // through buffers as float32, padded with elements that have no gradient and no state.
   void step_staged(const Item<Rule>& item, int64_t begin, BlockRun run) const {
     alignas(64) float param[kMaxBlock], grad[kMaxBlock];
-    alignas(64) uint8_t codes[Rule::kStates][kMaxBlock];
-    uint8_t* home[Rule::kStates];
+    alignas(64) uint8_t codes[kMaxStates][kMaxBlock];
+    uint8_t* home[kMaxStates];
     const int length = run.length, padded = (length + kWidest - 1) / kWidest * kWidest;
     const int64_t blocks = run.blocks;
     for (int s = 0; s < Rule::kStates; s++) {

@@ -9,6 +9,7 @@
 #include "common/floats.h"
 #include "common/random.h"
 #include "cpu/codec_tables.h"
+#include "rules/rule.h"
 
 namespace torchao8 {
 
@@ -36,7 +37,8 @@ struct ElementRun {
   int64_t count;
 };
 
-// param and grad have one type: float32 or bfloat16. What else there is comes converted.
+// param and grad have one type: float32 or bfloat16. What else there is comes converted. A rule
+// without states has no kernels for blocks.
 template <class Rule>
 struct StepKernels {
   void (*blocks_float32)(const Rule&, const CodecTables&, const BlockRun&);

@@ -15,19 +15,36 @@ namespace torchao8::TORCHAO8_ISA {
 // Applies f to 0, 1, ... N-1 as constants, so that each state's sign is known when compiling.
 template <int N, class Function>
 TORCHAO8_HD void for_each_state(Function f) {
-  f(std::integral_constant<int, 0>());
+  if constexpr (N > 0) f(std::integral_constant<int, 0>());
   if constexpr (N > 1) f(std::integral_constant<int, 1>());
   if constexpr (N > 2) f(std::integral_constant<int, 2>());
 }
 
 // Where all states are usable: neither NaN nor infinite nor close to it, nor negative if unsigned.
+// Without states, where the first value is.
 template <class Rule>
-TORCHAO8_HD Mask all_in_range(const F* state) {
-  Mask good = in_range<Rule::kSigned[0]>(state[0]);
+TORCHAO8_HD Mask all_in_range(const F* values) {
+  Mask good = in_range<Rule::kSigned[0]>(values[0]);
   for_each_state<Rule::kStates>(
-      [&](auto s) TORCHAO8_LAMBDA { good = both(good, in_range<Rule::kSigned[s]>(state[s])); });
+      [&](auto s) TORCHAO8_LAMBDA { good = both(good, in_range<Rule::kSigned[s]>(values[s])); });
   return good;
 }
+
+// Whether a rule has an unsigned state, whose extreme element tells of NaN. If not, all elements of
+// a signed one go into a sum of zeros.
+template <class Rule>
+constexpr bool has_unsigned() {
+  for (int s = 0; s < Rule::kStates; s++) {
+    if (!Rule::kSigned[s]) return true;
+  }
+  return false;
+}
+struct NanFinder {
+  F sum;
+  TORCHAO8_HD NanFinder() : sum(0.0f) {}
+  TORCHAO8_HD void add(F v) { sum = fma(v, F(0.0f), sum); }
+  TORCHAO8_HD bool found() const { return !all(in_range<true>(sum)); }
+};
 
 // Elements ahead of the ones at work that are asked for from memory. The hardware's own prefetchers
 // stop at pages of 4 KiB, and a block spends its time in four arrays at once.
@@ -68,15 +85,15 @@ struct Block {
   }
 };
 
-// The moments of two blocks, in units, that follow each other around a ring.
+// The values of two blocks, in units, that follow each other around a ring.
 template <int N>
 struct Ring {
-  alignas(64) float moments[N][2 * kMaxBlock];
+  alignas(64) float values[N][2 * kMaxBlock];
   int end;  // of the second block, where the first one follows
 
   TORCHAO8_HD int wrap(int at) const { return at < end ? at : at - end; }
-  TORCHAO8_HD void load_at(int at, F* state) const {
-    for (int s = 0; s < N; s++) state[s] = load(moments[s] + at);
+  TORCHAO8_HD void load_at(int at, F* to) const {
+    for (int v = 0; v < N; v++) to[v] = load(values[v] + at);
   }
 };
 
@@ -92,20 +109,21 @@ struct alignas(64) Plan {
 // vector of the block in turn, then finish(). On the vector paths it writes nothing but the ring.
 template <class Rule, class T>
 struct Moments {
-  static constexpr int N = Rule::kStates;
+  static constexpr int N = Rule::kStates, kValues = Rule::kValues;
   static constexpr bool kSelect = kWidth == 1;
   Decoder<true> decode_signed;
   Decoder<false> decode_unsigned;
   Extreme<true> extreme_signed[N];
   Extreme<false> extreme_unsigned[N];
+  NanFinder nan;
   Block<Rule, T> block;
-  Ring<N>& ring;
+  Ring<kValues>& ring;
   int place;  // of the block's first element in the ring
   float scale[N];
   Rule rule;
 
-  TORCHAO8_HD Moments(const Rule& r, const CodecTables& t, const Block<Rule, T>& b, Ring<N>& to,
-                      int at)
+  TORCHAO8_HD Moments(const Rule& r, const CodecTables& t, const Block<Rule, T>& b,
+                      Ring<kValues>& to, int at)
       : decode_signed(t), decode_unsigned(t), block(b), ring(to), place(at) {
     for (int s = 0; s < N; s++) scale[s] = *block.scales[s];
     rule = r.with_scales(scale);
@@ -117,42 +135,43 @@ struct Moments {
       prefetch(block.param + i + kAhead);
       for (int s = 0; s < N; s++) prefetch(block.codes[s] + i + kAhead);
     }
-    F old[N], state[N], p(0.0f);
+    F old[N], values[kValues], p(0.0f);
     for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
       if constexpr (Rule::kSigned[s]) {
         old[s] = decode_signed(block.codes[s] + i);
       } else {
         old[s] = decode_unsigned(block.codes[s] + i);
       }
-      state[s] = old[s];
+      values[s] = old[s];
     });
     if constexpr (Rule::kMomentsNeedParam) p = load(block.param + i);
-    rule.template moments<true>(p, load(block.grad + i), state);
+    rule.template moments<true>(p, load(block.grad + i), values);
     if constexpr (kSelect) {
-      const Mask good = all_in_range<Rule>(state);
-      for (int s = 0; s < N; s++)
-        state[s] = select(good, state[s], old[s] * F(scale[s] / rule.unit[s]));
+      const Mask good = all_in_range<Rule>(values);
       if (all(good))
-        store(block.param + i, rule.template update<true>(load(block.param + i), state));
+        store(block.param + i, rule.template update<true>(load(block.param + i), values));
+      for (int s = 0; s < N; s++)
+        values[s] = select(good, values[s], old[s] * F(scale[s] / rule.unit[s]));
     }
     for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
-      store(ring.moments[s] + place + i, state[s]);
       if constexpr (Rule::kSigned[s]) {
-        extreme_signed[s].add(state[s]);
+        extreme_signed[s].add(values[s]);
       } else {
-        extreme_unsigned[s].add(state[s]);
+        extreme_unsigned[s].add(values[s]);
       }
     });
+    if constexpr (!has_unsigned<Rule>() && !kSelect) nan.add(values[0]);
+    for (int v = 0; v < kValues; v++) store(ring.values[v] + place + i, values[v]);
   }
 
   template <bool kStochastic>
   TORCHAO8_HD void finish(Plan<N>& plan, const uint64_t* keys) const {
-    bool good = true;
+    bool good = !nan.found();
     for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
       plan.extreme[s] =
           Rule::kSigned[s] ? extreme_signed[s].result() : extreme_unsigned[s].result();
       plan.inverse[s] = inverse_of<Rule::kSigned[s]>(plan.extreme[s]);
-      if constexpr (kStochastic && !Rule::kSigned[s]) {
+      if constexpr (kStochastic && Rule::kStochastic[s]) {
         plan.random[s].start(keys[s], block.first_element);
       }
       // decay: the stored scale may overflow in units, or be none at all
@@ -172,17 +191,17 @@ struct Pipeline {
   bool full;
   TORCHAO8_HD Pipeline() : root(0.0f), step(0.0f), full(false) {}
 
-  TORCHAO8_HD void start_root(const Rule& rule, const Ring<Rule::kStates>& ring, int at) {
-    F state[Rule::kStates];
-    ring.load_at(at, state);
-    root = rule.template root<true>(state);
+  TORCHAO8_HD void start_root(const Rule& rule, const Ring<Rule::kValues>& ring, int at) {
+    F values[Rule::kValues];
+    ring.load_at(at, values);
+    root = rule.template root<true>(values);
   }
-  TORCHAO8_HD void start_step(const Rule& rule, const Ring<Rule::kStates>& ring, int at) {
-    F state[Rule::kStates];
-    ring.load_at(at, state);
-    step = rule.step(state, root);
+  TORCHAO8_HD void start_step(const Rule& rule, const Ring<Rule::kValues>& ring, int at) {
+    F values[Rule::kValues];
+    ring.load_at(at, values);
+    step = rule.step(values, root);
   }
-  TORCHAO8_HD void fill(const Rule& rule, const Ring<Rule::kStates>& ring, int at) {
+  TORCHAO8_HD void fill(const Rule& rule, const Ring<Rule::kValues>& ring, int at) {
     if (full) return;
     start_root(rule, ring, at);
     start_step(rule, ring, at);
@@ -190,7 +209,7 @@ struct Pipeline {
     full = ring.end >= 4 * kWidth;  // with blocks of one vector, two ahead is not in the ring
   }
   // The step of the vector at this place.
-  TORCHAO8_HD F next(const Rule& rule, const Ring<Rule::kStates>& ring, int at) {
+  TORCHAO8_HD F next(const Rule& rule, const Ring<Rule::kValues>& ring, int at) {
     const F now = step;
     start_step(rule, ring, ring.wrap(at + kWidth));
     start_root(rule, ring, ring.wrap(at + 2 * kWidth));
@@ -198,10 +217,10 @@ struct Pipeline {
   }
 };
 
-// Second pass: update the parameter (the scalar path has done it), encode the moments in the ring.
+// Second pass: update the parameter (the scalar path has done it), encode the states in the ring.
 template <class Rule, class T, bool kStochastic>
 struct UpdateAndEncode {
-  static constexpr int N = Rule::kStates;
+  static constexpr int N = Rule::kStates, kValues = Rule::kValues;
   // Faster with the stochastic encoder in the loop, slower without it (benchmarks/NOTES.md).
   static constexpr bool kPipelined = kStochastic && kWidth > 1;
   NearestEncoder<true> encode_signed;
@@ -209,7 +228,7 @@ struct UpdateAndEncode {
   StochasticEncoder encode_stochastic;
   RandomStream stream[N];
   Block<Rule, T> block;
-  const Ring<N>& ring;
+  const Ring<kValues>& ring;
   int place;
   const Plan<N>& plan;
   Pipeline<Rule>& pipeline;
@@ -217,7 +236,7 @@ struct UpdateAndEncode {
   Rule rule;
 
   TORCHAO8_HD UpdateAndEncode(const Rule& r, const CodecTables& t, const Block<Rule, T>& b,
-                              const Ring<N>& from, int at, const Plan<N>& p, Pipeline<Rule>& line)
+                              const Ring<kValues>& from, int at, const Plan<N>& p, Pipeline<Rule>& line)
       : encode_signed(t),
         encode_unsigned(t),
         encode_stochastic(t),
@@ -229,29 +248,29 @@ struct UpdateAndEncode {
         rule(r) {
     for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
       inverse[s] = p.inverse[s];
-      if constexpr (kStochastic && !Rule::kSigned[s]) stream[s].start(p.random[s]);
+      if constexpr (kStochastic && Rule::kStochastic[s]) stream[s].start(p.random[s]);
     });
     if constexpr (kPipelined) pipeline.fill(rule, ring, place);
   }
 
   TORCHAO8_HD void operator()(int i) {
-    F state[N];
-    ring.load_at(place + i, state);
+    F values[kValues];
+    ring.load_at(place + i, values);
     if constexpr (kPipelined) {
       const F step = pipeline.next(rule, ring, place + i);
       store_quiet(block.param + i, rule.apply(load(block.param + i), step));
     }
     for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
-      if constexpr (Rule::kSigned[s]) {
-        encode_signed(state[s], inverse[s], block.codes[s] + i);
-      } else if constexpr (kStochastic) {
-        encode_stochastic(state[s], inverse[s], stream[s].next(), block.codes[s] + i);
+      if constexpr (kStochastic && Rule::kStochastic[s]) {
+        encode_stochastic(values[s], inverse[s], stream[s].next(), block.codes[s] + i);
+      } else if constexpr (Rule::kSigned[s]) {
+        encode_signed(values[s], inverse[s], block.codes[s] + i);
       } else {
-        encode_unsigned(state[s], inverse[s], block.codes[s] + i);
+        encode_unsigned(values[s], inverse[s], block.codes[s] + i);
       }
     });
     if constexpr (!kPipelined && kWidth > 1)
-      store_quiet(block.param + i, rule.template update<true>(load(block.param + i), state));
+      store_quiet(block.param + i, rule.template update<true>(load(block.param + i), values));
   }
 
   TORCHAO8_HD void finish(int length) const {
@@ -284,11 +303,11 @@ void step_blocks(const Rule& rule, const CodecTables& tables, const BlockRun& ru
   using First = Moments<Rule, T>;
   using Second = UpdateAndEncode<Rule, T, kStochastic>;
   const int length = run.length;
-  Ring<N> ring;
+  Ring<Rule::kValues> ring;
   ring.end = 2 * length;
-  for (int s = 0; s < N; s++) {  // what is read ahead of a run of one block
-    store(ring.moments[s] + length, F(0.0f));
-    store(ring.moments[s] + length + kWidth, F(0.0f));
+  for (auto& values : ring.values) {  // what is read ahead of a run of one block
+    store(values + length, F(0.0f));
+    store(values + length + kWidth, F(0.0f));
   }
   Plan<N> plans[2];
   Pipeline<Rule> pipeline;
@@ -339,14 +358,13 @@ void step_blocks_of(const Rule& rule, const CodecTables& tables, const BlockRun&
 template <class Rule, class T>
 TORCHAO8_HD void step_vector(const Rule& r, T* param, const T* grad, float* const* states) {
   constexpr int N = Rule::kStates;
-  F old[N], state[N];
-  for (int s = 0; s < N; s++) state[s] = old[s] = load(states[s]);
+  F old[N + 1], values[Rule::kValues];
+  for (int s = 0; s < N; s++) values[s] = old[s] = load(states[s]);
   const F p = load(param);
-  r.template moments<false>(p, load(grad), state);
-  const Mask good = all_in_range<Rule>(state);
-  for (int s = 0; s < N; s++) state[s] = select(good, state[s], old[s]);
-  for (int s = 0; s < N; s++) store(states[s], state[s]);
-  store(param, select(good, r.template update<false>(p, state), p));
+  r.template moments<false>(p, load(grad), values);
+  const Mask good = all_in_range<Rule>(values);
+  for (int s = 0; s < N; s++) store(states[s], select(good, values[s], old[s]));
+  store(param, select(good, r.template update<false>(p, values), p));
 }
 
 template <class Rule, class T>
@@ -357,15 +375,15 @@ void step_elements(const Rule& rule, const ElementRun& run) {
   const T* grad = static_cast<const T*>(run.grad);
   int64_t i = 0;
   for (; i + kWidth <= run.count; i += kWidth) {
-    float* states[N];
+    float* states[kMaxStates];
     for (int s = 0; s < N; s++) states[s] = run.states[s] + i;
     step_vector(r, param + i, grad + i, states);
   }
   const size_t left = size_t(run.count - i);
   if (left == 0) return;
   T tail_param[kWidth] = {}, tail_grad[kWidth] = {};
-  float tail[N][kWidth] = {};
-  float* states[N];
+  float tail[kMaxStates][kWidth] = {};
+  float* states[kMaxStates];
   std::memcpy(tail_param, param + i, left * sizeof(T));
   std::memcpy(tail_grad, grad + i, left * sizeof(T));
   for (int s = 0; s < N; s++) {
@@ -379,8 +397,13 @@ void step_elements(const Rule& rule, const ElementRun& run) {
 
 template <class Rule>
 constexpr StepKernels<Rule> make_step_kernels() {
-  return {step_blocks_of<Rule, float>, step_blocks_of<Rule, BFloat16>, step_elements<Rule, float>,
-          step_elements<Rule, BFloat16>};
+  StepKernels<Rule> kernels = {nullptr, nullptr, step_elements<Rule, float>,
+                               step_elements<Rule, BFloat16>};
+  if constexpr (Rule::kStates > 0) {
+    kernels.blocks_float32 = step_blocks_of<Rule, float>;
+    kernels.blocks_bfloat16 = step_blocks_of<Rule, BFloat16>;
+  }
+  return kernels;
 }
 
 }  // namespace torchao8::TORCHAO8_ISA

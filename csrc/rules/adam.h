@@ -2,50 +2,29 @@
 // "Decoupled Weight Decay Regularization", Loshchilov and Hutter, 2019, algorithm 2; AMSGrad: "On
 // the Convergence of Adam and Beyond", Reddi et al., 2018), with eps added to the bias-corrected
 // root as torch.optim does.
-//
-// A rule sees values, never memory: F is float, or a vector of floats with the same operations.
-// Each operation is one IEEE operation in the order written, which is what makes every engine agree
-// to the bit.
 #pragma once
 
-#include "common/macros.h"
+#include "rules/rule.h"
 
 namespace torchao8 {
 
-struct AdamOptions {
-  double beta1, beta2, eps, weight_decay, lr;
-  double grad_scale;  // gradients are divided by it
-  bool maximize;
+struct AdamOptions : CommonOptions {
+  double beta1, beta2, eps, weight_decay;
   bool decoupled;  // of weight decay: AdamW's kind
+  bool maximize;
 };
-
-// beta^t by repeated squaring: libm's pow may differ between machines.
-TORCHAO8_HD double integer_power(double base, int64_t t) {
-  double r = 1;
-  for (; t > 0; t >>= 1, base *= base) {
-    if (t & 1) r *= base;
-  }
-  return r;
-}
-
-// Under the root, so that 0 / 0 cannot happen with eps = 0. With 8-bit state v is in units of about
-// the squared gradient, and 2^-101 (a gradient of 6e-16) is where a GPU's branch-free root is
-// exact.
-constexpr float kRootFloor8bit = 3.9443045e-31f;
-constexpr float kRootFloor32bit = 1.17549435e-38f;  // smallest normal
 
 // kPlainGradient: the gradient goes into the moments as it comes. Else it is scaled, negated or has
 // the parameter added to it (coupled decay) before.
 template <bool kAmsgrad, bool kPlainGradient>
 struct AdamRule {
   using Options = AdamOptions;
-  static constexpr int kStates = kAmsgrad ? 3 : 2;
+  static constexpr int kStates = kAmsgrad ? 3 : 2, kValues = kStates;
   static constexpr bool kSigned[3] = {true, false, false};
+  static constexpr bool kStochastic[3] = {false, true, true};
   static constexpr bool kMomentsNeedParam = !kPlainGradient;
 
-  // Scaled (8-bit) state is computed in units of what a gradient adds to it, which saves
-  // multiplying the gradient by it; the unit disappears in the scale. With 32-bit state it is 1.
-  float unit[3];
+  float unit[3];   // with scaled state, of what a gradient adds; else 1
   float gain[2];   // what g and g^2 are multiplied by
   float decay[3];  // what a stored moment is multiplied by, to be in units
   // Of the denominator, both divided by -lr / (1 - beta1^t).
@@ -53,11 +32,6 @@ struct AdamRule {
   float shrink;              // 1 - lr * weight_decay where it is decoupled, else 1
   float coupled, grad_gain;  // weight_decay where it is coupled, else 0; +-1 / grad_scale
 
-  TORCHAO8_HD static bool gradient_is_plain(const AdamOptions& o) {
-    return o.grad_scale == 1 && !o.maximize && (o.decoupled || o.weight_decay == 0);
-  }
-
-  // t: the step being taken, from 1.
   TORCHAO8_HD static AdamRule at_step(const AdamOptions& o, int64_t t, bool scaled_state) {
     AdamRule r;
     const double gain1 = 1 - o.beta1, gain2 = 1 - o.beta2;
@@ -88,14 +62,13 @@ struct AdamRule {
     return factor >= 0x1p-75f && factor < 0x1p62f && eps < 0x1p124f;
   }
 
-  // A stored moment is state * scale; folding the scale into the decay saves a multiplication.
+  // Folding the scale into the decay saves a multiplication.
   TORCHAO8_HD AdamRule with_scales(const float* scale) const {
     AdamRule r = *this;
     for (int s = 0; s < kStates; s++) r.decay[s] = decay[s] * scale[s];
     return r;
   }
 
-  // state: the stored values on entry, the new moments (in units) on exit.
   template <bool kScaledState, class F>
   TORCHAO8_HD void moments(F p, F g, F* state) const {
     if constexpr (!kPlainGradient) g = fma(p, F(coupled), g * F(grad_gain));
@@ -106,8 +79,6 @@ struct AdamRule {
     if constexpr (kAmsgrad) state[2] = max(state[1], state[2] * F(decay[2]));
   }
 
-  // The new parameter is apply(p, step(state, root(state))): in three parts, so that a loop can
-  // start the two long operations ahead.
   template <bool kScaledState, class F>
   TORCHAO8_HD F root(const F* state) const {
     return sqrt(max(state[kStates - 1], F(kScaledState ? kRootFloor8bit : kRootFloor32bit)));
@@ -123,6 +94,29 @@ struct AdamRule {
   template <bool kScaledState, class F>
   TORCHAO8_HD F update(F p, const F* state) const {
     return apply(p, step(state, root<kScaledState>(state)));
+  }
+};
+
+struct AdamFamily {
+  static constexpr const char* kOp = "adam_step_";
+  static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
+  static constexpr bool kOptional[] = {false, false, true};
+  using Options = AdamOptions;
+  using Arguments = Types<double, double, double, double, bool, bool>;
+  static constexpr NumberArgument<Options> kNumbers[] = {
+      {"beta1", &Options::beta1, Range::kDecayRate},
+      {"beta2", &Options::beta2, Range::kDecayRate},
+      {"eps", &Options::eps, Range::kNotNegative},
+      {"weight_decay", &Options::weight_decay, Range::kNotNegative}};
+
+  template <class Visit>
+  static void choose(const Options& o, const bool* has, bool scaled_gradient, Visit visit) {
+    // A gradient scale of 1 takes the path of any other: on a GPU the host does not know it.
+    if (!scaled_gradient && !o.maximize && (o.decoupled || o.weight_decay == 0)) {
+      has[2] ? visit(Type<AdamRule<true, true>>()) : visit(Type<AdamRule<false, true>>());
+    } else {
+      has[2] ? visit(Type<AdamRule<true, false>>()) : visit(Type<AdamRule<false, false>>());
+    }
   }
 };
 

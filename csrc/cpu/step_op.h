@@ -1,0 +1,112 @@
+// A step op on the CPU, for any family of rules: its checks, and what the engine needs of its
+// arguments.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "common/step_call.h"
+#include "cpu/engine.h"
+
+namespace torchao8 {
+
+inline double read_scalar(const Argument& a, const Tensor& t) {
+  check_place(a, t, kCpu);
+  check_number(a, t);
+  return read_number(t);
+}
+
+template <class Rule>
+Item<Rule> make_item(const StepCall& call, int64_t i) {
+  Item<Rule> item;
+  const Tensor &param = call.params[i], &grad = call.grads[i];
+  item.param =
+      FloatArray(param, check_float_type({call.op, "params", i}, param), param.mutable_data_ptr());
+  item.grad =
+      FloatArray(grad, check_float_type({call.op, "grads", i}, grad), grad.const_data_ptr());
+  if (!call.quantized()) {
+    item.row_length = param.numel();
+    item.units_per_row = Engine<Rule>::chunks(item.row_length);
+    for (int s = 0; s < Rule::kStates; s++)
+      item.states[s] = (*call.states[s].values)[i].template mutable_data_ptr<float>();
+    return item;
+  }
+  const BlockLayout layout = block_layout(param.sizes(), call.block_size);
+  item.rows = layout.rows;
+  item.row_length = item.row_stride = layout.row_length;
+  item.units_per_row = layout.blocks_per_row;
+  if (!call.shard_offsets.empty()) {
+    item.shard_offset = call.shard_offsets[i];
+    item.row_stride = call.shard_row_strides[i];
+  }
+  for (int s = 0; s < Rule::kStates; s++) {
+    item.codes[s] = (*call.states[s].values)[i].template mutable_data_ptr<uint8_t>();
+    item.scales[s] = (*call.states[s].scales)[i].template mutable_data_ptr<float>();
+  }
+  return item;
+}
+
+template <class Rule>
+void step_all(const StepCall& call, const typename Rule::Options& options) {
+  Engine<Rule> engine(call.block_size, call.stochastic);
+  Item<Rule> latest;  // parameters mostly share their step
+  int64_t latest_step = -1;
+  for (size_t i = 0; i < call.params.size(); i++) {
+    const int64_t step = int64_t(*call.steps[i].const_data_ptr<float>()) + 1;
+    if (step != latest_step) {
+      latest.rule = Rule::at_step(options, step, call.quantized());
+      for (int s = 0; s < Rule::kStates; s++)
+        latest.keys[s] = random_key(uint64_t(call.seed), uint64_t(step), s);
+      latest_step = step;
+    }
+    Item<Rule> item = make_item<Rule>(call, int64_t(i));
+    item.rule = latest.rule;
+    std::copy(latest.keys, latest.keys + kMaxStates, item.keys);
+    engine.add(std::move(item));
+  }
+  engine.run();
+}
+
+// The op's function. Its lists of states and its own arguments are those of the family.
+template <class Family, class States, class Arguments>
+struct StepOpOf;
+template <class Family, size_t... S, class... Arguments>
+struct StepOpOf<Family, std::index_sequence<S...>, Types<Arguments...>> {
+  template <size_t>
+  using List = TensorList;
+
+  static void run(TensorList params, TensorList grads, List<S>... values, List<S>... scales,
+                  TensorList steps, Tensor lr, std::optional<Tensor> grad_scale,
+                  std::optional<Tensor> found_inf, Arguments... arguments, int64_t block_size,
+                  bool stochastic_rounding, int64_t seed, std::vector<int64_t> shard_offsets,
+                  std::vector<int64_t> shard_row_strides) {
+    const TensorList *value_lists[] = {&values...}, *scale_lists[] = {&scales...};
+    const PresentStates<Family> present(value_lists, scale_lists);
+    const StepCall call{Family::kOp,    params,         grads,       steps,      present.lists,
+                        present.states, present.has,    block_size,  stochastic_rounding,
+                        seed,           shard_offsets,  shard_row_strides, kCpu};
+    check_block_size(Family::kOp, block_size);
+    const DefaultFloatingPoint guard;
+    const CommonOptions common = {
+        read_scalar({Family::kOp, "lr"}, lr),
+        grad_scale ? read_scalar({Family::kOp, "grad_scale"}, *grad_scale) : 1};
+    const typename Family::Options options = {common, arguments...};
+    check_options<Family>(options);
+    check_call(call);
+    for (size_t i = 0; i < steps.size(); i++)
+      check_count({Family::kOp, "steps", int64_t(i)}, steps[i]);
+    if (found_inf && read_scalar({Family::kOp, "found_inf"}, *found_inf) != 0) return;
+    Family::choose(options, present.has, grad_scale.has_value(), [&](auto rule) {
+      step_all<typename decltype(rule)::type>(call, options);
+    });
+  }
+};
+template <class Family>
+using StepOp = StepOpOf<Family, std::make_index_sequence<std::size(Family::kStates)>,
+                        typename Family::Arguments>;
+
+}  // namespace torchao8

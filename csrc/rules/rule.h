@@ -1,0 +1,78 @@
+// What an update rule is, and what its family tells of the op that applies it.
+//
+// A rule sees values, never memory: F is float, or a vector of floats with the same operations. Each
+// operation is one IEEE operation in the order written, which is what makes every engine agree to
+// the bit. It has
+//     Options         the op's own arguments, and the numbers that all ops take
+//     kStates         states that are stored; kSigned[s] whether their numbers may be negative,
+//                     kStochastic[s] whether they are rounded stochastically (if the caller says so)
+//     kValues         numbers that moments() leaves for the update: the new states, then any others
+//     kMomentsNeedParam   whether moments() reads the parameter
+//     at_step(options, t, scaled_state)   the rule of one tensor at its step t, counted from 1
+//     unit[s]         what one unit of a value is worth: scaled (8-bit) state may be computed in
+//                     units of what a gradient adds, as the unit disappears in the scale
+//     with_scales(scale)   the same, with the states stored as multiples of these; decay[s] is then
+//                     what a stored number is multiplied by, and where that is not finite no number is
+//     is_bounded()    whether no root or reciprocal that the update takes leaves the range in which
+//                     a GPU computes it without a branch (cuda/device.cuh)
+//     moments<kScaledState>(p, g, values)   values: the stored states on entry
+//     root<kScaledState>(values), step(values, root), apply(p, step)   the new parameter in three
+//                     parts, so that a loop can start long operations ahead
+// An element whose new states are not all in range (finite, and not negative where unsigned) has a
+// bad gradient: it keeps its parameter and states. A rule without states has its first value judged.
+//
+// A family is the set of rules that one op chooses from. It has
+//     kOp             the op's name
+//     kStates         the names of the states; the op's lists are <name>s and <name>_scales. Those
+//     kOptional[s]    may be empty
+//     Options         whose own members are the op's own arguments, in the order of its schema, of
+//     Arguments       these types
+//     kNumbers        those of them that must lie in a range
+//     choose(options, has, scaled_gradient, visit)   calls visit(Type<Rule>()), has[s] telling which
+//                     states there are, scaled_gradient whether the op got a gradient scale
+#pragma once
+
+#include "common/macros.h"
+
+namespace torchao8 {
+
+constexpr int kMaxStates = 3;  // of any rule
+
+template <class T>
+struct Type {
+  using type = T;
+};
+template <class... Ts>
+struct Types {};
+
+// The numbers that every op takes, as tensors.
+struct CommonOptions {
+  double lr;
+  double grad_scale;  // gradients are divided by it
+};
+
+enum class Range { kDecayRate, kNotNegative, kFinite };
+
+template <class Options>
+struct NumberArgument {
+  const char* name;
+  double Options::*value;
+  Range range;
+};
+
+// base^t by repeated squaring: libm's pow may differ between machines.
+TORCHAO8_HD double integer_power(double base, int64_t t) {
+  double r = 1;
+  for (; t > 0; t >>= 1, base *= base) {
+    if (t & 1) r *= base;
+  }
+  return r;
+}
+
+// Under a root, so that 0 / 0 cannot happen with eps = 0. With 8-bit state v is in units of about
+// the squared gradient, and 2^-101 (a gradient of 6e-16) is where a GPU's branch-free root is
+// exact.
+constexpr float kRootFloor8bit = 3.9443045e-31f;
+constexpr float kRootFloor32bit = 1.17549435e-38f;  // smallest normal
+
+}  // namespace torchao8
