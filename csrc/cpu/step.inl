@@ -236,7 +236,8 @@ struct UpdateAndEncode {
   Rule rule;
 
   TORCHAO8_HD UpdateAndEncode(const Rule& r, const CodecTables& t, const Block<Rule, T>& b,
-                              const Ring<kValues>& from, int at, const Plan<N>& p, Pipeline<Rule>& line)
+                              const Ring<kValues>& from, int at, const Plan<N>& p,
+                              Pipeline<Rule>& line)
       : encode_signed(t),
         encode_unsigned(t),
         encode_stochastic(t),

@@ -86,9 +86,11 @@ struct StepOpOf<Family, std::index_sequence<S...>, Types<Arguments...>> {
                   std::vector<int64_t> shard_row_strides) {
     const TensorList *value_lists[] = {&values...}, *scale_lists[] = {&scales...};
     const PresentStates<Family> present(value_lists, scale_lists);
-    const StepCall call{Family::kOp,    params,         grads,       steps,      present.lists,
-                        present.states, present.has,    block_size,  stochastic_rounding,
-                        seed,           shard_offsets,  shard_row_strides, kCpu};
+    const StepCall call{Family::kOp, params,        grads,
+                        steps,       present.lists, present.states,
+                        present.has, block_size,    stochastic_rounding,
+                        seed,        shard_offsets, shard_row_strides,
+                        kCpu};
     check_block_size(Family::kOp, block_size);
     const DefaultFloatingPoint guard;
     const CommonOptions common = {
@@ -100,9 +102,8 @@ struct StepOpOf<Family, std::index_sequence<S...>, Types<Arguments...>> {
     for (size_t i = 0; i < steps.size(); i++)
       check_count({Family::kOp, "steps", int64_t(i)}, steps[i]);
     if (found_inf && read_scalar({Family::kOp, "found_inf"}, *found_inf) != 0) return;
-    Family::choose(options, present.has, grad_scale.has_value(), [&](auto rule) {
-      step_all<typename decltype(rule)::type>(call, options);
-    });
+    Family::choose(options, present.has, grad_scale.has_value(),
+                   [&](auto rule) { step_all<typename decltype(rule)::type>(call, options); });
   }
 };
 template <class Family>

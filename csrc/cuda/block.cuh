@@ -10,9 +10,17 @@ namespace torchao8::cuda {
 
 template <int N, class Function>
 TORCHAO8_HD void for_each_state(Function f) {
-  f(std::integral_constant<int, 0>());
+  if constexpr (N > 0) f(std::integral_constant<int, 0>());
   if constexpr (N > 1) f(std::integral_constant<int, 1>());
   if constexpr (N > 2) f(std::integral_constant<int, 2>());
+}
+
+// The same of all values of a rule.
+template <class Rule, class Function>
+TORCHAO8_HD void for_each_value(Function f) {
+  for_each_state<Rule::kStates>(f);
+  if constexpr (Rule::kValues > Rule::kStates) f(std::integral_constant<int, Rule::kStates>());
+  static_assert(Rule::kValues <= Rule::kStates + 1);
 }
 
 struct BlockPlace {

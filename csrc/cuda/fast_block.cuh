@@ -15,7 +15,7 @@ struct LaneElements {
   static constexpr int N = Rule::kStates;
   Several<T, kPerLane> param, grad;
   uint2 codes[N];
-  float moments[N][kPerLane];
+  float values[Rule::kValues][kPerLane];
 
   __device__ __forceinline__ void load(const BlockEntry<N>& entry, int64_t at, bool with_param) {
     for_each_state<N>(
@@ -28,21 +28,22 @@ struct LaneElements {
   __device__ __forceinline__ void find_moments(const Rule& rule, const Tables& tables) {
 #pragma unroll
     for (int i = 0; i < kPerLane; i++) {
-      Real state[N], p(0.0f);
+      Real new_values[Rule::kValues], p(0.0f);
       for_each_state<N>([&](auto s) {
         const uint32_t word = i < 4 ? codes[s].x : codes[s].y;
-        state[s] = Real(decode<Rule::kSigned[s]>(tables, permute_bytes(word, 0, 0x4440 + i % 4)));
+        new_values[s] =
+            Real(decode<Rule::kSigned[s]>(tables, permute_bytes(word, 0, 0x4440 + i % 4)));
       });
       if constexpr (Rule::kMomentsNeedParam) p = Real(param.get(i));
-      rule.template moments<true>(p, Real(grad.get(i)), state);
-      for_each_state<N>([&](auto s) { moments[s][i] = state[s].x; });
+      rule.template moments<true>(p, Real(grad.get(i)), new_values);
+      for_each_value<Rule>([&](auto v) { values[v][i] = new_values[v].x; });
     }
   }
 
   __device__ __forceinline__ void add_to(Extremes<Rule>& extremes) const {
 #pragma unroll
     for (int i = 0; i < kPerLane; i++)
-      for_each_state<N>([&](auto s) { extremes.add(s, moments[s][i]); });
+      for_each_state<N>([&](auto s) { extremes.add(s, values[s][i]); });
   }
 
   __device__ __forceinline__ void update(const Rule& rule, const BlockEntry<N>& entry, int64_t at) {
@@ -51,9 +52,9 @@ struct LaneElements {
       float updated[2];
 #pragma unroll
       for (int j = 0; j < 2; j++) {
-        BoundedReal state[N];
-        for_each_state<N>([&](auto s) { state[s] = BoundedReal(moments[s][i + j]); });
-        updated[j] = rule.template update<true>(BoundedReal(param.get(i + j)), state).x;
+        BoundedReal x[Rule::kValues];
+        for_each_value<Rule>([&](auto v) { x[v] = BoundedReal(values[v][i + j]); });
+        updated[j] = rule.template update<true>(BoundedReal(param.get(i + j)), x).x;
       }
       param.set_pair(i / 2, updated[0], updated[1]);
     }
@@ -65,8 +66,8 @@ struct LaneElements {
                                                 const Tables& tables, float inverse) const {
     constexpr bool is_signed = Rule::kSigned[s];
     *reinterpret_cast<uint2*>(entry.codes[s] + at) =
-        make_uint2(encode_nearest_four<is_signed>(tables, moments[s], inverse),
-                   encode_nearest_four<is_signed>(tables, moments[s] + 4, inverse));
+        make_uint2(encode_nearest_four<is_signed>(tables, values[s], inverse),
+                   encode_nearest_four<is_signed>(tables, values[s] + 4, inverse));
   }
 
   // eight: number of these elements among the block's eights.
@@ -80,7 +81,7 @@ struct LaneElements {
 #pragma unroll
     for (int i = 0; i < kPerLane; i++) {
       const float u = one_to_two(start + slope * lane_factor(uint32_t(i)));
-      code[i] = encode_stochastic(tables, moments[s][i], inverse, u);
+      code[i] = encode_stochastic(tables, values[s][i], inverse, u);
     }
     *reinterpret_cast<uint2*>(entry.codes[s] + at) =
         make_uint2(pack_bytes(code, 0), pack_bytes(code + 4, 0));
@@ -106,7 +107,7 @@ struct RandomsAhead {
     const uint64_t first = first_element_of(unit + uint32_t(lane) * kWarps);
     warp_barrier();  // all lanes have read the earlier ones
     for_each_state<Rule::kStates>([&](auto s) {
-      if constexpr (!Rule::kSigned[s]) {
+      if constexpr (Rule::kStochastic[s]) {
         BlockRandom random;
         random.start(prepared.keys[s], first);
         of_unit[s][lane] = {random.c0, random.c1, random.c2, random.c3};
@@ -204,8 +205,8 @@ __device__ __forceinline__ bool step_span(const BlockEntry<Rule::kStates>& entry
   elements.update(rule, entry, place.at);
   if (stochastic && kOneBlock) randoms.prepare(turn, prepared, first_element_of_block, unit, lane);
   for_each_state<N>([&](auto s) {
-    constexpr bool is_signed = Rule::kSigned[s];
-    if (is_signed || !stochastic) {
+    constexpr bool is_stochastic = Rule::kStochastic[s];
+    if (!is_stochastic || !stochastic) {
       elements.store_nearest(s, entry, place.at, tables, scales.inverse[s]);
       return;
     }
@@ -260,8 +261,8 @@ __device__ __forceinline__ bool step_long_block(const BlockEntry<Rule::kStates>&
     elements.find_moments(rule, tables);
     elements.update(rule, entry, at);
     for_each_state<N>([&](auto s) {
-      constexpr bool is_signed = Rule::kSigned[s];
-      if (is_signed || !stochastic) {
+      constexpr bool is_stochastic = Rule::kStochastic[s];
+      if (!is_stochastic || !stochastic) {
         elements.store_nearest(s, entry, at, tables, scales.inverse[s]);
       } else {
         elements.store_stochastic(s, entry, at, tables, scales.inverse[s], randoms.get(s, turn),

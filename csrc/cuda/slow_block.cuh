@@ -20,11 +20,11 @@ __device__ __noinline__ void slow_block(const BlockEntry<Rule::kStates>& entry,
   for_each_state<N>([&](auto s) { scale[s] = entry.scales[s][block]; });
   const Rule rule = prepared.rule.with_scales(scale);
 
-  // The new moments; whether the element is updated.
-  const auto moments = [&](int i, float* state) {
+  // The new values; whether the element is updated.
+  const auto moments = [&](int i, float* values) {
     const int64_t at = place.begin + i;
     float old[N];
-    Real x[N], p(0.0f);
+    Real x[Rule::kValues], p(0.0f);
     for_each_state<N>([&](auto s) {
       old[s] = decode<Rule::kSigned[s]>(tables, entry.codes[s][at]);
       x[s] = Real(old[s]);
@@ -33,9 +33,11 @@ __device__ __noinline__ void slow_block(const BlockEntry<Rule::kStates>& entry,
     rule.template moments<true>(p, Real(load_as(entry.grad_type, entry.grad, at)), x);
     bool good = true;
     for_each_state<N>([&](auto s) { good = good && usable<Rule::kSigned[s]>(x[s].x); });
-    for_each_state<N>([&](auto s) {
-      state[s] = good ? x[s].x : (Real(old[s]) * Real(scale[s] / rule.unit[s])).x;
-    });
+    for_each_value<Rule>([&](auto v) { values[v] = x[v].x; });
+    if (!good) {
+      for_each_state<N>(
+          [&](auto s) { values[s] = (Real(old[s]) * Real(scale[s] / rule.unit[s])).x; });
+    }
     return good;
   };
 
@@ -43,9 +45,9 @@ __device__ __noinline__ void slow_block(const BlockEntry<Rule::kStates>& entry,
   {
     Extremes<Rule> extremes;
     for (int i = lane; i < place.length; i += kLanes) {
-      float state[N];
-      moments(i, state);
-      for_each_state<N>([&](auto s) { extremes.add(s, state[s]); });
+      float values[Rule::kValues];
+      moments(i, values);
+      for_each_state<N>([&](auto s) { extremes.add(s, values[s]); });
     }
     for_each_state<N>([&](auto s) {
       extreme[s] = extremes.result(s, kLanes);
@@ -56,24 +58,25 @@ __device__ __noinline__ void slow_block(const BlockEntry<Rule::kStates>& entry,
   BlockRandom random[N];
   for_each_state<N>([&](auto s) {
     encodes[s] = has_scale<Rule::kSigned[s]>(extreme[s], rule.unit[s]);
-    if (!Rule::kSigned[s]) random[s].start(prepared.keys[s], place.first_element);
+    if constexpr (Rule::kStochastic[s]) random[s].start(prepared.keys[s], place.first_element);
   });
   warp_barrier();  // every lane has read the scales
   for (int i = lane; i < place.length; i += kLanes) {
     const int64_t at = place.begin + i;
-    float state[N];
-    if (moments(i, state)) {
-      Real x[N];
-      for_each_state<N>([&](auto s) { x[s] = Real(state[s]); });
+    float values[Rule::kValues];
+    if (moments(i, values)) {
+      Real x[Rule::kValues];
+      for_each_value<Rule>([&](auto v) { x[v] = Real(values[v]); });
       const Real p(load_as(entry.param_type, entry.param, at));
       store_as(entry.param_type, entry.param, at, rule.template update<true>(p, x).x);
     }
     for_each_state<N>([&](auto s) {
+      constexpr bool is_stochastic = Rule::kStochastic[s];
       uint32_t code = zero_code<Rule::kSigned[s]>();
-      if (encodes[s] && !Rule::kSigned[s] && stochastic) {
-        code = encode_stochastic(tables, state[s], inverse[s], one_to_two(random[s](uint32_t(i))));
+      if (encodes[s] && is_stochastic && stochastic) {
+        code = encode_stochastic(tables, values[s], inverse[s], one_to_two(random[s](uint32_t(i))));
       } else if (encodes[s]) {
-        code = encode_nearest<Rule::kSigned[s]>(tables, state[s], inverse[s]);
+        code = encode_nearest<Rule::kSigned[s]>(tables, values[s], inverse[s]);
       }
       entry.codes[s][at] = uint8_t(code);
     });

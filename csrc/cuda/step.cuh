@@ -96,19 +96,19 @@ struct ElementWorker {
   }
 
   // False: the element stays as it is, and what is returned is not to be stored.
-  __device__ __forceinline__ bool step_one(float& p, float g, float* values) const {
-    Real state[N];
-    for_each_state<N>([&](auto s) { state[s] = Real(values[s]); });
-    rule.template moments<false>(Real(p), Real(g), state);
-    bool good = true;
-    for_each_state<N>([&](auto s) { good = good && usable<Rule::kSigned[s]>(state[s].x); });
-    p = rule.template update<false>(Real(p), state).x;
-    for_each_state<N>([&](auto s) { values[s] = state[s].x; });
+  __device__ __forceinline__ bool step_one(float& p, float g, float* states) const {
+    Real values[Rule::kValues];
+    for_each_state<N>([&](auto s) { values[s] = Real(states[s]); });
+    rule.template moments<false>(Real(p), Real(g), values);
+    bool good = usable<Rule::kSigned[0]>(values[0].x);
+    for_each_state<N>([&](auto s) { good = good && usable<Rule::kSigned[s]>(values[s].x); });
+    p = rule.template update<false>(Real(p), values).x;
+    for_each_state<N>([&](auto s) { states[s] = values[s].x; });
     return good;
   }
 
   __device__ __forceinline__ void step_any(const Entry& entry, int64_t at) const {
-    float values[N], p = load_as(entry.param_type, entry.param, at);
+    float values[kMaxStates], p = load_as(entry.param_type, entry.param, at);
     for_each_state<N>([&](auto s) { values[s] = entry.states[s][at]; });
     if (!step_one(p, load_as(entry.grad_type, entry.grad, at), values)) return;
     for_each_state<N>([&](auto s) { entry.states[s][at] = values[s]; });
@@ -117,14 +117,14 @@ struct ElementWorker {
 
   __device__ __forceinline__ void step_four(const Entry& entry, int64_t at) const {
     Several<T, kPerThread> param, grad;
-    Several<float, kPerThread> states[N];
+    Several<float, kPerThread> states[kSlots<N>];
     for_each_state<N>([&](auto s) { states[s].load(entry.states[s] + at); });
     grad.load(static_cast<const T*>(entry.grad) + at);
     param.load(static_cast<const T*>(entry.param) + at);
     bool good = true;
 #pragma unroll
     for (int i = 0; i < kPerThread; i += 2) {
-      float p[2], values[2][N];
+      float p[2], values[2][kSlots<N>];
 #pragma unroll
       for (int j = 0; j < 2; j++) {
         for_each_state<N>([&](auto s) { values[j][s] = states[s].get(i + j); });

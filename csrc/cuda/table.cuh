@@ -8,6 +8,7 @@
 #include "common/floats.h"
 #include "common/random.h"
 #include "cuda/device.cuh"
+#include "rules/rule.h"
 
 namespace torchao8::cuda {
 
@@ -68,6 +69,10 @@ constexpr int kChunk = kPerThread * kLanes * 8;
 // How blocks lie in the warps that take them: several to a warp, one, or longer than it takes.
 enum class Blocks { kShort, kSpan, kLong };
 
+// Array sizes of what a rule has one of for each state: no array is empty.
+template <int N>
+constexpr int kSlots = N > 0 ? N : 1;
+
 // Of 8-bit state. A unit is a block, or the neighbouring blocks of a row that fill a warp.
 template <int N>
 struct BlockEntry : Places {
@@ -100,7 +105,7 @@ struct BlockEntry : Places {
 // Of 32-bit state. A unit is a chunk of elements.
 template <int N>
 struct ElementEntry : Places {
-  float* states[N];
+  float* states[kSlots<N>];
   int64_t count;
   bool fast;  // follows from the others
 

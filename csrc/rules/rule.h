@@ -1,25 +1,28 @@
 // What an update rule is, and what its family tells of the op that applies it.
 //
-// A rule sees values, never memory: F is float, or a vector of floats with the same operations. Each
-// operation is one IEEE operation in the order written, which is what makes every engine agree to
-// the bit. It has
+// A rule sees values, never memory: F is float, or a vector of floats with the same operations.
+// Each operation is one IEEE operation in the order written, which is what makes every engine agree
+// to the bit. It has
 //     Options         the op's own arguments, and the numbers that all ops take
 //     kStates         states that are stored; kSigned[s] whether their numbers may be negative,
-//                     kStochastic[s] whether they are rounded stochastically (if the caller says so)
+//                     kStochastic[s] whether they are rounded stochastically (if the caller says
+//                     so)
 //     kValues         numbers that moments() leaves for the update: the new states, then any others
 //     kMomentsNeedParam   whether moments() reads the parameter
 //     at_step(options, t, scaled_state)   the rule of one tensor at its step t, counted from 1
 //     unit[s]         what one unit of a value is worth: scaled (8-bit) state may be computed in
 //                     units of what a gradient adds, as the unit disappears in the scale
 //     with_scales(scale)   the same, with the states stored as multiples of these; decay[s] is then
-//                     what a stored number is multiplied by, and where that is not finite no number is
+//                     what a stored number is multiplied by, and where that is not finite no number
+//                     is
 //     is_bounded()    whether no root or reciprocal that the update takes leaves the range in which
 //                     a GPU computes it without a branch (cuda/device.cuh)
 //     moments<kScaledState>(p, g, values)   values: the stored states on entry
 //     root<kScaledState>(values), step(values, root), apply(p, step)   the new parameter in three
 //                     parts, so that a loop can start long operations ahead
 // An element whose new states are not all in range (finite, and not negative where unsigned) has a
-// bad gradient: it keeps its parameter and states. A rule without states has its first value judged.
+// bad gradient: it keeps its parameter and states. A rule without states has its first value
+// judged.
 //
 // A family is the set of rules that one op chooses from. It has
 //     kOp             the op's name
@@ -28,7 +31,8 @@
 //     Options         whose own members are the op's own arguments, in the order of its schema, of
 //     Arguments       these types
 //     kNumbers        those of them that must lie in a range
-//     choose(options, has, scaled_gradient, visit)   calls visit(Type<Rule>()), has[s] telling which
+//     choose(options, has, scaled_gradient, visit)   calls visit(Type<Rule>()), has[s] telling
+//     which
 //                     states there are, scaled_gradient whether the op got a gradient scale
 #pragma once
 
@@ -56,7 +60,7 @@ enum class Range { kDecayRate, kNotNegative, kFinite };
 template <class Options>
 struct NumberArgument {
   const char* name;
-  double Options::*value;
+  double Options::* value;
   Range range;
 };
 

@@ -1,0 +1,195 @@
+// A step op on CUDA, for any family of rules: its checks, and what the kernels need of its
+// arguments.
+//
+// One launch updates a bucket; longer lists take more. The host waits for nothing, and reads
+// nothing from the device, so that a step can be captured in a CUDA graph. A step count, a learning
+// rate or a gradient scale that is out of range on the device is therefore not refused.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "common/step_call.h"
+#include "cuda/launch.h"
+#include "cuda/step.cuh"
+#include "cuda/tables.cuh"
+
+namespace torchao8::cuda {
+
+// Kernels read dense memory in row-major order. What is not like that is copied, and back.
+class Dense {
+ public:
+  explicit Dense(const Tensor& t)
+      : original_(t), dense_(t.is_contiguous() ? t : torch::stable::contiguous(t)) {}
+  void* data() const { return dense_.mutable_data_ptr(); }
+  const void* const_data() const { return dense_.const_data_ptr(); }
+  void write_back() {
+    if (!original_.is_contiguous()) torch::stable::copy_(original_, dense_);
+  }
+
+ private:
+  Tensor original_, dense_;
+};
+
+// Arguments of a call after the checks, and the copies that must live until the launches are made.
+template <class Rule>
+struct Step {
+  const StepCall& call;
+  const Launcher& launcher;
+  Numbers<Rule> numbers;
+  std::vector<Dense>&params, &grads;
+};
+
+template <class Rule>
+Places places_of(const Step<Rule>& step, size_t i) {
+  Places places;
+  places.param = step.params[i].data();
+  places.grad = step.grads[i].const_data();
+  places.step = step.call.steps[i].template const_data_ptr<float>();
+  places.param_type = check_float_type({step.call.op, "params", int64_t(i)}, step.call.params[i]);
+  places.grad_type = check_float_type({step.call.op, "grads", int64_t(i)}, step.call.grads[i]);
+  return places;
+}
+
+template <class Rule, class T>
+void step_blocks_of(const Step<Rule>& step, FloatType type) {
+  constexpr int N = Rule::kStates;
+  using Entry = BlockEntry<N>;
+  const StepCall& call = step.call;
+  const Tables* tables = tables_on(step.launcher);
+  const auto kernel = call.block_size > kSpan    ? step_blocks<Rule, T, Blocks::kLong>
+                      : call.block_size == kSpan ? step_blocks<Rule, T, Blocks::kSpan>
+                                                 : step_blocks<Rule, T, Blocks::kShort>;
+  const auto launch = [&](const Table<Rule, Entry>& table) {
+    step.launcher.launch_over(table.units, kernel, sizeof(SharedOfBlocks<Rule>), table, tables);
+  };
+  Filler<Rule, Entry, decltype(launch)> filler(step.numbers, int(call.block_size), call.stochastic,
+                                               launch);
+  for (size_t i = 0; i < call.params.size(); i++) {
+    const BlockLayout layout = block_layout(call.params[i].sizes(), call.block_size);
+    TORCHAO8_CHECK(layout.rows * layout.blocks_per_row <= kMostUnits,
+                   Argument{call.op, "params", int64_t(i)}.text(), " has more than 2^31 blocks");
+    Entry entry = {};
+    static_cast<Places&>(entry) = places_of(step, i);
+    for (int s = 0; s < N; s++) {
+      entry.codes[s] = (*call.states[s].values)[i].template mutable_data_ptr<uint8_t>();
+      entry.scales[s] = (*call.states[s].scales)[i].template mutable_data_ptr<float>();
+    }
+    entry.rows = layout.rows;
+    entry.row_length = entry.row_stride = layout.row_length;
+    entry.blocks_per_row = uint32_t(layout.blocks_per_row);
+    if (!call.shard_offsets.empty()) {
+      entry.shard_offset = uint64_t(call.shard_offsets[i]);
+      entry.row_stride = call.shard_row_strides[i];
+    }
+    entry.finish(type, int(call.block_size));
+    filler.add(entry);
+  }
+  filler.flush();
+}
+
+template <class Rule, class T>
+void step_elements_of(const Step<Rule>& step, FloatType type) {
+  constexpr int N = Rule::kStates;
+  using Entry = ElementEntry<N>;
+  const StepCall& call = step.call;
+  const auto launch = [&](const Table<Rule, Entry>& table) {
+    step.launcher.launch_over(table.units, step_elements<Rule, T>, sizeof(SharedOfElements<Rule>),
+                              table);
+  };
+  Filler<Rule, Entry, decltype(launch)> filler(step.numbers, int(call.block_size), call.stochastic,
+                                               launch);
+  for (size_t i = 0; i < call.params.size(); i++) {
+    Entry entry = {};
+    static_cast<Places&>(entry) = places_of(step, i);
+    for (int s = 0; s < N; s++)
+      entry.states[s] = (*call.states[s].values)[i].template mutable_data_ptr<float>();
+    entry.count = call.params[i].numel();
+    entry.finish(type);
+    filler.add(entry);
+  }
+  filler.flush();
+}
+
+template <class Rule, class T>
+void step_all_of(const Step<Rule>& step, FloatType type) {
+  if constexpr (Rule::kStates > 0) {
+    if (step.call.quantized()) return step_blocks_of<Rule, T>(step, type);
+  }
+  step_elements_of<Rule, T>(step, type);
+}
+
+template <class Rule>
+void step_all(const Step<Rule>& step) {
+  const FloatType type = check_float_type({step.call.op, "params", 0}, step.call.params[0]);
+  switch (type) {
+    case FloatType::kFloat32:
+      step_all_of<Rule, float>(step, type);
+      break;
+    case FloatType::kBFloat16:
+      step_all_of<Rule, BFloat16>(step, type);
+      break;
+    case FloatType::kFloat16:
+      step_all_of<Rule, Half>(step, type);
+      break;
+  }
+  for (Dense& param : step.params) param.write_back();
+}
+
+// The op's function. Its lists of states and its own arguments are those of the family.
+template <class Family, class States, class Arguments>
+struct StepOpOf;
+template <class Family, size_t... S, class... Arguments>
+struct StepOpOf<Family, std::index_sequence<S...>, Types<Arguments...>> {
+  template <size_t>
+  using List = TensorList;
+
+  static void run(TensorList params, TensorList grads, List<S>... values, List<S>... scales,
+                  TensorList steps, Tensor lr, std::optional<Tensor> grad_scale,
+                  std::optional<Tensor> found_inf, Arguments... arguments, int64_t block_size,
+                  bool stochastic_rounding, int64_t seed, std::vector<int64_t> shard_offsets,
+                  std::vector<int64_t> shard_row_strides) {
+    if (params.empty()) return;
+    const char* op = Family::kOp;
+    const Place place = place_of({op, "params", 0}, params[0]);
+    const TensorList *value_lists[] = {&values...}, *scale_lists[] = {&scales...};
+    const PresentStates<Family> present(value_lists, scale_lists);
+    const StepCall call{op,          params,        grads,
+                        steps,       present.lists, present.states,
+                        present.has, block_size,    stochastic_rounding,
+                        seed,        shard_offsets, shard_row_strides,
+                        place};
+    check_block_size(op, block_size);
+    const Scalar lr_number = scalar_argument({op, "lr"}, lr, 0, place);
+    const Scalar scale = scalar_argument({op, "grad_scale"}, grad_scale, 1, place);
+    const Scalar found = scalar_argument({op, "found_inf"}, found_inf, 0, place);
+    // What is on the device, nobody looks at here.
+    const CommonOptions common = {lr_number.place ? 0 : lr_number.value,
+                                  scale.place ? 1 : scale.value};
+    const typename Family::Options options = {common, arguments...};
+    check_options<Family>(options);
+    check_call(call);
+
+    const Launcher launcher(op, place.index);
+    std::vector<Dense> dense_params, dense_grads;
+    for (const Tensor& param : params) dense_params.emplace_back(param);
+    for (const Tensor& grad : grads) dense_grads.emplace_back(grad);
+    Family::choose(options, present.has, grad_scale.has_value(), [&](auto type) {
+      using Rule = typename decltype(type)::type;
+      step_all<Rule>({call,
+                      launcher,
+                      {options, lr_number, scale, found, uint64_t(seed), call.quantized()},
+                      dense_params,
+                      dense_grads});
+    });
+  }
+};
+template <class Family>
+using StepOp = StepOpOf<Family, std::make_index_sequence<std::size(Family::kStates)>,
+                        typename Family::Arguments>;
+
+}  // namespace torchao8::cuda
