@@ -333,7 +333,7 @@ states swapped: exp_avg_codes of parameter 0: expected torch.uint8 of shape [3, 
     torch.uint8 of shape [40, 70]
 option out of range: lr: expected a finite number >= 0, got -1.0
 parameter too few: loaded state dict contains a parameter group that doesn't match the size of
-    optimizer's group
+    optimizer's group: expected groups of [8] parameters, got [7]
 foreign: state: a safetensors file, but none of save_safetensors: its metadata lack
     'torchao8_optimizer'
 other order: param_names: the checkpoint has the parameters in another order: 'a' where the

@@ -306,9 +306,14 @@ def placed_grad(p: DTensor, grad: DTensor) -> Tensor:
     return local(same_placement(p, grad))
 
 
+def is_placed_as(p: DTensor, value: DTensor) -> bool:
+    """Whether a DTensor lies as a parameter does."""
+    return value.placements == p.placements and value.device_mesh == p.device_mesh
+
+
 def same_placement(p: DTensor, value: DTensor) -> DTensor:
     """A DTensor brought into the placements of a parameter; a collective where it has others."""
-    if value.placements == p.placements and value.device_mesh == p.device_mesh:
+    if is_placed_as(p, value):
         return value
     return value.redistribute(p.device_mesh, p.placements)
 
@@ -331,17 +336,18 @@ def cut_out(p: DTensor, value: Tensor, shape: Sequence[int]) -> Tensor:
 def agree(tensors: Iterable[Tensor], refused: bool) -> bool:
     """Whether any rank that shares one of the tensors refuses: then all of them must.
 
-    A collective over the meshes of the DTensors among the tensors.
+    A collective over the meshes of the DTensors among the tensors. Ranks need not have the same
+    meshes: all go through theirs in one order, there and back, so that a refusal also gets from
+    one mesh to the next.
     """
     import torch.distributed as dist
 
-    meshes: list[DeviceMesh] = []
-    for t in tensors:
-        if is_dtensor(t) and t.device_mesh not in meshes:
-            meshes.append(t.device_mesh)
-    for mesh in meshes * len(meshes):  # so that it also gets from one mesh to another
-        if mesh.get_coordinate() is None:
-            continue
+    meshes = {t.device_mesh for t in tensors if is_dtensor(t)}
+    ordered = sorted(
+        (mesh for mesh in meshes if mesh.size() > 1 and mesh.get_coordinate() is not None),
+        key=lambda mesh: (mesh.size(), mesh.mesh.flatten().tolist(), tuple(mesh.shape)),
+    )
+    for mesh in ordered + ordered[::-1]:
         flag = torch.tensor(int(refused), device=mesh.device_type)
         for dim in range(mesh.ndim):
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=mesh.get_group(dim))

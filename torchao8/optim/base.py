@@ -292,7 +292,7 @@ class LowPrecisionOptimizer(Optimizer):
                 the parameter.
         """
         if not isinstance(state_dict, dict):
-            raise ValueError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
+            seal_state_dict(self, state_dict)  # refuses it, and has the other ranks do so as well
         # Registered for this call only: so it runs after the user's hooks, and copies and pickles
         # of the optimizer, which carry no hooks, load checkpoints as well.
         handle = self.register_load_state_dict_pre_hook(seal_state_dict)
