@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -32,11 +33,11 @@ def seal_state_dict(optimizer: Optimizer, state_dict: Any) -> dict[str, Any] | N
 
     Where parameters are sharded, all ranks refuse what one of them does.
     """
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    agree = ranks_of(optimizer)
     loading = _Loading(cast("LowPrecisionOptimizer", optimizer), state_dict)
-    with together(params):
+    with all_or_none(agree):
         loading.check()
-    with together(params):
+    with all_or_none(agree):
         loading.convert()
         loading.seal()
     loading.tell()
@@ -44,21 +45,30 @@ def seal_state_dict(optimizer: Optimizer, state_dict: Any) -> dict[str, Any] | N
 
 
 @contextmanager
-def together(params: Iterable[Tensor]) -> Iterator[None]:
+def all_or_none(agree: Callable[[bool], bool]) -> Iterator[None]:
     """A part of a load at whose end all ranks go on, or none: where one raises, all do.
 
     What stands in it may be a collective only if nothing before it raises on some ranks alone.
+
+    Args:
+        agree: tells the other ranks whether this one refuses, and returns whether any does.
     """
     refusal: Exception | None = None
     try:
         yield
     except Exception as error:
         refusal = error
-    elsewhere = sharding.agree(params, refusal is not None)
+    elsewhere = agree(refusal is not None)
     if refusal is not None:
         raise refusal
     if elsewhere:
         raise ValueError("another rank refused the checkpoint, and says why; nothing has changed")
+
+
+def ranks_of(optimizer: Optimizer) -> Callable[[bool], bool]:
+    """How the ranks that share a parameter of the optimizer agree."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return functools.partial(sharding.agree, params)
 
 
 class _Plan(NamedTuple):
