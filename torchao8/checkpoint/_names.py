@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ def names_of(model: nn.Module, optimizer: LowPrecisionOptimizer) -> dict[Tensor,
     # Torch tells names of parameters with state only, and makes a step where there is none at all.
     optimizer._init_states()
     try:
-        named = get_optimizer_state_dict(model, optimizer)["param_groups"]
+        named: Any = get_optimizer_state_dict(model, optimizer)["param_groups"]
     finally:
         for p in fresh:
             optimizer.state.pop(p, None)

@@ -114,7 +114,8 @@ def _groups(
     for name, value in options.items():
         number, _, option = name[len(start) :].partition(".")
         saved.setdefault(number, {})[option] = value
-    groups, numbers = [], {}
+    groups: list[dict[str, Any]] = []
+    numbers: dict[Tensor, int] = {}
     for i, live in enumerate(optimizer.param_groups):
         wanted = {names[p] for p in live["params"]}
         found = [n for n, group in saved.items() if wanted & set(group.get("params", ()))]

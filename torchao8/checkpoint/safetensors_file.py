@@ -60,7 +60,8 @@ def save_safetensors(
     """Saves state and options of an optimizer as one safetensors file.
 
     Parameters go by their names where every group has ``param_names`` or the state dict is one of
-    ``get_optimizer_state_dict``, and by their numbers otherwise. Dtypes and bytes are kept, and so is every bit of an option.
+    ``get_optimizer_state_dict``, and by their numbers otherwise. Dtypes and bytes are kept, and so
+    is every bit of an option.
 
     The file is written in a temporary folder beside it (``.<name>.<random>.tmp``), flushed to the
     disk and then renamed. A save that is killed therefore leaves the old file or none, and maybe
@@ -372,9 +373,7 @@ def _numbers(
     known = names_of(model, optimizer)
     ours = [[known[p] for p in group["params"]] for group in optimizer.param_groups]
     if [sorted(group) for group in ours] != [sorted(group) for group in header.params]:
-        raise ValueError(
-            f"{path}: expected groups of the parameters {ours}, got {header.params}"
-        )
+        raise ValueError(f"{path}: expected groups of the parameters {ours}, got {header.params}")
     return {name: i for i, name in enumerate(name for group in ours for name in group)}
 
 

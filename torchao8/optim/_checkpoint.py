@@ -204,7 +204,11 @@ def _part(p: Tensor, spec: TensorSpec, value: Tensor) -> Tensor:
 
 def _check_kind(label: str, key: str, spec: TensorSpec, value: Any) -> None:
     if not isinstance(value, Tensor):
-        raise ValueError(f"{key} of {label}: expected {spec}, got {type(value).__name__}")
+        flat = isinstance(value, dict)  # torch's unflattening leaves one where nothing was
+        raise ValueError(
+            f"{key} of {label}: expected {spec}, got {type(value).__name__}"
+            + (". A flattened state dict has no such key, or is of another precision." * flat)
+        )
     if value.is_meta:
         raise ValueError(
             f"{key} of {label}: expected {spec}, got one on the device meta: no values"
@@ -287,13 +291,14 @@ def convert(
     values = {key: local(saved[key]) if here else _whole(saved[key]).detach() for key in keys}
     for key, value in values.items():
         _check_values(label, key, form[key], value)
-    parts = {"step": step}
+    parts, sharded = {"step": step}, p if here else None
     for state in states:
         new: tuple[Tensor, ...] = tuple(values[key] for key in _keys(state, saved_in_8bit))
         if saved_in_8bit:
-            new = (_dequantize(p if here else None, *new, saved_block_size, state.signed),)
+            codes, scale = new
+            new = (_dequantize(sharded, codes, scale, saved_block_size, state.signed),)
         if in_8bit:
-            new = _quantize(p if here else None, *new, block_size, state.signed)
+            new = _quantize(sharded, new[0], block_size, state.signed)
         for key, value in zip(_keys(state, in_8bit), new, strict=True):
             parts[key] = value if here else _part(p, layout[key], value)
     return parts

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -17,7 +15,7 @@ from torchao8.block_layout import check_block_size
 from torchao8.checkpoint import foreign
 from torchao8.optim._buckets import Group
 from torchao8.optim._checkpoint import Layout, State, check_form, convert, parts_of, seal
-from torchao8.optim._checks import describe
+from torchao8.optim._checks import describe, warn_caller
 
 if TYPE_CHECKING:
     from torchao8.optim.base import LowPrecisionOptimizer
@@ -202,7 +200,7 @@ class _Loading:
         name = type(self.optimizer).__name__
         for how, labels in self.converted.items():
             others = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
-            _warn(
+            warn_caller(
                 f"{name}: the state of {labels[0]}{others} was saved {how}, as optim_bits, "
                 "min_8bit_size, block_size or the sharding ask for here"
             )
@@ -210,21 +208,10 @@ class _Loading:
             g["weight_decay"] and not g.get("decoupled_weight_decay", True) for g in self.groups
         )
         if "bitsandbytes" in self.authors and decays:
-            _warn(
+            warn_caller(
                 f"{name}: the checkpoint is one of bitsandbytes, whose Adam decays weights "
                 "decoupled, as AdamW8bit does; this class adds weight_decay to the gradient"
             )
-
-
-def _warn(message: str) -> None:
-    """Points at the line outside of torch and torchao8 that asked for the load."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_PACKAGES):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)
-
-
-_PACKAGES = ("torch.", "torchao8.")
 
 
 def _check_structure(state_dict: Any) -> None:
@@ -258,7 +245,7 @@ def _check_structure(state_dict: Any) -> None:
 
 
 def _check_sizes(live: list[Group], saved: list[Group]) -> None:
-    """Raises ValueError, as torch.optim does, unless there are as many groups of as many parameters."""
+    """Raises ValueError, as torch.optim does, unless groups and their sizes are the same."""
     ours, theirs = ([len(group["params"]) for group in groups] for groups in (live, saved))
     if len(ours) != len(theirs):
         raise ValueError(
