@@ -333,7 +333,7 @@ states swapped: exp_avg_codes of parameter 0: expected torch.uint8 of shape [3, 
     torch.uint8 of shape [40, 70]
 option out of range: lr: expected a finite number >= 0, got -1.0
 parameter too few: loaded state dict contains a parameter group that doesn't match the size of
-    optimizer's group
+    optimizer's group: expected groups of [8] parameters, got [7]
 foreign: state: a safetensors file, but none of save_safetensors: its metadata lack
     'torchao8_optimizer'
 other order: param_names: the checkpoint has the parameters in another order: 'a' where the
@@ -496,3 +496,44 @@ def test_sharded_state(tmp_path: Path) -> None:
         assert same == "True"
     model = torch.nn.Sequential(torch.nn.Linear(70, 40), torch.nn.Linear(40, 30))
     load_safetensors(AdamW8bit(model.named_parameters(), min_8bit_size=SMALL), path)
+
+
+# -- names -------------------------------------------------------------------------------------
+
+
+class TwoWeights(torch.nn.Module):
+    """Parameters of one shape, registered in the order of their names."""
+
+    def __init__(self, names: str) -> None:
+        super().__init__()
+        for name in names:
+            self.register_parameter(
+                name, torch.nn.Parameter(torch.full((40, 70), float(ord(name))))
+            )
+
+
+def test_gathered_state_goes_by_the_names_of_the_model(tmp_path: Path) -> None:
+    """A model that registers the same parameters in another order gets each one's own state."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    model = TwoWeights("ab")
+    optimizer = AdamW8bit(model.parameters(), min_8bit_size=0)
+    for i, p in enumerate(model.parameters()):
+        p.grad = torch.full_like(p, i + 1.0)
+    optimizer.step()
+    options = StateDictOptions(full_state_dict=True)
+    full = get_optimizer_state_dict(model, optimizer, options=options)
+    save_safetensors(optimizer, tmp_path / "state", state_dict=full)
+    other = TwoWeights("ba")
+    second = AdamW8bit(other.parameters(), min_8bit_size=0)
+    with pytest.raises(ValueError, match=r"which this optimizer does not know\. Pass model=model"):
+        load_safetensors(second, tmp_path / "state")
+    assert not second.state
+    load_safetensors(second, tmp_path / "state", model=torch.compile(other))
+    for name in "ab":
+        mine = optimizer.state[getattr(model, name)]
+        theirs = second.state[getattr(other, name)]
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    third = AdamW8bit([{"params": [other.a]}, {"params": [other.b]}], min_8bit_size=0)
+    with pytest.raises(ValueError, match=r"expected groups of the parameters \[\['a'\], \['b'\]\]"):
+        load_safetensors(third, tmp_path / "state", model=other)

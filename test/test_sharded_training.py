@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import SMALL, make_params, report, set_grads
 from optim_table import OPTIMIZERS
 from ranks import run_ranks
 from sharded import (
     Weights,
+    distributed,
     distributed_param,
     fsdp_weights,
     gathered,
@@ -34,6 +36,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 
 import torchao8
 
@@ -416,3 +419,49 @@ def _fsdp1(rank: int, world_size: int, use_orig_params: bool) -> None:
 def test_fsdp1(use_orig_params: bool) -> None:
     """Its blocks follow the local tensors, so that other world sizes give other bits."""
     run_ranks(2, _fsdp1, use_orig_params)
+
+
+def _shards_that_are_not_what_they_say(rank: int, world_size: int) -> None:
+    """An uneven split that is none of FSDP2's, and pieces in another order of memory."""
+    mesh = init_device_mesh("cpu", (3, 2))
+    placements = [_StridedShard(0, split_factor=2), Shard(0)]
+    p = distributed_param(torch.ones(7, 300), mesh, placements)
+    optimizer = torchao8.AdamW8bit([p], min_8bit_size=SMALL)
+    p.grad = distributed(torch.ones(7, 300), p)
+    if rank < 4:
+        optimizer.step()
+    else:
+        with pytest.raises(ValueError, match=r"parameter 0 of shape \[7, 300\], .* local shape of"):
+            optimizer.step()
+        assert not optimizer.state
+    dist.barrier()
+    line = init_device_mesh("cpu", (world_size,))
+    part = torch.ones(1, 5, 300).transpose(0, 1)  # of (5, 6, 300) along its second dimension
+    p = torch.nn.Parameter(DTensor.from_local(part, line, [Shard(1)], run_check=False))
+    optimizer = torchao8.AdamW8bit([p], min_8bit_size=SMALL)
+    p.grad = DTensor.from_local(torch.ones(5, 1, 300), line, [Shard(1)], run_check=False)
+    optimizer.step()  # one element a row: any strides will do
+    part = torch.ones(300, 2, 5).permute(2, 1, 0)
+    p = torch.nn.Parameter(DTensor.from_local(part, line, [Shard(1)], run_check=False))
+    optimizer = torchao8.AdamW8bit([p], min_8bit_size=SMALL)
+    p.grad = DTensor.from_local(torch.ones(5, 2, 300), line, [Shard(1)], run_check=False)
+    with pytest.raises(ValueError, match="expected a contiguous local tensor"):
+        optimizer.step()
+
+
+def test_shards_that_are_not_what_they_say() -> None:
+    run_ranks(6, _shards_that_are_not_what_they_say)
+
+
+def _versions(rank: int, world_size: int) -> None:
+    """Autograd hears of the write, so that a backward through the old values raises."""
+    model = fsdp_weights(init_device_mesh("cpu", (world_size,)))
+    optimizer = torchao8.AdamW8bit(model.parameters(), min_8bit_size=SMALL)
+    set_global_grads(model.parameters(), 0)
+    before = [p._version for p in model.parameters()]
+    optimizer.step()
+    assert all(p._version > old for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_autograd_hears_of_the_write() -> None:
+    run_ranks(2, _versions)

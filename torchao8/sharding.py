@@ -142,13 +142,14 @@ class Place(NamedTuple):
         whole: whether one run holds all of it, and its own shape has the same rows: then the op
             takes the local tensor as it is.
         row, blocks: elements, and blocks, of a local row.
-        scale_shape: of the local scales.
+        shape, scale_shape: of the local tensor and of its scales.
     """
 
     runs: tuple[Run, ...]
     whole: bool
     row: int
     blocks: int
+    shape: tuple[int, ...]
     scale_shape: tuple[int, ...]
 
 
@@ -158,6 +159,27 @@ def place(p: DTensor, block_size: int) -> Place | None:
     coordinate = mesh.get_coordinate()
     where = None if coordinate is None else tuple(coordinate)
     return _place_on(mesh, p.shape, where, p.placements, block_size)
+
+
+def wrong_shard_message(p: DTensor, where: Place) -> str | None:
+    """What is wrong with the local tensor of a parameter, if anything is."""
+    part = local(p)
+    if p.device_mesh.get_coordinate() is None:
+        return None
+    if tuple(part.shape) != where.shape:
+        return (
+            f"of shape {list(p.shape)}, placed as {p.placements} on a mesh of shape "
+            f"{list(p.device_mesh.shape)}: expected a local shape of {list(where.shape)} on this "
+            f"rank, got {list(part.shape)}. FSDP2 over tensor parallelism makes the expected one; "
+            "distribute_tensor splits an uneven dimension otherwise."
+        )
+    if not where.whole and not part.is_contiguous():
+        return (
+            f"placed as {p.placements}: expected a contiguous local tensor, as its shards lie "
+            f"in several pieces of the whole, got strides {list(part.stride())} for shape "
+            f"{list(part.shape)}"
+        )
+    return None
 
 
 @functools.cache
@@ -184,7 +206,7 @@ def _place(
     k = row_start(shape, block_size)
     inner = math.prod(shape[k + 1 :])
     if coordinate is None:  # this rank has no part in the mesh
-        return Place((), True, 0, 0, (0,) * (k + 1))
+        return Place((), True, 0, 0, (0,) * len(shape), (0,) * (k + 1))
     indices = [_indices(shape, mesh_shape, coordinate, placements, d) for d in range(len(shape))]
     leading, columns = indices[:k], indices[k]
     row = len(columns) * inner
@@ -193,7 +215,7 @@ def _place(
     runs = _runs(starts, shape, k) if row else ()
     local_shape = tuple(len(index) for index in indices)
     whole = len(runs) < 2 and scale_shape(local_shape, block_size) == scales
-    return Place(runs, whole, row, scales[-1], scales)
+    return Place(runs, whole, row, scales[-1], local_shape, scales)
 
 
 def _row_offsets(shape: tuple[int, ...], leading: Sequence[Sequence[int]], start: int) -> list[int]:
@@ -306,9 +328,14 @@ def placed_grad(p: DTensor, grad: DTensor) -> Tensor:
     return local(same_placement(p, grad))
 
 
+def is_placed_as(p: DTensor, value: DTensor) -> bool:
+    """Whether a DTensor lies as a parameter does."""
+    return value.placements == p.placements and value.device_mesh == p.device_mesh
+
+
 def same_placement(p: DTensor, value: DTensor) -> DTensor:
     """A DTensor brought into the placements of a parameter; a collective where it has others."""
-    if value.placements == p.placements and value.device_mesh == p.device_mesh:
+    if is_placed_as(p, value):
         return value
     return value.redistribute(p.device_mesh, p.placements)
 
@@ -331,17 +358,18 @@ def cut_out(p: DTensor, value: Tensor, shape: Sequence[int]) -> Tensor:
 def agree(tensors: Iterable[Tensor], refused: bool) -> bool:
     """Whether any rank that shares one of the tensors refuses: then all of them must.
 
-    A collective over the meshes of the DTensors among the tensors.
+    A collective over the meshes of the DTensors among the tensors. Ranks need not have the same
+    meshes: all go through theirs in one order, there and back, so that a refusal also gets from
+    one mesh to the next.
     """
     import torch.distributed as dist
 
-    meshes: list[DeviceMesh] = []
-    for t in tensors:
-        if is_dtensor(t) and t.device_mesh not in meshes:
-            meshes.append(t.device_mesh)
-    for mesh in meshes * len(meshes):  # so that it also gets from one mesh to another
-        if mesh.get_coordinate() is None:
-            continue
+    meshes = {t.device_mesh for t in tensors if is_dtensor(t)}
+    ordered = sorted(
+        (mesh for mesh in meshes if mesh.size() > 1 and mesh.get_coordinate() is not None),
+        key=lambda mesh: (mesh.size(), mesh.mesh.flatten().tolist(), tuple(mesh.shape)),
+    )
+    for mesh in ordered + ordered[::-1]:
         flag = torch.tensor(int(refused), device=mesh.device_type)
         for dim in range(mesh.ndim):
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=mesh.get_group(dim))

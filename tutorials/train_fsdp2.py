@@ -25,12 +25,17 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from _gpt import GPT, GPTConfig, Text, cross_entropy
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import torchao8
+from torchao8.checkpoint import load_dcp
 
 WARMUP_STEPS = 10
 CLIP_NORM = 1.0
@@ -140,9 +145,12 @@ class Training:
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds: shards as DTensors, by the names of the parameters."""
         model, optimizer = get_state_dict(self.model, self.optimizer)
-        progress = {"step": self.step, "held_out": self.held_out, "ranks": dist.get_world_size()}
         parts = {"model": model, "optimizer": optimizer}
-        return {**parts, "progress": progress, "settings": self.settings}
+        return {**parts, "progress": self.progress(), "settings": self.settings}
+
+    def progress(self) -> dict[str, Any]:
+        """Return what to go on from, and what to compare with then."""
+        return {"step": self.step, "held_out": self.held_out, "ranks": dist.get_world_size()}
 
     def save(self) -> None:
         """Write a checkpoint into a folder that gets its name when all of it is there."""
@@ -166,10 +174,10 @@ class Training:
             if value != self.settings[name]:
                 raise SystemExit(f"{folder} was made with {name} {value}: use another --out")
         # Each rank asks for its own shards, from whichever files: the number of ranks may change.
-        state = self.state_dict()
+        state = {"model": get_model_state_dict(self.model), "progress": self.progress()}
         dcp.load(state, checkpoint_id=folder)
-        parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-        set_state_dict(self.model, self.optimizer, **parts)
+        set_model_state_dict(self.model, state["model"])
+        load_dcp(self.model, self.optimizer, folder)
         progress = state["progress"]
         self.step, before = progress["step"], progress["held_out"]
         self.held_out = self.evaluate()

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from torchao8.optim._checks import is_dtensor, kind
+from torchao8.optim._checks import kind
+from torchao8.sharding import is_dtensor
 
 SHARDED = (
     "expected a whole tensor, got a shard (a DTensor): the blocks of a shard are not those of the "

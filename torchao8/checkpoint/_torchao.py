@@ -17,7 +17,7 @@ from torchao8.checkpoint._moments import (
     checked_scale,
     checked_tensor,
 )
-from torchao8.optim._checks import is_dtensor
+from torchao8.sharding import is_dtensor
 
 _TORCHAO_8BIT = "OptimState8bit"
 _TORCHAO_OTHERS = ("OptimState4bit", "OptimStateFp8")

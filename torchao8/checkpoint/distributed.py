@@ -1,16 +1,22 @@
-"""Loading ``torch.distributed.checkpoint`` folders that hold the state in another format."""
+"""Loading ``torch.distributed.checkpoint`` folders, whatever format the state in them has."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from torchao8.sharding import is_dtensor, like, local
+from torchao8 import sharding
+from torchao8.block_layout import scale_shape
+from torchao8.checkpoint._names import names_of
+from torchao8.optim._load import all_or_none
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from torchao8.optim.base import LowPrecisionOptimizer
 
 
@@ -20,78 +26,144 @@ def load_dcp(
     checkpoint_id: str | os.PathLike[str],
     *,
     key: str = "optimizer",
+    process_group: ProcessGroup | None = None,
+    no_dist: bool = False,
 ) -> None:
-    """Loads the state of an optimizer from a checkpoint, whatever precision it was saved in.
+    """Loads the state of an optimizer from a ``dcp.save`` folder, or raises and changes nothing.
 
-    ``dcp.load`` reads what the live state has and knows no other format: it fails where the
-    checkpoint holds 32-bit state of what is kept in 8 bits here, or the reverse. So where the
-    formats differ, because of options, of the way a parameter is sharded or because
-    ``torch.optim.AdamW`` saved it, this reads what is there and ``optimizer.load_state_dict``
-    converts it. What has the same format is read as ``dcp.load`` does, byte for byte. Options that
-    the checkpoint lacks stay as they are.
+    ``dcp.load`` reads into the live state: what fails half-way leaves half of it changed, and
+    state of another format, 32-bit where 8 bits are kept here or the reverse, cannot be read at
+    all. This reads into memory of its own, a second copy of the state on this rank while it loads,
+    and hands it to ``optimizer.load_state_dict``, which checks and converts it. So it also takes
+    what ``torch.optim.AdamW`` saved. Options that the checkpoint lacks stay as they are.
 
-    A collective where the process group is initialized: every rank calls it.
+    Parameters go by their names, whatever their order and whatever wraps the model. A collective
+    where the process group is initialized: every rank calls it.
 
     Args:
-        model: whose parameters the optimizer has; their names are those of the checkpoint.
+        model: whose parameters the optimizer has.
         checkpoint_id: the folder that ``dcp.save`` wrote.
         key: under which ``get_optimizer_state_dict(model, optimizer)`` was saved in it.
+        process_group, no_dist: as of ``torch.distributed.checkpoint.load``.
 
     Raises:
         ValueError: no state of a parameter or no options in the checkpoint, or such that do not
             fit.
+        OSError: no such folder.
+        torch.distributed.checkpoint.CheckpointException: files that are missing or damaged.
     """
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-    from torch.distributed.checkpoint.state_dict import (
-        get_optimizer_state_dict,
-        set_optimizer_state_dict,
-    )
+    import torch.distributed as dist
+    from torch.distributed.checkpoint import FileSystemReader, load
 
-    saved = dcp.FileSystemReader(checkpoint_id).read_metadata().state_dict_metadata
-    state_dict: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
-    params = dict(model.named_parameters())
-    converted = []
-    for name, live in state_dict["state"].items():
-        start = f"{key}.state.{name}."
-        keys = {k[len(start) :]: entry for k, entry in saved.items() if k.startswith(start)}
-        if not keys:
-            raise ValueError(f"{checkpoint_id}: no state of {name}, expected keys {start}*")
-        if _differs(keys, live):
-            p = params[name]
-            converted.append(name)
-            state_dict["state"][name] = {k: _room(p, entry) for k, entry in keys.items()}
-    if not any(k.startswith(f"{key}.param_groups.0.") for k in saved):
-        raise ValueError(f"{checkpoint_id}: no options, expected keys {key}.param_groups.0.*")
-    # Partial: options that only live groups have. No state can be missing here.
-    planner = DefaultLoadPlanner(allow_partial_load=True)
-    dcp.load({key: state_dict}, checkpoint_id=checkpoint_id, planner=planner)
-    for name in converted:
-        state = state_dict["state"][name]
-        # torch.optim keeps moments in the dtype of the parameter.
-        state.update({k: v.float() for k, v in state.items() if v.dtype in _HALF})
-    set_optimizer_state_dict(model, optimizer, state_dict)
+    def read(rooms: dict[str, Any]) -> dict[str, Any]:
+        """Everything that there is room for: a tensor to read into, or None for a plain value."""
+        reader = FileSystemReader(checkpoint_id)
+        load(rooms, storage_reader=reader, process_group=process_group, no_dist=no_dist)
+        return rooms
+
+    def agree(refused: bool) -> bool:
+        if no_dist or not dist.is_initialized():
+            return refused
+        votes = [refused] * dist.get_world_size(process_group)
+        dist.all_gather_object(votes, refused, group=process_group)
+        return any(votes)
+
+    with all_or_none(agree):
+        saved = FileSystemReader(checkpoint_id).read_metadata().state_dict_metadata
+        start = f"{key}.param_groups."
+        option_rooms = {k: _plain_room(e) for k, e in saved.items() if k.startswith(start)}
+        if not option_rooms:
+            raise ValueError(f"{checkpoint_id}: no options, expected keys {start}0.*")
+    options = read(option_rooms)
+    with all_or_none(agree):
+        names = names_of(model, optimizer)
+        groups, numbers = _groups(str(checkpoint_id), optimizer, names, options, start)
+        rooms: dict[str, Any] = {}
+        for group, live in zip(groups, optimizer.param_groups, strict=True):
+            for p in live["params"]:
+                prefix = f"{key}.state.{names[p]}."
+                entries = {k: entry for k, entry in saved.items() if k.startswith(prefix)}
+                if not entries and p.requires_grad:
+                    raise ValueError(
+                        f"{checkpoint_id}: no state of {names[p]}, expected keys {prefix}*"
+                    )
+                block_size = group.get("block_size")
+                rooms.update({k: _room(p, entry, block_size) for k, entry in entries.items()})
+    values = read(rooms)
+    state: dict[int, dict[str, Any]] = {}
+    for p, number in numbers.items():
+        prefix = f"{key}.state.{names[p]}."
+        found = {k[len(prefix) :]: v for k, v in values.items() if k.startswith(prefix)}
+        if found:
+            state[number] = found
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-_HALF = (torch.bfloat16, torch.float16)
+def _groups(
+    folder: str,
+    optimizer: LowPrecisionOptimizer,
+    names: Mapping[Tensor, str],
+    options: Mapping[str, Any],
+    start: str,
+) -> tuple[list[dict[str, Any]], dict[Tensor, int]]:
+    """The groups of a state dict: the optimizer's, with the options of those in the checkpoint.
 
-
-def _differs(saved: dict[str, Any], live: dict[str, Tensor]) -> bool:
-    """Whether state is to be converted: it has other keys, dtypes or scales."""
-    return set(saved) != set(live) or any(
-        (entry.properties.dtype, tuple(entry.size)) != (live[k].dtype, tuple(live[k].shape))
-        for k, entry in saved.items()
-        if k != "step"
-    )
-
-
-def _room(p: Tensor, entry: Any) -> Tensor:
-    """A tensor to read one of the checkpoint into: sharded as the parameter where it is a moment.
-
-    Codes and scales are read whole: where this is called, shards need not hold whole blocks.
+    Also the number of each parameter in them.
     """
-    size, dtype = tuple(entry.size), entry.properties.dtype
-    device = local(p).device
-    if is_dtensor(p) and size == tuple(p.shape) and dtype.is_floating_point:
-        return like(p, torch.empty(local(p).shape, dtype=dtype, device=device), size)
-    return torch.empty(size, dtype=dtype, device=device)
+    saved: dict[str, dict[str, Any]] = {}
+    for name, value in options.items():
+        number, _, option = name[len(start) :].partition(".")
+        saved.setdefault(number, {})[option] = value
+    groups: list[dict[str, Any]] = []
+    numbers: dict[Tensor, int] = {}
+    for i, live in enumerate(optimizer.param_groups):
+        wanted = {names[p] for p in live["params"]}
+        found = [n for n, group in saved.items() if wanted & set(group.get("params", ()))]
+        if not wanted:
+            found = [str(i)] if str(i) in saved else []
+        if len(found) != 1:
+            raise ValueError(
+                f"{folder}: expected the parameters of group {i} of the optimizer in one group of "
+                f"the checkpoint, got them in {len(found)}. "
+                + (
+                    "The options of which should hold?"
+                    if found
+                    else "Names differ, or it was saved with flatten_optimizer_state_dict=True."
+                )
+            )
+        group = dict(saved[found[0]])
+        for option, value in group.items():
+            if isinstance(value, Tensor) and isinstance(live.get(option), Tensor):
+                group[option] = value.to(live[option].device)
+        group["params"] = list(range(len(numbers), len(numbers) + len(live["params"])))
+        group.pop("param_names", None)  # they would be those of the checkpoint's order
+        numbers.update(zip(live["params"], group["params"], strict=True))
+        groups.append(group)
+    return groups, numbers
+
+
+def _plain_room(entry: Any) -> Tensor | None:
+    """A tensor to read one of the checkpoint's into, None for what is no tensor."""
+    if not hasattr(entry, "size"):
+        return None
+    return torch.empty(tuple(entry.size), dtype=entry.properties.dtype)
+
+
+def _room(p: Tensor, entry: Any, block_size: int | None) -> Tensor | None:
+    """The same for state of ``p``: sharded as ``p`` is, where its shards hold whole blocks.
+
+    Elsewhere every rank reads all of the codes, to cut them anew.
+    """
+    room = _plain_room(entry)
+    if room is None or not sharding.is_dtensor(p):
+        return None if room is None else room.to(p.device)
+    size, dtype, part = tuple(room.shape), room.dtype, sharding.local(p)
+    shape: tuple[int, ...] | None = None
+    where = sharding.place(p, block_size) if block_size is not None else None
+    if size == tuple(p.shape) and (dtype.is_floating_point or where is not None):
+        shape = tuple(part.shape)
+    elif where is not None and block_size and size == scale_shape(tuple(p.shape), block_size):
+        shape = where.scale_shape
+    if shape is None or not size:
+        return room.to(part.device)
+    return sharding.like(p, torch.empty(shape, dtype=dtype, device=part.device), size)

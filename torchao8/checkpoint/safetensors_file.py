@@ -19,13 +19,18 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torchao8.checkpoint._names import names_of
+from torchao8.optim._load import all_or_none, ranks_of
 from torchao8.sharding import is_dtensor
+
+if TYPE_CHECKING:
+    from torchao8.optim.base import LowPrecisionOptimizer
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "torchao8_optimizer"
@@ -54,8 +59,9 @@ def save_safetensors(
 ) -> None:
     """Saves state and options of an optimizer as one safetensors file.
 
-    Parameters go by their names where every group has ``param_names``, and by their numbers
-    otherwise. Dtypes and bytes are kept, and so is every bit of an option.
+    Parameters go by their names where every group has ``param_names`` or the state dict is one of
+    ``get_optimizer_state_dict``, and by their numbers otherwise. Dtypes and bytes are kept, and so
+    is every bit of an option.
 
     The file is written in a temporary folder beside it (``.<name>.<random>.tmp``), flushed to the
     disk and then renamed. A save that is killed therefore leaves the old file or none, and maybe
@@ -67,6 +73,8 @@ def save_safetensors(
         full = get_optimizer_state_dict(model, optimizer, options=options)  # on all ranks
         if torch.distributed.get_rank() == 0:
             save_safetensors(optimizer, path, state_dict=full)
+        ...
+        load_safetensors(optimizer, path, model=model)  # on all ranks
 
     Args:
         optimizer: any optimizer of this library.
@@ -85,7 +93,9 @@ def save_safetensors(
         save_file(tensors, temporary, metadata=metadata)
 
 
-def load_safetensors(optimizer: Optimizer, path: _Path) -> None:
+def load_safetensors(
+    optimizer: LowPrecisionOptimizer, path: _Path, *, model: nn.Module | None = None
+) -> None:
     """Loads a file of :func:`save_safetensors`, or raises and changes nothing.
 
     The same as ``optimizer.load_state_dict`` of what was saved, with all its checks and
@@ -93,19 +103,26 @@ def load_safetensors(optimizer: Optimizer, path: _Path) -> None:
     that of the option in whose place it comes. Where parameters are DTensors, every rank calls this
     and takes its part of the whole.
 
+    Args:
+        model: whose parameters the optimizer has. A file that has names is then loaded by them,
+            in any order and whatever wraps the model. Without it, an optimizer of
+            ``named_parameters()`` must have the same order, and any other one is refused.
+
     Raises:
         ImportError: the package safetensors is not installed.
         OSError: the file is not there or cannot be read.
         ValueError: the file is damaged, of a newer version or another kind, or does not fit the
             optimizer.
     """
-    header, tensors = _read(os.fspath(path))
-    numbers = {
-        name: number for number, name in enumerate(n for group in header.params for n in group)
-    }
+    with all_or_none(ranks_of(optimizer)):
+        header, tensors = _read(os.fspath(path))
+        numbers = _numbers(os.fspath(path), header, optimizer, model)
     groups: list[dict[str, Any]] = []
     for names, options in zip(header.params, header.options, strict=True):
         group = {name: _decode(value, tensors) for name, value in options.items()}
+        if model is not None:
+            group.pop("param_names", None)
+            names = sorted(names, key=numbers.__getitem__)
         groups.append({**group, "params": [numbers[name] for name in names]})
     for live, group in zip(optimizer.param_groups, groups, strict=False):
         for name, value in group.items():
@@ -154,6 +171,8 @@ def _flatten(saved: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _file_names(groups: list[dict[str, Any]]) -> dict[Any, str]:
     """What each parameter of a state dict is called in the file."""
     params = [p for group in groups for p in group["params"]]
+    if all(isinstance(p, str) for p in params):
+        return {p: p for p in params}
     names = [str(name) for group in groups for name in group.get("param_names", ())]
     if len(names) != len(params) or len(set(names)) != len(names):
         names = [str(number) for number in range(len(params))]
@@ -329,6 +348,33 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
         ((kind, content),) = value.items()
         return tensors[str(content)] if kind == "tensor" else tuple(_decode(content, tensors))
     return value
+
+
+def _numbers(
+    path: str, header: _Header, optimizer: LowPrecisionOptimizer, model: nn.Module | None
+) -> dict[str, int]:
+    """The number in the state dict of each parameter in the file.
+
+    Raises:
+        ValueError: names that this optimizer does not know, or that stand in other groups.
+    """
+    names = [name for group in header.params for name in group]
+    in_order = {name: number for number, name in enumerate(names)}
+    if all(name == str(number) for name, number in in_order.items()):
+        return in_order
+    if model is None:
+        if not all("param_names" in group for group in optimizer.param_groups):
+            raise ValueError(
+                f"{path}: has parameters by their names ({names[0]!r}, ...), which this optimizer "
+                "does not know. Pass model=model, or build the optimizer from "
+                "model.named_parameters()"
+            )
+        return in_order
+    known = names_of(model, optimizer)
+    ours = [[known[p] for p in group["params"]] for group in optimizer.param_groups]
+    if [sorted(group) for group in ours] != [sorted(group) for group in header.params]:
+        raise ValueError(f"{path}: expected groups of the parameters {ours}, got {header.params}")
+    return {name: i for i, name in enumerate(name for group in ours for name in group)}
 
 
 # -- the package -------------------------------------------------------------------------------

@@ -136,7 +136,13 @@ def sort_into_buckets(
         sharded = sharding.is_dtensor(p)
         place = place_of(i, p) if sharded else None
         scale = state[first_scale] if quantized else None
-        _check_layout(optimizer, group, p, scale, not sharded or place is not None)
+        if torch.compiler.is_compiling():
+            # The check was made when the trace began. These are read so that a change of them
+            # begins another one.
+            if group["optim_bits"] == 8 and p.numel() >= group["min_8bit_size"]:
+                pass
+        else:
+            check_layout(optimizer, group, p, scale, not sharded or place is not None)
         steps.append(tensors[0])
         if not sharded:
             kind = (quantized, p.device, p.dtype, grad.dtype, False)
@@ -152,7 +158,7 @@ def sort_into_buckets(
     return buckets, steps
 
 
-def _check_layout(
+def check_layout(
     optimizer: Optimizer, group: Group, p: Tensor, scale: Tensor | None, keeps_blocks: bool
 ) -> None:
     """Raises RuntimeError if an option was changed after it had laid out the state.
@@ -161,16 +167,15 @@ def _check_layout(
         scale: of the parameter's first state, None in 32 bits.
         keeps_blocks: False for a DTensor that keeps 32-bit state for the way it is sharded.
     """
-    compiling = torch.compiler.is_compiling()  # which has no use for a cache
-    scale_of = scale_shape if compiling else _cached_scale_shape
     least, block_size = group["min_8bit_size"], group["block_size"]
-    # Not as one expression: under dynamic=True its value would be symbolic.
-    if group["optim_bits"] == 8 and p.numel() >= least and keeps_blocks:
-        wants_8bit = scale is not None or fits_8bit(p.shape, block_size, least)
-    else:
-        wants_8bit = False
+    wants_8bit = (
+        group["optim_bits"] == 8
+        and p.numel() >= least
+        and keeps_blocks
+        and (scale is not None or fits_8bit(p.shape, block_size, least))
+    )
     if wants_8bit != (scale is not None) or (
-        scale is not None and scale.shape != scale_of(p.shape, block_size)
+        scale is not None and scale.shape != _cached_scale_shape(p.shape, block_size)
     ):
         has = "32-bit state" if scale is None else f"8-bit state, scales {list(scale.shape)}"
         raise RuntimeError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,15 @@ from torch import Tensor
 from torchao8 import ops
 from torchao8.block_layout import scale_shape
 from torchao8.optim._checks import kind
-from torchao8.sharding import cut_out, is_dtensor, like, local, place, same_placement
+from torchao8.sharding import (
+    cut_out,
+    is_dtensor,
+    is_placed_as,
+    like,
+    local,
+    place,
+    same_placement,
+)
 
 # Of the state as it is saved: the keys, what they hold and how blocks lie. It stands in every
 # parameter group, as what stands beside the groups gets lost on some roads.
@@ -79,26 +87,60 @@ def unseal(state: dict[Any, Any]) -> None:
                     tensors[key] = value.spec.place(p, value.part)
 
 
-def parts_of(label: str, p: Tensor, layout: Layout, saved: dict[str, Any]) -> dict[str, Tensor]:
-    """What this rank holds of the saved state of one parameter.
+def check_form(
+    label: str,
+    p: Tensor,
+    layout: Layout,
+    states: Sequence[State],
+    saved: dict[str, Any],
+    saved_block_size: int,
+) -> bool:
+    """Whether saved state of ``p`` needs a conversion, after all checks that look at no value.
 
-    A collective where the state is sharded otherwise than ``p``. So it looks at no value: all ranks
-    raise, or none.
+    Not a collective: what one rank refuses here, no rank has begun to move.
 
     Args:
         label: names the parameter in messages.
-        layout: what the state must be.
+        layout: what the state is to be.
         saved: plain tensors of the whole, or DTensors where ``p`` is one.
+        saved_block_size: of the state, if it is 8-bit state.
 
     Raises:
         ValueError: other keys; a value that is no tensor or of another dtype or shape.
     """
-    if set(saved) != set(layout):
+    in_8bit = _is_8bit(states, saved)
+    form = _form(layout, states, in_8bit, saved_block_size)
+    if set(saved) != set(form):
         raise ValueError(
             f"state of {label}: expected the keys {list(layout)}, got {list(saved)}"
-            + _remedy(saved)
+            + _remedy(states, saved)
         )
-    return {key: _part(label, key, p, spec, saved[key]) for key, spec in layout.items()}
+    for key, value in saved.items():
+        if key == "step" and not isinstance(value, Tensor) and _is_number(value):
+            continue
+        if key == "step" and isinstance(value, Tensor) and _is_count(value):
+            continue
+        _check_kind(label, key, form[key], value)
+        if is_dtensor(value) and not is_dtensor(p):
+            raise ValueError(
+                f"{key} of {label}: expected {form[key]}, got a DTensor, as the parameter is none; "
+                "gather the state first (StateDictOptions(full_state_dict=True))"
+            )
+    return any(
+        (spec.dtype, spec.shape) != (form[key].dtype, form[key].shape) if key in form else True
+        for key, spec in layout.items()
+    )
+
+
+def parts_of(p: Tensor, layout: Layout, saved: dict[str, Any]) -> dict[str, Tensor]:
+    """What this rank holds of saved state that has the form of the layout.
+
+    A collective where the state is sharded otherwise than ``p``; it looks at no value.
+    """
+    return {
+        key: _part(p, spec, _step_tensor(saved[key]) if key == "step" else saved[key])
+        for key, spec in layout.items()
+    }
 
 
 def seal(label: str, layout: Layout, parts: dict[str, Tensor]) -> dict[str, Sealed]:
@@ -118,24 +160,42 @@ def seal(label: str, layout: Layout, parts: dict[str, Tensor]) -> dict[str, Seal
     return {key: Sealed(layout[key], part.contiguous()) for key, part in parts.items()}
 
 
-def _remedy(saved: dict[str, Any]) -> str:
+def _is_8bit(states: Sequence[State], keys: Collection[str]) -> bool:
+    return any(f"{state.name}_codes" in keys for state in states)
+
+
+def _form(layout: Layout, states: Sequence[State], in_8bit: bool, block_size: int) -> Layout:
+    """The layout of the same state in 8 or 32 bits; without what this rank has of it."""
+    form = {"step": layout["step"]}
+    for state in states:
+        shape = next(layout[key].shape for key in _keys(state, _is_8bit(states, layout)))
+        scales = scale_shape(shape, block_size)
+        new = (
+            (TensorSpec(torch.uint8, shape), TensorSpec(torch.float32, scales, signed=state.signed))
+            if in_8bit
+            else (TensorSpec(torch.float32, shape, signed=state.signed),)
+        )
+        form.update(zip(_keys(state, in_8bit), new, strict=True))
+    return form
+
+
+def _remedy(states: Sequence[State], saved: dict[str, Any]) -> str:
     """What to do about a checkpoint of another kind, where it can be told."""
+    if any(all(k in saved for b in (True, False) for k in _keys(s, b)) for s in states):
+        return (
+            ". These are the keys of 8-bit and of 32-bit state: torch's set_optimizer_state_dict "
+            "mixes what the checkpoint has with what the optimizer has, so that none of it can be "
+            "trusted. To convert, give the full state dict to optimizer.load_state_dict on every "
+            "rank, or load the folder with torchao8.checkpoint.load_dcp"
+        )
     if any(str(key).startswith("max_exp_avg_sq") for key in saved):
         return ". It was saved with amsgrad=True."
     return ""
 
 
-def _part(label: str, key: str, p: Tensor, spec: TensorSpec, value: Any) -> Tensor:
-    if key == "step":
-        value = _step_tensor(value)
-    _check_kind(label, key, spec, value)
+def _part(p: Tensor, spec: TensorSpec, value: Tensor) -> Tensor:
     value = value.detach()
     if spec.local_shape is None or not is_dtensor(p):
-        if is_dtensor(value):
-            raise ValueError(
-                f"{key} of {label}: expected {spec}, got a DTensor, as the parameter is none; "
-                "gather the state first (StateDictOptions(full_state_dict=True))"
-            )
         return value
     if not is_dtensor(value):
         return cut_out(p, value, spec.shape)
@@ -144,7 +204,11 @@ def _part(label: str, key: str, p: Tensor, spec: TensorSpec, value: Any) -> Tens
 
 def _check_kind(label: str, key: str, spec: TensorSpec, value: Any) -> None:
     if not isinstance(value, Tensor):
-        raise ValueError(f"{key} of {label}: expected {spec}, got {type(value).__name__}")
+        flat = isinstance(value, dict)  # torch's unflattening leaves one where nothing was
+        raise ValueError(
+            f"{key} of {label}: expected {spec}, got {type(value).__name__}"
+            + (". A flattened state dict has no such key, or is of another precision." * flat)
+        )
     if value.is_meta:
         raise ValueError(
             f"{key} of {label}: expected {spec}, got one on the device meta: no values"
@@ -173,16 +237,21 @@ def _check_values(label: str, key: str, spec: TensorSpec, value: Tensor) -> None
         raise ValueError(f"{key} of {label}: expected {wrong}")
 
 
-def _step_tensor(value: Any) -> Any:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_count(value: Tensor) -> bool:
+    return value.numel() == 1 and not (value.is_complex() or value.dtype == torch.bool)
+
+
+def _step_tensor(value: Any) -> Tensor:
     """Steps also come as numbers, as tensors of other dtypes, and as one tensor for all."""
     if is_dtensor(value):
         value = value.full_tensor()
     if isinstance(value, Tensor):
-        counts = value.numel() == 1 and not (value.is_complex() or value.dtype == torch.bool)
-        return value.to(torch.float32).reshape(()).clone() if counts else value
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return torch.tensor(float(min(value, 2**24)), dtype=torch.float32)
-    return value
+        return value.detach().to(torch.float32).reshape(()).clone()
+    return torch.tensor(float(min(value, 2**24)), dtype=torch.float32)
 
 
 # -- another precision -----------------------------------------------------------------------------
@@ -190,56 +259,49 @@ def _step_tensor(value: Any) -> Any:
 
 def convert(
     label: str,
+    p: Tensor,
     layout: Layout,
     states: Sequence[State],
     saved: dict[str, Any],
     block_size: int,
     saved_block_size: int,
-) -> dict[str, Any]:
-    """The saved state of a parameter in the format that the layout asks for, through float32.
+) -> dict[str, Tensor]:
+    """What this rank holds of saved state after its conversion, through float32.
 
-    8 bits become 32 without loss, 32 become 8 rounded to nearest, and other blocks both. What is
-    sharded is gathered first, a parameter at a time: another precision may lie in other places.
+    8 bits become 32 without loss, 32 become 8 rounded to nearest, and other blocks both. Sharded
+    state is converted where it lies if it is placed as ``p`` and in whole blocks; if not, it is
+    gathered, a collective, a parameter at a time.
 
-    Returns:
-        ``saved`` itself where it has that format already, or none that this function knows.
+    Args:
+        saved: of a form that :func:`check_form` has let pass.
 
     Raises:
-        ValueError: state in 8 bits that is no codes and scales of the saved block size.
+        ValueError: a number that no step could have left; after the collectives.
     """
-    saved_in_8bit, in_8bit = (f"{states[0].name}_codes" in keys for keys in (saved, layout))
-    if set(saved) != {"step"} | {key for state in states for key in _keys(state, saved_in_8bit)}:
-        return saved
-    if saved_in_8bit == in_8bit and not (in_8bit and saved_block_size != block_size):
-        return saved
-    converted = {"step": saved["step"]}
+    in_8bit, saved_in_8bit = _is_8bit(states, layout), _is_8bit(states, saved)
+    form = _form(layout, states, saved_in_8bit, saved_block_size)
+    keys = [key for key in form if key != "step"]
+    here = is_dtensor(p) and all(
+        is_dtensor(saved[key]) and is_placed_as(p, saved[key]) for key in keys
+    )
+    if here and is_dtensor(p):
+        used = ((block_size, in_8bit), (saved_block_size, saved_in_8bit))
+        here = all(place(p, size) is not None for size, is_used in used if is_used)
+    step = _step_tensor(saved["step"])
+    values = {key: local(saved[key]) if here else _whole(saved[key]).detach() for key in keys}
+    for key, value in values.items():
+        _check_values(label, key, form[key], value)
+    parts, sharded = {"step": step}, p if here else None
     for state in states:
-        values = [_whole(saved[key]) for key in _keys(state, saved_in_8bit)]
-        shape = next(layout[key].shape for key in _keys(state, in_8bit))
+        new: tuple[Tensor, ...] = tuple(values[key] for key in _keys(state, saved_in_8bit))
         if saved_in_8bit:
-            codes, scale = values
-            specs = (
-                TensorSpec(torch.uint8, shape),
-                TensorSpec(
-                    torch.float32, scale_shape(shape, saved_block_size), signed=state.signed
-                ),
-            )
-            for key, value, spec in zip(_keys(state, True), values, specs, strict=True):
-                _check_kind(label, key, spec, value)
-                _check_values(label, key, spec, value)
-            moment = ops.dequantize_blockwise(
-                codes, scale, block_size=saved_block_size, signed=state.signed
-            )
-        else:
-            (moment,) = values
-            spec = TensorSpec(torch.float32, shape, signed=state.signed)
-            _check_kind(label, state.name, spec, moment)
-            _check_values(label, state.name, spec, moment)
-        new: tuple[Tensor, ...] = (moment,)
+            codes, scale = new
+            new = (_dequantize(sharded, codes, scale, saved_block_size, state.signed),)
         if in_8bit:
-            new = ops.quantize_blockwise(moment, block_size=block_size, signed=state.signed)
-        converted.update(zip(_keys(state, in_8bit), new, strict=True))
-    return converted
+            new = _quantize(sharded, new[0], block_size, state.signed)
+        for key, value in zip(_keys(state, in_8bit), new, strict=True):
+            parts[key] = value if here else _part(p, layout[key], value)
+    return parts
 
 
 def in_32bit(
@@ -250,22 +312,38 @@ def in_32bit(
         return saved
     converted = {"step": saved["step"]}
     for state in states:
-        codes, scale = (saved[key] for key in _keys(state, True))
-        converted[state.name] = _dequantize(p, codes, scale, block_size, state.signed)
+        codes, scale = (local(saved[key]) for key in _keys(state, True))
+        converted[state.name] = like(
+            p, _dequantize(p, codes, scale, block_size, state.signed), p.shape
+        )
     return converted
 
 
-def _dequantize(p: Tensor, codes: Tensor, scale: Tensor, block_size: int, signed: bool) -> Tensor:
+def _dequantize(
+    p: Tensor | None, codes: Tensor, scale: Tensor, block_size: int, signed: bool
+) -> Tensor:
+    """The numbers that codes stand for: all of them, or what this rank holds of those of ``p``."""
+    shape = codes.shape
+    if is_dtensor(p):  # as matrices, whose rows are those of the whole
+        where = place(p, block_size)
+        assert where is not None  # or it would have no codes
+        if codes.numel() == 0:
+            return torch.empty(shape, dtype=torch.float32, device=codes.device)
+        codes, scale = codes.reshape(-1, where.row), scale.reshape(-1, where.blocks)
+    return ops.dequantize_blockwise(codes, scale, block_size=block_size, signed=signed).view(shape)
+
+
+def _quantize(
+    p: Tensor | None, moment: Tensor, block_size: int, signed: bool
+) -> tuple[Tensor, Tensor]:
+    """The reverse of :func:`_dequantize`."""
     if not is_dtensor(p):
-        return ops.dequantize_blockwise(codes, scale, block_size=block_size, signed=signed)
-    part, where = local(codes), place(p, block_size)
-    assert where is not None  # or it would have no codes
-    moment = torch.empty(part.shape, dtype=torch.float32, device=part.device)
-    if part.numel():  # as matrices, whose rows are those of the whole
-        rows, scales = part.view(-1, where.row), local(scale).view(-1, where.blocks)
-        values = ops.dequantize_blockwise(rows, scales, block_size=block_size, signed=signed)
-        moment = values.view(part.shape)
-    return like(p, moment, p.shape)
+        return ops.quantize_blockwise(moment, block_size=block_size, signed=signed)
+    where = place(p, block_size)
+    assert where is not None
+    rows = moment.reshape(-1, where.row) if moment.numel() else moment.new_empty(0, 1)
+    codes, scale = ops.quantize_blockwise(rows, block_size=block_size, signed=signed)
+    return codes.view(moment.shape), scale.view(where.scale_shape)
 
 
 def _keys(state: State, in_8bit: bool) -> tuple[str, ...]:

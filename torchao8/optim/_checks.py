@@ -1,6 +1,8 @@
 """Checks of options, parameters and gradients: what is wrong, what was expected, what came."""
 
 import math
+import sys
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -138,6 +140,17 @@ def describe(optimizer: Optimizer, p: Tensor) -> str:
                 return f"parameter {number}{name}"
             number += 1
     raise ValueError("the parameter is not in the optimizer")
+
+
+def warn_caller(message: str) -> None:
+    """Warns, pointing at the line outside of torch and torchao8 that led here."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_LIBRARIES):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+_LIBRARIES = ("torch.", "torchao8.")
 
 
 def kind(t: Tensor) -> str:

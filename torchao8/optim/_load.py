@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import TYPE_CHECKING, Any, cast
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -12,8 +14,8 @@ from torchao8 import sharding
 from torchao8.block_layout import check_block_size
 from torchao8.checkpoint import foreign
 from torchao8.optim._buckets import Group
-from torchao8.optim._checkpoint import Layout, convert, parts_of, seal
-from torchao8.optim._checks import describe
+from torchao8.optim._checkpoint import Layout, State, check_form, convert, parts_of, seal
+from torchao8.optim._checks import describe, warn_caller
 
 if TYPE_CHECKING:
     from torchao8.optim.base import LowPrecisionOptimizer
@@ -24,60 +26,92 @@ if TYPE_CHECKING:
 HINTS = ("foreach", "fused", "capturable", "differentiable")
 
 
-def seal_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+def seal_state_dict(optimizer: Optimizer, state_dict: Any) -> dict[str, Any] | None:
     """Load hook: checks a checkpoint against the optimizer and protects its tensors from a cast.
 
     Where parameters are sharded, all ranks refuse what one of them does.
     """
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    refusal: Exception | None = None
-    fits = False
-    try:
-        _check_structure(state_dict)
-        loading = _Loading(cast("LowPrecisionOptimizer", optimizer), state_dict)
-        fits = loading.fits()
-        if fits:
-            loading.convert()
-            loading.seal()
-    except Exception as error:
-        refusal = error
-    refused = not fits or refusal is not None
-    if sharding.agree(params, refused) and not refused:
-        raise ValueError("another rank refused the checkpoint, and says why; nothing has changed")
-    if refusal is not None:
-        raise refusal
-    if not fits:
-        return None  # torch refuses it, and says so
+    agree = ranks_of(optimizer)
+    loading = _Loading(cast("LowPrecisionOptimizer", optimizer), state_dict)
+    with all_or_none(agree):
+        loading.check()
+    with all_or_none(agree):
+        loading.convert()
+        loading.seal()
     loading.tell()
     return {**state_dict, "state": loading.state, "param_groups": loading.groups}
+
+
+@contextmanager
+def all_or_none(agree: Callable[[bool], bool]) -> Iterator[None]:
+    """A part of a load at whose end all ranks go on, or none: where one raises, all do.
+
+    What stands in it may be a collective only if nothing before it raises on some ranks alone.
+
+    Args:
+        agree: tells the other ranks whether this one refuses, and returns whether any does.
+    """
+    refusal: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        refusal = error
+    elsewhere = agree(refusal is not None)
+    if refusal is not None:
+        raise refusal
+    if elsewhere:
+        raise ValueError("another rank refused the checkpoint, and says why; nothing has changed")
+
+
+def ranks_of(optimizer: Optimizer) -> Callable[[bool], bool]:
+    """How the ranks that share a parameter of the optimizer agree."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return functools.partial(sharding.agree, params)
+
+
+class _Plan(NamedTuple):
+    """The saved state of one parameter, checked but for its values."""
+
+    saved_id: Any
+    label: str
+    p: Tensor
+    layout: Layout
+    states: tuple[State, ...]
+    values: dict[str, Any]
+    block_size: int
+    saved_block_size: int
+    converts: bool
 
 
 class _Loading:
     """A checkpoint on its way into an optimizer.
 
-    In two parts, as ranks must not part while they talk: first all that may be a collective, then
-    the look at values, which differ from rank to rank.
+    In three parts, as ranks must not part while they talk: all checks that look at no value
+    (:meth:`check`), what may be a collective (:meth:`convert`), and the look at values, which
+    differ from rank to rank (:meth:`seal`).
     """
 
-    def __init__(self, optimizer: LowPrecisionOptimizer, state_dict: dict[str, Any]) -> None:
+    def __init__(self, optimizer: LowPrecisionOptimizer, state_dict: Any) -> None:
         self.optimizer = optimizer
-        self.saved_groups = state_dict["param_groups"]
-        self.state = dict(state_dict["state"])
+        self.state_dict = state_dict
+        self.saved_groups: list[Group] = []
+        self.state: dict[Any, Any] = {}
         self.groups: list[Group] = []
-        self.parts: list[tuple[Any, str, Layout, dict[str, Tensor]]] = []
+        self.plans: list[_Plan] = []
+        self.parts: list[dict[str, Tensor]] = []
         # What to tell of: the parameters that were converted, by how, and who wrote their state.
         self.converted: dict[str, list[str]] = {}
         self.authors: set[str] = set()
 
-    def fits(self) -> bool:
-        """Whether there are as many groups, of as many parameters."""
-        ours, theirs = self.optimizer.param_groups, self.saved_groups
-        return [len(g["params"]) for g in ours] == [len(g["params"]) for g in theirs]
-
-    def convert(self) -> None:
-        """Brings options and state into the format of the optimizer."""
-        _check_names(self.optimizer.param_groups, self.saved_groups)
-        for live, saved in zip(self.optimizer.param_groups, self.saved_groups, strict=True):
+    def check(self) -> None:
+        """Brings options into the format of the optimizer, and finds out what to do with state."""
+        _check_structure(self.state_dict)
+        self.saved_groups = self.state_dict["param_groups"]
+        self.state = dict(self.state_dict["state"])
+        live_groups = self.optimizer.param_groups
+        _check_sizes(live_groups, self.saved_groups)
+        _check_names(live_groups, self.saved_groups)
+        for live, saved in zip(live_groups, self.saved_groups, strict=True):
             kept = {name: live[name] for name in self.optimizer._own_options}
             missing = {name: live[name] for name in self.optimizer.defaults}
             group = {**missing, **plain_hints(saved), **kept}
@@ -89,11 +123,36 @@ class _Loading:
                 if self._has_state(p, saved_id):
                     if "state_version" not in saved:
                         self._read_foreign(group, p, saved_id)
-                    self._convert_state(group, p, saved_id, block_size)
+                    self._plan(group, p, saved_id, block_size)
         known = {saved_id for group in self.saved_groups for saved_id in group["params"]}
         stray = [key for key in self.state if key not in known]
         if stray:
             raise ValueError(f"state of {stray[0]!r}: no parameter group of the checkpoint has it")
+
+    def convert(self) -> None:
+        """Brings the state into the format of the optimizer, as far as it lies on this rank.
+
+        A parameter that is refused ends nothing here: the other ranks go on with the next one.
+        """
+        refusal: Exception | None = None
+        for plan in self.plans:
+            try:
+                self.parts.append(self._converted(plan))
+            except ValueError as error:
+                refusal = refusal or error
+        if refusal is not None:
+            raise refusal
+
+    def seal(self) -> None:
+        """Checks the values on this rank."""
+        seen: set[int] = set()
+        for plan, parts in zip(self.plans, self.parts, strict=True):
+            # A checkpoint may hold one tensor twice, which no step could write to.
+            for key, part in parts.items():
+                if part.numel() and part.data_ptr() in seen:
+                    parts[key] = part.clone()
+                seen.add(part.data_ptr())
+            self.state[plan.saved_id] = seal(plan.label, plan.layout, parts)
 
     def _has_state(self, p: Tensor, saved_id: Any) -> bool:
         values = self.state.get(saved_id, {})
@@ -110,12 +169,13 @@ class _Loading:
             self.authors.add(foreign.who_wrote(values) or "torch.optim")
             self.state[saved_id] = own
 
-    def _convert_state(self, group: Group, p: Tensor, saved_id: Any, saved_block_size: int) -> None:
+    def _plan(self, group: Group, p: Tensor, saved_id: Any, saved_block_size: int) -> None:
         values, states = self.state[saved_id], self.optimizer._states(group)
         label, layout = describe(self.optimizer, p), self.optimizer._layout(group, p)
-        new = convert(label, layout, states, values, group["block_size"], saved_block_size)
-        if new is not values:
-            was_8bit, is_8bit = (any(k.endswith("_codes") for k in keys) for keys in (values, new))
+        converts = check_form(label, p, layout, states, values, saved_block_size)
+        block_size = group["block_size"]
+        if converts:
+            was_8bit, is_8bit = (any(k.endswith("_codes") for k in ks) for ks in (values, layout))
             how = (
                 "in 8 bits, and is kept in 32 from here on"
                 if not is_8bit
@@ -124,25 +184,23 @@ class _Loading:
                 else "in 32 bits, and is rounded to 8"
             )
             self.converted.setdefault(how, []).append(label)
-        self.parts.append((saved_id, label, layout, parts_of(label, p, layout, new)))
+        plan = _Plan(
+            saved_id, label, p, layout, states, values, block_size, saved_block_size, converts
+        )
+        self.plans.append(plan)
 
-    def seal(self) -> None:
-        """Checks the values on this rank."""
-        seen: set[int] = set()
-        for saved_id, label, layout, parts in self.parts:
-            # A checkpoint may hold one tensor twice, which no step could write to.
-            for key, part in parts.items():
-                if part.numel() and part.data_ptr() in seen:
-                    parts[key] = part.clone()
-                seen.add(part.data_ptr())
-            self.state[saved_id] = seal(label, layout, parts)
+    def _converted(self, plan: _Plan) -> dict[str, Tensor]:
+        _, label, p, layout, states, values, block_size, saved_block_size, converts = plan
+        if converts:
+            return convert(label, p, layout, states, values, block_size, saved_block_size)
+        return parts_of(p, layout, values)
 
     def tell(self) -> None:
         """Warns of what was converted, once for each kind of conversion."""
         name = type(self.optimizer).__name__
         for how, labels in self.converted.items():
             others = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
-            _warn(
+            warn_caller(
                 f"{name}: the state of {labels[0]}{others} was saved {how}, as optim_bits, "
                 "min_8bit_size, block_size or the sharding ask for here"
             )
@@ -150,19 +208,16 @@ class _Loading:
             g["weight_decay"] and not g.get("decoupled_weight_decay", True) for g in self.groups
         )
         if "bitsandbytes" in self.authors and decays:
-            _warn(
+            warn_caller(
                 f"{name}: the checkpoint is one of bitsandbytes, whose Adam decays weights "
                 "decoupled, as AdamW8bit does; this class adds weight_decay to the gradient"
             )
 
 
-def _warn(message: str) -> None:
-    """Points at the line that called ``load_state_dict``."""
-    warnings.warn(message, stacklevel=7)
-
-
-def _check_structure(state_dict: dict[str, Any]) -> None:
+def _check_structure(state_dict: Any) -> None:
     """Raises ValueError unless this has the form of an optimizer's state dict."""
+    if not isinstance(state_dict, dict):
+        raise ValueError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
 
     def expect(name: str, value: Any, *kinds: type) -> None:
         if not isinstance(value, kinds):
@@ -187,6 +242,21 @@ def _check_structure(state_dict: dict[str, Any]) -> None:
                 f"param_names of param_groups[{i}]: expected a name for each of "
                 f"{len(group['params'])} parameters, got {names!r}"
             )
+
+
+def _check_sizes(live: list[Group], saved: list[Group]) -> None:
+    """Raises ValueError, as torch.optim does, unless groups and their sizes are the same."""
+    ours, theirs = ([len(group["params"]) for group in groups] for groups in (live, saved))
+    if len(ours) != len(theirs):
+        raise ValueError(
+            "loaded state dict has a different number of parameter groups: expected "
+            f"{len(ours)}, got {len(theirs)}"
+        )
+    if ours != theirs:
+        raise ValueError(
+            "loaded state dict contains a parameter group that doesn't match the size of "
+            f"optimizer's group: expected groups of {ours} parameters, got {theirs}"
+        )
 
 
 def _check_names(live: list[Group], saved: list[Group]) -> None:

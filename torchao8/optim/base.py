@@ -7,9 +7,8 @@ the op of its update rule on one :class:`Bucket`. Nothing in this file knows a r
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from torchao8 import ops, sharding
 from torchao8.block_layout import check_block_size, fits_8bit, scale_shape
-from torchao8.optim._buckets import Bucket, Group, sort_into_buckets
+from torchao8.optim._buckets import Bucket, Group, check_layout, sort_into_buckets
 from torchao8.optim._checkpoint import (
     STATE_VERSION,
     Layout,
@@ -26,7 +25,14 @@ from torchao8.optim._checkpoint import (
     in_32bit,
     unseal,
 )
-from torchao8.optim._checks import check_grad, check_number, check_params, describe, is_int
+from torchao8.optim._checks import (
+    check_grad,
+    check_number,
+    check_params,
+    describe,
+    is_int,
+    warn_caller,
+)
 from torchao8.optim._load import plain_hints, seal_state_dict
 from torchao8.sharding import Place, is_dtensor
 
@@ -142,6 +148,9 @@ class LowPrecisionOptimizer(Optimizer):
             place = sharding.place(p, block_size)
             in_8bit = in_8bit and place is not None
             local_scale = place.scale_shape if place is not None else None
+            wrong = sharding.wrong_shard_message(p, place) if in_8bit and place else None
+            if wrong is not None:
+                raise ValueError(f"{type(self).__name__}: {describe(self, p)} {wrong}")
         layout = {"step": TensorSpec(torch.float32, ())}
         for name, signed in self._states(group):
             if in_8bit:
@@ -165,11 +174,20 @@ class LowPrecisionOptimizer(Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     check_grad(self, p)
-                if (p.requires_grad or p.grad is not None) and not self.state.get(p):
+                if self.state.get(p):
+                    self._check_layout(group, p)
+                elif p.requires_grad or p.grad is not None:
                     self._warn_of_cut_row(group, p)
                     fresh.append((p, self._layout(group, p)))
         for p, layout in fresh:
             self.state[p] = {key: spec.empty(p) for key, spec in layout.items()}
+
+    def _check_layout(self, group: Group, p: Tensor) -> None:
+        """Raises RuntimeError if an option was changed after it had laid out the state of ``p``."""
+        names = [f"{state.name}_scale" for state in self._states(group)]
+        scale = self.state[p].get(names[0]) if names else None
+        keeps_blocks = not is_dtensor(p) or sharding.keeps_blocks(p, group["block_size"])
+        check_layout(self, group, p, scale, keeps_blocks)
 
     def _warn_of_cut_row(self, group: Group, p: Tensor) -> None:
         """Says which parameter keeps 32 bits for the way it is sharded, and what to do."""
@@ -178,7 +196,7 @@ class LowPrecisionOptimizer(Optimizer):
         if is_dtensor(p) and wanted:
             message = sharding.cut_row_message(p, block_size)
             if message is not None:
-                warnings.warn(f"{type(self).__name__}: {describe(self, p)} {message}", stacklevel=2)
+                warn_caller(f"{type(self).__name__}: {describe(self, p)} {message}")
 
     def _place(self, group: int, param: int) -> Place | None:
         """Where the shard of a DTensor parameter lies; by its numbers, which can be traced."""
@@ -291,8 +309,8 @@ class LowPrecisionOptimizer(Optimizer):
                 that is not known, or a state whose keys, dtypes, shapes or values are not those of
                 the parameter.
         """
-        if not isinstance(state_dict, dict):
-            raise ValueError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
+        if not isinstance(cast(object, state_dict), dict):
+            seal_state_dict(self, state_dict)  # refuses it, and has the other ranks do so as well
         # Registered for this call only: so it runs after the user's hooks, and copies and pickles
         # of the optimizer, which carry no hooks, load checkpoints as well.
         handle = self.register_load_state_dict_pre_hook(seal_state_dict)
@@ -326,10 +344,9 @@ def _warn_of_misspelled(group: Group, options: Group) -> None:
         if name not in options and name not in ("params", "param_names"):
             near = difflib.get_close_matches(name, options, n=1, cutoff=0.85)
             if near:
-                warnings.warn(
+                warn_caller(
                     f"{name!r} is no option of a parameter group here and has no effect; "
-                    f"did you mean {near[0]!r}?",
-                    stacklevel=4,
+                    f"did you mean {near[0]!r}?"
                 )
 
 

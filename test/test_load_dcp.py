@@ -1,0 +1,230 @@
+"""``load_dcp``: by names, of any format, beside the live state."""
+
+import copy
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from helpers import SMALL
+from sharded import Weights, gathered, step_with
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+import torchao8
+from torchao8.checkpoint import load_dcp
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+OPTIONS = {"lr": 0.01, "min_8bit_size": SMALL, "weight_decay": 0.1, "seed": 3}
+SHAPES = ((40, 70), (7, 300), (13, 300))
+
+
+def new_run(cls: Any = torchao8.AdamW8bit, **options: Any) -> tuple[Weights, Any]:
+    model = Weights(shapes=SHAPES)
+    return model, cls(model.parameters(), **{**OPTIONS, **options})
+
+
+def save(
+    folder: Path, model: nn.Module, optimizer: Any, change: Callable[[Any], None] = lambda s: None
+) -> None:
+    state = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    change(state)
+    dcp.save({"optimizer": state}, checkpoint_id=folder, no_dist=True)
+
+
+def load(model: nn.Module, optimizer: Any, folder: Path) -> list[str]:
+    """The warnings of a load."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_dcp(model, optimizer, folder, no_dist=True)
+    ours = [w for w in caught if "was saved" in str(w.message)]
+    assert all(w.filename == __file__ for w in ours)
+    return [str(w.message) for w in ours]
+
+
+def expected(saver: Any, cls: Any) -> list[dict[str, Any]]:
+    """The end of a plain load of the same state."""
+    _, optimizer = new_run(cls)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer.load_state_dict(copy.deepcopy(saver.state_dict()))
+    return states(optimizer)
+
+
+def states(optimizer: Any) -> list[dict[str, Any]]:
+    return [{k: v for k, v in end.items() if k != "param"} for end in gathered(optimizer)]
+
+
+@pytest.mark.parametrize("with_grads", [False, True])
+@pytest.mark.parametrize("to", ["AdamW8bit", "AdamW"])
+@pytest.mark.parametrize("of", ["AdamW8bit", "AdamW"])
+def test_into_a_new_optimizer(tmp_path: Path, of: str, to: str, with_grads: bool) -> None:
+    """With gradients too, which keep torch from making the state that it would read into."""
+    model, saver = new_run(getattr(torchao8, of))
+    step_with(saver, range(2))
+    save(tmp_path, model, saver)
+    model, optimizer = new_run(getattr(torchao8, to), lr=0.5)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) if with_grads else None
+    told = load(model, optimizer, tmp_path)
+    assert len(told) == (of != to)
+    assert states(optimizer) == expected(saver, getattr(torchao8, to))
+    assert optimizer.param_groups[0]["lr"] == OPTIONS["lr"]
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, checkpoint_wrapper])
+@pytest.mark.parametrize("cls", [torchao8.AdamW8bit, torchao8.AdamW])
+def test_wrapped_models(tmp_path: Path, wrap: Any, cls: Any) -> None:
+    model, saver = new_run()
+    step_with(saver, range(2))
+    save(tmp_path, model, saver)
+    wrapped = wrap(Weights(shapes=SHAPES))
+    optimizer = cls(wrapped.parameters(), **OPTIONS)
+    load(wrapped, optimizer, tmp_path)
+    assert states(optimizer) == expected(saver, cls)
+
+
+def test_other_orders_and_groups(tmp_path: Path) -> None:
+    model, saver = new_run()
+    step_with(saver, range(2))
+    save(tmp_path, model, saver)
+    other = Weights(shapes=SHAPES)
+    a, b, c = other.parameters()
+    optimizer = torchao8.AdamW8bit([{"params": [c]}, {"params": [b, a]}], **OPTIONS)
+    load(other, optimizer, tmp_path)
+    ends = states(optimizer)
+    assert [ends[2], ends[1], ends[0]] == expected(saver, torchao8.AdamW8bit)
+
+
+@pytest.mark.parametrize("cls", [torchao8.AdamW8bit, torchao8.AdamW])
+def test_steps_and_rates_of_other_types(tmp_path: Path, cls: Any) -> None:
+    """Steps as numbers, as other libraries keep them; a tensor lr where a number is, and back."""
+    saved_model, saver = new_run(torchao8.AdamW, lr=torch.tensor(0.125))
+    step_with(saver, range(2))
+
+    def as_numbers(state: Any) -> None:
+        for values in state["state"].values():
+            values["step"] = int(values["step"])
+
+    save(tmp_path / "a", saved_model, saver, as_numbers)
+    model, optimizer = new_run(cls)
+    load(model, optimizer, tmp_path / "a")
+    assert states(optimizer) == expected(saver, cls)
+    assert optimizer.param_groups[0]["lr"] == torch.tensor(0.125)
+    saver.param_groups[0]["lr"] = 0.25
+    save(tmp_path / "b", saved_model, saver)
+    model, optimizer = new_run(cls, lr=torch.tensor(0.5))
+    load(model, optimizer, tmp_path / "b")
+    assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+# -- what is refused ---------------------------------------------------------------------------
+
+
+def nan_scale(state: Any) -> None:
+    state["state"]["w2"]["exp_avg_scale"].fill_(float("nan"))
+
+
+def later_version(state: Any) -> None:
+    state["param_groups"][0]["state_version"] = 2
+
+
+def other_model(state: Any) -> None:
+    state["state"]["w1"]["exp_avg_codes"] = torch.zeros(7, 299, dtype=torch.uint8)
+
+
+def state_missing(state: Any) -> None:
+    del state["state"]["w1"]
+
+
+def key_missing(state: Any) -> None:
+    del state["state"]["w1"]["exp_avg_scale"]
+
+
+def no_options(state: Any) -> None:
+    state["param_groups"] = []
+
+
+def other_names(state: Any) -> None:
+    state["param_groups"][0]["params"] = ["a", "b", "c"]
+
+
+REFUSED: dict[Callable[[Any], None], str] = {
+    nan_scale: "exp_avg_scale of parameter 2: expected finite numbers",
+    later_version: "state_version: this version of torchao8 reads and writes 1, got 2",
+    other_model: "exp_avg_codes of parameter 1: expected torch.uint8 of shape [7, 300]",
+    state_missing: "no state of w1, expected keys optimizer.state.w1.*",
+    key_missing: "state of parameter 1: expected the keys",
+    no_options: "no options, expected keys optimizer.param_groups.0.*",
+    other_names: "got them in 0. Names differ",
+}
+
+
+@pytest.mark.parametrize("cls", [torchao8.AdamW8bit, torchao8.AdamW])
+@pytest.mark.parametrize("is_new", [False, True])
+@pytest.mark.parametrize("change", list(REFUSED))
+def test_nothing_changes_where_it_refuses(
+    tmp_path: Path, change: Callable[[Any], None], is_new: bool, cls: Any
+) -> None:
+    model, saver = new_run()
+    step_with(saver, range(2))
+    save(tmp_path, model, saver, change)
+    model, optimizer = new_run(cls, lr=0.5)
+    if not is_new:
+        step_with(optimizer, range(5, 9))
+    before = gathered(optimizer)
+    with pytest.raises(ValueError, match=re.escape(REFUSED[change])):
+        load_dcp(model, optimizer, tmp_path, no_dist=True)
+    assert gathered(optimizer) == before
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_a_damaged_file(tmp_path: Path) -> None:
+    model, saver = new_run()
+    step_with(saver, range(2))
+    save(tmp_path, model, saver)
+    (file,) = tmp_path.glob("*.distcp")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    model, optimizer = new_run()
+    step_with(optimizer, range(5, 9))
+    before = gathered(optimizer)
+    with pytest.raises(CheckpointException):
+        load_dcp(model, optimizer, tmp_path, no_dist=True)
+    assert gathered(optimizer) == before
+
+
+def test_groups_of_the_checkpoint_that_are_one_here(tmp_path: Path) -> None:
+    """Their options may differ, and only one of them can hold."""
+    model = Weights(shapes=SHAPES)
+    a, b, c = model.parameters()
+    saver = torchao8.AdamW8bit([{"params": [a], "lr": 0.5}, {"params": [b, c]}], **OPTIONS)
+    step_with(saver, range(2))
+    save(tmp_path, model, saver)
+    model, optimizer = new_run()
+    with pytest.raises(ValueError, match=r"got them in 2\. The options of which should hold"):
+        load_dcp(model, optimizer, tmp_path, no_dist=True)
+
+
+def test_torch_mixes_formats(tmp_path: Path) -> None:
+    """Full state dicts of another precision: torch mixes the keys, and we say what to do."""
+    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+    model, saver = new_run(torchao8.AdamW)
+    step_with(saver, range(2))
+    options = StateDictOptions(full_state_dict=True)
+    full = get_optimizer_state_dict(model, saver, options=options)
+    model, optimizer = new_run()
+    step_with(optimizer, [5])
+    before = states(optimizer)
+    with pytest.raises(ValueError, match=r"set_optimizer_state_dict mixes .*load_state_dict"):
+        set_optimizer_state_dict(model, optimizer, copy.deepcopy(full), options=options)
+    assert states(optimizer) == before
+    with pytest.warns(UserWarning, match="saved in 32 bits"):
+        optimizer.load_state_dict(full)
+    assert states(optimizer) == expected(saver, torchao8.AdamW8bit)

@@ -1,0 +1,30 @@
+"""The names of an optimizer's parameters, as checkpoints have them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torchao8.optim.base import LowPrecisionOptimizer
+
+
+def names_of(model: nn.Module, optimizer: LowPrecisionOptimizer) -> dict[Tensor, str]:
+    """What ``torch.distributed.checkpoint`` calls each parameter: without the names of wrappers."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    fresh = [p for p in params if not optimizer.state.get(p)]
+    # Torch tells names of parameters with state only, and makes a step where there is none at all.
+    optimizer._init_states()
+    try:
+        named: Any = get_optimizer_state_dict(model, optimizer)["param_groups"]
+    finally:
+        for p in fresh:
+            optimizer.state.pop(p, None)
+    return {
+        p: name
+        for group, live in zip(named, optimizer.param_groups, strict=True)
+        for p, name in zip(live["params"], group["params"], strict=True)
+    }
