@@ -1,12 +1,27 @@
 // Every op schema of the library. The kernels are registered beside their code.
 //
-// What changes from step to step (lr, steps, grad_scale, found_inf) is a tensor, so that a compiled
-// step is traced once. Lists that belong together have an element per parameter; an empty list
-// means that no parameter has it. shard_offsets and shard_row_strides place a local shard in its
-// global tensor (flat index of its first element; elements between two rows) and only feed the
-// random numbers of stochastic rounding. `steps` are those made before; an optimizer counts its
-// step by one count_step_ for all its tensors, behind the updates.
+// A step op updates parameters in place by one rule (see rules/). What changes from step to step
+// (lr, steps, grad_scale, found_inf) is a tensor, so that a compiled step is traced once. Lists
+// that belong together have an element per parameter; an empty list means that no parameter has it.
+// shard_offsets and shard_row_strides place a local shard in its global tensor (flat index of its
+// first element; elements between two rows) and only feed the random numbers of stochastic
+// rounding. `steps` are those made before; an optimizer counts its step by one count_step_ for all
+// its tensors, behind the updates.
 #include <torch/csrc/stable/library.h>
+
+#include <string>
+
+namespace {
+
+// The lists of the states and their scales, in this order: all lists, then all scales.
+std::string step_schema(const char* op, const char* lists, const char* options) {
+  return std::string(op) + "(Tensor(a!)[] params, Tensor[] grads, " + lists +
+         ", Tensor[] steps, Tensor lr, Tensor? grad_scale, Tensor? found_inf, *, " + options +
+         ", int block_size=256, bool stochastic_rounding=True, int seed=0, "
+         "int[] shard_offsets=[], int[] shard_row_strides=[]) -> ()";
+}
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY(torchao8, m) {
   m.def(
@@ -15,14 +30,30 @@ STABLE_TORCH_LIBRARY(torchao8, m) {
   m.def(
       "dequantize_blockwise(Tensor codes, Tensor scale, *, int block_size=256, bool signed=True, "
       "ScalarType dtype=float) -> Tensor");
-  m.def(
-      "adam_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
-      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] exp_avg_scales, "
-      "Tensor(f!)[] exp_avg_sq_scales, Tensor(g!)[] max_exp_avg_sq_scales, Tensor[] steps, "
-      "Tensor lr, Tensor? grad_scale, Tensor? found_inf, *, float beta1, float beta2, float eps, "
-      "float weight_decay, bool decoupled_weight_decay, bool maximize, int block_size=256, "
-      "bool stochastic_rounding=True, int seed=0, int[] shard_offsets=[], "
-      "int[] shard_row_strides=[]) -> ()");
+  m.def(step_schema("adagrad_step_", "Tensor(b!)[] sums, Tensor(c!)[] sum_scales",
+                    "float lr_decay, float eps, float weight_decay, bool maximize")
+            .c_str());
+  m.def(step_schema("adam_step_",
+                    "Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+                    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] exp_avg_scales, "
+                    "Tensor(f!)[] exp_avg_sq_scales, Tensor(g!)[] max_exp_avg_sq_scales",
+                    "float beta1, float beta2, float eps, float weight_decay, "
+                    "bool decoupled_weight_decay, bool maximize")
+            .c_str());
+  m.def(step_schema("lion_step_", "Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_scales",
+                    "float beta1, float beta2, float weight_decay, bool maximize")
+            .c_str());
+  m.def(step_schema("rmsprop_step_",
+                    "Tensor(b!)[] square_avgs, Tensor(c!)[] grad_avgs, "
+                    "Tensor(d!)[] momentum_buffers, Tensor(e!)[] square_avg_scales, "
+                    "Tensor(f!)[] grad_avg_scales, Tensor(g!)[] momentum_buffer_scales",
+                    "float alpha, float eps, float weight_decay, float momentum, bool maximize")
+            .c_str());
+  m.def(step_schema("sgd_step_",
+                    "Tensor(b!)[] momentum_buffers, Tensor(c!)[] momentum_buffer_scales",
+                    "float momentum, float dampening, float weight_decay, bool nesterov, "
+                    "bool maximize")
+            .c_str());
   m.def("count_step_(Tensor(a!)[] steps, Tensor? found_inf) -> ()");
   m.def("cpu_capability() -> int");
 }

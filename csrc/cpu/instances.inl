@@ -1,7 +1,11 @@
 // The rules that each instruction set is built for; a new rule is two lines here. Their headers are
 // included here because a rule's functions must be compiled for the target that they are inlined
 // in.
+#include "rules/adagrad.h"
 #include "rules/adam.h"
+#include "rules/lion.h"
+#include "rules/rmsprop.h"
+#include "rules/sgd.h"
 
 namespace torchao8 {
 
@@ -21,6 +25,15 @@ TORCHAO8_RULE(AdamRule<false, false>);
 TORCHAO8_RULE(AdamRule<false, true>);
 TORCHAO8_RULE(AdamRule<true, false>);
 TORCHAO8_RULE(AdamRule<true, true>);
+TORCHAO8_RULE(AdagradRule);
+TORCHAO8_RULE(LionRule);
+TORCHAO8_RULE(RmspropRule<false, false>);
+TORCHAO8_RULE(RmspropRule<false, true>);
+TORCHAO8_RULE(RmspropRule<true, false>);
+TORCHAO8_RULE(RmspropRule<true, true>);
+TORCHAO8_RULE(SgdRule<false, false>);
+TORCHAO8_RULE(SgdRule<true, false>);
+TORCHAO8_RULE(SgdRule<true, true>);
 #undef TORCHAO8_RULE
 
 }  // namespace torchao8

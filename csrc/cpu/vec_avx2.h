@@ -34,6 +34,11 @@ TORCHAO8_HD F reciprocal(F a) {
 TORCHAO8_HD F max(F a, F b) {
   return _mm256_max_ps(a.x, b.x);
 }
+TORCHAO8_HD F sign(F a) {
+  const __m256 nonzero = _mm256_cmp_ps(a.x, _mm256_setzero_ps(), _CMP_NEQ_OQ);
+  const __m256 x = _mm256_or_ps(_mm256_and_ps(a.x, _mm256_set1_ps(-0.0f)), _mm256_set1_ps(1.0f));
+  return _mm256_and_ps(nonzero, x);
+}
 TORCHAO8_HD __m256i bits(F a) {
   return _mm256_castps_si256(a.x);
 }

@@ -36,6 +36,14 @@ TORCHAO8_HD F reciprocal(F a) {
 TORCHAO8_HD F max(F a, F b) {
   return _mm512_max_ps(a.x, b.x);
 }
+TORCHAO8_HD F sign(F a) {
+  const __mmask16 nonzero = _mm512_cmp_ps_mask(a.x, _mm512_setzero_ps(), _CMP_NEQ_OQ);
+  // 1.0 | (a & sign)
+  const __m512i one = _mm512_castps_si512(_mm512_set1_ps(1.0f));
+  const __m512i x = _mm512_ternarylogic_epi32(one, _mm512_castps_si512(a.x),
+                                              _mm512_castps_si512(_mm512_set1_ps(-0.0f)), 0xf8);
+  return _mm512_castsi512_ps(_mm512_maskz_mov_epi32(nonzero, x));
+}
 TORCHAO8_HD __m512i bits(F a) {
   return _mm512_castps_si512(a.x);
 }

@@ -144,6 +144,7 @@ struct RealOf {
     return RealOf(kBounded ? bounded_reciprocal(a.x) : 1.0f / a.x);
   }
 #endif
+  TORCHAO8_HD friend RealOf sign(RealOf a) { return RealOf(torchao8::sign(a.x)); }
   __device__ __forceinline__ friend RealOf max(RealOf a, RealOf b) {
     if (kBounded) return RealOf(larger(a.x, b.x));
     return a.x > b.x ? a : b;

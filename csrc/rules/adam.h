@@ -55,12 +55,7 @@ struct AdamRule {
     return r;
   }
 
-  // Whether no denominator leaves [2^-126, 2^126), whatever v below 2^126 there is. So it is but
-  // for learning rates that are zero or out of all proportion.
-  TORCHAO8_HD bool is_bounded() const {
-    const float factor = std::fabs(root_factor), eps = std::fabs(eps_term);
-    return factor >= 0x1p-75f && factor < 0x1p62f && eps < 0x1p124f;
-  }
+  TORCHAO8_HD bool is_bounded() const { return denominator_is_bounded(root_factor, eps_term); }
 
   // Folding the scale into the decay saves a multiplication.
   TORCHAO8_HD AdamRule with_scales(const float* scale) const {
@@ -81,7 +76,7 @@ struct AdamRule {
 
   template <bool kScaledState, class F>
   TORCHAO8_HD F root(const F* state) const {
-    return sqrt(max(state[kStates - 1], F(kScaledState ? kRootFloor8bit : kRootFloor32bit)));
+    return sqrt(max(state[kStates - 1], F(root_floor<kScaledState>())));
   }
   template <class F>
   TORCHAO8_HD F step(const F* state, F root) const {

@@ -78,5 +78,17 @@ TORCHAO8_HD double integer_power(double base, int64_t t) {
 // exact.
 constexpr float kRootFloor8bit = 3.9443045e-31f;
 constexpr float kRootFloor32bit = 1.17549435e-38f;  // smallest normal
+template <bool kScaledState>
+constexpr float root_floor() {
+  return kScaledState ? kRootFloor8bit : kRootFloor32bit;
+}
+
+// Whether no denominator root * root_factor + eps_term leaves [2^-126, 2^126), of a root of what is
+// from the floor of 8-bit state up to 2^126. So it is but for learning rates that are zero or out
+// of all proportion.
+TORCHAO8_HD bool denominator_is_bounded(float root_factor, float eps_term) {
+  const float factor = std::fabs(root_factor), eps = std::fabs(eps_term);
+  return factor >= 0x1p-75f && factor < 0x1p62f && eps < 0x1p124f;
+}
 
 }  // namespace torchao8

@@ -1,0 +1,96 @@
+// Stochastic gradient descent with momentum, dampening and Nesterov's momentum as torch.optim.SGD
+// has them ("On the importance of initialization and momentum in deep learning", Sutskever et al.,
+// 2013, with the learning rate outside of the momentum). The first gradient is not dampened.
+#pragma once
+
+#include "rules/rule.h"
+
+namespace torchao8 {
+
+struct SgdOptions : CommonOptions {
+  double momentum, dampening, weight_decay;
+  bool nesterov, maximize;
+};
+
+// Without momentum there is no state, and the gradient is the only value.
+template <bool kMomentum, bool kNesterov>
+struct SgdRule {
+  using Options = SgdOptions;
+  static constexpr int kStates = kMomentum ? 1 : 0;
+  static constexpr bool kKeepsGradient = kNesterov || !kMomentum;
+  static constexpr int kValues = kStates + (kKeepsGradient ? 1 : 0);
+  static constexpr bool kSigned[2] = {true, true};
+  static constexpr bool kStochastic[1] = {false};
+  static constexpr bool kMomentsNeedParam = true;
+
+  float unit[1], decay[1], gain;
+  float coupled, grad_gain;      // weight_decay; +-1 / grad_scale
+  float of_buffer, of_gradient;  // what the parameter moves by, of each
+
+  TORCHAO8_HD static SgdRule at_step(const SgdOptions& o, int64_t t, bool) {
+    SgdRule r;
+    r.unit[0] = 1.0f;
+    r.decay[0] = float(o.momentum);
+    r.gain = t == 1 ? 1.0f : float(1 - o.dampening);
+    r.coupled = float(o.weight_decay);
+    r.grad_gain = float((o.maximize ? -1.0 : 1.0) / o.grad_scale);
+    r.of_buffer = float(-o.lr * (kNesterov ? o.momentum : 1));
+    r.of_gradient = float(-o.lr);
+    return r;
+  }
+  TORCHAO8_HD bool is_bounded() const { return true; }
+
+  TORCHAO8_HD SgdRule with_scales(const float* scale) const {
+    SgdRule r = *this;
+    if constexpr (kMomentum) r.decay[0] = decay[0] * scale[0];
+    return r;
+  }
+
+  template <bool kScaledState, class F>
+  TORCHAO8_HD void moments(F p, F g, F* values) const {
+    g = fma(p, F(coupled), g * F(grad_gain));
+    if constexpr (kMomentum) values[0] = fma(values[0], F(decay[0]), g * F(gain));
+    if constexpr (kKeepsGradient) values[kValues - 1] = g;
+  }
+  template <bool kScaledState, class F>
+  TORCHAO8_HD F root(const F* values) const {
+    return values[0];
+  }
+  template <class F>
+  TORCHAO8_HD F step(const F* values, F root) const {
+    if constexpr (!kMomentum) return root * F(of_gradient);
+    if constexpr (kNesterov) return fma(root, F(of_buffer), values[kValues - 1] * F(of_gradient));
+    return root * F(of_buffer);
+  }
+  template <class F>
+  TORCHAO8_HD F apply(F p, F step) const {
+    return p + step;
+  }
+  template <bool kScaledState, class F>
+  TORCHAO8_HD F update(F p, const F* values) const {
+    return apply(p, step(values, root<kScaledState>(values)));
+  }
+};
+
+struct SgdFamily {
+  static constexpr const char* kOp = "sgd_step_";
+  static constexpr const char* kStates[] = {"momentum_buffer"};
+  static constexpr bool kOptional[] = {true};
+  using Options = SgdOptions;
+  using Arguments = Types<double, double, double, bool, bool>;
+  static constexpr NumberArgument<Options> kNumbers[] = {
+      {"momentum", &Options::momentum, Range::kNotNegative},
+      {"dampening", &Options::dampening, Range::kFinite},
+      {"weight_decay", &Options::weight_decay, Range::kNotNegative}};
+
+  template <class Visit>
+  static void choose(const Options& o, const bool* has, bool, Visit visit) {
+    if (!has[0]) {
+      visit(Type<SgdRule<false, false>>());
+    } else {
+      o.nesterov ? visit(Type<SgdRule<true, true>>()) : visit(Type<SgdRule<true, false>>());
+    }
+  }
+};
+
+}  // namespace torchao8
