@@ -340,8 +340,8 @@ def check_train_step(
 def test_a_layout_option_that_is_changed_late_is_refused(change: dict[str, int]) -> None:
     """As without torch.compile, and with the same words.
 
-    Before the tests of whole train steps: torch mixes up what it compiled of ``step`` inside of them
-    with what it compiles of it alone.
+    Before the tests of whole train steps: torch mixes up what it compiled of ``step`` inside of
+    them with what it compiles of it alone.
     """
     p = torch.nn.Parameter(torch.ones(64, 256))
     optimizer = torchao8.AdamW8bit([p], lr=torch.tensor(0.1))
