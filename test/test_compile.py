@@ -334,6 +334,27 @@ def check_train_step(
     return graphs
 
 
+@pytest.mark.parametrize(
+    "change", [{"block_size": 128}, {"optim_bits": 32}, {"min_8bit_size": 10**6}], ids=str
+)
+def test_a_layout_option_that_is_changed_late_is_refused(change: dict[str, int]) -> None:
+    """As without torch.compile, and with the same words.
+
+    Before the tests of whole train steps: torch mixes up what it compiled of ``step`` inside of
+    them with what it compiles of it alone.
+    """
+    p = torch.nn.Parameter(torch.ones(64, 256))
+    optimizer = torchao8.AdamW8bit([p], lr=torch.tensor(0.1))
+    p.grad = torch.ones_like(p)
+    step = torch.compile(optimizer.step, fullgraph=True)
+    step()
+    optimizer.param_groups[0].update(change)
+    before = p.detach().clone()
+    with pytest.raises(Exception, match=r"already has 8-bit state.*Set them back, or build"):
+        step()
+    assert torch.equal(p, before)
+
+
 @every_optimizer()
 @pytest.mark.parametrize("lr", ["tensor", "number"])
 def test_a_whole_train_step(case: OptimizerCase, lr: str, device: str) -> None:
@@ -380,20 +401,3 @@ def test_a_whole_train_step_in_one_graph(case: OptimizerCase, lr: str, device: s
     with torch._dynamo.config.patch(trace_autograd_ops=True):
         graphs = check_train_step(case, lr, device, make_step, fullgraph=True)
     assert graphs == ([1] * 5 if lr == "tensor" else [1, 2, 2, 2, 2])
-
-
-@pytest.mark.parametrize(
-    "change", [{"block_size": 128}, {"optim_bits": 32}, {"min_8bit_size": 10**6}], ids=str
-)
-def test_a_layout_option_that_is_changed_late_is_refused(change: dict[str, int]) -> None:
-    """As without torch.compile, and with the same words."""
-    p = torch.nn.Parameter(torch.ones(64, 256))
-    optimizer = torchao8.AdamW8bit([p], lr=torch.tensor(0.1))
-    p.grad = torch.ones_like(p)
-    step = torch.compile(optimizer.step, fullgraph=True)
-    step()
-    optimizer.param_groups[0].update(change)
-    before = p.detach().clone()
-    with pytest.raises(Exception, match=r"already has 8-bit state.*Set them back, or build"):
-        step()
-    assert torch.equal(p, before)

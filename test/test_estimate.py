@@ -264,7 +264,8 @@ def test_the_first_rank_holds_most(
     ("arguments", "options", "error", "message"),
     [
         ((5,), {}, TypeError, "model_or_shapes: expected a module or shapes, got int"),
-        (((64, 64),), {}, TypeError, r"expected a shape, as \[4096, 1024\], for \[0\], got 64"),
+        (((64, 64),), {}, TypeError, "expected a list of shapes"),
+        ([[("w", (4, 4))]], {}, TypeError, r"got pairs; put dict\(\) around them"),
         (("64x64",), {}, TypeError, "expected a module or shapes, got str"),
         (([(4, -1)],), {}, ValueError, r"\[0\]: expected a shape of whole numbers >= 0"),
         (({"w": (4, 1.5)},), {}, ValueError, "w: expected a shape of whole numbers >= 0"),
@@ -274,7 +275,7 @@ def test_the_first_rank_holds_most(
         (([(4, 4)], "8"), {}, TypeError, r"mesh: expected a number of ranks, \(replicas, shards\)"),
         (([(4, 4)], (2, 2.0)), {}, TypeError, "mesh: expected a number of ranks"),
         (([(4, 4)], True), {}, TypeError, "mesh: expected a number of ranks"),
-        (([(4, 4)],), {"dtype": torch.float64}, ValueError, "dtype: expected float32, bfloat16"),
+        (([(4, 4)],), {"dtype": torch.float64}, ValueError, "dtype: expected torch.float32"),
         (([(4, 4)],), {"min_8bit_size": -1}, ValueError, "min_8bit_size: expected an int >= 0"),
         (([(4, 4)],), {"block_size": 100}, ValueError, "block_size: expected a power of two"),
         ((nn.Linear(4, 4).double(),), {}, ValueError, "weight: expected float32, bfloat16 or"),
@@ -394,3 +395,12 @@ def test_without_the_extension(tmp_path: Path) -> None:
         )
         assert result.returncode == 0, result.stderr
         assert expected in result.stdout
+
+
+def test_tensors_of_a_state_dict_stand_for_shapes() -> None:
+    """They do not require gradients, but nobody asks for the memory of a model that is frozen."""
+    model = torch.nn.Linear(64, 128)
+    assert estimate(model.state_dict()) == estimate(model)
+    assert estimate(model, mesh=[2, 4]) == estimate(model, mesh=(2, 4))
+    model.requires_grad_(False)
+    assert estimate(model).state_8bit == 0

@@ -1,6 +1,7 @@
 """The contract of torch.optim.Optimizer: hooks, closures, groups, schedulers, GradScaler, frozen
 and swapped parameters."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -345,3 +346,17 @@ def test_zero_gradients_and_zero_lr_change_nothing(device: str) -> None:
             for key, value in state.items():
                 zero = 127 if key == "exp_avg_codes" else 1 if key == "step" else 0
                 assert (value == zero).all(), key
+
+
+@every_optimizer()
+def test_a_step_without_any_gradient_is_told_once(case: OptimizerCase) -> None:
+    """As of an optimizer made before fully_shard, whose parameters are no longer the model's."""
+    optimizer = case.cls(make_params(), lr=0.1)
+    with pytest.warns(UserWarning, match="found no gradient on any of its 8 parameters") as caught:
+        optimizer.step()
+    assert [w.filename for w in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+        frozen = case.cls([p.requires_grad_(False) for p in make_params()], lr=0.1)
+        frozen.step()

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+import torchao8
 from torchao8 import AdamW
 
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -248,3 +249,22 @@ def test_distributed_checkpoint_files(
     train_model(model, optimizer, range(3, 5))
     train_model(other_model, other, range(3, 5))
     assert_same_training(optimizer, other)
+
+
+def test_options_keep_the_form_that_they_have_here() -> None:
+    """A learning rate stays the tensor that a compiled step was made for."""
+    saved = torchao8.AdamW8bit(make_params(), lr=0.25).state_dict()
+    optimizer = torchao8.AdamW8bit(make_params(), lr=torch.tensor(0.5, dtype=torch.float64))
+    optimizer.load_state_dict(saved)
+    lr = optimizer.param_groups[0]["lr"]
+    assert isinstance(lr, torch.Tensor)
+    assert (lr.dtype, lr.item()) == (torch.float64, 0.25)
+
+
+def test_another_kind_of_decay_is_told() -> None:
+    saved = torchao8.AdamW8bit(make_params(), weight_decay=0.1).state_dict()
+    optimizer = torchao8.Adam8bit(make_params())
+    with pytest.warns(UserWarning, match=r"weight_decay=0.1 and decoupled_weight_decay=True; here"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1
+    assert optimizer.param_groups[0]["decoupled_weight_decay"] is False

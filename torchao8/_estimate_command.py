@@ -102,7 +102,10 @@ def _shapes(text: str) -> Shapes:
 
 
 def _mesh(text: str) -> tuple[int, ...]:
-    numbers = _numbers(text)
+    try:
+        numbers = _numbers(text)
+    except argparse.ArgumentTypeError:
+        numbers = (0,)
     if len(numbers) > 2 or min(numbers) < 1:
         raise argparse.ArgumentTypeError(
             f"expected a number of ranks, as 8, or replicas x shards, as 4x8, got {text!r}"

@@ -94,8 +94,9 @@ def estimate(
     Args:
         model_or_shapes: a module, which may be on the meta device; or shapes, or a mapping from
             names to shapes, all trainable. Tensors may stand in place of shapes. Frozen parameters
-            (``requires_grad`` False) have neither gradient nor state. DTensors are counted as they
-            are placed, and plain tensors beside them as whole on every rank.
+            (``nn.Parameter`` with ``requires_grad`` False) have neither gradient nor state.
+            DTensors are counted as they are placed, plain tensors beside them as whole on every
+            rank.
         mesh: how FSDP2's ``fully_shard`` is to shard plain parameters, by rows: a number of ranks;
             or (replicas, shards) for HSDP; or a DeviceMesh of one or two dimensions. A scalar,
             which FSDP2 does not take, counts as whole on every rank. None: nothing is sharded.
@@ -202,13 +203,24 @@ def _named(model_or_shapes: Any) -> Iterator[tuple[str, Any]]:
 def _tensor(name: str, value: Any, dtype: torch.dtype | None) -> _Tensor:
     if isinstance(value, Tensor):
         own = dtype if dtype is not None and value.dtype.is_floating_point else value.dtype
-        t = _Tensor(name, tuple(value.shape), own, value.requires_grad)
+        # A tensor that is no parameter, as of a state dict, stands for a shape.
+        frozen = isinstance(value, nn.Parameter) and not value.requires_grad
+        t = _Tensor(name, tuple(value.shape), own, not frozen)
         if sharding.is_dtensor(value):
             t = t._replace(mesh_shape=tuple(value.device_mesh.shape), placements=value.placements)
         return t
+    if isinstance(value, int):
+        raise TypeError(
+            "model_or_shapes: expected a list of shapes, as [(4096, 1024), (1024,)], got numbers"
+        )
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise TypeError(
             f"model_or_shapes: expected a shape, as [4096, 1024], for {name}, got {value!r}"
+        )
+    if len(value) == 2 and isinstance(value[0], str):
+        raise TypeError(
+            "model_or_shapes: expected a module, shapes or a mapping, got pairs; "
+            "put dict() around them"
         )
     if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value):
         raise ValueError(f"{name}: expected a shape of whole numbers >= 0, got {list(value)}")
@@ -219,6 +231,7 @@ def _mesh_shape(mesh: Any) -> tuple[int, ...]:
     if mesh is None:
         return ()
     shape = (mesh,) if isinstance(mesh, int) else getattr(mesh, "shape", mesh)
+    shape = tuple(shape) if isinstance(shape, list) else shape
     if not isinstance(shape, tuple) or not all(type(n) is int for n in shape):
         raise TypeError(
             f"mesh: expected a number of ranks, (replicas, shards) or a DeviceMesh, got {mesh!r}"
@@ -245,7 +258,9 @@ def _replicated(dims: int) -> tuple[Placement, ...]:
 
 def _check_options(dtype: Any, min_8bit_size: Any, block_size: int) -> None:
     if dtype is not None and dtype not in PARAM_DTYPES:
-        raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+        raise ValueError(
+            f"dtype: expected torch.float32, torch.bfloat16 or torch.float16, got {dtype!r}"
+        )
     if type(min_8bit_size) is not int or min_8bit_size < 0:
         raise ValueError(f"min_8bit_size: expected an int >= 0, got {min_8bit_size!r}")
     check_block_size(block_size)

@@ -181,7 +181,8 @@ class Training:
         progress = state["progress"]
         self.step, before = progress["step"], progress["held_out"]
         self.held_out = self.evaluate()
-        say(f"{folder}, saved by {progress['ranks']} ranks: held-out loss {before:.6f}")
+        ranks = "1 rank" if progress["ranks"] == 1 else f"{progress['ranks']} ranks"
+        say(f"{folder}, saved by {ranks}: held-out loss {before:.6f}")
         say(f"loaded by {dist.get_world_size()}: held-out loss {self.held_out:.6f}")
         if not abs(self.held_out - before) <= LOSS_TOLERANCE * before:
             raise SystemExit("the losses differ: this is not the model that was saved")
@@ -198,7 +199,9 @@ class Training:
         """Print each rank's bytes of optimizer state, and those of two float32 an element."""
         tensors = [t for state in self.optimizer.state.values() for t in state.values()]
         shards = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
-        elements = sum(parameter.to_local().numel() for parameter in self.model.parameters())
+        # Of the optimizer: after an evaluation FSDP2 leaves the root's own parameters whole.
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        elements = sum(p.to_local().numel() for p in params)
         mine = sum(shard.nbytes for shard in shards), 8 * elements
         of_all = [mine] * dist.get_world_size()
         dist.all_gather_object(of_all, mine)
@@ -235,6 +238,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.width % (2 * arguments.heads):
         parser.error("--width must be a multiple of twice --heads, for pairs of numbers to rotate")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU and a torch that is built for it")
     if arguments.batch < int(os.environ.get("WORLD_SIZE", 1)):
         parser.error("--batch must have a sequence for each rank")
     if min(arguments.save_every, arguments.held_out_batches) < 1:

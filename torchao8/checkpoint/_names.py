@@ -1,9 +1,10 @@
-"""The names of an optimizer's parameters, as checkpoints have them."""
+"""Whose checkpoints these are: the optimizer, and the names of its parameters."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -28,3 +29,18 @@ def names_of(model: nn.Module, optimizer: LowPrecisionOptimizer) -> dict[Tensor,
         for group, live in zip(named, optimizer.param_groups, strict=True)
         for p, name in zip(live["params"], group["params"], strict=True)
     }
+
+
+def check_own(function: str, optimizer: object) -> None:
+    """Raises TypeError unless this is an optimizer of the library."""
+    from torchao8.optim.base import LowPrecisionOptimizer
+
+    if isinstance(optimizer, LowPrecisionOptimizer):
+        return
+    got = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    remedy = (
+        ". For torch.optim, load here first and give torchao8.checkpoint.to_torch(optimizer) to it"
+        if isinstance(optimizer, torch.optim.Optimizer) and "load" in function
+        else ""
+    )
+    raise TypeError(f"{function}: expected an optimizer of torchao8, got {got}{remedy}")

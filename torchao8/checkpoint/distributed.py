@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchao8 import sharding
 from torchao8.block_layout import scale_shape
-from torchao8.checkpoint._names import names_of
+from torchao8.checkpoint._names import check_own, names_of
 from torchao8.optim._load import all_or_none
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def load_dcp(
         process_group, no_dist: as of ``torch.distributed.checkpoint.load``.
 
     Raises:
+        TypeError: no optimizer of this library.
         ValueError: no state of a parameter or no options in the checkpoint, or such that do not
             fit.
         OSError: no such folder.
@@ -54,6 +55,8 @@ def load_dcp(
     """
     import torch.distributed as dist
     from torch.distributed.checkpoint import FileSystemReader, load
+
+    check_own("load_dcp", optimizer)
 
     def read(rooms: dict[str, Any]) -> dict[str, Any]:
         """Everything that there is room for: a tensor to read into, or None for a plain value."""

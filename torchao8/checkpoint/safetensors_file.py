@@ -6,17 +6,23 @@ Each state tensor is an entry of the file, ``<parameter>.<key>``, with the bytes
 
     {"format_version": 1,
      "state": {"<parameter>": ["step", "exp_avg_codes", ...], ...},
-     "param_groups": [{"params": ["<parameter>", ...], "options": {"lr": 0.001, ...}}, ...]}
+     "param_groups": [{"params": ["<parameter>", ...], "options": {"lr": 0.001, ...}}, ...],
+     "crc32": {"<parameter>.step": 1234567890, ...},
+     "own_crc32": 1234567890}
+
+The checksums are those of zlib, of the bytes of each entry and of this JSON without the last item.
 
 One key, because safetensors writes several in random order: the same state gives the same file.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import stat
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchao8.checkpoint._names import names_of
+from torchao8.checkpoint._names import check_own, names_of
 from torchao8.optim._load import all_or_none, ranks_of
 from torchao8.sharding import is_dtensor
 
@@ -46,12 +52,14 @@ class _Header(NamedTuple):
         params: the parameters of each group, by the names that they have in the file.
         options: those of each group; a tuple or a tensor is a dict that says so.
         option_tensors: the entries that stand for options.
+        crc32: the checksum of the bytes of each entry, as of zlib.
     """
 
     state: dict[str, list[str]]
     params: list[list[str]]
     options: list[dict[str, Any]]
     option_tensors: set[str]
+    crc32: dict[str, int]
 
 
 def save_safetensors(
@@ -83,9 +91,11 @@ def save_safetensors(
 
     Raises:
         ImportError: the package safetensors is not installed.
+        TypeError: no optimizer of this library.
         ValueError: a state that is no plain dense tensor, DTensors among them, or an option that is
             no number, string, bool, None, tensor, or list or tuple of such. Nothing is written.
     """
+    check_own("save_safetensors", optimizer)
     save_file = _import_save_file()
     saved = optimizer.state_dict() if state_dict is None else state_dict
     tensors, metadata = _flatten(saved)
@@ -110,10 +120,12 @@ def load_safetensors(
 
     Raises:
         ImportError: the package safetensors is not installed.
+        TypeError: no optimizer of this library.
         OSError: the file is not there or cannot be read.
         ValueError: the file is damaged, of a newer version or another kind, or does not fit the
             optimizer.
     """
+    check_own("load_safetensors", optimizer)
     with all_or_none(ranks_of(optimizer)):
         header, tensors = _read(os.fspath(path))
         numbers = _numbers(os.fspath(path), header, optimizer, model)
@@ -165,7 +177,10 @@ def _flatten(saved: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
         "state": {names[p]: list(values) for p, values in saved["state"].items() if values},
         "param_groups": groups,
     }
-    return _apart(tensors), {_METADATA_KEY: json.dumps(content)}
+    apart = _apart(tensors)
+    content["crc32"] = {name: _crc32(tensor) for name, tensor in apart.items()}
+    content["own_crc32"] = _crc32_of_json(content)
+    return apart, {_METADATA_KEY: json.dumps(content)}
 
 
 def _file_names(groups: list[dict[str, Any]]) -> dict[Any, str]:
@@ -205,6 +220,18 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         storages.add(value.untyped_storage().data_ptr())
         result[name] = value
     return result
+
+
+def _crc32(tensor: Tensor) -> int:
+    """Of the bytes of a contiguous tensor on the CPU."""
+    flat = tensor.reshape(-1).view(torch.uint8)
+    if flat.numel() == 0:
+        return 0
+    return zlib.crc32((ctypes.c_char * flat.numel()).from_address(flat.data_ptr()))
+
+
+def _crc32_of_json(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content).encode())
 
 
 def _encode(name: str, value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -258,6 +285,12 @@ def _read(path: str) -> tuple[_Header, dict[str, Tensor]]:
             _check_names(path, header, set(file.keys()))
             # Copies: what the file gives are views of its mapping, at any alignment.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+            for name, tensor in tensors.items():
+                if header.crc32.get(name) != _crc32(tensor):
+                    raise ValueError(
+                        f"{path}: the tensor {name!r} is damaged: its bytes are not those that "
+                        "were saved. Load an older checkpoint."
+                    )
     except error_type as error:
         raise ValueError(
             f"{path}: damaged, or no safetensors file ({error}). Load an older checkpoint."
@@ -275,6 +308,8 @@ def _read_header(path: str, metadata: dict[str, str]) -> _Header:
         content = json.loads(metadata[_METADATA_KEY])
         version = content["format_version"]
         if version == FORMAT_VERSION:
+            if content.pop("own_crc32") != _crc32_of_json(content):
+                raise ValueError("a checksum")
             groups = content["param_groups"]
             header = _Header(
                 {str(name): [str(key) for key in keys] for name, keys in content["state"].items()},
@@ -286,6 +321,7 @@ def _read_header(path: str, metadata: dict[str, str]) -> _Header:
                     for value in group["options"].values()
                     for name in _tensor_names(value)
                 },
+                {str(name): int(number) for name, number in content["crc32"].items()},
             )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(

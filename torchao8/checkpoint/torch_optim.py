@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from torchao8.checkpoint._names import check_own
 from torchao8.optim._checkpoint import in_32bit
 
 if TYPE_CHECKING:
@@ -46,8 +47,10 @@ def to_torch(optimizer: LowPrecisionOptimizer) -> dict[str, Any]:
         shares memory with the optimizer.
 
     Raises:
+        TypeError: no optimizer of this library.
         NotImplementedError: an optimizer without the moments of Adam.
     """
+    check_own("to_torch", optimizer)
     saved = optimizer.state_dict()
     state: dict[int, dict[str, Tensor]] = {}
     groups = []

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -114,7 +115,7 @@ class _Loading:
         for live, saved in zip(live_groups, self.saved_groups, strict=True):
             kept = {name: live[name] for name in self.optimizer._own_options}
             missing = {name: live[name] for name in self.optimizer.defaults}
-            group = {**missing, **plain_hints(saved), **kept}
+            group = {**missing, **_in_form(plain_hints(saved), live), **kept}
             self.optimizer._check_options(group)
             self.groups.append(group)
             block_size = saved.get("block_size", group["block_size"])
@@ -207,6 +208,14 @@ class _Loading:
         decays = any(
             g["weight_decay"] and not g.get("decoupled_weight_decay", True) for g in self.groups
         )
+        for live, saved in zip(self.optimizer.param_groups, self.saved_groups, strict=True):
+            kind = "decoupled_weight_decay"
+            if kind in live and saved.get(kind, live[kind]) != live[kind] and saved["weight_decay"]:
+                warn_caller(
+                    f"{name}: the checkpoint has weight_decay={saved['weight_decay']} and "
+                    f"{kind}={saved[kind]}; here it is {live[kind]}, and stays so"
+                )
+                break
         if "bitsandbytes" in self.authors and decays:
             warn_caller(
                 f"{name}: the checkpoint is one of bitsandbytes, whose Adam decays weights "
@@ -278,6 +287,16 @@ def _check_names(live: list[Group], saved: list[Group]) -> None:
                     f"param_names: the checkpoint has the parameters in another order: {name!r} "
                     f"where the optimizer has {ours[i]!r}"
                 )
+
+
+def _in_form(saved: Group, live: Group) -> Group:
+    """The same options, as tensors where those of the live group are, as a compiled step wants."""
+    return {
+        name: torch.tensor(value, dtype=live[name].dtype, device=live[name].device)
+        if isinstance(live.get(name), Tensor) and isinstance(value, float)
+        else value
+        for name, value in saved.items()
+    }
 
 
 def plain_hints(options: Group) -> Group:

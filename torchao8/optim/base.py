@@ -63,6 +63,7 @@ class LowPrecisionOptimizer(Optimizer):
     # The options that a checkpoint does not replace: they say where the bytes of the state lie. A
     # checkpoint that was laid out otherwise is refused, not taken over.
     _own_options: tuple[str, ...] = ("optim_bits", "min_8bit_size", "block_size")
+    _told_of_no_gradient = False
 
     def __init__(self, params: ParamsT, options: Group) -> None:
         fixed = {name: value for name, (value, _) in FIXED.items()}
@@ -182,6 +183,18 @@ class LowPrecisionOptimizer(Optimizer):
         for p, layout in fresh:
             self.state[p] = {key: spec.empty(p) for key, spec in layout.items()}
 
+    def _warn_of_no_gradient(self) -> None:
+        """Once: training that does nothing looks like training."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        if self._told_of_no_gradient or not any(p.requires_grad for p in params):
+            return
+        self._told_of_no_gradient = True
+        warn_caller(
+            f"{type(self).__name__}: step() found no gradient on any of its {len(params)} "
+            "parameters. If backward() has run, they are not those of the model any more: make the "
+            "optimizer after fully_shard, and not behind a forward pass without gradients"
+        )
+
     def _check_layout(self, group: Group, p: Tensor) -> None:
         """Raises RuntimeError if an option was changed after it had laid out the state of ``p``."""
         names = [f"{state.name}_scale" for state in self._states(group)]
@@ -249,6 +262,8 @@ class LowPrecisionOptimizer(Optimizer):
                 _to_device(grad_scale, device),
                 _to_device(found_inf, device),
             )
+        if not steps and not torch.compiler.is_compiling():
+            self._warn_of_no_gradient()
         for device, made in steps.items():  # one kernel on a GPU, for all buckets
             ops.count_step_(made, _to_device(found_inf, device))
         self._mark_modified()
