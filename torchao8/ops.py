@@ -38,6 +38,11 @@ _quantize = torch.ops.torchao8.quantize_blockwise.default
 _dequantize = torch.ops.torchao8.dequantize_blockwise.default
 _adam_step_ = torch.ops.torchao8.adam_step_.default
 _count_step_ = torch.ops.torchao8.count_step_.default
+_sum_squares = torch.ops.torchao8.sum_squares.default
+_norms = torch.ops.torchao8.norms.default
+
+# Integers that an exact sum of squares consists of.
+SUM_LIMBS = 18
 
 
 def quantize_blockwise(
@@ -191,6 +196,54 @@ def count_step_(steps: list[Tensor], found_inf: Tensor | None) -> None:
         _count_step_(steps, found_inf)
 
 
+def sum_squares(tensors: list[Tensor]) -> Tensor:
+    """The exact sum of squares of each tensor, as integers that can be added in any order.
+
+    The bits of the result depend on the elements alone: not on their order, on threads, on the
+    device, or on how a tensor is cut into pieces whose rows are added. So for the norm over all
+    tensors of all ranks, ``rows = sum_squares(grads).sum(0, keepdim=True)`` is all-reduced by an
+    ordinary sum of int64, and ``norms(rows)`` is the same on every mesh.
+
+    Elements that are NaN or infinite count as absent.
+
+    Args:
+        tensors: float32, bfloat16 or float16, of any shapes and strides, on one device.
+
+    Returns:
+        int64 of shape (len(tensors), 18). The sum of row ``r`` is the sum over k of ``r[k] *
+        2**(32 * k - 298)``. The numbers are canonical: all but the last are from 0 to 2^32 - 1.
+        There is room for 2^53 elements, and for adding up to 2^31 rows (of as many elements in
+        all), after which they need not be canonical any more.
+
+    Raises:
+        RuntimeError: wrong dtype, layout or device; the message names the argument.
+    """
+    for i, t in enumerate(tensors):
+        if t.layout is not torch.strided:
+            raise RuntimeError(f"sum_squares: tensors[{i}] must be dense, got layout {t.layout}")
+    if not tensors:  # an op chooses its device by its tensors
+        return torch.zeros(0, SUM_LIMBS, dtype=torch.int64)
+    sums: Tensor = _sum_squares(tensors)
+    return sums
+
+
+def norms(sums: Tensor) -> Tensor:
+    """The 2-norms that exact sums of squares stand for.
+
+    Args:
+        sums: int64 of shape (n, 18), rows of :func:`sum_squares` or sums of such rows.
+
+    Returns:
+        float64 of shape (n,): the float64 nearest to each sum, ties to even, and of that the IEEE
+        square root. NaN for a row that is negative.
+
+    Raises:
+        RuntimeError: wrong dtype or shape; the message names the argument.
+    """
+    result: Tensor = _norms(sums)
+    return result
+
+
 def cpu_capability() -> str:
     """The CPU code in use: "avx512", "avx2" or "scalar". TORCHAO8_CPU=<one of them> forces one."""
     return ("scalar", "avx2", "avx512")[torch.ops.torchao8.cpu_capability.default()]
@@ -234,6 +287,17 @@ def _(params: list[Tensor], *others: list[Tensor] | Tensor | None, **options: ob
 @torch.library.register_fake("torchao8::count_step_")
 def _(steps: list[Tensor], found_inf: Tensor | None) -> None:
     _check_devices("count_step_", "steps", steps)
+
+
+@torch.library.register_fake("torchao8::sum_squares")
+def _(tensors: list[Tensor]) -> Tensor:
+    _check_devices("sum_squares", "tensors", tensors)
+    return torch.empty(len(tensors), SUM_LIMBS, dtype=torch.int64, device=tensors[0].device)
+
+
+@torch.library.register_fake("torchao8::norms")
+def _(sums: Tensor) -> Tensor:
+    return torch.empty(sums.shape[0], dtype=torch.float64, device=sums.device)
 
 
 def _check_devices(op: str, first: str, *arguments: list[Tensor] | Tensor | None) -> None:
