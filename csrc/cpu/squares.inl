@@ -42,15 +42,12 @@ template <int kWindows>
 inline void add_windows(const float* x, int n, int lowest_unit, SquareSum& sum) {
   const uintptr_t next = reinterpret_cast<uintptr_t>(x) + kSumChunk * sizeof *x;
   Doubles window[kWindows][kVectors];
-#pragma GCC unroll 4
   for (int w = 0; w < kWindows; w++) {
     const uint64_t start = start_bits(lowest_unit + w * kUnitStep);
-#pragma GCC unroll 4
     for (int v = 0; v < kVectors; v++) window[w][v] = Doubles(bits_double(start));
   }
   for (int i = 0; i < n; i += kSumLanes) {
     for (int line = 0; line < kSumLanes; line += 16) prefetch(next + size_t(i + line) * sizeof *x);
-#pragma GCC unroll 4
     for (int v = 0; v < kVectors; v++) {
       const Doubles a = load_doubles(x + i + v * kDoubles);
       Doubles before = window[kWindows - 1][v], after = fma(a, a, before);
@@ -65,11 +62,9 @@ inline void add_windows(const float* x, int n, int lowest_unit, SquareSum& sum) 
       window[0][v] = window[0][v] + rest;
     }
   }
-#pragma GCC unroll 4
   for (int w = 0; w < kWindows; w++) {
     const int unit = lowest_unit + w * kUnitStep;
     alignas(64) double lanes[kSumLanes];
-#pragma GCC unroll 4
     for (int v = 0; v < kVectors; v++) store_doubles(lanes + v * kDoubles, window[w][v]);
     int64_t total = 0;  // of at most 2^5 times 2^51 units
     for (int lane = 0; lane < kSumLanes; lane++)
