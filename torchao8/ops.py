@@ -212,7 +212,7 @@ def sum_squares(tensors: list[Tensor]) -> Tensor:
     Returns:
         int64 of shape (len(tensors), 18). The sum of row ``r`` is the sum over k of ``r[k] *
         2**(32 * k - 298)``. The numbers are canonical: all but the last are from 0 to 2^32 - 1.
-        There is room for 2^53 elements, and for adding up to 2^31 rows (of as many elements in
+        There is room for 2^53 elements, and for adding up to 2^30 rows (of as many elements in
         all), after which they need not be canonical any more.
 
     Raises:

@@ -3,7 +3,7 @@
 // The square of a float32 is a 48-bit integer times 2^(2q), of which the smallest is 2^-298 and the
 // largest is below 2^256. A sum is kLimbs integers: limb k counts units of 2^(32k - 298). Only the
 // last limb grows beyond 32 bits of its own, so sums below 2^309 fit (2^53 elements of the largest
-// magnitude), and so do sums of rows in any number up to 2^31. Integer addition is associative: the
+// magnitude), and so do sums of rows in any number up to 2^30. Integer addition is associative: the
 // limbs, canonical once carries are propagated, do not depend on the order of the elements.
 #pragma once
 
