@@ -7,6 +7,9 @@
 // first element; elements between two rows) and only feed the random numbers of stochastic
 // rounding. `steps` are those made before; an optimizer counts its step by one count_step_ for all
 // its tensors, behind the updates.
+//
+// sum_squares gives an int64 row per tensor, the exact sum as a fixed-point number
+// (common/exact_sum.h), so that rows of shards can be added; norms rounds once, and takes roots.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -55,5 +58,7 @@ STABLE_TORCH_LIBRARY(torchao8, m) {
                     "bool maximize")
             .c_str());
   m.def("count_step_(Tensor(a!)[] steps, Tensor? found_inf) -> ()");
+  m.def("sum_squares(Tensor[] tensors) -> Tensor");
+  m.def("norms(Tensor sums) -> Tensor");
   m.def("cpu_capability() -> int");
 }

@@ -102,10 +102,16 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, options: dict[str, Any]
     return [storage_bytes(torch.ops.torchao8.dequantize_blockwise(codes, scale, **options))]
 
 
+def sums(tensors: list[torch.Tensor]) -> list[bytes]:
+    rows = torch.ops.torchao8.sum_squares(tensors)
+    return [storage_bytes(rows), storage_bytes(torch.ops.torchao8.norms(rows))]
+
+
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "adam": adam,
     "quantize": quantize,
     "dequantize": dequantize,
+    "sums": sums,
 }
 
 

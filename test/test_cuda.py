@@ -265,6 +265,22 @@ def test_the_host_waits_for_nothing() -> None:
         call["lr"].item()
 
 
+def test_captured_sums_replay_with_new_numbers() -> None:
+    values = [torch.randn(shape, device=DEVICE) for shape in [(5000,), (3, 70), (), (0,)]]
+    ops.norms(ops.sum_squares(values))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sums = ops.sum_squares(values)
+        norms = ops.norms(sums)
+    for scale in (1.0, 1e-20, 1e30):
+        for x in values:
+            x.mul_(scale)
+        graph.replay()
+        expected = ops.sum_squares([x.cpu() for x in values])
+        assert torch.equal(sums.cpu(), expected)
+        assert torch.equal(norms.cpu(), ops.norms(expected))
+
+
 @every_optimizer()
 @pytest.mark.parametrize("lr", ["number", "tensor"])
 def test_the_host_waits_for_nothing_in_a_step(case: OptimizerCase, lr: str) -> None:

@@ -118,7 +118,33 @@ MUTANTS = {
         "    if (!good) {\n",
         "    if (!good && false) {\n",
     ),
+    "a window that moves and takes its numbers along": (
+        "sums.cuh",
+        "    flush();\n    const int lowest",
+        "    const int lowest",
+    ),
+    "bits shifted out of the low word": ("sums.cuh", "(square >> 1 >> (63 - shift))", "0"),
+    "a carry lost": ("sums.cuh", "+ (low < low_)", ""),
+    "a mantissa for zeros": ("sums.cuh", "mantissa = magnitude ?", "mantissa = true ?"),
+    "infinite squares": ("sums.cuh", "magnitude != 0 && exponent != 255", "magnitude != 0"),
+    "sums read before all warps are done": (
+        "sums.cuh",
+        "    sum.flush();\n    __syncthreads();",
+        "    sum.flush();",
+    ),
+    "a thread block's last sum in its next": (
+        "sums.cuh",
+        "      block.limbs[threadIdx.x] = 0;\n    }",
+        "    }",
+    ),
+    "numbers below the window taken for some in it": (
+        "sums.cuh",
+        " &&\n           smallest_less_1 >= (uint32_t(lowest_) << 23) - 1",
+        "",
+    ),
+    "limbs that are not canonical": ("sums.cuh", "make_canonical(sums + row * kLimbs)", ""),
 }
+CHECKS = {"sums.cuh": "check_sums.cpp"}  # of the others: check_step.cpp
 
 
 def compile_cpp(csrc: Path, output: Path, *arguments: str | Path) -> Path:
@@ -139,9 +165,11 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     ]
 
 
-def test_the_kernels_give_the_bits_of_the_cpu(oracle: list[Path], tmp_path: Path) -> None:
-    source = EMULATION / "check_step.cpp"
-    program = compile_cpp(ROOT / "csrc", tmp_path / "check", source, *oracle)
+@pytest.mark.parametrize("check", ["check_step.cpp", "check_sums.cpp"])
+def test_the_kernels_give_the_bits_of_the_cpu(
+    oracle: list[Path], tmp_path: Path, check: str
+) -> None:
+    program = compile_cpp(ROOT / "csrc", tmp_path / "check", EMULATION / check, *oracle)
     result = subprocess.run([program], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:]
     assert result.stdout == "0 configurations differ\n"
@@ -149,32 +177,33 @@ def test_the_kernels_give_the_bits_of_the_cpu(oracle: list[Path], tmp_path: Path
 
 @pytest.fixture(scope="module")
 def mutants(oracle: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What the check says of the kernels as they are, and of each mutant."""
+    """What the checks say of the kernels as they are, under their own names, and of each mutant."""
     folder = tmp_path_factory.mktemp("mutants")
 
-    def outcome(number: int, name: str | None) -> str:
-        csrc = folder / str(number) / "csrc"
+    def outcome(number: int, name: str) -> str:
+        csrc, check = folder / str(number) / "csrc", name
         shutil.copytree(ROOT / "csrc", csrc)
-        if name is not None:
+        if name in MUTANTS:
             file, old, new = MUTANTS[name]
             text = (csrc / "cuda" / file).read_text()
             assert old in text, f"{name}: the source has changed"
             (csrc / "cuda" / file).write_text(text.replace(old, new))
-        source = EMULATION / "check_step.cpp"
+            check = CHECKS.get(file, "check_step.cpp")
         flags = ("-DQUICK", "-O0", "-fsanitize=alignment", "-fno-sanitize-recover")
-        program = compile_cpp(csrc, csrc / "check", *flags, source, *oracle)
+        program = compile_cpp(csrc, csrc / "check", *flags, EMULATION / check, *oracle)
         result = subprocess.run([program], capture_output=True, text=True, timeout=120)
         return f"{result.returncode}: {result.stdout[-200:]}"
 
-    names = [None, *MUTANTS]
+    names = ["check_step.cpp", *CHECKS.values(), *MUTANTS]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         outcomes = pool.map(outcome, range(len(names)), names)
-    return {name or "": text for name, text in zip(names, outcomes, strict=True)}
+    return dict(zip(names, outcomes, strict=True))
 
 
 @pytest.mark.parametrize("name", list(MUTANTS))
 def test_the_check_fails_for_a_mutant(mutants: dict[str, str], name: str) -> None:
-    assert mutants[""] == "0: 0 configurations differ\n"
+    check = CHECKS.get(MUTANTS[name][0], "check_step.cpp")
+    assert mutants[check] == "0: 0 configurations differ\n"
     assert not mutants[name].startswith("0: ")
 
 
@@ -298,5 +327,5 @@ def test_instructions_an_element(compiled: dict[str, Compiled]) -> None:
 def test_the_sources_compile_to_ptx(tmp_path: Path) -> None:
     """For GPUs to come."""
     flags = ["-gencode=arch=compute_100,code=compute_100", "-std=c++20", "-c"]
-    for source in ("quantize.cu", "count.cu"):
+    for source in ("quantize.cu", "count.cu", "sums.cu"):
         nvcc(source, tmp_path / f"{source}.o", *flags)

@@ -13,7 +13,20 @@ try:
     from torchao8 import checkpoint, optim
     from torchao8.estimate import Estimate, estimate
     from torchao8.ops import dequantize_blockwise, dynamic_map, quantize_blockwise
-    from torchao8.optim import Adam, Adam8bit, AdamW, AdamW8bit
+    from torchao8.optim import (
+        SGD,
+        Adagrad,
+        Adagrad8bit,
+        Adam,
+        Adam8bit,
+        AdamW,
+        AdamW8bit,
+        Lion,
+        Lion8bit,
+        RMSprop,
+        RMSprop8bit,
+        SGD8bit,
+    )
 except ImportError:
     # Python imports the package before it runs `python -m torchao8`, whose report is wanted most
     # when the extension does not load. While it looks for the module, argv[0] is "-m".
@@ -21,11 +34,19 @@ except ImportError:
         raise
 
 __all__ = [
+    "SGD",
+    "Adagrad",
+    "Adagrad8bit",
     "Adam",
     "Adam8bit",
     "AdamW",
     "AdamW8bit",
     "Estimate",
+    "Lion",
+    "Lion8bit",
+    "RMSprop",
+    "RMSprop8bit",
+    "SGD8bit",
     "__version__",
     "checkpoint",
     "dequantize_blockwise",

@@ -36,8 +36,15 @@ if torch.version.cuda is not None:
 
 _quantize = torch.ops.torchao8.quantize_blockwise.default
 _dequantize = torch.ops.torchao8.dequantize_blockwise.default
-_adam_step_ = torch.ops.torchao8.adam_step_.default
+# An update rule each: see csrc/rules.
+STEP_OPS = ("adagrad_step_", "adam_step_", "lion_step_", "rmsprop_step_", "sgd_step_")
+_STEP_OPS = {op: getattr(torch.ops.torchao8, op).default for op in STEP_OPS}
 _count_step_ = torch.ops.torchao8.count_step_.default
+_sum_squares = torch.ops.torchao8.sum_squares.default
+_norms = torch.ops.torchao8.norms.default
+
+# Integers that an exact sum of squares consists of.
+SUM_LIMBS = 18
 
 
 def quantize_blockwise(
@@ -104,43 +111,37 @@ def dynamic_map(signed: bool = True) -> Tensor:
     return dequantize_blockwise(codes, torch.ones(1), block_size=256, signed=signed)
 
 
-def adam_step_(
+def step_(
+    op: str,
     params: list[Tensor],
     grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    exp_avg_scales: list[Tensor],
-    exp_avg_sq_scales: list[Tensor],
-    max_exp_avg_sq_scales: list[Tensor],
+    values: Sequence[list[Tensor]],
+    scales: Sequence[list[Tensor]],
     steps: list[Tensor],
     lr: Tensor,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     *,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled_weight_decay: bool,
-    maximize: bool,
     block_size: int = 256,
     stochastic_rounding: bool = True,
     seed: int = 0,
     shard_offsets: Sequence[int] = (),
     shard_row_strides: Sequence[int] = (),
+    **options: float | bool,
 ) -> None:
-    """One step of Adam or AdamW, in place, on tensors of one device and one state format.
+    """One step of an update rule, in place, on tensors of one device and one state format.
 
-    The i-th entries of all lists belong together. The dtype of ``exp_avgs`` chooses the format:
-    float32 moments, with empty lists of scales, or uint8 codes of the shape of the parameter with
-    float32 scales of the shape ``torchao8.block_layout.scale_shape(p.shape, block_size)``.
-    ``exp_avgs`` are of the signed map, the others of the unsigned one (:func:`dynamic_map`); fresh
-    8-bit state has scales of 0, and codes of 127 or 0. ``max_exp_avg_sqs`` is empty without
-    amsgrad.
+    The i-th entries of all lists belong together. The dtype of the first state chooses the format:
+    float32 values, with empty lists of scales, or uint8 codes of the shape of the parameter with
+    float32 scales of the shape ``torchao8.block_layout.scale_shape(p.shape, block_size)``. Squares
+    are of the unsigned map, all other states of the signed one (:func:`dynamic_map`); fresh 8-bit
+    state has scales of 0, and codes of 0 or 127.
 
     Args:
+        op: of :data:`STEP_OPS`; its rule, in csrc/rules, names the states and the options.
         params, grads: float32, bfloat16 or float16, of any strides.
+        values, scales: a list for each state, in the order of the rule; both are empty for a state
+            that the options do without, as amsgrad's.
         steps: 0-d float32 tensors, the steps made before this one. :func:`count_step_` counts it.
         lr: 0-d, float32 or float64, on the device of the parameters or on the CPU. The optimizers
             make a float64 tensor of a number, and the dtype matters to the last bit.
@@ -149,34 +150,26 @@ def adam_step_(
         shard_offsets, shard_row_strides: of parameters that are shards, one number each: the flat
             index of the first element in the global tensor, and the elements of it from one local
             row to the next. The random numbers of stochastic rounding depend on them.
+        options: the op's own.
 
     Raises:
         RuntimeError: an argument does not fit the others; nothing has changed then.
     """
-    _adam_step_(
+    _STEP_OPS[op](
         params,
         grads,
-        exp_avgs,
-        exp_avg_sqs,
-        max_exp_avg_sqs,
-        exp_avg_scales,
-        exp_avg_sq_scales,
-        max_exp_avg_sq_scales,
+        *values,
+        *scales,
         steps,
         lr,
         grad_scale,
         found_inf,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        decoupled_weight_decay=decoupled_weight_decay,
-        maximize=maximize,
         block_size=block_size,
         stochastic_rounding=stochastic_rounding,
         seed=seed,
         shard_offsets=shard_offsets,
         shard_row_strides=shard_row_strides,
+        **options,
     )
     mark_modified(params)
 
@@ -189,6 +182,54 @@ def count_step_(steps: list[Tensor], found_inf: Tensor | None) -> None:
     """
     if steps:  # an op chooses its device by its tensors
         _count_step_(steps, found_inf)
+
+
+def sum_squares(tensors: list[Tensor]) -> Tensor:
+    """The exact sum of squares of each tensor, as integers that can be added in any order.
+
+    The bits of the result depend on the elements alone: not on their order, on threads, on the
+    device, or on how a tensor is cut into pieces whose rows are added. So for the norm over all
+    tensors of all ranks, ``rows = sum_squares(grads).sum(0, keepdim=True)`` is all-reduced by an
+    ordinary sum of int64, and ``norms(rows)`` is the same on every mesh.
+
+    Elements that are NaN or infinite count as absent.
+
+    Args:
+        tensors: float32, bfloat16 or float16, of any shapes and strides, on one device.
+
+    Returns:
+        int64 of shape (len(tensors), 18). The sum of row ``r`` is the sum over k of ``r[k] *
+        2**(32 * k - 298)``. The numbers are canonical: all but the last are from 0 to 2^32 - 1.
+        There is room for 2^53 elements, and for adding up to 2^30 rows (of as many elements in
+        all), after which they need not be canonical any more.
+
+    Raises:
+        RuntimeError: wrong dtype, layout or device; the message names the argument.
+    """
+    for i, t in enumerate(tensors):
+        if t.layout is not torch.strided:
+            raise RuntimeError(f"sum_squares: tensors[{i}] must be dense, got layout {t.layout}")
+    if not tensors:  # an op chooses its device by its tensors
+        return torch.zeros(0, SUM_LIMBS, dtype=torch.int64)
+    sums: Tensor = _sum_squares(tensors)
+    return sums
+
+
+def norms(sums: Tensor) -> Tensor:
+    """The 2-norms that exact sums of squares stand for.
+
+    Args:
+        sums: int64 of shape (n, 18), rows of :func:`sum_squares` or sums of such rows.
+
+    Returns:
+        float64 of shape (n,): the float64 nearest to each sum, ties to even, and of that the IEEE
+        square root. NaN for a row that is negative.
+
+    Raises:
+        RuntimeError: wrong dtype or shape; the message names the argument.
+    """
+    result: Tensor = _norms(sums)
+    return result
 
 
 def cpu_capability() -> str:
@@ -226,14 +267,30 @@ def _(
     return torch.empty(codes.shape, dtype=dtype, device=codes.device)
 
 
-@torch.library.register_fake("torchao8::adam_step_")
-def _(params: list[Tensor], *others: list[Tensor] | Tensor | None, **options: object) -> None:
-    _check_devices("adam_step_", "params", params, *others)
+def _fake_step(op: str) -> None:
+    @torch.library.register_fake(f"torchao8::{op}")
+    def _(params: list[Tensor], *others: list[Tensor] | Tensor | None, **options: object) -> None:
+        _check_devices(op, "params", params, *others)
+
+
+for _op in STEP_OPS:
+    _fake_step(_op)
 
 
 @torch.library.register_fake("torchao8::count_step_")
 def _(steps: list[Tensor], found_inf: Tensor | None) -> None:
     _check_devices("count_step_", "steps", steps)
+
+
+@torch.library.register_fake("torchao8::sum_squares")
+def _(tensors: list[Tensor]) -> Tensor:
+    _check_devices("sum_squares", "tensors", tensors)
+    return torch.empty(len(tensors), SUM_LIMBS, dtype=torch.int64, device=tensors[0].device)
+
+
+@torch.library.register_fake("torchao8::norms")
+def _(sums: Tensor) -> Tensor:
+    return torch.empty(sums.shape[0], dtype=torch.float64, device=sums.device)
 
 
 def _check_devices(op: str, first: str, *arguments: list[Tensor] | Tensor | None) -> None:

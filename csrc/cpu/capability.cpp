@@ -56,4 +56,12 @@ const CodecKernels& codec_kernels() {
   return scalar_codec();
 }
 
+AddSquares* add_squares_kernel() {
+#if TORCHAO8_X86
+  if (cpu_capability() == Capability::kAvx512) return avx512_add_squares;
+  if (cpu_capability() == Capability::kAvx2) return avx2_add_squares;
+#endif
+  return scalar_add_squares;
+}
+
 }  // namespace torchao8

@@ -20,6 +20,10 @@ const CodecKernels& TORCHAO8_CODEC() {
   return kernels;
 }
 
+void TORCHAO8_ADD_SQUARES(const float* x, int64_t n, SquareSum& sum) {
+  TORCHAO8_ISA::add_squares(x, n, sum);
+}
+
 #define TORCHAO8_RULE(...) template const StepKernels<__VA_ARGS__>& TORCHAO8_KERNELS<__VA_ARGS__>()
 TORCHAO8_RULE(AdamRule<false, false>);
 TORCHAO8_RULE(AdamRule<false, true>);

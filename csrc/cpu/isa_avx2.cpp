@@ -21,10 +21,13 @@
 
 #define TORCHAO8_ISA avx2
 #include "cpu/codec.inl"
+#define TORCHAO8_WINDOWS 1
+#include "cpu/squares.inl"
 #include "cpu/step.inl"
 
 #define TORCHAO8_KERNELS avx2_kernels
 #define TORCHAO8_CODEC avx2_codec
+#define TORCHAO8_ADD_SQUARES avx2_add_squares
 #include "cpu/instances.inl"
 
 #if defined(__clang__)

@@ -31,10 +31,13 @@
 
 #define TORCHAO8_ISA avx512
 #include "cpu/codec.inl"
+#define TORCHAO8_WINDOWS 1
+#include "cpu/squares.inl"
 #include "cpu/step.inl"
 
 #define TORCHAO8_KERNELS avx512_kernels
 #define TORCHAO8_CODEC avx512_codec
+#define TORCHAO8_ADD_SQUARES avx512_add_squares
 #include "cpu/instances.inl"
 
 #if defined(__clang__)

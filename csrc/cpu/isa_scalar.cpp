@@ -8,8 +8,11 @@
 
 #define TORCHAO8_ISA scalar
 #include "cpu/codec.inl"
+#define TORCHAO8_WINDOWS 0
+#include "cpu/squares.inl"
 #include "cpu/step.inl"
 
 #define TORCHAO8_KERNELS scalar_kernels
 #define TORCHAO8_CODEC scalar_codec
+#define TORCHAO8_ADD_SQUARES scalar_add_squares
 #include "cpu/instances.inl"

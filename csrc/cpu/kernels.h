@@ -9,6 +9,7 @@
 #include "common/floats.h"
 #include "common/random.h"
 #include "cpu/codec_tables.h"
+#include "cpu/square_sum.h"
 #include "rules/rule.h"
 
 namespace torchao8 {
@@ -65,10 +66,14 @@ struct CodecKernels {
   void (*narrow)(FloatType, const float* from, int64_t n, void* to);
 };
 
+// Adds the exact squares of the finite ones of n floats.
+using AddSquares = void(const float* x, int64_t n, SquareSum& sum);
+
 enum class Capability : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
 Capability cpu_capability();
 
-// One table per instruction set; step_kernels() and codec_kernels() are those of the path in use.
+// One table or function per instruction set; step_kernels(), codec_kernels() and
+// add_squares_kernel() are those of the path in use.
 template <class Rule>
 const StepKernels<Rule>& scalar_kernels();
 template <class Rule>
@@ -78,6 +83,7 @@ const StepKernels<Rule>& avx512_kernels();
 const CodecKernels& scalar_codec();
 const CodecKernels& avx2_codec();
 const CodecKernels& avx512_codec();
+AddSquares scalar_add_squares, avx2_add_squares, avx512_add_squares;
 
 template <class Rule>
 const StepKernels<Rule>& step_kernels() {
@@ -88,5 +94,6 @@ const StepKernels<Rule>& step_kernels() {
   return scalar_kernels<Rule>();
 }
 const CodecKernels& codec_kernels();
+AddSquares* add_squares_kernel();
 
 }  // namespace torchao8

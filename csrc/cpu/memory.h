@@ -27,6 +27,10 @@ class FloatArray {
     strides_.assign(strides.begin(), strides.end());
   }
 
+  // Of elements without gaps, in whatever order.
+  FloatArray(FloatType type, const void* data)
+      : type_(type), data_(static_cast<char*>(const_cast<void*>(data))) {}
+
   FloatType type() const { return type_; }
   bool dense() const { return dense_; }
   char* at(int64_t i) const { return data_ + i * size_of(type_); }  // dense only

@@ -46,6 +46,30 @@ TORCHAO8_HD F from_bits(__m256i a) {
   return _mm256_castsi256_ps(a);
 }
 
+// Four doubles, for sums.
+constexpr int kDoubles = 4;
+struct Doubles {
+  __m256d x;
+  TORCHAO8_HD Doubles() {}
+  TORCHAO8_HD Doubles(__m256d v) : x(v) {}
+  TORCHAO8_HD explicit Doubles(double v) : x(_mm256_set1_pd(v)) {}
+};
+TORCHAO8_HD Doubles operator+(Doubles a, Doubles b) {
+  return _mm256_add_pd(a.x, b.x);
+}
+TORCHAO8_HD Doubles operator-(Doubles a, Doubles b) {
+  return _mm256_sub_pd(a.x, b.x);
+}
+TORCHAO8_HD Doubles fma(Doubles a, Doubles b, Doubles c) {
+  return _mm256_fmadd_pd(a.x, b.x, c.x);
+}
+TORCHAO8_HD Doubles load_doubles(const float* x) {
+  return _mm256_cvtps_pd(_mm_loadu_ps(x));
+}
+TORCHAO8_HD void store_doubles(double* x, Doubles v) {
+  _mm256_store_pd(x, v.x);
+}
+
 // The high halves of eight dwords, and the bytes of eight numbers below 256.
 TORCHAO8_HD void store_high_halves(void* to, __m256i x) {
   const __m256i order = _mm256_broadcastsi128_si256(

@@ -53,6 +53,30 @@ TORCHAO8_HD __m512i all_lanes(uint32_t x) {
   return _mm512_castps_si512(_mm512_set1_ps(bits_float(x)));
 }
 
+// Eight doubles, for sums.
+constexpr int kDoubles = 8;
+struct Doubles {
+  __m512d x;
+  TORCHAO8_HD Doubles() {}
+  TORCHAO8_HD Doubles(__m512d v) : x(v) {}
+  TORCHAO8_HD explicit Doubles(double v) : x(_mm512_set1_pd(v)) {}
+};
+TORCHAO8_HD Doubles operator+(Doubles a, Doubles b) {
+  return _mm512_add_pd(a.x, b.x);
+}
+TORCHAO8_HD Doubles operator-(Doubles a, Doubles b) {
+  return _mm512_sub_pd(a.x, b.x);
+}
+TORCHAO8_HD Doubles fma(Doubles a, Doubles b, Doubles c) {
+  return _mm512_fmadd_pd(a.x, b.x, c.x);
+}
+TORCHAO8_HD Doubles load_doubles(const float* x) {
+  return _mm512_cvtps_pd(_mm256_loadu_ps(x));
+}
+TORCHAO8_HD void store_doubles(double* x, Doubles v) {
+  _mm512_store_pd(x, v.x);
+}
+
 TORCHAO8_HD F load(const float* x) {
   return _mm512_loadu_ps(x);
 }

@@ -50,6 +50,17 @@ __device__ __forceinline__ uint32_t largest_of_lanes(uint32_t x, int lanes) {
 __device__ __forceinline__ bool all_of_warp(bool x) {
   return __all_sync(kWholeWarp, x);
 }
+// Below 2^32.
+__device__ __forceinline__ uint32_t sum_of_lanes(uint32_t x) {
+  return __reduce_add_sync(kWholeWarp, x);  // sm_80 and later
+}
+// In memory that is shared with other threads, or with all thread blocks.
+__device__ __forceinline__ void add_atomically(int64_t* to, int64_t x) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(x));
+}
+__device__ __forceinline__ double root_of_double(double x) {
+  return __dsqrt_rn(x);
+}
 __device__ __forceinline__ void warp_barrier() {
   __syncwarp();
 }

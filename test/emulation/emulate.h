@@ -16,6 +16,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -194,6 +195,16 @@ inline uint32_t largest_of_lanes(uint32_t x, int lanes) {
 inline bool all_of_warp(bool x) {
   return emulation::exchange(
       x, [](const uint32_t* warp) { return *std::min_element(warp, warp + 32); });
+}
+inline uint32_t sum_of_lanes(uint32_t x) {
+  return emulation::exchange(
+      x, [](const uint32_t* warp) { return std::accumulate(warp, warp + 32, uint32_t(0)); });
+}
+inline void add_atomically(int64_t* to, int64_t x) {
+  *to += x;
+}
+inline double root_of_double(double x) {
+  return std::sqrt(x);
 }
 inline uint32_t round_to_bfloat16s(float low, float high) {
   return uint32_t(to_bfloat16(low).bits) | uint32_t(to_bfloat16(high).bits) << 16;

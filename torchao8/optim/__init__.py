@@ -1,5 +1,24 @@
 """The optimizers, drop-in for those of the same name in ``torch.optim`` and bitsandbytes."""
 
+from torchao8.optim._options import CommonOptions
+from torchao8.optim.adagrad import Adagrad, Adagrad8bit
 from torchao8.optim.adam import Adam, Adam8bit, AdamW, AdamW8bit
+from torchao8.optim.lion import Lion, Lion8bit
+from torchao8.optim.rmsprop import RMSprop, RMSprop8bit
+from torchao8.optim.sgd import SGD, SGD8bit
 
-__all__ = ["Adam", "Adam8bit", "AdamW", "AdamW8bit"]
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adagrad8bit",
+    "Adam",
+    "Adam8bit",
+    "AdamW",
+    "AdamW8bit",
+    "CommonOptions",
+    "Lion",
+    "Lion8bit",
+    "RMSprop",
+    "RMSprop8bit",
+    "SGD8bit",
+]

@@ -141,7 +141,7 @@ def sort_into_buckets(
             # begins another one.
             if group["optim_bits"] == 8 and p.numel() >= group["min_8bit_size"]:
                 pass
-        else:
+        elif names:  # what has no state has no format either
             check_layout(optimizer, group, p, scale, not sharded or place is not None)
         steps.append(tensors[0])
         if not sharded:

@@ -27,10 +27,16 @@ STATE_VERSION = 1
 
 
 class State(NamedTuple):
-    """A state of a parameter: ``name`` in 32 bits, ``name_codes`` and ``name_scale`` in 8."""
+    """A state of a parameter: ``name`` in 32 bits, ``name_codes`` and ``name_scale`` in 8.
+
+    Attributes:
+        signed: whether its numbers may be negative.
+        initial: what all of them are before the first step; not negative.
+    """
 
     name: str
     signed: bool
+    initial: float = 0.0
 
 
 class TensorSpec(NamedTuple):
@@ -44,7 +50,7 @@ class TensorSpec(NamedTuple):
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    fill: int = 0
+    fill: float = 0
     local_shape: tuple[int, ...] | None = None
     signed: bool = True
 

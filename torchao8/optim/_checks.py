@@ -52,6 +52,15 @@ def check_flag(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected True or False, got {value!r}")
 
 
+def check_betas(betas: Any, number: int) -> None:
+    """Raises ValueError unless this is a tuple or list of so many decay rates, each in [0, 1)."""
+    if not isinstance(betas, (tuple, list)) or len(betas) != number:
+        expected = {2: "two", 3: "three"}[number]
+        raise ValueError(f"betas: expected {expected} numbers, got {betas!r}")
+    for i, beta in enumerate(betas):
+        check_number(f"betas[{i}]", beta, below=1)
+
+
 def check_params(params: Iterable[Any]) -> None:
     """Refuses parameters that no step could update; an entry may be a (name, parameter) pair.
 

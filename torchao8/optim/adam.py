@@ -5,10 +5,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from torchao8 import ops
-from torchao8.optim._buckets import Bucket, Group
+from torchao8.optim._buckets import Group
 from torchao8.optim._checkpoint import State
-from torchao8.optim._checks import check_flag, check_number
+from torchao8.optim._checks import check_betas, check_flag, check_number
 from torchao8.optim.base import LowPrecisionOptimizer
 
 
@@ -17,14 +16,12 @@ class _Adam(LowPrecisionOptimizer):
 
     # The kind of decay is what the class is for; a checkpoint does not change it.
     _own_options = (*LowPrecisionOptimizer._own_options, "decoupled_weight_decay")
+    _op = "adam_step_"
+    _op_states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
     def _check_options(self, group: Group) -> None:
         super()._check_options(group)
-        betas = group["betas"]
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-            raise ValueError(f"betas: expected two numbers, got {betas!r}")
-        check_number("betas[0]", betas[0], below=1)
-        check_number("betas[1]", betas[1], below=1)
+        check_betas(group["betas"], 2)
         check_number("eps", group["eps"])
         check_number("weight_decay", group["weight_decay"])
         for name in ("amsgrad", "maximize", "decoupled_weight_decay"):
@@ -34,41 +31,10 @@ class _Adam(LowPrecisionOptimizer):
         states = (State("exp_avg", signed=True), State("exp_avg_sq", signed=False))
         return (*states, State("max_exp_avg_sq", signed=False)) if group["amsgrad"] else states
 
-    def _update(
-        self,
-        group: Group,
-        bucket: Bucket,
-        lr: Tensor,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
-        values, scales = bucket.values, bucket.scales
+    def _op_options(self, group: Group) -> dict[str, float | bool]:
         beta1, beta2 = group["betas"]
-        ops.adam_step_(
-            bucket.params,
-            bucket.grads,
-            values["exp_avg"],
-            values["exp_avg_sq"],
-            values.get("max_exp_avg_sq", []),
-            scales["exp_avg"],
-            scales["exp_avg_sq"],
-            scales.get("max_exp_avg_sq", []),
-            bucket.steps,
-            lr,
-            grad_scale,
-            found_inf,
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            decoupled_weight_decay=group["decoupled_weight_decay"],
-            maximize=group["maximize"],
-            block_size=group["block_size"],
-            stochastic_rounding=group["state_rounding"] == "stochastic",
-            seed=group["seed"],
-            shard_offsets=bucket.shard_offsets,
-            shard_row_strides=bucket.shard_row_strides,
-        )
+        names = ("eps", "weight_decay", "decoupled_weight_decay", "maximize")
+        return {"beta1": beta1, "beta2": beta2, **{name: group[name] for name in names}}
 
 
 def _options(arguments: dict[str, Any], *, decoupled_weight_decay: bool) -> Group:

@@ -1,7 +1,7 @@
 """What every optimizer here shares: groups, the layout of the state, buckets and checkpoints.
 
-An optimizer is a subclass that gives its options, declares its states (:class:`State`) and calls
-the op of its update rule on one :class:`Bucket`. Nothing in this file knows a rule.
+An optimizer is a subclass that gives its options, declares its states (:class:`State`) and names
+the op of its update rule. Nothing in this file knows a rule.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ FIXED = {
 class LowPrecisionOptimizer(Optimizer):
     """Base class: a ``torch.optim.Optimizer`` that keeps its state in 8 or 32 bits.
 
-    A subclass defines :meth:`_states` and :meth:`_update`, and extends :meth:`_check_options`.
+    A subclass names its op and all of its states, defines :meth:`_states` and :meth:`_op_options`,
+    and extends :meth:`_check_options`.
 
     Args:
         params: parameters, (name, parameter) pairs, or dicts of a group's ``params`` and options.
@@ -64,6 +65,9 @@ class LowPrecisionOptimizer(Optimizer):
     # checkpoint that was laid out otherwise is refused, not taken over.
     _own_options: tuple[str, ...] = ("optim_bits", "min_8bit_size", "block_size")
     _told_of_no_gradient = False
+    # Of torchao8.ops.STEP_OPS, and the states in the order of its lists.
+    _op: str
+    _op_states: tuple[str, ...]
 
     def __init__(self, params: ParamsT, options: Group) -> None:
         fixed = {name: value for name, (value, _) in FIXED.items()}
@@ -79,15 +83,8 @@ class LowPrecisionOptimizer(Optimizer):
         """The states of a parameter under these options."""
         raise NotImplementedError
 
-    def _update(
-        self,
-        group: Group,
-        bucket: Bucket,
-        lr: Tensor,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
-        """Updates one bucket in place; ``steps`` are those made before, and are counted later."""
+    def _op_options(self, group: Group) -> dict[str, float | bool]:
+        """The options of a group as the op of the rule has them."""
         raise NotImplementedError
 
     def _check_options(self, group: Group) -> None:
@@ -153,14 +150,16 @@ class LowPrecisionOptimizer(Optimizer):
             if wrong is not None:
                 raise ValueError(f"{type(self).__name__}: {describe(self, p)} {wrong}")
         layout = {"step": TensorSpec(torch.float32, ())}
-        for name, signed in self._states(group):
+        for name, signed, initial in self._states(group):
             if in_8bit:
-                zero_code = 127 if signed else 0
+                code = 255 if initial else 127 if signed else 0  # 1.0 or 0.0, times the scale
                 scales = scale_shape(shape, block_size)
-                layout[f"{name}_codes"] = TensorSpec(torch.uint8, shape, zero_code, local_shape)
-                layout[f"{name}_scale"] = TensorSpec(torch.float32, scales, 0, local_scale, signed)
+                layout[f"{name}_codes"] = TensorSpec(torch.uint8, shape, code, local_shape)
+                layout[f"{name}_scale"] = TensorSpec(
+                    torch.float32, scales, initial, local_scale, signed
+                )
             else:
-                layout[name] = TensorSpec(torch.float32, shape, 0, local_shape, signed)
+                layout[name] = TensorSpec(torch.float32, shape, initial, local_shape, signed)
         return layout
 
     def _init_states(self) -> None:
@@ -197,10 +196,11 @@ class LowPrecisionOptimizer(Optimizer):
 
     def _check_layout(self, group: Group, p: Tensor) -> None:
         """Raises RuntimeError if an option was changed after it had laid out the state of ``p``."""
-        names = [f"{state.name}_scale" for state in self._states(group)]
-        scale = self.state[p].get(names[0]) if names else None
-        keeps_blocks = not is_dtensor(p) or sharding.keeps_blocks(p, group["block_size"])
-        check_layout(self, group, p, scale, keeps_blocks)
+        states = self._states(group)
+        if states:  # what has none has no format either
+            scale = self.state[p].get(f"{states[0].name}_scale")
+            keeps_blocks = not is_dtensor(p) or sharding.keeps_blocks(p, group["block_size"])
+            check_layout(self, group, p, scale, keeps_blocks)
 
     def _warn_of_cut_row(self, group: Group, p: Tensor) -> None:
         """Says which parameter keeps 32 bits for the way it is sharded, and what to do."""
@@ -255,12 +255,22 @@ class LowPrecisionOptimizer(Optimizer):
         found_inf = _plain(getattr(self, "found_inf", None))
         for group, lr, bucket in calls:
             device = bucket.params[0].device
-            self._update(
-                group,
-                bucket,
+            ops.step_(
+                self._op,
+                bucket.params,
+                bucket.grads,
+                [bucket.values.get(name, []) for name in self._op_states],
+                [bucket.scales.get(name, []) for name in self._op_states],
+                bucket.steps,
                 lr if lr.is_cpu else _to_device(lr, device),  # a number on the CPU goes anywhere
                 _to_device(grad_scale, device),
                 _to_device(found_inf, device),
+                block_size=group["block_size"],
+                stochastic_rounding=group["state_rounding"] == "stochastic",
+                seed=group["seed"],
+                shard_offsets=bucket.shard_offsets,
+                shard_row_strides=bucket.shard_row_strides,
+                **self._op_options(group),
             )
         if not steps and not torch.compiler.is_compiling():
             self._warn_of_no_gradient()

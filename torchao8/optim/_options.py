@@ -1,0 +1,70 @@
+"""The options that every optimizer has, behind those of its rule."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+COMMON: dict[str, Any] = {
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+    "optim_bits": 32,
+    "min_8bit_size": 4096,
+    "block_size": 256,
+    "state_rounding": "stochastic",
+    "seed": 0,
+    "percentile_clipping": 100,
+    "block_wise": True,
+    "is_paged": False,
+}
+
+
+class CommonOptions(TypedDict, total=False):
+    """Keyword arguments of every optimizer, and options of its parameter groups.
+
+    Attributes:
+        maximize: ascend.
+        foreach, capturable: hints for torch.optim, accepted and without effect: the step is always
+            multi-tensor and capturable.
+        differentiable: must be False.
+        fused: the step is always fused; True also lets ``torch.amp.GradScaler`` leave unscaling and
+            the skipping of a step to the op.
+        optim_bits: 8 or 32, the bits of a state value; the default is that of the class.
+        min_8bit_size: a parameter with fewer elements keeps 32-bit state, and so do scalars and
+            parameters with rows of fewer than 16 elements.
+        block_size: elements that share a scale in 8 bits, a power of two from 64 to 2048.
+        state_rounding: how averages and sums of squares are rounded to 8 bits, "stochastic" or
+            "nearest". Other states say in their class how they are rounded.
+        seed: of the stochastic rounding. The same seed, step and gradients give the same bits.
+        percentile_clipping: must be 100.
+        block_wise: must be True.
+        is_paged: must be False.
+    """
+
+    maximize: bool
+    foreach: bool | None
+    capturable: bool
+    differentiable: bool
+    fused: bool | None
+    optim_bits: int
+    min_8bit_size: int
+    block_size: int
+    state_rounding: str
+    seed: int
+    percentile_clipping: int
+    block_wise: bool
+    is_paged: bool
+
+
+def with_common(cls: type, own: dict[str, Any], common: CommonOptions, bits: int) -> dict[str, Any]:
+    """The options of a group: those of the rule, and all common ones.
+
+    Raises:
+        TypeError: a name that is none of them, as of any unexpected argument.
+    """
+    for name in common:
+        if name not in COMMON:
+            raise TypeError(f"{cls.__name__}() got an unexpected keyword argument {name!r}")
+    return {**own, **COMMON, "optim_bits": bits, **common}

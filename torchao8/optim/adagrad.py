@@ -1,0 +1,86 @@
+"""Adagrad, with 32-bit and with 8-bit state."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from torchao8.optim._buckets import Group
+from torchao8.optim._checkpoint import State
+from torchao8.optim._checks import check_number
+from torchao8.optim._options import CommonOptions, with_common
+from torchao8.optim.base import LowPrecisionOptimizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Adagrad(LowPrecisionOptimizer):
+    """Adagrad with 32-bit state, as ``torch.optim.Adagrad``.
+
+    With g the gradient plus weight_decay * p (L2), and s the sum of its squares, at step t::
+
+        s = s + g^2
+        p = p - lr / (1 + (t - 1) * lr_decay) * g / (sqrt(s) + eps)
+
+    `Adaptive Subgradient Methods for Online Learning and Stochastic Optimization
+    <https://jmlr.org/papers/v12/duchi11a.html>`_.
+
+    Args:
+        params: parameters, (name, parameter) pairs or dicts of groups; float32, bfloat16 or
+            float16.
+        lr: learning rate, a number or a tensor of one element.
+        lr_decay: of the learning rate, for each step.
+        weight_decay: the factor of the L2 penalty.
+        initial_accumulator_value: s before the first step.
+        eps: added to the root.
+        common: see :class:`torchao8.optim.CommonOptions`.
+
+    Raises:
+        ValueError: an option out of range, or parameters that cannot be optimized.
+        NotImplementedError: an option of a later version.
+        TypeError: an argument that is none.
+    """
+
+    _bits = 32
+    _op = "adagrad_step_"
+    _op_states = ("sum",)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        **common: Unpack[CommonOptions],
+    ) -> None:
+        own = {
+            "lr": lr,
+            "lr_decay": lr_decay,
+            "weight_decay": weight_decay,
+            "initial_accumulator_value": initial_accumulator_value,
+            "eps": eps,
+        }
+        super().__init__(params, with_common(type(self), own, common, self._bits))
+
+    def _check_options(self, group: Group) -> None:
+        super()._check_options(group)
+        for name in ("lr_decay", "weight_decay", "initial_accumulator_value", "eps"):
+            check_number(name, group[name])
+
+    def _states(self, group: Group) -> tuple[State, ...]:
+        return (State("sum", signed=False, initial=group["initial_accumulator_value"]),)
+
+    def _op_options(self, group: Group) -> dict[str, float | bool]:
+        names = ("lr_decay", "eps", "weight_decay", "maximize")
+        return {name: group[name] for name in names}
+
+
+class Adagrad8bit(Adagrad):
+    """:class:`Adagrad` with 8-bit state: about one byte a parameter in place of four."""
+
+    _bits = 8

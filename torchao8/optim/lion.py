@@ -1,0 +1,78 @@
+"""Lion, with 32-bit and with 8-bit state."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from torchao8.optim._buckets import Group
+from torchao8.optim._checkpoint import State
+from torchao8.optim._checks import check_betas, check_number
+from torchao8.optim._options import CommonOptions, with_common
+from torchao8.optim.base import LowPrecisionOptimizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Lion(LowPrecisionOptimizer):
+    """Lion with 32-bit state.
+
+    With m the moving average of the gradient g::
+
+        c = beta1 * m + (1 - beta1) * g            m = beta2 * m + (1 - beta2) * g
+        p = p * (1 - lr * weight_decay) - lr * sign(c)
+
+    where the sign of zero is zero. `Symbolic Discovery of Optimization Algorithms
+    <https://arxiv.org/abs/2302.06675>`_, algorithm 2, with its decoupled decay. Every element moves
+    by lr, so that it is to be 3 to 10 times smaller than for Adam, and weight_decay as much larger.
+
+    Args:
+        params: parameters, (name, parameter) pairs or dicts of groups; float32, bfloat16 or
+            float16.
+        lr: learning rate, a number or a tensor of one element.
+        betas: of the interpolation and of the average, in [0, 1).
+        weight_decay: the factor of the decay.
+        common: see :class:`torchao8.optim.CommonOptions`.
+
+    Raises:
+        ValueError: an option out of range, or parameters that cannot be optimized.
+        NotImplementedError: an option of a later version.
+        TypeError: an argument that is none.
+    """
+
+    _bits = 32
+    _op = "lion_step_"
+    _op_states = ("exp_avg",)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0,
+        **common: Unpack[CommonOptions],
+    ) -> None:
+        own = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
+        super().__init__(params, with_common(type(self), own, common, self._bits))
+
+    def _check_options(self, group: Group) -> None:
+        super()._check_options(group)
+        check_betas(group["betas"], 2)
+        check_number("weight_decay", group["weight_decay"])
+
+    def _states(self, group: Group) -> tuple[State, ...]:
+        return (State("exp_avg", signed=True),)
+
+    def _op_options(self, group: Group) -> dict[str, float | bool]:
+        beta1, beta2 = group["betas"]
+        names = ("weight_decay", "maximize")
+        return {"beta1": beta1, "beta2": beta2, **{name: group[name] for name in names}}
+
+
+class Lion8bit(Lion):
+    """:class:`Lion` with 8-bit state: about one byte a parameter in place of four."""
+
+    _bits = 8

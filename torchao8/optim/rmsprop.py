@@ -1,0 +1,103 @@
+"""RMSprop, with 32-bit and with 8-bit state."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from torchao8.optim._buckets import Group
+from torchao8.optim._checkpoint import State
+from torchao8.optim._checks import check_flag, check_number
+from torchao8.optim._options import CommonOptions, with_common
+from torchao8.optim.base import LowPrecisionOptimizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class RMSprop(LowPrecisionOptimizer):
+    """RMSprop with 32-bit state, as ``torch.optim.RMSprop``.
+
+    With g the gradient plus weight_decay * p (L2), v and a the moving averages of its square and,
+    if centered, of itself, and b the momentum buffer::
+
+        v = alpha * v + (1 - alpha) * g^2          a = alpha * a + (1 - alpha) * g
+        u = g / (sqrt(v - a^2) + eps)              (a = 0 where not centered)
+        b = momentum * b + u
+        p = p - lr * b                             p = p - lr * u without momentum
+
+    `Neural Networks for Machine Learning, lecture 6
+    <https://www.cs.toronto.edu/~tijmen/csc321/slides/lecture_slides_lec6.pdf>`_; centered:
+    `Generating Sequences With Recurrent Neural Networks <https://arxiv.org/abs/1308.0850>`_. In 8
+    bits v - a^2 is no less than v / 64: what is less, rounding may have made.
+
+    Args:
+        params: parameters, (name, parameter) pairs or dicts of groups; float32, bfloat16 or
+            float16.
+        lr: learning rate, a number or a tensor of one element.
+        alpha: the decay rate of the averages, in [0, 1).
+        eps: added to the root.
+        weight_decay: the factor of the L2 penalty.
+        momentum: the factor of the buffer.
+        centered: divide by the standard deviation. This and whether momentum is 0 are to be decided
+            before the first step.
+        common: see :class:`torchao8.optim.CommonOptions`.
+
+    Raises:
+        ValueError: an option out of range, or parameters that cannot be optimized.
+        NotImplementedError: an option of a later version.
+        TypeError: an argument that is none.
+    """
+
+    _bits = 32
+    _op = "rmsprop_step_"
+    _op_states = ("square_avg", "grad_avg", "momentum_buffer")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        **common: Unpack[CommonOptions],
+    ) -> None:
+        own = {
+            "lr": lr,
+            "alpha": alpha,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "centered": centered,
+        }
+        super().__init__(params, with_common(type(self), own, common, self._bits))
+
+    def _check_options(self, group: Group) -> None:
+        super()._check_options(group)
+        check_number("alpha", group["alpha"], below=1)
+        check_number("eps", group["eps"])
+        check_number("weight_decay", group["weight_decay"])
+        check_number("momentum", group["momentum"])
+        check_flag("centered", group["centered"])
+
+    def _states(self, group: Group) -> tuple[State, ...]:
+        states = [State("square_avg", signed=False)]
+        if group["centered"]:
+            states.append(State("grad_avg", signed=True))
+        if group["momentum"]:
+            states.append(State("momentum_buffer", signed=True))
+        return tuple(states)
+
+    def _op_options(self, group: Group) -> dict[str, float | bool]:
+        names = ("alpha", "eps", "weight_decay", "momentum", "maximize")
+        return {name: group[name] for name in names}
+
+
+class RMSprop8bit(RMSprop):
+    """:class:`RMSprop` with 8-bit state: about one byte a parameter and state in place of four."""
+
+    _bits = 8

@@ -1,0 +1,94 @@
+"""Stochastic gradient descent with momentum, with 32-bit and with 8-bit state."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from torchao8.optim._buckets import Group
+from torchao8.optim._checkpoint import State
+from torchao8.optim._checks import check_flag, check_number
+from torchao8.optim._options import CommonOptions, with_common
+from torchao8.optim.base import LowPrecisionOptimizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class SGD(LowPrecisionOptimizer):
+    """SGD with 32-bit momentum, as ``torch.optim.SGD``.
+
+    With g the gradient plus weight_decay * p (L2), and b the momentum buffer::
+
+        b = g at the first step, then momentum * b + (1 - dampening) * g
+        p = p - lr * b                             p = p - lr * (g + momentum * b) with nesterov
+
+    `On the importance of initialization and momentum in deep learning
+    <https://proceedings.mlr.press/v28/sutskever13.html>`_. Without momentum there is no state but
+    the number of steps.
+
+    Args:
+        params: parameters, (name, parameter) pairs or dicts of groups; float32, bfloat16 or
+            float16.
+        lr: learning rate, a number or a tensor of one element.
+        momentum: the factor of the buffer. Whether it is 0 is to be decided before the first step.
+        dampening: what the gradient lacks to get into the buffer.
+        weight_decay: the factor of the L2 penalty.
+        nesterov: Nesterov's momentum; takes a momentum and no dampening.
+        common: see :class:`torchao8.optim.CommonOptions`.
+
+    Raises:
+        ValueError: an option out of range, or parameters that cannot be optimized.
+        NotImplementedError: an option of a later version.
+        TypeError: an argument that is none.
+    """
+
+    _bits = 32
+    _op = "sgd_step_"
+    _op_states = ("momentum_buffer",)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        **common: Unpack[CommonOptions],
+    ) -> None:
+        own = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+        }
+        super().__init__(params, with_common(type(self), own, common, self._bits))
+
+    def _check_options(self, group: Group) -> None:
+        super()._check_options(group)
+        check_number("momentum", group["momentum"])
+        check_number("dampening", group["dampening"])
+        check_number("weight_decay", group["weight_decay"])
+        check_flag("nesterov", group["nesterov"])
+        if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
+            raise ValueError(
+                "nesterov: expected a momentum above 0 and a dampening of 0 with it, got "
+                f"momentum={group['momentum']!r}, dampening={group['dampening']!r}"
+            )
+
+    def _states(self, group: Group) -> tuple[State, ...]:
+        return (State("momentum_buffer", signed=True),) if group["momentum"] else ()
+
+    def _op_options(self, group: Group) -> dict[str, float | bool]:
+        names = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
+        return {name: group[name] for name in names}
+
+
+class SGD8bit(SGD):
+    """:class:`SGD` with 8-bit momentum: about one byte a parameter in place of four."""
+
+    _bits = 8
