@@ -1,7 +1,7 @@
 """Every optimizer of the library, with what the tests, which run over this table, must know."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -19,19 +19,29 @@ class OptimizerCase:
 
     Attributes:
         cls: the class.
-        torch_cls: the class of torch.optim whose place it takes.
+        torch_cls: the class of torch.optim whose place it takes, if there is one.
         optim_bits: the default.
-        decoupled: whether weight decay is decoupled.
-        states: name of each state and whether it is signed, without any option.
+        rule: of reference_rules.RULES.
+        states: name of each state and whether it is signed, under the options of ``base``.
         options: sets of options that a test of the update rule goes through.
+        base: what :meth:`make` passes, so that there is state.
+        full: options under which there are all states that the class can have; those that come on
+            top of ``states``, by name and whether signed.
     """
 
     cls: type[LowPrecisionOptimizer]
-    torch_cls: type[torch.optim.Optimizer]
+    torch_cls: type[torch.optim.Optimizer] | None
     optim_bits: int
-    decoupled: bool
+    rule: str
     states: tuple[tuple[str, bool], ...]
     options: tuple[Options, ...]
+    base: Options = field(default_factory=dict)
+    full: Options = field(default_factory=dict)
+    more_states: tuple[tuple[str, bool], ...] = ()
+
+    def make(self, params: Any, **options: Any) -> LowPrecisionOptimizer:
+        """The optimizer, with state."""
+        return self.cls(params, **{**self.base, **options})
 
     def state_keys(self, bits: int, *extra: str) -> list[str]:
         """The keys of ``optimizer.state[p]``; ``extra`` are states that an option adds."""
@@ -39,6 +49,9 @@ class OptimizerCase:
         if bits == 32:
             return ["step", *names]
         return ["step", *(f"{n}_{part}" for n in names for part in ("codes", "scale"))]
+
+    def is_signed(self, state: str) -> bool:
+        return dict((*self.states, *self.more_states))[state]
 
 
 # Each of them tells a wrong rule from a right one: all are off in the defaults.
@@ -51,14 +64,88 @@ ADAM_OPTIONS: tuple[Options, ...] = (
     {"amsgrad": True, "maximize": True, "weight_decay": 0.2, "lr": 1.5},
     {"betas": (0.95, 0.0), "eps": 0.1},
 )
+ADAGRAD_OPTIONS: tuple[Options, ...] = (
+    {},
+    {"lr_decay": 0.3, "weight_decay": 0.1, "lr": 0.05},
+    {"initial_accumulator_value": 0.5, "maximize": True, "eps": 1e-3},
+)
+LION_OPTIONS: tuple[Options, ...] = (
+    {},
+    {"weight_decay": 0.3, "lr": 0.05},
+    {"betas": (0.0, 0.5), "maximize": True},
+    {"betas": (0.8, 0.0)},
+)
+RMSPROP_OPTIONS: tuple[Options, ...] = (
+    {},
+    {"weight_decay": 0.1, "lr": 0.05, "alpha": 0.5},
+    {"momentum": 0.9, "eps": 1e-3},
+    {"centered": True, "alpha": 0.9, "eps": 1e-2},
+    {"centered": True, "momentum": 0.5, "maximize": True, "weight_decay": 0.2, "eps": 1e-2},
+)
+SGD_OPTIONS: tuple[Options, ...] = (
+    {"momentum": 0.0, "weight_decay": 0.1},
+    {},
+    {"dampening": 0.3, "weight_decay": 0.1, "lr": 0.05},
+    {"nesterov": True, "maximize": True, "weight_decay": 0.2},
+)
 
 ADAM_STATES = (("exp_avg", True), ("exp_avg_sq", False))
+AMSGRAD: dict[str, Any] = {
+    "full": {"amsgrad": True},
+    "more_states": (("max_exp_avg_sq", False),),
+}
+RMSPROP: dict[str, Any] = {
+    "full": {"centered": True, "momentum": 0.9},
+    "more_states": (("grad_avg", True), ("momentum_buffer", True)),
+}
 
+
+def family(
+    name: str, torch_cls: Any, states: tuple[tuple[str, bool], ...], options: Any, **others: Any
+) -> list[OptimizerCase]:
+    """The classes of a rule: with 32-bit and with 8-bit state."""
+    return [
+        OptimizerCase(
+            getattr(torchao8, name + suffix),
+            torch_cls,
+            bits,
+            name.lower(),
+            states,
+            options,
+            **others,
+        )
+        for suffix, bits in (("", 32), ("8bit", 8))
+    ]
+
+
+# Those of Adam: tests whose subject is not the rule, but what all rules share, often run over these
+# alone.
+ADAMS = (
+    OptimizerCase(
+        torchao8.Adam, torch.optim.Adam, 32, "adam", ADAM_STATES, ADAM_OPTIONS, **AMSGRAD
+    ),
+    OptimizerCase(
+        torchao8.AdamW, torch.optim.AdamW, 32, "adam", ADAM_STATES, ADAM_OPTIONS, **AMSGRAD
+    ),
+    OptimizerCase(
+        torchao8.Adam8bit, torch.optim.Adam, 8, "adam", ADAM_STATES, ADAM_OPTIONS, **AMSGRAD
+    ),
+    OptimizerCase(
+        torchao8.AdamW8bit, torch.optim.AdamW, 8, "adam", ADAM_STATES, ADAM_OPTIONS, **AMSGRAD
+    ),
+)
 OPTIMIZERS = (
-    OptimizerCase(torchao8.Adam, torch.optim.Adam, 32, False, ADAM_STATES, ADAM_OPTIONS),
-    OptimizerCase(torchao8.AdamW, torch.optim.AdamW, 32, True, ADAM_STATES, ADAM_OPTIONS),
-    OptimizerCase(torchao8.Adam8bit, torch.optim.Adam, 8, False, ADAM_STATES, ADAM_OPTIONS),
-    OptimizerCase(torchao8.AdamW8bit, torch.optim.AdamW, 8, True, ADAM_STATES, ADAM_OPTIONS),
+    *ADAMS,
+    *family("Adagrad", torch.optim.Adagrad, (("sum", False),), ADAGRAD_OPTIONS),
+    *family("Lion", None, (("exp_avg", True),), LION_OPTIONS),
+    *family("RMSprop", torch.optim.RMSprop, (("square_avg", False),), RMSPROP_OPTIONS, **RMSPROP),
+    *family(
+        "SGD",
+        torch.optim.SGD,
+        (("momentum_buffer", True),),
+        SGD_OPTIONS,
+        base={"momentum": 0.9},
+    ),
 )
 
 # Options that every optimizer refuses, with the type of the error.
@@ -105,11 +192,22 @@ def every_optimizer() -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.cls.__name__)
 
 
-def every_option_set() -> pytest.MarkDecorator:
-    """Runs a test over each set of options of each optimizer: ``case`` and ``options``."""
+def every_adam() -> pytest.MarkDecorator:
+    """The same over the classes of Adam."""
+    return pytest.mark.parametrize("case", ADAMS, ids=lambda case: case.cls.__name__)
+
+
+def every_option_set(of_torch: bool = False) -> pytest.MarkDecorator:
+    """Runs a test over each set of options of each optimizer: ``case`` and ``options``.
+
+    Args:
+        of_torch: only where torch.optim has the class.
+    """
 
     def pairs() -> Iterator[Any]:
         for case in OPTIMIZERS:
+            if of_torch and case.torch_cls is None:
+                continue
             for options in case.options:
                 name = ",".join(f"{k}={v}" for k, v in options.items()) or "defaults"
                 yield pytest.param(case, options, id=f"{case.cls.__name__}-{name}")

@@ -1,9 +1,11 @@
-"""The oracle: every rule in float64 plain PyTorch, the codebook from its published construction, a
-search by brute force. Slow and obvious; it shares no code and no shortcut with the library."""
+"""The oracle of the codec: the codebook from its published construction, a search by brute force.
+
+Slow and obvious; it shares no code and no shortcut with the library. That of the rules is in
+reference_rules.py.
+"""
 
 import functools
 import math
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -107,88 +109,3 @@ def dequantize(codes: Tensor, scale: Tensor, block_size: int, signed: bool) -> T
     """In float64."""
     per_element = expand_scale(scale.double(), tuple(codes.shape), block_size)
     return dynamic_map(signed)[codes.long()] * per_element
-
-
-# -- Adam --------------------------------------------------------------------------------------
-
-
-@dataclass
-class AdamState:
-    """One parameter's state, all in float64."""
-
-    step: int
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    max_exp_avg_sq: Tensor | None = None
-
-
-@dataclass
-class AdamOptions:
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    decoupled_weight_decay: bool = False
-    amsgrad: bool = False
-    maximize: bool = False
-    grad_scale: float = 1.0
-    found_inf: bool = False
-
-
-@dataclass
-class AdamResult:
-    """A step's result, and how far float32 arithmetic may lead away from it."""
-
-    param: Tensor
-    state: AdamState
-    param_error: Tensor = field(default_factory=lambda: torch.zeros(()))
-    exp_avg_error: Tensor = field(default_factory=lambda: torch.zeros(()))
-    exp_avg_sq_error: Tensor = field(default_factory=lambda: torch.zeros(()))
-
-
-def adam(param: Tensor, grad: Tensor, state: AdamState, o: AdamOptions) -> AdamResult:
-    """One step of Adam or AdamW.
-
-    Where the gradient, or the square of it in float32, is not finite, the parameter and the moments
-    stay as they were.
-    """
-    p, g = param.double(), grad.double()
-    if o.found_inf:
-        return AdamResult(p, state)
-    beta1, beta2 = o.betas
-    step = state.step + 1
-    g = g / o.grad_scale
-    if o.maximize:
-        g = -g
-    if not o.decoupled_weight_decay:
-        g = g + o.weight_decay * p
-    good = g.isfinite() & (g.float() ** 2).isfinite()
-    g = torch.where(good, g, 0.0)
-
-    m = torch.where(good, beta1 * state.exp_avg + (1 - beta1) * g, state.exp_avg)
-    v = torch.where(good, beta2 * state.exp_avg_sq + (1 - beta2) * g**2, state.exp_avg_sq)
-    largest, root = None, v
-    if o.amsgrad:
-        assert state.max_exp_avg_sq is not None
-        root = largest = torch.maximum(state.max_exp_avg_sq, v)
-    step_size = o.lr / (1 - beta1**step)
-    denominator = (root / (1 - beta2**step)).sqrt() + o.eps
-    decayed = p * (1 - o.lr * o.weight_decay) if o.decoupled_weight_decay else p
-    new = torch.where(good, decayed - step_size * m / denominator, p)
-
-    # Float32 rounding: each of the at most 8 operations on the way to a sum adds half a unit in the
-    # last place, 2^-24, of the largest number it handled. M, V and G are those sums without
-    # cancellation; the error of v reaches the parameter through the denominator, where it counts
-    # half.
-    unit = 8 * 2.0**-24
-    G = g.abs() + (0.0 if o.decoupled_weight_decay else 2 * o.weight_decay * p.abs())
-    M = beta1 * state.exp_avg.abs() + (1 - beta1) * G
-    V = torch.maximum(root, beta2 * state.exp_avg_sq + (1 - beta2) * G**2)
-    through_v = torch.where(root > 0, m.abs() * V / root.clamp_min(1e-300), 0.0)
-    return AdamResult(
-        new,
-        AdamState(step, m, v, largest),
-        unit * (p.abs() + step_size * (M + through_v) / denominator.clamp_min(1e-300)),
-        unit * M,
-        unit * V,
-    )
