@@ -43,6 +43,12 @@ class OptimizerCase:
         """The optimizer, with state."""
         return self.cls(params, **{**self.base, **options})
 
+    def known(self, options: Options) -> Options:
+        """Those of the options that the class has; for amsgrad, what gives it all of its states."""
+        names = self.make([torch.nn.Parameter(torch.ones(1))]).defaults
+        known = {k: v for k, v in options.items() if k in names and k != "amsgrad"}
+        return {**known, **self.full} if "amsgrad" in options else known
+
     def state_keys(self, bits: int, *extra: str) -> list[str]:
         """The keys of ``optimizer.state[p]``; ``extra`` are states that an option adds."""
         names = [name for name, _ in self.states] + list(extra)

@@ -287,7 +287,7 @@ def test_the_host_waits_for_nothing_in_a_step(case: OptimizerCase, lr: str) -> N
     """From the first step on, which makes the state; under GradScaler too."""
     params = make_params(device=DEVICE)
     value = torch.tensor(1e-3, device=DEVICE) if lr == "tensor" else 1e-3
-    optimizer = case.cls(params, lr=value, min_8bit_size=SMALL, fused=True)
+    optimizer = case.make(params, lr=value, min_8bit_size=SMALL, fused=True)
     set_grads(params, 0)
     optimizer.grad_scale = torch.tensor(2.0, device=DEVICE)
     optimizer.found_inf = torch.tensor(0.0, device=DEVICE)
@@ -313,7 +313,7 @@ def test_no_temporary_grows_with_the_model(case: OptimizerCase) -> None:
         params = [torch.nn.Parameter(torch.ones(rows, 1024, device=DEVICE)) for _ in range(2)]
         for p in params:
             p.grad = torch.ones_like(p)
-        growths.add(growth_of_a_step(case.cls(params, amsgrad=True).step))
+        growths.add(growth_of_a_step(case.make(params, amsgrad=True).step))
     assert len(growths) == 1
     assert growths.pop() < 4096
 
@@ -352,7 +352,9 @@ def test_a_captured_step_replays_with_new_numbers() -> None:
 def test_a_captured_optimizer(case: OptimizerCase) -> None:
     """The whole of `optimizer.step()`, after one step that has made the state."""
     eager, captured = (
-        case.cls(make_params(device=DEVICE), torch.tensor(1e-2, device=DEVICE), min_8bit_size=SMALL)
+        case.make(
+            make_params(device=DEVICE), torch.tensor(1e-2, device=DEVICE), min_8bit_size=SMALL
+        )
         for _ in range(2)
     )
     for optimizer in (eager, captured):
@@ -372,7 +374,7 @@ def test_a_captured_optimizer(case: OptimizerCase) -> None:
 
 @every_optimizer()
 def test_training_has_the_bits_of_the_cpu(case: OptimizerCase) -> None:
-    first, second = (case.cls(make_params(device=d), min_8bit_size=SMALL) for d in DEVICES)
+    first, second = (case.make(make_params(device=d), min_8bit_size=SMALL) for d in DEVICES)
     for optimizer in (first, second):
         train(optimizer, optimizer.param_groups[0]["params"], range(3))
     assert_same_training(first, second)
@@ -385,11 +387,11 @@ def test_a_checkpoint_of_one_device_goes_on_upon_the_other(
 ) -> None:
     """In bfloat16, to which torch would cast the state."""
     params = make_params(torch.bfloat16, device=source)
-    optimizer = case.cls(params, min_8bit_size=SMALL)
+    optimizer = case.make(params, min_8bit_size=SMALL)
     train(optimizer, params, range(3))
     saved = through_file(optimizer.state_dict())
     other_params = [p.detach().to(target).requires_grad_() for p in params]
-    other = case.cls(other_params, min_8bit_size=SMALL)
+    other = case.make(other_params, min_8bit_size=SMALL)
     other.load_state_dict(saved)
     assert all_bits(other)["states"] == all_bits(optimizer)["states"]
     assert {v.device.type for s in other.state.values() for v in s.values()} == {target}
@@ -407,8 +409,8 @@ def test_a_group_on_two_devices(case: OptimizerCase) -> None:
         return make_params(), make_params(seed=1, device=DEVICE)
 
     (here, there), (p, q) = make(), make()
-    joint = case.cls([*here, *there], min_8bit_size=SMALL)
-    apart = case.cls(p, min_8bit_size=SMALL), case.cls(q, min_8bit_size=SMALL)
+    joint = case.make([*here, *there], min_8bit_size=SMALL)
+    apart = case.make(p, min_8bit_size=SMALL), case.make(q, min_8bit_size=SMALL)
     joint.grad_scale = torch.tensor(1024.0, device=DEVICE)
     for step in range(3):
         for params, seed in ((here, step), (there, step + 5)):
@@ -418,7 +420,7 @@ def test_a_group_on_two_devices(case: OptimizerCase) -> None:
             joint.step()
         train(apart[0], p, [step])
         train(apart[1], q, [step + 5])
-    both = case.cls([*p, *q])
+    both = case.make([*p, *q])
     both.state.update({**apart[0].state, **apart[1].state})
     assert_same_training(joint, both)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import SMALL, all_bits, make_params, train
-from optim_table import OPTIMIZERS, OptimizerCase, every_optimizer
+from optim_table import ADAMS, OptimizerCase, every_adam
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -29,7 +29,7 @@ def trained(case: OptimizerCase, **options: Any) -> Optimizer:
     """State in both formats where the class has both; two groups; a step counted differently."""
     params = make_params()
     groups = [{"params": params[:4]}, {"params": params[4:], "weight_decay": 0.1}]
-    optimizer = case.cls(groups, min_8bit_size=SMALL, **options)
+    optimizer = case.make(groups, min_8bit_size=SMALL, **options)
     train(optimizer, params, [0, 1])
     return optimizer
 
@@ -274,7 +274,7 @@ HARMLESS: dict[str, Callable[[random.Random, StateDict], Any]] = {
 @functools.cache
 def unchanging(cls_number: int, amsgrad: bool) -> Optimizer:
     """One for all damages that are refused, as nothing may change it."""
-    return trained(OPTIMIZERS[cls_number], amsgrad=amsgrad)
+    return trained(ADAMS[cls_number], amsgrad=amsgrad)
 
 
 def assert_refused(optimizer: Optimizer, damage: Damage, seed: int) -> None:
@@ -288,24 +288,24 @@ def assert_refused(optimizer: Optimizer, damage: Damage, seed: int) -> None:
     assert all_bits(optimizer) == before
 
 
-@every_optimizer()
+@every_adam()
 @pytest.mark.parametrize("amsgrad", [False, True], ids=["", "amsgrad"])
 @pytest.mark.parametrize("name", list(DAMAGES))
 def test_damage_is_refused(case: OptimizerCase, name: str, amsgrad: bool) -> None:
-    optimizer = unchanging(OPTIMIZERS.index(case), amsgrad)
+    optimizer = unchanging(ADAMS.index(case), amsgrad)
     for seed in SEEDS:
         assert_refused(optimizer, DAMAGES[name], seed)
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in OPTIMIZERS if case.optim_bits == 8], ids=lambda c: c.cls.__name__
+    "case", [case for case in ADAMS if case.optim_bits == 8], ids=lambda c: c.cls.__name__
 )
 @pytest.mark.parametrize("amsgrad", [False, True], ids=["", "amsgrad"])
 @pytest.mark.parametrize("name", list(CODE_DAMAGES))
 def test_damage_to_codes_and_scales_is_refused(
     case: OptimizerCase, name: str, amsgrad: bool
 ) -> None:
-    optimizer = unchanging(OPTIMIZERS.index(case), amsgrad)
+    optimizer = unchanging(ADAMS.index(case), amsgrad)
     for seed in SEEDS:
         assert_refused(optimizer, CODE_DAMAGES[name], seed)
 
@@ -323,7 +323,7 @@ def test_damage_is_refused_before_a_conversion(name: str) -> None:
         assert all_bits(target) == before
 
 
-@every_optimizer()
+@every_adam()
 @pytest.mark.parametrize("name", list(HARMLESS))
 def test_what_does_no_harm_is_loaded(case: OptimizerCase, name: str) -> None:
     for seed in SEEDS:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from helpers import SMALL, all_bits, bits, make_params, report, set_grads, train
 from optim_table import (
+    ADAMS,
     BAD_ADAM_OPTIONS,
     BAD_OPTIONS,
     LATER_OPTIONS,
-    OPTIMIZERS,
     OptimizerCase,
-    every_optimizer,
+    every_adam,
 )
 from torch import Tensor
 from torch.optim import Optimizer
@@ -34,7 +34,7 @@ def message(error: type[Exception], call: Callable[[], Any]) -> str:
 def trained(case: OptimizerCase, device: str = "cpu", **options: Any) -> Optimizer:
     """An optimizer with state in both formats."""
     params = make_params(device=device)
-    optimizer = case.cls(params, min_8bit_size=SMALL, **options)
+    optimizer = case.make(params, min_8bit_size=SMALL, **options)
     train(optimizer, params, [0])
     return optimizer
 
@@ -84,7 +84,7 @@ is_paged=True: paged state is not implemented, it must be False""",
     )
 
 
-@every_optimizer()
+@every_adam()
 @pytest.mark.parametrize(
     ("options", "error"), BAD_OPTIONS + BAD_ADAM_OPTIONS, ids=lambda value: str(value)
 )
@@ -95,9 +95,9 @@ def test_options_are_refused_wherever_they_come_from(
     params = make_params(device=device)
     before = [bits(p) for p in params]
     with pytest.raises(error):
-        case.cls(params, **options)
+        case.make(params, **options)
     with pytest.raises(error):
-        case.cls([{"params": params[:2]}, {"params": params[2:], **options}])
+        case.make([{"params": params[:2]}, {"params": params[2:], **options}])
     assert [bits(p) for p in params] == before
 
     optimizer = trained(case, device)
@@ -116,22 +116,22 @@ def test_options_are_refused_wherever_they_come_from(
         assert all_bits(optimizer) == before_all
 
 
-@pytest.mark.parametrize("case", OPTIMIZERS[2:], ids=lambda case: case.cls.__name__)
+@pytest.mark.parametrize("case", ADAMS[2:], ids=lambda case: case.cls.__name__)
 @pytest.mark.parametrize("options", LATER_OPTIONS, ids=str)
 def test_options_of_later_versions(case: OptimizerCase, options: dict[str, Any]) -> None:
     (name,) = options
     for make in (
-        lambda: case.cls(make_params(), **options),
-        lambda: case.cls([{"params": make_params(), **options}]),
+        lambda: case.make(make_params(), **options),
+        lambda: case.make([{"params": make_params(), **options}]),
     ):
         with pytest.raises(NotImplementedError, match=name):
             make()
 
 
-@every_optimizer()
+@every_adam()
 def test_unknown_option(case: OptimizerCase) -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'momentum'"):
-        case.cls(make_params(), momentum=0.9)
+        case.make(make_params(), momentum=0.9)
 
 
 # -- parameters --------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ overlapping: params[0]: expected elements that do not share memory, got shape [4
     )
 
 
-@every_optimizer()
+@every_adam()
 @pytest.mark.parametrize("name", [n for n in bad_params() if n not in ("empty list", "a tensor")])
 def test_parameters_are_refused_in_a_later_group(
     case: OptimizerCase, name: str, device: str
@@ -207,7 +207,7 @@ def test_parameters_are_refused_in_a_later_group(
     train(optimizer, optimizer.param_groups[0]["params"], [1])
 
 
-@every_optimizer()
+@every_adam()
 def test_parameters_of_another_group(case: OptimizerCase, device: str) -> None:
     optimizer = trained(case, device)
     before = all_bits(optimizer)
@@ -230,7 +230,7 @@ def float64(p: Tensor) -> Tensor:
     return torch.ones_like(p, dtype=torch.float64)
 
 
-@every_optimizer()
+@every_adam()
 @pytest.mark.parametrize("bad_grad", [sparse, float64])
 @pytest.mark.parametrize("at_first_step", [True, False])
 def test_bad_gradients(
@@ -238,7 +238,7 @@ def test_bad_gradients(
 ) -> None:
     """One in the last group leaves the groups before it as they were."""
     params = make_params(device=device)
-    optimizer = case.cls([{"params": params[2:]}, {"params": params[:2]}], min_8bit_size=SMALL)
+    optimizer = case.make([{"params": params[2:]}, {"params": params[:2]}], min_8bit_size=SMALL)
     if not at_first_step:
         train(optimizer, params, [0])
     set_grads(params, 1)
@@ -296,7 +296,7 @@ params[0]: expected a dense tensor of float32, bfloat16 or float16, got torch.fl
     )
 
 
-@every_optimizer()
+@every_adam()
 def test_block_size_changed_after_the_first_step(case: OptimizerCase, device: str) -> None:
     """Nothing is written, in no group."""
     optimizer = trained(case, device, optim_bits=8)
@@ -309,7 +309,7 @@ def test_block_size_changed_after_the_first_step(case: OptimizerCase, device: st
     assert all_bits(optimizer) == before
 
 
-@every_optimizer()
+@every_adam()
 @pytest.mark.parametrize(("before", "after"), [(8, 32), (32, 8)])
 def test_optim_bits_changed_after_the_first_step(
     case: OptimizerCase, before: int, after: int, device: str
@@ -325,7 +325,7 @@ def test_optim_bits_changed_after_the_first_step(
     optimizer.step()
 
 
-@every_optimizer()
+@every_adam()
 def test_min_8bit_size_changed_after_the_first_step(case: OptimizerCase, device: str) -> None:
     optimizer, least = trained(case, device, optim_bits=8), 10**9
     optimizer.param_groups[0]["min_8bit_size"] = least
@@ -395,7 +395,7 @@ def bad_checkpoints() -> dict[str, Callable[[dict[str, Any]], None]]:
 def test_messages_of_checkpoints(assert_expected_inline: Callable[[str, str], None]) -> None:
     lines = []
     for name, spoil in bad_checkpoints().items():
-        optimizer = trained(OPTIMIZERS[3])
+        optimizer = trained(ADAMS[3])
         saved = copy.deepcopy(optimizer.state_dict())
         spoil(saved)
         text = message(ValueError, lambda o=optimizer, s=saved: o.load_state_dict(s))
@@ -431,7 +431,7 @@ step of two: step of parameter 5: expected torch.float32 of shape [], got torch.
     )
 
 
-@pytest.mark.parametrize("case", OPTIMIZERS[2:], ids=lambda case: case.cls.__name__)
+@pytest.mark.parametrize("case", ADAMS[2:], ids=lambda case: case.cls.__name__)
 @pytest.mark.parametrize("name", list(bad_checkpoints()))
 def test_a_bad_checkpoint_changes_nothing(case: OptimizerCase, name: str, device: str) -> None:
     """Not the options, nor the state of the parameters before the bad one; and a good one loads."""

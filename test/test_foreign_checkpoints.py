@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import SMALL, all_bits, bits, make_params, report, train
-from optim_table import OptimizerCase, every_optimizer
+from optim_table import OptimizerCase, every_adam
 from torch import Tensor
 
 from torchao8 import Adam8bit, AdamW, AdamW8bit, ops
@@ -98,7 +98,7 @@ def check(parameter: dict[str, Any], raw: dict[str, tuple[Tensor, Tensor]] | Non
             assert_same_bits(own[key], want)
         return
     assert list(own) == KEYS_8BIT
-    for (name, signed), (codes, scale) in zip(ADAM, raw.values(), strict=True):
+    for (name, signed, _), (codes, scale) in zip(ADAM, raw.values(), strict=True):
         assert_same_bits(own[f"{name}_codes"], codes)
         assert_same_bits(own[f"{name}_scale"], scale.reshape(scale_shape(shape, 256)))
         got = ops.dequantize_blockwise(own[f"{name}_codes"], own[f"{name}_scale"], signed=signed)
@@ -134,7 +134,7 @@ def test_bitsandbytes(nested: bool) -> None:
 def test_torchao() -> None:
     big, odd_rows, small = load("torchao")
     assert who_wrote(big["state"]) == who_wrote(odd_rows["state"]) == "torchao"
-    moments = {name: big["state"][name] for name, _ in ADAM}
+    moments = {name: big["state"][name] for name, _, _ in ADAM}
     check(big, {name: (m.codes, m.scale) for name, m in moments.items()})
     check(odd_rows, None)
     assert read(small["state"], 5, 30) is None  # plain float32, as torch.optim's and ours
@@ -162,7 +162,7 @@ def test_real_packages(name: str) -> None:
     for parameter in made["parameters"]:
         own = read(parameter["state"], *parameter["shape"])
         fits.append("exp_avg_codes" in own)
-        for key, signed in ADAM:
+        for key, signed, _ in ADAM:
             want = parameter["moments"][key]
             if not fits[-1]:
                 assert_same_bits(own[key], want)
@@ -185,7 +185,7 @@ def test_other_formats_of_torchao(cls: str) -> None:
     state = optimizer.state_dict()["state"][0]
     own = read(state, 16, 256)
     assert list(own) == KEYS_32BIT
-    for key, _ in ADAM:
+    for key, _, _ in ADAM:
         assert_same_bits(own[key], state[key].dequantize())
 
 
@@ -287,7 +287,7 @@ def test_one_32bit_moment_makes_both_so() -> None:
 def test_4bit_is_read_by_its_own_class() -> None:
     values = torch.randn(4, 256)
     state = {"step": torch.tensor(3.0)}
-    state |= {name: OptimState4bit(values) for name, _ in ADAM}  # type: ignore[misc]
+    state |= {name: OptimState4bit(values) for name, _, _ in ADAM}  # type: ignore[misc]
     own = read(state, 4, 256)
     assert_same_bits(own["exp_avg"], values)
 
@@ -340,7 +340,7 @@ def test_load_state_dict_knows_them(name: str, cls: Any, device: str) -> None:
         own = read(parameter["state"], *parameter["shape"]) or parameter["state"]
         state = optimizer.state[p]
         assert state["step"] == 3
-        for moment, signed in ADAM:
+        for moment, signed, _ in ADAM:
             if cls is AdamW and moment in own:
                 assert_same_bits(state[moment].cpu(), own[moment])
             elif cls is AdamW8bit and f"{moment}_codes" in own:
@@ -375,10 +375,10 @@ def test_damage_changes_nothing(device: str) -> None:
 # -- torch.optim and our own -------------------------------------------------------------------
 
 
-@every_optimizer()
+@every_adam()
 def test_our_own_state_is_none_of_it(case: OptimizerCase) -> None:
     params = make_params()
-    optimizer = case.cls(params, min_8bit_size=SMALL, amsgrad=True)
+    optimizer = case.make(params, min_8bit_size=SMALL, amsgrad=True)
     train(optimizer, params, [0])
     for p, state in optimizer.state.items():
         assert who_wrote(state) is None
@@ -399,7 +399,7 @@ def test_moments_of_torch_in_the_dtype_of_the_parameter(dtype: torch.dtype) -> N
         return
     assert list(own) == list(state)
     assert own["step"] == 2
-    for name, _ in AMSGRAD:
+    for name, _, _ in AMSGRAD:
         assert_same_bits(own[name], state[name].float())
 
 
@@ -559,7 +559,7 @@ def test_torch_goes_on_from_our_state(cls: Any, amsgrad: bool, device: str) -> N
     reference = torch.optim.AdamW(by_hand, lr=0.01, amsgrad=amsgrad, weight_decay=0.1)
     for p, q in zip(params, by_hand, strict=True):
         state = reference.state[q] = {"step": torch.tensor(3.0)}
-        for name, signed in AMSGRAD if amsgrad else ADAM:
+        for name, signed, _ in AMSGRAD if amsgrad else ADAM:
             state[name] = moment(ours.state[p], name, signed)
     train(theirs, converted, range(3, 6))
     train(reference, by_hand, range(3, 6))
