@@ -114,13 +114,13 @@ def test_generated_code_has_no_clone(case: OptimizerCase, lr: str, device: str) 
     body = code[code.index("def call(") : code.index("runner = Runner")]
     # On a GPU inductor may align an input that is not, as all are here.
     body = body.replace("copy_if_misaligned(", "(")
-    assert body.count("torch.ops.torchao8.adam_step_.default(") == 4
+    assert body.count(f"torch.ops.torchao8.{case.rule}_step_.default(") == 4
     for copying in ("clone", "copy_", "as_strided", "auto_functionalized"):
         assert copying not in body
     sizes = re.findall(r"empty_strided\w*\((\([^)]*\))", body)
     assert sizes == ([] if lr == "tensor" else ["()"])
     # Every tensor in the calls is an input of the graph; lr may be that number.
-    calls = re.findall(r"adam_step_\.default\((.*)\)", body)
+    calls = re.findall(r"_step_\.default\((.*)\)", body)
     tensors = {name for call in calls for name in re.findall(r"[\[ ]((?:arg|buf)\w+)", call)}
     assert len(tensors) > 2 * len(params)
     buffers = {name for name in tensors if name.startswith("buf")}
