@@ -11,7 +11,11 @@
 #include "cuda/count.cuh"
 #include "cuda/quantize.cuh"
 #include "cuda/step.cuh"
+#include "rules/adagrad.h"
 #include "rules/adam.h"
+#include "rules/lion.h"
+#include "rules/rmsprop.h"
+#include "rules/sgd.h"
 
 using namespace torchao8;
 
@@ -65,8 +69,9 @@ struct TensorOf {
   }
 };
 
-TensorOf make_tensor(const Shape& shape, FloatType param_type, FloatType grad_type, int states,
-                     int block_size, std::mt19937& random) {
+template <class Rule>
+TensorOf make_tensor(const Shape& shape, FloatType param_type, FloatType grad_type, int block_size,
+                     std::mt19937& random) {
   TensorOf t;
   t.shape = shape;
   t.param_type = param_type;
@@ -77,8 +82,8 @@ TensorOf make_tensor(const Shape& shape, FloatType param_type, FloatType grad_ty
   std::normal_distribution<float> normal;
   for (int64_t i = 0; i < t.count(); i++)
     cuda::store_as(param_type, t.place(t.param, param_type), i, normal(random));
-  for (int s = 0; s < states; s++) {
-    t.codes[s].assign(n + 16, s == 0 ? 127 : 0);
+  for (int s = 0; s < Rule::kStates; s++) {
+    t.codes[s].assign(n + 16, Rule::kSigned[s] ? 127 : 0);
     t.scales[s].assign(size_t(shape.rows * t.blocks_per_row(block_size)), 0.0f);
     t.states[s].assign(size_t(t.count()), 0.0f);
   }
@@ -96,8 +101,8 @@ void new_gradient(TensorOf& t, int step, std::mt19937& random) {
 }
 
 template <class Rule>
-void cpu_step(TensorOf& t, const AdamOptions& options, bool scaled, int block_size, bool stochastic,
-              uint64_t seed) {
+void cpu_step(TensorOf& t, const typename Rule::Options& options, bool scaled, int block_size,
+              bool stochastic, uint64_t seed) {
   const int64_t step = int64_t(t.step) + 1;
   const Rule rule = Rule::at_step(options, step, scaled);
   const auto& kernels = scalar_kernels<Rule>();
@@ -148,15 +153,16 @@ void cpu_step(TensorOf& t, const AdamOptions& options, bool scaled, int block_si
 
 const cuda::Tables kTables = cuda::make_tables();
 
+template <class Rule>
 struct StepNumbers {
-  AdamOptions options;
+  typename Rule::Options options;
   uint64_t seed;
   float lr, grad_scale, found_inf;
 };
 
 // As the op does: numbers on the device, which the kernels read.
 template <class Rule>
-cuda::Numbers<Rule> numbers_of(const StepNumbers& from, bool scaled) {
+cuda::Numbers<Rule> numbers_of(const StepNumbers<Rule>& from, bool scaled) {
   cuda::Numbers<Rule> numbers = {};
   numbers.options = from.options;
   numbers.options.lr = numbers.options.grad_scale = NAN;
@@ -179,8 +185,8 @@ cuda::Places places_of(TensorOf& t) {
 }
 
 template <class Rule, class T>
-void cuda_block_step(std::vector<TensorOf>& tensors, FloatType type, const StepNumbers& numbers,
-                     int block_size, bool stochastic) {
+void cuda_block_step(std::vector<TensorOf>& tensors, FloatType type,
+                     const StepNumbers<Rule>& numbers, int block_size, bool stochastic) {
   using Entry = cuda::BlockEntry<Rule::kStates>;
   const auto launch = [&](const cuda::Table<Rule, Entry>& table) {
     emulation::launch(3, cuda::kThreads, [&] {
@@ -214,7 +220,8 @@ void cuda_block_step(std::vector<TensorOf>& tensors, FloatType type, const StepN
 }
 
 template <class Rule, class T>
-void cuda_element_step(std::vector<TensorOf>& tensors, FloatType type, const StepNumbers& numbers) {
+void cuda_element_step(std::vector<TensorOf>& tensors, FloatType type,
+                       const StepNumbers<Rule>& numbers) {
   using Entry = cuda::ElementEntry<Rule::kStates>;
   const auto launch = [&](const cuda::Table<Rule, Entry>& table) {
     emulation::launch(3, cuda::kThreads, [&] { cuda::step_elements<Rule, T>(table); });
@@ -265,16 +272,16 @@ void compare(const std::string& what, std::vector<TensorOf>& gpu, std::vector<Te
 
 template <class Rule, class T>
 void check(const char* rule_name, FloatType type, FloatType param_type, FloatType grad_type,
-           const AdamOptions& base, bool scaled, int block_size, bool stochastic) {
+           const typename Rule::Options& base, bool scaled, int block_size, bool stochastic) {
   std::mt19937 random(7);
   std::vector<TensorOf> gpu;
   for (const Shape& shape : kShapes)
-    gpu.push_back(make_tensor(shape, param_type, grad_type, Rule::kStates, block_size, random));
+    gpu.push_back(make_tensor<Rule>(shape, param_type, grad_type, block_size, random));
   if (Rule::kStates == 2 && !Rule::kMomentsNeedParam && (block_size == 256 || block_size == 512) &&
       stochastic)
-    gpu.push_back(make_tensor(kMany, param_type, grad_type, Rule::kStates, block_size, random));
+    gpu.push_back(make_tensor<Rule>(kMany, param_type, grad_type, block_size, random));
   for (int i = 0; i < kTinyOnes; i++)
-    gpu.push_back(make_tensor(kTiny, param_type, grad_type, Rule::kStates, block_size, random));
+    gpu.push_back(make_tensor<Rule>(kTiny, param_type, grad_type, block_size, random));
   std::vector<TensorOf> cpu = gpu;
   for (size_t i = 0; i < gpu.size(); i++) gpu[i].step = cpu[i].step = float(i % 7);
   const uint64_t seed = 11;
@@ -283,7 +290,7 @@ void check(const char* rule_name, FloatType type, FloatType param_type, FloatTyp
                            (scaled ? "blocks of " + std::to_string(block_size) : "32-bit state") +
                            (stochastic ? ", stochastic" : ", nearest");
   for (int step = 1; step <= 4; step++) {
-    AdamOptions options = base;
+    typename Rule::Options options = base;
     options.lr = step == 3 ? 0.0 : double(1e-2f);
     for (size_t i = 0; i < gpu.size(); i++) {
       new_gradient(gpu[i], step, random);
@@ -291,8 +298,8 @@ void check(const char* rule_name, FloatType type, FloatType param_type, FloatTyp
                   size_t(gpu[i].count()) * cuda::bytes_of(grad_type));
     }
     const float found_inf = step == 2 ? 1.0f : 0.0f;
-    const StepNumbers numbers = {options, seed, float(options.lr), float(options.grad_scale),
-                                 found_inf};
+    const StepNumbers<Rule> numbers = {options, seed, float(options.lr), float(options.grad_scale),
+                                       found_inf};
     if (!scaled) {
       cuda_element_step<Rule, T>(gpu, type, numbers);
     } else {
@@ -307,7 +314,7 @@ void check(const char* rule_name, FloatType type, FloatType param_type, FloatTyp
 }
 
 template <class Rule>
-void check_rule(const char* name, const AdamOptions& options) {
+void check_rule(const char* name, const typename Rule::Options& options) {
   const FloatType f32 = FloatType::kFloat32, bf16 = FloatType::kBFloat16, f16 = FloatType::kFloat16;
   for (bool stochastic : {true, false}) {
     check<Rule, float>(name, f32, f32, f32, options, true, 256, stochastic);
@@ -328,6 +335,22 @@ void check_rule(const char* name, const AdamOptions& options) {
   check<Rule, float>(name, f32, bf16, f32, options, false, 256, false);
   check<Rule, Half>(name, f16, f16, f16, options, false, 256, false);
 #endif
+}
+
+// The same for a rule of the family: that its types, blocks and memory are handled alike is shown
+// by Adam's.
+template <class Rule>
+void check_briefly(const char* name, const typename Rule::Options& options) {
+  const FloatType f32 = FloatType::kFloat32, bf16 = FloatType::kBFloat16;
+  if constexpr (Rule::kStates > 0) {
+    for (bool stochastic : {true, false}) {
+      check<Rule, float>(name, f32, f32, f32, options, true, 256, stochastic);
+      check<Rule, float>(name, f32, f32, f32, options, true, 64, stochastic);
+    }
+    check<Rule, BFloat16>(name, bf16, bf16, bf16, options, true, 512, true);
+  }
+  check<Rule, float>(name, f32, f32, f32, options, false, 256, false);
+  check<Rule, BFloat16>(name, bf16, bf16, bf16, options, false, 256, false);
 }
 
 template <bool kSigned>
@@ -416,6 +439,37 @@ int main() {
   check_rule<AdamRule<true, true>>("AdamW, amsgrad", decoupled);
   check_rule<AdamRule<false, false>>("Adam", coupled);
   check_rule<AdamRule<true, false>>("Adam, amsgrad", coupled);
+  AdagradOptions adagrad = {};
+  adagrad.lr_decay = 0.1;
+  adagrad.eps = 1e-10;
+  adagrad.weight_decay = 0.1;
+  adagrad.grad_scale = 4;
+  check_briefly<AdagradRule>("Adagrad", adagrad);
+  LionOptions lion = {};
+  lion.beta1 = 0.9;
+  lion.beta2 = 0.99;
+  lion.weight_decay = 0.1;
+  lion.grad_scale = 4;
+  lion.maximize = true;
+  check_briefly<LionRule>("Lion", lion);
+  RmspropOptions rmsprop = {};
+  rmsprop.alpha = 0.9;
+  rmsprop.eps = 1e-8;
+  rmsprop.weight_decay = 0.1;
+  rmsprop.momentum = 0.9;
+  rmsprop.grad_scale = 4;
+  check_briefly<RmspropRule<false, false>>("RMSprop", rmsprop);
+  check_briefly<RmspropRule<false, true>>("RMSprop, momentum", rmsprop);
+  check_briefly<RmspropRule<true, false>>("RMSprop, centered", rmsprop);
+  check_briefly<RmspropRule<true, true>>("RMSprop, centered, momentum", rmsprop);
+  SgdOptions sgd = {};
+  sgd.momentum = 0.9;
+  sgd.dampening = 0.3;
+  sgd.weight_decay = 0.1;
+  sgd.grad_scale = 4;
+  check_briefly<SgdRule<false, false>>("SGD without momentum", sgd);
+  check_briefly<SgdRule<true, false>>("SGD", sgd);
+  check_briefly<SgdRule<true, true>>("SGD, nesterov", sgd);
   for (int block_size : {64, 256, 2048}) {
     check_codec<true>(block_size);
     check_codec<false>(block_size);
