@@ -174,18 +174,44 @@ BAD_OPTIONS: tuple[tuple[Options, type[Exception]], ...] = (
     ({"differentiable": True}, NotImplementedError),
 )
 
-# And those that only Adam has.
-BAD_ADAM_OPTIONS: tuple[tuple[Options, type[Exception]], ...] = (
-    ({"betas": (1.0, 0.999)}, ValueError),
-    ({"betas": (0.9, -0.1)}, ValueError),
-    ({"betas": (0.9, float("nan"))}, ValueError),
-    ({"betas": 0.9}, ValueError),
-    ({"betas": (torch.tensor(0.9), torch.tensor(0.999))}, ValueError),
-    ({"eps": -1e-8}, ValueError),
-    ({"weight_decay": -0.1}, ValueError),
+# And those that a rule has.
+BAD_BETAS: tuple[Options, ...] = (
+    {"betas": (1.0, 0.999)},
+    {"betas": (0.9, -0.1)},
+    {"betas": (0.9, float("nan"))},
+    {"betas": 0.9},
+    {"betas": (torch.tensor(0.9), torch.tensor(0.999))},
 )
+BAD_OF_RULE: dict[str, tuple[Options, ...]] = {
+    "adam": (*BAD_BETAS, {"eps": -1e-8}, {"weight_decay": -0.1}),
+    "adagrad": (
+        {"lr_decay": -0.1},
+        {"eps": -1e-8},
+        {"weight_decay": -0.1},
+        {"initial_accumulator_value": -1.0},
+        {"initial_accumulator_value": float("inf")},
+    ),
+    "lion": (*BAD_BETAS, {"weight_decay": -0.1}),
+    "rmsprop": (
+        {"alpha": 1.0},
+        {"alpha": -0.1},
+        {"eps": -1e-8},
+        {"weight_decay": -0.1},
+        {"momentum": -0.1},
+        {"momentum": torch.tensor(0.9)},
+        {"centered": 1},
+    ),
+    "sgd": (
+        {"momentum": -0.1},
+        {"dampening": -0.1},
+        {"weight_decay": -0.1},
+        {"nesterov": 1},
+        {"nesterov": True, "momentum": 0.0},
+        {"nesterov": True, "dampening": 0.1},
+    ),
+}
 
-# They stand in the signature of the 8-bit classes, as in bitsandbytes.
+# They stand in the signatures, as in those of bitsandbytes.
 LATER_OPTIONS: tuple[Options, ...] = (
     {"percentile_clipping": 5},
     {"block_wise": False},
@@ -219,3 +245,15 @@ def every_option_set(of_torch: bool = False) -> pytest.MarkDecorator:
                 yield pytest.param(case, options, id=f"{case.cls.__name__}-{name}")
 
     return pytest.mark.parametrize(("case", "options"), list(pairs()))
+
+
+def every_bad_option() -> pytest.MarkDecorator:
+    """Runs a test over what each optimizer must refuse: ``case``, ``options`` and ``error``."""
+
+    def rows() -> Iterator[Any]:
+        for case in OPTIMIZERS:
+            of_rule = tuple((options, ValueError) for options in BAD_OF_RULE[case.rule])
+            for options, error in BAD_OPTIONS + of_rule:
+                yield pytest.param(case, options, error, id=f"{case.cls.__name__}-{options}")
+
+    return pytest.mark.parametrize(("case", "options", "error"), list(rows()))

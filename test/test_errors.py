@@ -10,11 +10,14 @@ import torch
 from helpers import SMALL, all_bits, bits, make_params, report, set_grads, train
 from optim_table import (
     ADAMS,
-    BAD_ADAM_OPTIONS,
+    BAD_OF_RULE,
     BAD_OPTIONS,
     LATER_OPTIONS,
+    OPTIMIZERS,
     OptimizerCase,
     every_adam,
+    every_bad_option,
+    every_optimizer,
 )
 from torch import Tensor
 from torch.optim import Optimizer
@@ -47,7 +50,7 @@ def test_messages_of_options(assert_expected_inline: Callable[[str, str], None])
         message(error, lambda options=options: AdamW8bit(make_params(), **options))
         for options, error in [
             *BAD_OPTIONS,
-            *BAD_ADAM_OPTIONS,
+            *((options, ValueError) for options in BAD_OF_RULE["adam"]),
             *((later, NotImplementedError) for later in LATER_OPTIONS),
         ]
     ]
@@ -84,10 +87,46 @@ is_paged=True: paged state is not implemented, it must be False""",
     )
 
 
-@every_adam()
-@pytest.mark.parametrize(
-    ("options", "error"), BAD_OPTIONS + BAD_ADAM_OPTIONS, ids=lambda value: str(value)
-)
+def test_messages_of_the_family(assert_expected_inline: Callable[[str, str], None]) -> None:
+    lines = []
+    for case in OPTIMIZERS[len(ADAMS) :: 2]:
+        for options in BAD_OF_RULE[case.rule]:
+            with pytest.raises(ValueError) as info:
+                case.make(make_params(), **options)
+            lines.append(f"{case.cls.__name__}: {info.value}")
+    assert_expected_inline(
+        report(lines),
+        """\
+Adagrad: lr_decay: expected a finite number >= 0, got -0.1
+Adagrad: eps: expected a finite number >= 0, got -1e-08
+Adagrad: weight_decay: expected a finite number >= 0, got -0.1
+Adagrad: initial_accumulator_value: expected a finite number >= 0, got -1.0
+Adagrad: initial_accumulator_value: expected a finite number >= 0, got inf
+Lion: betas[0]: expected a number in [0, 1), got 1.0
+Lion: betas[1]: expected a number in [0, 1), got -0.1
+Lion: betas[1]: expected a number in [0, 1), got nan
+Lion: betas: expected two numbers, got 0.9
+Lion: betas[0]: expected a number in [0, 1), got a tensor
+Lion: weight_decay: expected a finite number >= 0, got -0.1
+RMSprop: alpha: expected a number in [0, 1), got 1.0
+RMSprop: alpha: expected a number in [0, 1), got -0.1
+RMSprop: eps: expected a finite number >= 0, got -1e-08
+RMSprop: weight_decay: expected a finite number >= 0, got -0.1
+RMSprop: momentum: expected a finite number >= 0, got -0.1
+RMSprop: momentum: expected a finite number >= 0, got a tensor
+RMSprop: centered: expected True or False, got 1
+SGD: momentum: expected a finite number >= 0, got -0.1
+SGD: dampening: expected a finite number >= 0, got -0.1
+SGD: weight_decay: expected a finite number >= 0, got -0.1
+SGD: nesterov: expected True or False, got 1
+SGD: nesterov: expected a momentum above 0 and a dampening of 0 with it, got momentum=0.0,
+    dampening=0
+SGD: nesterov: expected a momentum above 0 and a dampening of 0 with it, got momentum=0.9,
+    dampening=0.1""",
+    )
+
+
+@every_bad_option()
 def test_options_are_refused_wherever_they_come_from(
     case: OptimizerCase, options: dict[str, Any], error: type[Exception], device: str
 ) -> None:
@@ -116,7 +155,7 @@ def test_options_are_refused_wherever_they_come_from(
         assert all_bits(optimizer) == before_all
 
 
-@pytest.mark.parametrize("case", ADAMS[2:], ids=lambda case: case.cls.__name__)
+@pytest.mark.parametrize("case", OPTIMIZERS[2:], ids=lambda case: case.cls.__name__)
 @pytest.mark.parametrize("options", LATER_OPTIONS, ids=str)
 def test_options_of_later_versions(case: OptimizerCase, options: dict[str, Any]) -> None:
     (name,) = options
@@ -128,10 +167,10 @@ def test_options_of_later_versions(case: OptimizerCase, options: dict[str, Any])
             make()
 
 
-@every_adam()
+@every_optimizer()
 def test_unknown_option(case: OptimizerCase) -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument 'momentum'"):
-        case.make(make_params(), momentum=0.9)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'temperature'"):
+        case.make(make_params(), temperature=0.9)
 
 
 # -- parameters --------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from optim_table import OptimizerCase, Options, every_optimizer, every_option_se
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchao8 import AdamW8bit
+from torchao8 import AdamW8bit, Lion
 from torchao8.optim.base import LowPrecisionOptimizer
 
 DTYPES = [
@@ -146,6 +146,52 @@ def test_each_step_is_that_of_the_oracle(
                     signed=signed,
                     stochastic=rounding == "stochastic" and not signed,
                 )
+
+
+@every_optimizer()
+@pytest.mark.parametrize("optim_bits", [8, 32])
+def test_a_bad_gradient_stays_where_it_is(
+    case: OptimizerCase, optim_bits: int, device: str
+) -> None:
+    """Its element keeps its bits, its neighbours take the step of the oracle."""
+    params = make_params(device=device)
+    options = case.known({"amsgrad": True, "weight_decay": 0.1, "eps": 1e-2})
+    optimizer = case.make(params, optim_bits=optim_bits, min_8bit_size=SMALL, **options)
+    train(optimizer, params, range(2))
+    set_grads(params, 2)
+    for p in params:
+        assert p.grad is not None
+        spoiled = p.grad.view(-1)[1::7]
+        values = torch.tensor([float("nan"), float("inf"), -float("inf")], device=device)
+        spoiled.copy_(values.repeat(spoiled.numel() // 3 + 1)[: spoiled.numel()])
+    before = [p.detach().clone() for p in params]
+    states = [{k: v.clone() for k, v in optimizer.state[p].items()} for p in params]
+    expected = [oracle_step(case, optimizer, p) for p in params]
+    optimizer.step()
+    for p, old, old_state, want in zip(params, before, states, expected, strict=True):
+        bad = ~p.grad.isfinite()  # type: ignore[union-attr]
+        assert torch.equal(p.detach()[bad], old[bad])
+        assert not torch.equal(p.detach(), old)
+        limit = want.param_error + torch.finfo(torch.float32).smallest_normal
+        assert ((p.detach().cpu().double() - want.param).abs() <= limit).all()
+        for name in want.states:
+            if name in old_state:
+                assert torch.equal(optimizer.state[p][name][bad], old_state[name][bad])
+            else:
+                assert optimizer.state[p][f"{name}_scale"].isfinite().all()
+
+
+def test_lion_moves_nothing_by_the_sign_of_zero(device: str) -> None:
+    """An element without gradient and momentum: bits, in both formats; -0.0 is as good as 0.0."""
+    for optim_bits in (8, 32):
+        params = make_params(device=device)
+        optimizer = Lion(params, lr=0.1, optim_bits=optim_bits, min_8bit_size=SMALL)
+        for p in params:
+            p.grad = torch.zeros_like(p)
+            p.grad.view(-1)[::3] = -0.0
+        before = [p.detach().clone() for p in params]
+        optimizer.step()
+        assert all(torch.equal(p.detach(), old) for p, old in zip(params, before, strict=True))
 
 
 @pytest.mark.parametrize("lr_as_tensor", [False, True])
