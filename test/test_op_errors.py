@@ -8,8 +8,6 @@ import torch
 from helpers import bits, report
 from torch import Tensor
 
-from torchao8 import ops
-
 
 def call_arguments(quantized: bool) -> dict[str, Any]:
     """Arguments of adam_step_ that fit each other, for two parameters."""
@@ -108,7 +106,7 @@ def refusal(name: str, device: str = "cpu") -> str:
     """The message, which starts with the op, without the stack that torch may add to it."""
     arguments = spoiled_call(name, device)
     with pytest.raises(RuntimeError) as info:
-        ops.adam_step_(**arguments)
+        torch.ops.torchao8.adam_step_(**arguments)
     text = str(info.value).split("\n")[0]
     assert text.startswith("adam_step_: ")
     return text
@@ -168,7 +166,7 @@ def test_a_refused_call_changes_nothing(name: str, device: str) -> None:
     arguments = spoiled_call(name, device)
     before = argument_bits(arguments)
     with pytest.raises((RuntimeError, NotImplementedError)):
-        ops.adam_step_(**arguments)
+        torch.ops.torchao8.adam_step_(**arguments)
     assert argument_bits(arguments) == before
 
 
@@ -177,7 +175,7 @@ def test_the_call_that_the_others_spoil_is_good(quantized: bool, device: str) ->
     with torch.device(device):
         arguments = call_arguments(quantized)
     before = argument_bits(arguments)
-    ops.adam_step_(**arguments)
+    torch.ops.torchao8.adam_step_(**arguments)
     after = argument_bits(arguments)
     changed = {name for name in before if after[name] != before[name]}
     scales = {"exp_avg_scales", "exp_avg_sq_scales"} if quantized else set()
