@@ -103,12 +103,15 @@ constexpr void build_nearest_words(uint32_t* words, bool is_signed, bool negativ
   }
 }
 
-// Stochastic rounding (unsigned only): the real-valued position of y between the codes, to which a
-// random number is added before truncation. Position is piecewise linear in y: class d is decade d
-// and the gap below it. A code step in the decade is 5 times one of the decade below, and the gap
-// is the mean of the two, so that the gap's line is 5/3 as steep and meets the decade's at its
-// first code; the lower of the two lines holds. Class 7 is the gap between the last decade and 1.0.
+// Stochastic rounding: the real-valued position of y between the codes, to which a random number is
+// added before truncation. Position is piecewise linear in y: class d is decade d and the gap below
+// it. A code step in the decade is 5 times one of the decade below, and the gap is the mean of the
+// two, so that the gap's line is 5/3 as steep and meets the decade's at its first code; the lower
+// of the two lines holds. Class 7 is the gap between the last decade and 1.0.
 //     line = fma(y, a[d], b[d]), position = min(line, fma(line, 5/3, c[d])) = code - 1
+// Signed: of magnitudes, and the position is kk - 1. Zero is a code like others, at -1, and class 0
+// is the line between it and the first one. There is no -1.0: a negative number beyond the last
+// code, -0.993, gets that code. It is not the block's extreme one, which is always +1.0.
 constexpr float kGapSlope = 5.0f / 3.0f;
 // Is part of every y, so that its exponent is one of the 32 that the cells below tell apart; the
 // lines take it out again. A 700th of the smallest code.
@@ -117,8 +120,8 @@ struct PositionLines {
   // The class's first value, the last code of the decade below, biased; and infinity.
   alignas(32) float start[kDecades + 2];
   alignas(32) float a[8], b[8], c[8];
-  // The first float whose position is not below that of code 1. What is smaller has position 0: a
-  // second moment is never rounded to zero.
+  // Unsigned: the first float whose position is not below that of code 1. What is smaller has
+  // position 0: a second moment is never rounded to zero. Signed: there is no floor.
   float floor;
 
   // The same lines without a search for d: the two binades [2^(2j-31), 2^(2j-29)), j being
@@ -139,31 +142,40 @@ constexpr void set_position_line(PositionLines& t, int d, Point from, Point to) 
   t.b[d] = float(from.position - slope * (from.value + kPositionBias));
 }
 
-constexpr void build_position_lines(PositionLines& t) {
-  // Position is code - 1: the random number that is added lies between 1 and 2.
-  const auto at = [](int kk) { return Point{value_of_kk(false, kk), double(kk) - 2}; };
+constexpr void build_position_lines(PositionLines& t, bool is_signed) {
+  // The random number that is added lies between 1 and 2. Unsigned: code - 1 = kk - 2.
+  const double shift = is_signed ? 1 : 2;
+  const auto at = [&](int kk) { return Point{value_of_kk(is_signed, kk), double(kk) - shift}; };
   for (int d = 0; d < kDecades; d++) {
-    const int first = first_kk(false, d), last = 2 * first - 1;
-    set_position_line(t, d, at(first), at(last));
+    const int first = first_kk(is_signed, d), last = 2 * first - 1;
+    // The first decade of the signed map is a single code: its line comes from zero.
+    set_position_line(t, d, first < last ? at(first) : Point{0.0, -1.0}, at(last));
     // Both lines meet at `first`. Class 0 needs no gap, what lies between 0 and the first code
     // being never rounded to 0: with c = 0 the gap's line is the upper one. So it is in class 7.
-    t.c[d] = d > 0 ? float(at(first).position * (1.0 - 5.0 / 3.0)) : 0.0f;
-    t.start[d] = d > 0 ? float(double(value_of_kk(false, first - 1)) + kPositionBias) : 0.0f;
+    // Signed, where positions go down to -1, it takes c = 1.
+    t.c[d] = d > 0 ? float(at(first).position * (1.0 - 5.0 / 3.0)) : is_signed ? 1.0f : 0.0f;
+    t.start[d] = d > 0 ? float(double(value_of_kk(is_signed, first - 1)) + kPositionBias) : 0.0f;
   }
   // A block's extreme element is 1 - 2^-24, 1 or 1 + 2^-23 when divided by itself and biased. With
-  // all random numbers, 1 + 2^-15 to 2 - 2^-15, it must get code 255, so that its position may be
-  // no less than 254 - 2^-15 nor more than 254 + 2^-16, one unit in the last place.
-  const double last = value_of_kk(false, 255);
+  // all random numbers, 1 + 2^-15 to 2 - 2^-15, it must get the last code, so that its position may
+  // be no less than that code's minus 2^-15 nor more than it plus one unit in the last place.
+  // Unsigned, of slope 284, that is 254 and 2^-16. Signed, of slope 142, it is 127 and 2^-17.
+  const int end = last_kk(is_signed);
+  const double last = value_of_kk(is_signed, end - 1);
   t.a[kDecades] = float(1.0 / (1.0 - last));
-  t.b[kDecades] = float(254.0 - 1.1 / 65536 - double(t.a[kDecades]));
+  t.b[kDecades] = float(end - shift - (is_signed ? 0.5 : 1.1) / 65536 - double(t.a[kDecades]));
   t.c[kDecades] = 0.0f;
   t.start[kDecades] = float(last);
   t.start[kDecades + 1] = std::numeric_limits<float>::infinity();
-  t.floor = value_of_kk(false, 2);
-  // fma(floor, a, b) < 0, in double, where it is exact enough to have the right sign
-  while (double(t.floor) * t.a[0] + t.b[0] < 0) t.floor = bits_float(float_bits(t.floor) + 1);
+  if (is_signed) {
+    t.floor = 0.0f;
+  } else {
+    t.floor = value_of_kk(false, 2);
+    // fma(floor, a, b) < 0, in double, where it is exact enough to have the right sign
+    while (double(t.floor) * t.a[0] + t.b[0] < 0) t.floor = bits_float(float_bits(t.floor) + 1);
+  }
 
-  // The cells. Class -1 is below the floor, its line zero.
+  // The cells. Class -1 is below the floor, its line zero; there is none if there is no floor.
   const auto start = [&](int d) { return d == 0 ? t.floor : t.start[d]; };
   const auto set = [&](int to, int d) {
     t.cell_a[to] = d < 0 ? 0.0f : t.a[d];

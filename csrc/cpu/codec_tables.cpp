@@ -26,9 +26,9 @@ CodecTables::CodecTables() {
     for (int code = 0; code < 256; code++) map[is_signed][code] = value_of_code(is_signed, code);
     build_decode_lines(decode[is_signed], is_signed);
     build_nearest_words(nearest[is_signed], is_signed, false, 0);
+    build_position_lines(position[is_signed], is_signed);
     if (is_signed) build_nearest_words(nearest[1] + kNegativeCells, true, true, 0);
   }
-  build_position_lines(position);
 }
 
 const CodecTables& codec_tables() {

@@ -18,7 +18,7 @@ struct DecodeLines {
 struct CodecTables {
   float map[2][256];  // [signed][code]: the codebook
   DecodeLines decode[2];
-  PositionLines position;
+  PositionLines position[2];
   alignas(64) uint32_t nearest[2][kAllCells] = {};
 
   CodecTables();

@@ -225,7 +225,8 @@ struct UpdateAndEncode {
   static constexpr bool kPipelined = kStochastic && kWidth > 1;
   NearestEncoder<true> encode_signed;
   NearestEncoder<false> encode_unsigned;
-  StochasticEncoder encode_stochastic;
+  StochasticEncoder<true> encode_signed_randomly;
+  StochasticEncoder<false> encode_unsigned_randomly;
   RandomStream stream[N];
   Block<Rule, T> block;
   const Ring<kValues>& ring;
@@ -240,7 +241,8 @@ struct UpdateAndEncode {
                               Pipeline<Rule>& line)
       : encode_signed(t),
         encode_unsigned(t),
-        encode_stochastic(t),
+        encode_signed_randomly(t),
+        encode_unsigned_randomly(t),
         block(b),
         ring(from),
         place(at),
@@ -262,8 +264,10 @@ struct UpdateAndEncode {
       store_quiet(block.param + i, rule.apply(load(block.param + i), step));
     }
     for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
-      if constexpr (kStochastic && Rule::kStochastic[s]) {
-        encode_stochastic(values[s], inverse[s], stream[s].next(), block.codes[s] + i);
+      if constexpr (kStochastic && Rule::kStochastic[s] && Rule::kSigned[s]) {
+        encode_signed_randomly(values[s], inverse[s], stream[s].next(), block.codes[s] + i);
+      } else if constexpr (kStochastic && Rule::kStochastic[s]) {
+        encode_unsigned_randomly(values[s], inverse[s], stream[s].next(), block.codes[s] + i);
       } else if constexpr (Rule::kSigned[s]) {
         encode_signed(values[s], inverse[s], block.codes[s] + i);
       } else {

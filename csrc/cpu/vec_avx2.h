@@ -230,11 +230,13 @@ struct RandomStream {
   }
 };
 
+template <bool kSigned>
 struct StochasticEncoder {
   __m256 floor, next_start, a, b, c;
   TORCHAO8_HD explicit StochasticEncoder(const CodecTables& tables) {
-    const PositionLines& t = tables.position;
-    floor = _mm256_set1_ps(t.floor);
+    const PositionLines& t = tables.position[kSigned];
+    // Signed: below it, 2^-23, all is class 0; it only keeps the guess from being negative.
+    floor = _mm256_set1_ps(kSigned ? 0x1p-23f : t.floor);
     next_start = _mm256_loadu_ps(t.start + 1);
     a = _mm256_load_ps(t.a);
     b = _mm256_load_ps(t.b);
@@ -242,10 +244,17 @@ struct StochasticEncoder {
   }
 
   TORCHAO8_HD void operator()(F x, float inverse, F one_to_two, uint8_t* codes) const {
-    const __m256 y = max(fma(x, F(inverse), F(kPositionBias)), F(floor)).x;
+    __m256 y, floored;
+    if constexpr (kSigned) {
+      const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x.x);
+      y = fma(F(magnitude), F(std::fabs(inverse)), F(kPositionBias)).x;
+      floored = max(F(y), F(floor)).x;
+    } else {
+      y = floored = max(fma(x, F(inverse), F(kPositionBias)), F(floor)).x;
+    }
     // The bits of a float are its base-2 logarithm, scaled, up to 0.086 too low. The class guessed
     // from them is the right one or the one below.
-    const __m256 log2 = _mm256_cvtepi32_ps(_mm256_castps_si256(y));
+    const __m256 log2 = _mm256_cvtepi32_ps(_mm256_castps_si256(floored));
     const __m256i guess = _mm256_cvttps_epi32(
         _mm256_fmadd_ps(log2, _mm256_set1_ps(3.5885572e-8f), _mm256_set1_ps(-31.230809f)));
     const __m256 above = _mm256_cmp_ps(y, _mm256_permutevar8x32_ps(next_start, guess), _CMP_GE_OQ);
@@ -255,8 +264,19 @@ struct StochasticEncoder {
     const __m256 gap =
         _mm256_fmadd_ps(line, _mm256_set1_ps(kGapSlope), _mm256_permutevar8x32_ps(c, d));
     const F position = F(_mm256_min_ps(gap, line)) + one_to_two;
-    // Zero stays zero: where x is not zero, its bits are a number above any code it can have.
-    store_bytes(codes, _mm256_min_epu32(_mm256_cvttps_epi32(position.x), bits(x)));
+    const __m256i kk = _mm256_cvttps_epi32(position.x);
+    if constexpr (kSigned) {
+      const __m256i minus = _mm256_srai_epi32(
+          _mm256_xor_si256(bits(x), _mm256_set1_epi32(int(float_bits(inverse)))), 31);
+      const __m256i magnitude =
+          _mm256_min_epi32(kk, _mm256_add_epi32(_mm256_set1_epi32(128), minus));
+      store_bytes(codes,
+                  _mm256_add_epi32(_mm256_set1_epi32(kZeroCodeSigned),
+                                   _mm256_sub_epi32(_mm256_xor_si256(magnitude, minus), minus)));
+    } else {
+      // Zero stays zero: where x is not zero, its bits are a number above any code it can have.
+      store_bytes(codes, _mm256_min_epu32(kk, bits(x)));
+    }
   }
 };
 

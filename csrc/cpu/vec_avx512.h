@@ -275,17 +275,23 @@ struct Lookup32 {
   TORCHAO8_HD __m512 operator()(__m512i i) const { return _mm512_permutex2var_ps(low, i, high); }
 };
 
+template <bool kSigned>
 struct StochasticEncoder {
   __m512 cell_start;
   Lookup32 a, b, c;
   TORCHAO8_HD explicit StochasticEncoder(const CodecTables& t)
-      : cell_start(_mm512_load_ps(t.position.cell_start)),
-        a(t.position.cell_a),
-        b(t.position.cell_b),
-        c(t.position.cell_c) {}
+      : cell_start(_mm512_load_ps(t.position[kSigned].cell_start)),
+        a(t.position[kSigned].cell_a),
+        b(t.position[kSigned].cell_b),
+        c(t.position[kSigned].cell_c) {}
 
   TORCHAO8_HD void operator()(F x, float inverse, F one_to_two, uint8_t* codes) const {
-    const __m512 y = fma(x, F(inverse), F(kPositionBias)).x;
+    __m512 y;
+    if constexpr (kSigned) {
+      y = fma(F(_mm512_abs_ps(x.x)), F(std::fabs(inverse)), F(kPositionBias)).x;
+    } else {
+      y = fma(x, F(inverse), F(kPositionBias)).x;
+    }
     __m512i cell = _mm512_srli_epi32(_mm512_castps_si512(y), 24);  // 48 + j
     const __mmask16 above =
         _mm512_cmp_ps_mask(y, _mm512_permutexvar_ps(cell, cell_start), _CMP_GE_OQ);
@@ -293,8 +299,19 @@ struct StochasticEncoder {
     const __m512 line = _mm512_fmadd_ps(y, a(cell), b(cell));
     const __m512 gap = _mm512_fmadd_ps(line, _mm512_set1_ps(kGapSlope), c(cell));
     const F position = F(_mm512_min_ps(gap, line)) + one_to_two;
-    // Zero stays zero: where x is not zero, its bits are a number above any code it can have.
-    const __m512i code = _mm512_min_epu32(_mm512_cvttps_epi32(position.x), bits(x));
+    const __m512i kk = _mm512_cvttps_epi32(position.x);
+    __m512i code;
+    if constexpr (kSigned) {
+      const __m512i minus = _mm512_srai_epi32(
+          _mm512_xor_si512(bits(x), _mm512_set1_epi32(int(float_bits(inverse)))), 31);
+      const __m512i magnitude =
+          _mm512_min_epi32(kk, _mm512_add_epi32(_mm512_set1_epi32(128), minus));
+      code = _mm512_add_epi32(_mm512_set1_epi32(kZeroCodeSigned),
+                              _mm512_sub_epi32(_mm512_xor_si512(magnitude, minus), minus));
+    } else {
+      // Zero stays zero: where x is not zero, its bits are a number above any code it can have.
+      code = _mm512_min_epu32(kk, bits(x));
+    }
     const __m512i packed = _mm512_permutexvar_epi8(load_order(kLowBytes), code);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_castsi512_si128(packed));
   }

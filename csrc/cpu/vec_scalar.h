@@ -99,16 +99,29 @@ struct RandomStream {
   TORCHAO8_HD F next() { return one_to_two(block(i++)); }
 };
 
+template <bool kSigned>
 struct StochasticEncoder {
   const PositionLines& t;
-  TORCHAO8_HD explicit StochasticEncoder(const CodecTables& tables) : t(tables.position) {}
+  TORCHAO8_HD explicit StochasticEncoder(const CodecTables& tables) : t(tables.position[kSigned]) {}
   TORCHAO8_HD void operator()(F x, float inverse, F one_to_two, uint8_t* codes) const {
-    const float y = max(fma(x, inverse, kPositionBias), t.floor);
+    float y;
+    if constexpr (kSigned) {
+      y = fma(std::fabs(x), std::fabs(inverse), kPositionBias);
+    } else {
+      y = max(fma(x, inverse, kPositionBias), t.floor);
+    }
     int d = 0;
     while (d < 7 && y >= t.start[d + 1]) d++;
     const float line = fma(y, t.a[d], t.b[d]), gap = fma(line, kGapSlope, t.c[d]);
     const float position = gap < line ? gap : line;
-    *codes = x == 0.0f ? kZeroCodeUnsigned : uint8_t(position + one_to_two);
+    const int32_t kk = int32_t(position + one_to_two);
+    if constexpr (kSigned) {
+      const int32_t minus = int32_t(float_bits(x) ^ float_bits(inverse)) >> 31;  // 0 or -1
+      const int32_t most = 128 + minus, magnitude = kk < most ? kk : most;
+      *codes = uint8_t(kZeroCodeSigned + ((magnitude ^ minus) - minus));
+    } else {
+      *codes = x == 0.0f ? kZeroCodeUnsigned : uint8_t(kk);
+    }
   }
 };
 

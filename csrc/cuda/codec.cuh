@@ -23,8 +23,9 @@ struct alignas(16) Tables {
   uint32_t nearest_unsigned[kCells - kLowestUnsigned];
   float map[2][256];  // [signed][code]
   // As many as there are banks, in arrays of their own: no look-up of a warp meets a conflict.
-  float position_a[32], position_b[32], position_c[32];
-  float position_start[16];
+  // [signed]
+  float position_a[2][32], position_b[2][32], position_c[2][32];
+  float position_start[2][16];
 };
 
 // In a constant expression, so that the tables lie in the program: nothing to set up on a device.
@@ -36,14 +37,16 @@ constexpr Tables make_tables() {
   for (int is_signed = 0; is_signed < 2; is_signed++) {
     for (int code = 0; code < 256; code++) t.map[is_signed][code] = value_of_code(is_signed, code);
   }
-  PositionLines lines = {};
-  build_position_lines(lines);
-  for (int i = 0; i < 32; i++) {
-    t.position_a[i] = lines.cell_a[i];
-    t.position_b[i] = lines.cell_b[i];
-    t.position_c[i] = lines.cell_c[i];
+  for (int is_signed = 0; is_signed < 2; is_signed++) {
+    PositionLines lines = {};
+    build_position_lines(lines, is_signed);
+    for (int i = 0; i < 32; i++) {
+      t.position_a[is_signed][i] = lines.cell_a[i];
+      t.position_b[is_signed][i] = lines.cell_b[i];
+      t.position_c[is_signed][i] = lines.cell_c[i];
+    }
+    for (int i = 0; i < 16; i++) t.position_start[is_signed][i] = lines.cell_start[i];
   }
-  for (int i = 0; i < 16; i++) t.position_start[i] = lines.cell_start[i];
   return t;
 }
 
@@ -99,14 +102,21 @@ __device__ __forceinline__ uint32_t encode_nearest(const Tables& t, float x, flo
   return encode_nearest_four<kSigned>(t, four, inverse) & 0xff;
 }
 
+template <bool kSigned>
 __device__ __forceinline__ uint32_t encode_stochastic(const Tables& t, float x, float inverse,
                                                       float one_to_two) {
-  const Real y = fma(Real(x), Real(inverse), Real(kPositionBias));
+  const Real y = kSigned ? fma(Real(std::fabs(x)), Real(std::fabs(inverse)), Real(kPositionBias))
+                         : fma(Real(x), Real(inverse), Real(kPositionBias));
   const uint32_t cell = permute_bytes(float_bits(y.x), 0, 0x4443) - 48;  // from 2^-31 on
-  const uint32_t at = cell + (y.x >= t.position_start[cell] ? 0 : 16);
-  const Real line = fma(y, Real(t.position_a[at]), Real(t.position_b[at]));
-  const Real gap = fma(line, Real(kGapSlope), Real(t.position_c[at]));
+  const uint32_t at = cell + (y.x >= t.position_start[kSigned][cell] ? 0 : 16);
+  const Real line = fma(y, Real(t.position_a[kSigned][at]), Real(t.position_b[kSigned][at]));
+  const Real gap = fma(line, Real(kGapSlope), Real(t.position_c[kSigned][at]));
   const Real position = Real(smaller(gap.x, line.x)) + Real(one_to_two);
+  if constexpr (kSigned) {
+    const int32_t minus = int32_t(float_bits(x) ^ float_bits(inverse)) >> 31;  // 0 or -1
+    const int32_t kk = int32_t(position.x), most = 128 + minus;                // there is no -1.0
+    return uint32_t(int32_t(kZeroCodeSigned) + (((kk < most ? kk : most) ^ minus) - minus));
+  }
   // Where x is not zero, its bits are no number below its code: a minimum in place of a branch.
   const uint32_t code = uint32_t(int32_t(position.x));
   return code < float_bits(x) ? code : float_bits(x);

@@ -77,11 +77,12 @@ struct LaneElements {
                                                    const BlockRandom& random,
                                                    uint32_t eight) const {
     const uint32_t start = random.c0 + random.c2 * eight, slope = random.c1 + random.c3 * eight;
+    constexpr bool is_signed = Rule::kSigned[s];
     uint32_t code[kPerLane];
 #pragma unroll
     for (int i = 0; i < kPerLane; i++) {
       const float u = one_to_two(start + slope * lane_factor(uint32_t(i)));
-      code[i] = encode_stochastic(tables, values[s][i], inverse, u);
+      code[i] = encode_stochastic<is_signed>(tables, values[s][i], inverse, u);
     }
     *reinterpret_cast<uint2*>(entry.codes[s] + at) =
         make_uint2(pack_bytes(code, 0), pack_bytes(code + 4, 0));

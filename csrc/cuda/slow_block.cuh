@@ -74,7 +74,8 @@ __device__ __noinline__ void slow_block(const BlockEntry<Rule::kStates>& entry,
       constexpr bool is_stochastic = Rule::kStochastic[s];
       uint32_t code = zero_code<Rule::kSigned[s]>();
       if (encodes[s] && is_stochastic && stochastic) {
-        code = encode_stochastic(tables, values[s], inverse[s], one_to_two(random[s](uint32_t(i))));
+        code = encode_stochastic<Rule::kSigned[s]>(tables, values[s], inverse[s],
+                                                   one_to_two(random[s](uint32_t(i))));
       } else if (encodes[s]) {
         code = encode_nearest<Rule::kSigned[s]>(tables, values[s], inverse[s]);
       }
