@@ -43,6 +43,13 @@ STABLE_TORCH_LIBRARY(torchao8, m) {
                     "float beta1, float beta2, float eps, float weight_decay, "
                     "bool decoupled_weight_decay, bool maximize")
             .c_str());
+  m.def(step_schema("ademamix_step_",
+                    "Tensor(b!)[] exp_avg_fasts, Tensor(c!)[] exp_avg_slows, "
+                    "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] exp_avg_fast_scales, "
+                    "Tensor(f!)[] exp_avg_slow_scales, Tensor(g!)[] exp_avg_sq_scales",
+                    "float beta1, float beta2, float beta3, float alpha, float t_alpha, "
+                    "float t_beta3, float eps, float weight_decay, bool maximize")
+            .c_str());
   m.def(step_schema("lion_step_", "Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_scales",
                     "float beta1, float beta2, float weight_decay, bool maximize")
             .c_str());

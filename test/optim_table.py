@@ -59,6 +59,10 @@ class OptimizerCase:
     def is_signed(self, state: str) -> bool:
         return dict((*self.states, *self.more_states))[state]
 
+    def is_stochastic(self, state: str) -> bool:
+        """Whether the state is rounded stochastically by default."""
+        return state == "exp_avg_slow" or not self.is_signed(state)
+
 
 # Each of them tells a wrong rule from a right one: all are off in the defaults.
 ADAM_OPTIONS: tuple[Options, ...] = (
@@ -74,6 +78,11 @@ ADAGRAD_OPTIONS: tuple[Options, ...] = (
     {},
     {"lr_decay": 0.3, "weight_decay": 0.1, "lr": 0.05},
     {"initial_accumulator_value": 0.5, "maximize": True, "eps": 1e-3},
+)
+ADEMAMIX_OPTIONS: tuple[Options, ...] = (
+    {},
+    {"alpha": 2.0, "betas": (0.8, 0.9, 0.99), "weight_decay": 0.3, "lr": 0.05},
+    {"t_alpha": 4, "t_beta3": 5, "maximize": True, "eps": 1e-3},
 )
 LION_OPTIONS: tuple[Options, ...] = (
     {},
@@ -95,6 +104,7 @@ SGD_OPTIONS: tuple[Options, ...] = (
     {"nesterov": True, "maximize": True, "weight_decay": 0.2},
 )
 
+ADEMAMIX_STATES = (("exp_avg_fast", True), ("exp_avg_slow", True), ("exp_avg_sq", False))
 ADAM_STATES = (("exp_avg", True), ("exp_avg_sq", False))
 AMSGRAD: dict[str, Any] = {
     "full": {"amsgrad": True},
@@ -143,6 +153,7 @@ ADAMS = (
 OPTIMIZERS = (
     *ADAMS,
     *family("Adagrad", torch.optim.Adagrad, (("sum", False),), ADAGRAD_OPTIONS),
+    *family("AdEMAMix", None, ADEMAMIX_STATES, ADEMAMIX_OPTIONS),
     *family("Lion", None, (("exp_avg", True),), LION_OPTIONS),
     *family("RMSprop", torch.optim.RMSprop, (("square_avg", False),), RMSPROP_OPTIONS, **RMSPROP),
     *family(
@@ -190,6 +201,15 @@ BAD_OF_RULE: dict[str, tuple[Options, ...]] = {
         {"weight_decay": -0.1},
         {"initial_accumulator_value": -1.0},
         {"initial_accumulator_value": float("inf")},
+    ),
+    "ademamix": (
+        {"betas": (0.9, 0.999)},
+        {"betas": (0.9, 0.999, 1.0)},
+        {"alpha": -1.0},
+        {"t_alpha": 0.5},
+        {"t_beta3": -1},
+        {"eps": -1e-8},
+        {"weight_decay": -0.1},
     ),
     "lion": (*BAD_BETAS, {"weight_decay": -0.1}),
     "rmsprop": (

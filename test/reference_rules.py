@@ -6,6 +6,7 @@ half a unit in the last place, 2^-24, of the largest number that it handled. Cap
 those sums without cancellation.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,4 +138,36 @@ def adagrad(p: Tensor, g: Tensor, old: States, step: int, o: Options, in_8bit: b
     return guarded(good, p, old, result)
 
 
-RULES = {"adagrad": adagrad, "adam": adam, "lion": lion, "rmsprop": rmsprop, "sgd": sgd}
+def ademamix(p: Tensor, g: Tensor, old: States, step: int, o: Options, in_8bit: bool) -> Result:
+    """The half-life of beta3 grows linearly from that of beta1, by its definition."""
+    beta1, beta2, beta3 = o["betas"]
+    if step < o["t_beta3"]:
+        share = step / o["t_beta3"]
+        life1, life3 = (math.log(0.5) / math.log(beta) for beta in (beta1, beta3))
+        beta3 = 0.5 ** (1 / ((1 - share) * life1 + share * life3))
+    alpha = o["alpha"] * (min(1.0, step / o["t_alpha"]) if o["t_alpha"] else 1.0)
+    g, G, good = gradient(p, g, o, 0.0)
+    betas = {"exp_avg_fast": beta1, "exp_avg_slow": beta3, "exp_avg_sq": beta2}
+    added = {"exp_avg_fast": g, "exp_avg_slow": g, "exp_avg_sq": g**2}
+    most = {"exp_avg_fast": G, "exp_avg_slow": G, "exp_avg_sq": G**2}
+    new = {k: b * old[k] + (1 - b) * added[k] for k, b in betas.items()}
+    errors = {k: UNIT * (b * old[k].abs() + (1 - b) * most[k]) for k, b in betas.items()}
+    fast, slow, v = new.values()
+    mixed = fast / (1 - beta1**step) + alpha * slow
+    mixed_error = errors["exp_avg_fast"] / (1 - beta1**step) + alpha * errors["exp_avg_slow"]
+    denominator = ((v / (1 - beta2**step)).sqrt() + o["eps"]).clamp_min(1e-300)
+    through_v = torch.where(v > 0, mixed.abs() * errors["exp_avg_sq"] / v.clamp_min(1e-300), 0.0)
+    param = p * (1 - o["lr"] * o["weight_decay"]) - o["lr"] * mixed / denominator
+    error = UNIT * p.abs() + o["lr"] * (2 * mixed_error + through_v) / denominator
+    error = error + o["lr"] * UNIT * mixed.abs() / denominator
+    return guarded(good, p, old, Result(param, new, error, errors))
+
+
+RULES = {
+    "adagrad": adagrad,
+    "adam": adam,
+    "ademamix": ademamix,
+    "lion": lion,
+    "rmsprop": rmsprop,
+    "sgd": sgd,
+}

@@ -102,6 +102,13 @@ Adagrad: eps: expected a finite number >= 0, got -1e-08
 Adagrad: weight_decay: expected a finite number >= 0, got -0.1
 Adagrad: initial_accumulator_value: expected a finite number >= 0, got -1.0
 Adagrad: initial_accumulator_value: expected a finite number >= 0, got inf
+AdEMAMix: betas: expected three numbers, got (0.9, 0.999)
+AdEMAMix: betas[2]: expected a number in [0, 1), got 1.0
+AdEMAMix: alpha: expected a finite number >= 0, got -1.0
+AdEMAMix: t_alpha: expected an int >= 0, got 0.5
+AdEMAMix: t_beta3: expected an int >= 0, got -1
+AdEMAMix: eps: expected a finite number >= 0, got -1e-08
+AdEMAMix: weight_decay: expected a finite number >= 0, got -0.1
 Lion: betas[0]: expected a number in [0, 1), got 1.0
 Lion: betas[1]: expected a number in [0, 1), got -0.1
 Lion: betas[1]: expected a number in [0, 1), got nan

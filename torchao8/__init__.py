@@ -21,6 +21,8 @@ try:
         Adam8bit,
         AdamW,
         AdamW8bit,
+        AdEMAMix,
+        AdEMAMix8bit,
         Lion,
         Lion8bit,
         RMSprop,
@@ -35,6 +37,8 @@ except ImportError:
 
 __all__ = [
     "SGD",
+    "AdEMAMix",
+    "AdEMAMix8bit",
     "Adagrad",
     "Adagrad8bit",
     "Adam",

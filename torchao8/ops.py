@@ -37,7 +37,14 @@ if torch.version.cuda is not None:
 _quantize = torch.ops.torchao8.quantize_blockwise.default
 _dequantize = torch.ops.torchao8.dequantize_blockwise.default
 # An update rule each: see csrc/rules.
-STEP_OPS = ("adagrad_step_", "adam_step_", "lion_step_", "rmsprop_step_", "sgd_step_")
+STEP_OPS = (
+    "adagrad_step_",
+    "adam_step_",
+    "ademamix_step_",
+    "lion_step_",
+    "rmsprop_step_",
+    "sgd_step_",
+)
 _STEP_OPS = {op: getattr(torch.ops.torchao8, op).default for op in STEP_OPS}
 _count_step_ = torch.ops.torchao8.count_step_.default
 _sum_squares = torch.ops.torchao8.sum_squares.default

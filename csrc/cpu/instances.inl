@@ -3,6 +3,7 @@
 // in.
 #include "rules/adagrad.h"
 #include "rules/adam.h"
+#include "rules/ademamix.h"
 #include "rules/lion.h"
 #include "rules/rmsprop.h"
 #include "rules/sgd.h"
@@ -30,6 +31,7 @@ TORCHAO8_RULE(AdamRule<false, true>);
 TORCHAO8_RULE(AdamRule<true, false>);
 TORCHAO8_RULE(AdamRule<true, true>);
 TORCHAO8_RULE(AdagradRule);
+TORCHAO8_RULE(AdemamixRule);
 TORCHAO8_RULE(LionRule);
 TORCHAO8_RULE(RmspropRule<false, false>);
 TORCHAO8_RULE(RmspropRule<false, true>);

@@ -2,6 +2,7 @@
 #include "cpu/step_op.h"
 #include "rules/adagrad.h"
 #include "rules/adam.h"
+#include "rules/ademamix.h"
 #include "rules/lion.h"
 #include "rules/rmsprop.h"
 #include "rules/sgd.h"
@@ -18,6 +19,7 @@ void implement(Library& m) {
 STABLE_TORCH_LIBRARY_IMPL(torchao8, CPU, m) {
   implement<torchao8::AdagradFamily>(m);
   implement<torchao8::AdamFamily>(m);
+  implement<torchao8::AdemamixFamily>(m);
   implement<torchao8::LionFamily>(m);
   implement<torchao8::RmspropFamily>(m);
   implement<torchao8::SgdFamily>(m);

@@ -13,6 +13,7 @@
 #include "cuda/step.cuh"
 #include "rules/adagrad.h"
 #include "rules/adam.h"
+#include "rules/ademamix.h"
 #include "rules/lion.h"
 #include "rules/rmsprop.h"
 #include "rules/sgd.h"
@@ -445,6 +446,16 @@ int main() {
   adagrad.weight_decay = 0.1;
   adagrad.grad_scale = 4;
   check_briefly<AdagradRule>("Adagrad", adagrad);
+  AdemamixOptions ademamix = {};
+  ademamix.beta1 = 0.9;
+  ademamix.beta2 = 0.999;
+  ademamix.beta3 = 0.9999;
+  ademamix.alpha = 5;
+  ademamix.t_alpha = ademamix.t_beta3 = 5;
+  ademamix.eps = 1e-8;
+  ademamix.weight_decay = 0.1;
+  ademamix.grad_scale = 4;
+  check_briefly<AdemamixRule>("AdEMAMix", ademamix);
   LionOptions lion = {};
   lion.beta1 = 0.9;
   lion.beta2 = 0.99;

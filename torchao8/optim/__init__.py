@@ -3,12 +3,15 @@
 from torchao8.optim._options import CommonOptions
 from torchao8.optim.adagrad import Adagrad, Adagrad8bit
 from torchao8.optim.adam import Adam, Adam8bit, AdamW, AdamW8bit
+from torchao8.optim.ademamix import AdEMAMix, AdEMAMix8bit
 from torchao8.optim.lion import Lion, Lion8bit
 from torchao8.optim.rmsprop import RMSprop, RMSprop8bit
 from torchao8.optim.sgd import SGD, SGD8bit
 
 __all__ = [
     "SGD",
+    "AdEMAMix",
+    "AdEMAMix8bit",
     "Adagrad",
     "Adagrad8bit",
     "Adam",

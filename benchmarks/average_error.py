@@ -1,0 +1,70 @@
+"""How far 8-bit averages of gradients are from exact ones, under both ways of rounding.
+
+    python benchmarks/average_error.py
+
+Drives AdEMAMix8bit, with lr=0, so that its slow average has the given rate. The gradients are a
+constant and noise of so many times its size, in rows of other magnitudes; in the middle of the run
+the constant is multiplied by -1/2. Prints, against float64: the relative L2 error of the stored
+average, its share along the exact one (1 is unbiased), and the share of wrong signs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+
+import torch
+from _common import format_table
+
+import torchao8
+
+SHAPE = (16, 1024)
+RATES = (0.9999, 0.999, 0.99, 0.9)
+NOISES = (1.0, 10.0)
+
+
+def errors(rate: float, rounding: str, steps: int, noise: float) -> tuple[float, float, float]:
+    generator = torch.Generator().manual_seed(0)
+    rows = 10.0 ** (-3 * torch.rand((SHAPE[0], 1), generator=generator))
+    signal = rows * torch.randn(SHAPE, generator=generator)
+    p = torch.nn.Parameter(torch.zeros(SHAPE))
+    optimizer = torchao8.AdEMAMix8bit(
+        [p], lr=0.0, weight_decay=0.0, betas=(0.9, 0.999, rate), state_rounding=rounding
+    )
+    exact = torch.zeros(SHAPE, dtype=torch.float64)
+    for step in range(steps):
+        if step == steps // 2:
+            signal = -signal / 2
+        noisy = noise * signal.abs() * torch.randn(SHAPE, generator=generator)
+        p.grad = signal + noisy
+        exact = rate * exact + (1 - rate) * p.grad.double()
+        optimizer.step()
+    codes, scale = (optimizer.state[p][f"exp_avg_slow_{part}"] for part in ("codes", "scale"))
+    stored = torchao8.dequantize_blockwise(codes, scale).double()
+    return (
+        float((stored - exact).norm() / exact.norm()),
+        float((stored * exact).sum() / (exact * exact).sum()),
+        float((stored.sign() * exact.sign() < 0).double().mean()),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=8000, help="(%(default)s)")
+    steps = parser.parse_args().steps
+    warnings.simplefilter("ignore")
+    print(f"torchao8 {torchao8.__version__}, torch {torch.__version__}, {steps} steps")
+    header = ["rate", "noise", "rounding", "error", "along the exact one", "wrong signs"]
+    rows = []
+    for rate in RATES:
+        for noise in NOISES:
+            for rounding in ("nearest", "stochastic"):
+                figures = [f"{x:.3f}" for x in errors(rate, rounding, steps, noise)]
+                rows.append([f"{rate}", f"{noise:g}", rounding, *figures])
+    print(format_table(header, rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""AdEMAMix, with 32-bit and with 8-bit state."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from torchao8.optim._buckets import Group
+from torchao8.optim._checkpoint import State
+from torchao8.optim._checks import check_betas, check_number, is_int
+from torchao8.optim._options import CommonOptions, with_common
+from torchao8.optim.base import LowPrecisionOptimizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class AdEMAMix(LowPrecisionOptimizer):
+    """AdEMAMix with 32-bit state: Adam with a second, slow average of the gradients.
+
+    With m the fast and s the slow average of the gradient g, v that of its square, at step t::
+
+        m = beta1 * m + (1 - beta1) * g            v = beta2 * v + (1 - beta2) * g^2
+        s = beta3(t) * s + (1 - beta3(t)) * g
+        u = (m / (1 - beta1^t) + alpha(t) * s) / (sqrt(v / (1 - beta2^t)) + eps)
+        p = p * (1 - lr * weight_decay) - lr * u
+
+    `The AdEMAMix Optimizer: Better, Faster, Older <https://arxiv.org/abs/2409.03137>`_, algorithm
+    1, with its decoupled decay. alpha(t) grows linearly to ``alpha`` in ``t_alpha`` steps; beta3(t)
+    goes from beta1 to beta3 in ``t_beta3`` steps, its half-life growing linearly. In 8 bits the
+    slow average is rounded stochastically as v is: a step moves it by less than half a code.
+
+    Args:
+        params: parameters, (name, parameter) pairs or dicts of groups; float32, bfloat16 or
+            float16.
+        lr: learning rate, a number or a tensor of one element.
+        betas: the decay rates beta1, beta2, beta3, in [0, 1).
+        alpha: what the slow average counts.
+        t_alpha, t_beta3: steps of the two warm-ups; 0 or None for none.
+        eps: added to the root.
+        weight_decay: the factor of the decay.
+        common: see :class:`torchao8.optim.CommonOptions`.
+
+    Raises:
+        ValueError: an option out of range, or parameters that cannot be optimized.
+        NotImplementedError: an option of a later version.
+        TypeError: an argument that is none.
+    """
+
+    _bits = 32
+    _op = "ademamix_step_"
+    _op_states = ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        alpha: float = 5.0,
+        t_alpha: int | None = None,
+        t_beta3: int | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        **common: Unpack[CommonOptions],
+    ) -> None:
+        own = {
+            "lr": lr,
+            "betas": betas,
+            "alpha": alpha,
+            "t_alpha": 0 if t_alpha is None else t_alpha,  # checkpoint tools take no None
+            "t_beta3": 0 if t_beta3 is None else t_beta3,
+            "eps": eps,
+            "weight_decay": weight_decay,
+        }
+        super().__init__(params, with_common(type(self), own, common, self._bits))
+
+    def _check_options(self, group: Group) -> None:
+        super()._check_options(group)
+        check_betas(group["betas"], 3)
+        for name in ("alpha", "eps", "weight_decay"):
+            check_number(name, group[name])
+        for name in ("t_alpha", "t_beta3"):
+            if not is_int(group[name]) or group[name] < 0:
+                raise ValueError(f"{name}: expected an int >= 0, got {group[name]!r}")
+
+    def _states(self, group: Group) -> tuple[State, ...]:
+        return (
+            State("exp_avg_fast", signed=True),
+            State("exp_avg_slow", signed=True),
+            State("exp_avg_sq", signed=False),
+        )
+
+    def _op_options(self, group: Group) -> dict[str, float | bool]:
+        betas = dict(zip(("beta1", "beta2", "beta3"), group["betas"], strict=True))
+        names = ("alpha", "t_alpha", "t_beta3", "eps", "weight_decay", "maximize")
+        return {**betas, **{name: group[name] for name in names}}
+
+
+class AdEMAMix8bit(AdEMAMix):
+    """:class:`AdEMAMix` with 8-bit state: about three bytes a parameter in place of twelve."""
+
+    _bits = 8
