@@ -45,8 +45,10 @@ class OptimizerCase:
 
     def known(self, options: Options) -> Options:
         """Those of the options that the class has; for amsgrad, what gives it all of its states."""
-        names = self.make([torch.nn.Parameter(torch.ones(1))]).defaults
-        known = {k: v for k, v in options.items() if k in names and k != "amsgrad"}
+        defaults = self.make([torch.nn.Parameter(torch.ones(1))]).defaults
+        known = {k: v for k, v in options.items() if k in defaults and k != "amsgrad"}
+        if "betas" in known:  # two of them: a rule with three gets its own third one
+            known["betas"] = (*known["betas"], *defaults["betas"][2:])
         return {**known, **self.full} if "amsgrad" in options else known
 
     def state_keys(self, bits: int, *extra: str) -> list[str]:
