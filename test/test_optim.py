@@ -1,5 +1,7 @@
 """What the optimizers compute, against float64 and against torch.optim; and which ops they call."""
 
+import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -150,6 +152,49 @@ def test_each_step_is_that_of_the_oracle(
                     signed=signed,
                     stochastic=rounding == "stochastic" and case.is_stochastic(name),
                 )
+
+
+@every_option_set(of_torch=True)
+def test_checkpoints_of_torch_optim(case: OptimizerCase, options: Options) -> None:
+    """Their state is loaded as it is in 32 bits, and rounded to 8; the options come with it."""
+    assert case.torch_cls is not None
+    options = {**case.base, **options}
+    params = make_params()
+    theirs = case.torch_cls(params, **options)
+    for step in range(3):
+        set_grads(params, step)
+        theirs.step()
+    for optim_bits in (32, 8):
+        same = [p.detach().clone().requires_grad_() for p in params]
+        ours = case.cls(same, optim_bits=optim_bits, min_8bit_size=SMALL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the rounding
+            ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+        for name in options:
+            assert ours.param_groups[0][name] == theirs.param_groups[0][name]
+        for p, q in zip(params, same, strict=True):
+            for state in ours._states(ours.param_groups[0]):
+                want = theirs.state[p][state.name]
+                if state.name in ours.state[q]:
+                    assert torch.equal(ours.state[q][state.name], want)
+                else:
+                    kept = moment(case, ours.state[q], state.name)
+                    scale = reference.expand_scale(
+                        reference.block_scale(want, 256).abs(), tuple(want.shape), 256
+                    )
+                    assert ((kept - want).abs() <= scale * 0.9 / 128).all()
+        set_grads(same, 3)
+        ours.step()
+        if optim_bits == 32:
+            copies = [p.detach().clone().requires_grad_() for p in params]
+            again = case.torch_cls(copies, **options)
+            again.load_state_dict(copy.deepcopy(theirs.state_dict()))
+            set_grads(copies, 3)
+            again.step()
+            for p, q, old in zip(copies, same, params, strict=True):
+                # A dozen roundings, of numbers no larger than the parameter and its change.
+                limit = 12 * 2.0**-24 * (old.abs() + (p - old).abs())
+                assert ((p - q).abs() <= limit + 1e-30).all()
 
 
 @every_optimizer()

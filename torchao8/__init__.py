@@ -10,8 +10,9 @@ import sys as _sys
 from torchao8._version import __version__
 
 try:
-    from torchao8 import checkpoint, optim
+    from torchao8 import checkpoint, nn, optim
     from torchao8.estimate import Estimate, estimate
+    from torchao8.groups import param_groups
     from torchao8.ops import dequantize_blockwise, dynamic_map, quantize_blockwise
     from torchao8.optim import (
         SGD,
@@ -56,6 +57,8 @@ __all__ = [
     "dequantize_blockwise",
     "dynamic_map",
     "estimate",
+    "nn",
     "optim",
+    "param_groups",
     "quantize_blockwise",
 ]

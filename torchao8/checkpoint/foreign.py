@@ -99,8 +99,13 @@ def to_own(
 
 
 def _widened(saved: Mapping[str, Any], states: Sequence[StateSpec]) -> dict[str, Any] | None:
-    """torch.optim keeps moments in the dtype of the parameter, we keep float32; None if that is
-    what they are."""
+    """torch.optim keeps moments in the dtype of the parameter, we keep float32. Its SGD counts no
+    steps, of which only the first one differs, and saves None in place of no buffer. Returns None
+    if there is nothing to change."""
+    if "step" not in saved and set(saved) <= {"momentum_buffer"}:
+        present = {key: value for key, value in saved.items() if value is not None}
+        saved = {"step": torch.tensor(1.0), **present}
+        return _widened(saved, states) or saved
     narrow = {
         s.name: saved[s.name].to(torch.float32)
         for s in states
