@@ -6,10 +6,12 @@
 // shard_offsets and shard_row_strides place a local shard in its global tensor (flat index of its
 // first element; elements between two rows) and only feed the random numbers of stochastic
 // rounding. `steps` are those made before; an optimizer counts its step by one count_step_ for all
-// its tensors, behind the updates.
+// its tensors, behind the updates. `factors` are two float64 numbers a parameter, or none at all:
+// what its gradient and what the learning rate is multiplied by.
 //
 // sum_squares gives an int64 row per tensor, the exact sum as a fixed-point number
 // (common/exact_sum.h), so that rows of shards can be added; norms rounds once, and takes roots.
+// clip_factors_ is Python (torchao8/optim/_clipping.py).
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -19,7 +21,9 @@ namespace {
 // The lists of the states and their scales, in this order: all lists, then all scales.
 std::string step_schema(const char* op, const char* lists, const char* options) {
   return std::string(op) + "(Tensor(a!)[] params, Tensor[] grads, " + lists +
-         ", Tensor[] steps, Tensor lr, Tensor? grad_scale, Tensor? found_inf, *, " + options +
+         ", Tensor[] steps, Tensor[] factors, Tensor lr, Tensor? grad_scale, Tensor? found_inf, "
+         "*, " +
+         options +
          ", int block_size=256, bool stochastic_rounding=True, int seed=0, "
          "int[] shard_offsets=[], int[] shard_row_strides=[]) -> ()";
 }
@@ -64,6 +68,9 @@ STABLE_TORCH_LIBRARY(torchao8, m) {
                     "float momentum, float dampening, float weight_decay, bool nesterov, "
                     "bool maximize")
             .c_str());
+  m.def(
+      "clip_factors_(Tensor(a!)[] histories, Tensor norms, Tensor[] steps, Tensor? found_inf, "
+      "int percentile) -> Tensor");
   m.def("count_step_(Tensor(a!)[] steps, Tensor? found_inf) -> ()");
   m.def("sum_squares(Tensor[] tensors) -> Tensor");
   m.def("norms(Tensor sums) -> Tensor");

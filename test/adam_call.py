@@ -33,6 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "block_size": 256,
     "stochastic_rounding": True,
     "seed": 0,
+    "factors": [],
     "shard_offsets": [],
     "shard_row_strides": [],
 }

@@ -129,6 +129,7 @@ def step_(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     *,
+    factors: Sequence[Tensor] = (),
     block_size: int = 256,
     stochastic_rounding: bool = True,
     seed: int = 0,
@@ -154,6 +155,8 @@ def step_(
             make a float64 tensor of a number, and the dtype matters to the last bit.
         grad_scale: a number to divide the gradients by; none where None.
         found_inf: where it is not 0, nothing changes at all.
+        factors: none, or for each parameter float64 of shape (2,), finite and not negative: what
+            its gradient and what the learning rate is multiplied by.
         shard_offsets, shard_row_strides: of parameters that are shards, one number each: the flat
             index of the first element in the global tensor, and the elements of it from one local
             row to the next. The random numbers of stochastic rounding depend on them.
@@ -168,6 +171,7 @@ def step_(
         *values,
         *scales,
         steps,
+        list(factors),
         lr,
         grad_scale,
         found_inf,

@@ -1,10 +1,12 @@
 // Numbers that come as tensors of one element, so that they can change without a new trace: lr,
-// grad_scale, found_inf, and the steps that a tensor has made.
+// grad_scale, found_inf, the steps that a tensor has made and the factors of its step.
 #pragma once
 
 #include <cmath>
+#include <vector>
 
 #include "common/checks.h"
+#include "rules/rule.h"
 
 namespace torchao8 {
 
@@ -30,6 +32,23 @@ inline void check_step(const Argument& a, const Tensor& step, const Place& place
   check_place(a, step, place);
   check_dtype(a, step, ScalarType::Float);
   check_one_element(a, step);
+}
+
+// What a parameter's gradient and the learning rate are multiplied by.
+inline void check_factors(const Argument& a, const Tensor& factors, const Place& place) {
+  check_place(a, factors, place);
+  check_dtype(a, factors, ScalarType::Double);
+  const std::vector<int64_t> shape = {kFactors};
+  check_shape(a, factors, shape, "of the gradient and of the learning rate");
+  check_contiguous(a, factors);
+}
+
+// Of factors on the CPU, the numbers that they hold.
+inline void check_factor_values(const Argument& a, const Tensor& factors) {
+  const double* values = factors.const_data_ptr<double>();
+  for (int i = 0; i < kFactors; i++)
+    TORCHAO8_CHECK(values[i] >= 0 && std::isfinite(values[i]), a.text(),
+                   " must hold finite numbers that are not negative, got ", values[i]);
 }
 
 constexpr float kLastStep = 16777216.0f;

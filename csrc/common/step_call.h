@@ -25,7 +25,7 @@ struct StateLists {
 // The arguments as they came.
 struct StepCall {
   const char* op;
-  const TensorList &params, &grads, &steps;
+  const TensorList &params, &grads, &steps, &factors;
   std::vector<StateLists> lists;   // of all states of the family
   std::vector<StateLists> states;  // of those that the call has
   const bool* has;
@@ -70,6 +70,8 @@ inline void check_lengths(const StepCall& call) {
   const char* why = "one per parameter";
   check_length(call.op, "grads", call.grads, n, why);
   check_length(call.op, "steps", call.steps, n, why);
+  if (!call.factors.empty())
+    check_length(call.op, "factors", call.factors, n, "none, or one per parameter");
   for (const StateLists& state : call.states)
     check_length(call.op, state.name, *state.values, n, why);
   const bool quantized = call.quantized();
@@ -115,6 +117,7 @@ inline void check_parameter(const StepCall& call, int64_t i) {
   check_shape(grad, call.grads[i], call.params[i].sizes(), "that of the parameter");
   check_no_overlap(param, call.params[i]);
   check_step(step, call.steps[i], call.place);
+  if (!call.factors.empty()) check_factors({call.op, "factors", i}, call.factors[i], call.place);
   const BlockLayout layout = block_layout(call.params[i].sizes(), call.block_size);
   for (const StateLists& state : call.states) check_state(call, state, i, layout);
 }

@@ -57,8 +57,10 @@ void step_all(const StepCall& call, const typename Rule::Options& options) {
   int64_t latest_step = -1;
   for (size_t i = 0; i < call.params.size(); i++) {
     const int64_t step = int64_t(*call.steps[i].const_data_ptr<float>()) + 1;
-    if (step != latest_step) {
-      latest.rule = Rule::at_step(options, step, call.quantized());
+    if (step != latest_step || !call.factors.empty()) {
+      typename Rule::Options own = options;
+      if (!call.factors.empty()) own.multiply(call.factors[i].const_data_ptr<double>());
+      latest.rule = Rule::at_step(own, step, call.quantized());
       for (int s = 0; s < Rule::kStates; s++)
         latest.keys[s] = random_key(uint64_t(call.seed), uint64_t(step), s);
       latest_step = step;
@@ -80,16 +82,25 @@ struct StepOpOf<Family, std::index_sequence<S...>, Types<Arguments...>> {
   using List = TensorList;
 
   static void run(TensorList params, TensorList grads, List<S>... values, List<S>... scales,
-                  TensorList steps, Tensor lr, std::optional<Tensor> grad_scale,
+                  TensorList steps, TensorList factors, Tensor lr, std::optional<Tensor> grad_scale,
                   std::optional<Tensor> found_inf, Arguments... arguments, int64_t block_size,
                   bool stochastic_rounding, int64_t seed, std::vector<int64_t> shard_offsets,
                   std::vector<int64_t> shard_row_strides) {
     const TensorList *value_lists[] = {&values...}, *scale_lists[] = {&scales...};
     const PresentStates<Family> present(value_lists, scale_lists);
-    const StepCall call{Family::kOp, params,        grads,
-                        steps,       present.lists, present.states,
-                        present.has, block_size,    stochastic_rounding,
-                        seed,        shard_offsets, shard_row_strides,
+    const StepCall call{Family::kOp,
+                        params,
+                        grads,
+                        steps,
+                        factors,
+                        present.lists,
+                        present.states,
+                        present.has,
+                        block_size,
+                        stochastic_rounding,
+                        seed,
+                        shard_offsets,
+                        shard_row_strides,
                         kCpu};
     check_block_size(Family::kOp, block_size);
     const DefaultFloatingPoint guard;
@@ -101,8 +112,10 @@ struct StepOpOf<Family, std::index_sequence<S...>, Types<Arguments...>> {
     check_call(call);
     for (size_t i = 0; i < steps.size(); i++)
       check_count({Family::kOp, "steps", int64_t(i)}, steps[i]);
+    for (size_t i = 0; i < factors.size(); i++)
+      check_factor_values({Family::kOp, "factors", int64_t(i)}, factors[i]);
     if (found_inf && read_scalar({Family::kOp, "found_inf"}, *found_inf) != 0) return;
-    Family::choose(options, present.has, grad_scale.has_value(),
+    Family::choose(options, present.has, grad_scale.has_value() || !factors.empty(),
                    [&](auto rule) { step_all<typename decltype(rule)::type>(call, options); });
   }
 };

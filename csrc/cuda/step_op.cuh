@@ -50,6 +50,8 @@ Places places_of(const Step<Rule>& step, size_t i) {
   places.param = step.params[i].data();
   places.grad = step.grads[i].const_data();
   places.step = step.call.steps[i].template const_data_ptr<float>();
+  places.factors =
+      step.call.factors.empty() ? nullptr : step.call.factors[i].template const_data_ptr<double>();
   places.param_type = check_float_type({step.call.op, "params", int64_t(i)}, step.call.params[i]);
   places.grad_type = check_float_type({step.call.op, "grads", int64_t(i)}, step.call.grads[i]);
   return places;
@@ -149,7 +151,7 @@ struct StepOpOf<Family, std::index_sequence<S...>, Types<Arguments...>> {
   using List = TensorList;
 
   static void run(TensorList params, TensorList grads, List<S>... values, List<S>... scales,
-                  TensorList steps, Tensor lr, std::optional<Tensor> grad_scale,
+                  TensorList steps, TensorList factors, Tensor lr, std::optional<Tensor> grad_scale,
                   std::optional<Tensor> found_inf, Arguments... arguments, int64_t block_size,
                   bool stochastic_rounding, int64_t seed, std::vector<int64_t> shard_offsets,
                   std::vector<int64_t> shard_row_strides) {
@@ -158,10 +160,19 @@ struct StepOpOf<Family, std::index_sequence<S...>, Types<Arguments...>> {
     const Place place = place_of({op, "params", 0}, params[0]);
     const TensorList *value_lists[] = {&values...}, *scale_lists[] = {&scales...};
     const PresentStates<Family> present(value_lists, scale_lists);
-    const StepCall call{op,          params,        grads,
-                        steps,       present.lists, present.states,
-                        present.has, block_size,    stochastic_rounding,
-                        seed,        shard_offsets, shard_row_strides,
+    const StepCall call{op,
+                        params,
+                        grads,
+                        steps,
+                        factors,
+                        present.lists,
+                        present.states,
+                        present.has,
+                        block_size,
+                        stochastic_rounding,
+                        seed,
+                        shard_offsets,
+                        shard_row_strides,
                         place};
     check_block_size(op, block_size);
     const Scalar lr_number = scalar_argument({op, "lr"}, lr, 0, place);
@@ -178,14 +189,15 @@ struct StepOpOf<Family, std::index_sequence<S...>, Types<Arguments...>> {
     std::vector<Dense> dense_params, dense_grads;
     for (const Tensor& param : params) dense_params.emplace_back(param);
     for (const Tensor& grad : grads) dense_grads.emplace_back(grad);
-    Family::choose(options, present.has, grad_scale.has_value(), [&](auto type) {
-      using Rule = typename decltype(type)::type;
-      step_all<Rule>({call,
-                      launcher,
-                      {options, lr_number, scale, found, uint64_t(seed), call.quantized()},
-                      dense_params,
-                      dense_grads});
-    });
+    Family::choose(
+        options, present.has, grad_scale.has_value() || !factors.empty(), [&](auto type) {
+          using Rule = typename decltype(type)::type;
+          step_all<Rule>({call,
+                          launcher,
+                          {options, lr_number, scale, found, uint64_t(seed), call.quantized()},
+                          dense_params,
+                          dense_grads});
+        });
   }
 };
 template <class Family>

@@ -47,8 +47,9 @@ constexpr size_t bytes_of(FloatType type) {
 struct Places {
   void* param;
   const void* grad;
-  const float* step;    // the steps that the tensor has made
-  uint32_t first_unit;  // number of its first unit in the launch
+  const float* step;      // the steps that the tensor has made
+  const double* factors;  // null: all are 1
+  uint32_t first_unit;    // number of its first unit in the launch
   FloatType param_type, grad_type;
 
   // Whether runs of so many elements, the launch's type being this one, can be loaded as words.
@@ -168,10 +169,11 @@ struct Prepared {
   bool is_bounded;
   uint64_t keys[kMaxStates];
 
-  TORCHAO8_HD void set(Numbers<Rule> numbers, float steps_made) {
-    const int64_t step = int64_t(steps_made) + 1;
+  TORCHAO8_HD void set(Numbers<Rule> numbers, const Places& places) {
+    const int64_t step = int64_t(*places.step) + 1;
     numbers.options.lr = numbers.lr.get();
     numbers.options.grad_scale = numbers.grad_scale.get();
+    if (places.factors) numbers.options.multiply(places.factors);
     rule = Rule::at_step(numbers.options, step, numbers.scaled_state);
     is_bounded = rule.is_bounded();
     for (int s = 0; s < Rule::kStates; s++)
@@ -219,7 +221,7 @@ __device__ __forceinline__ void for_each_unit(const Table<Rule, Entry>& table,
     const uint32_t end = end_of_window < end_of_share ? end_of_window : end_of_share;
     __syncthreads();  // no warp needs the last window any more
     if (first + threadIdx.x < last)
-      window[threadIdx.x].set(table.numbers, *table.entries[first + threadIdx.x].step);
+      window[threadIdx.x].set(table.numbers, table.entries[first + threadIdx.x]);
     __syncthreads();
     uint32_t i = first, end_of_entry = 0;
     for (uint32_t unit = begin + threadIdx.x / kLanes; unit < end; unit += kWarps) {

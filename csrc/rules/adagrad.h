@@ -27,7 +27,7 @@ struct AdagradRule {
     AdagradRule r;
     r.unit[0] = r.decay[0] = 1.0f;
     r.coupled = float(o.weight_decay);
-    r.grad_gain = float((o.maximize ? -1.0 : 1.0) / o.grad_scale);
+    r.grad_gain = float(o.gradient_gain(o.maximize));
     const double step_size = -(o.lr / (1 + double(t - 1) * o.lr_decay));
     r.root_factor = float(1 / step_size);
     r.eps_term = o.eps > 0 ? float(o.eps / step_size) : 0.0f;

@@ -29,8 +29,9 @@ struct AdamRule {
   float decay[3];  // what a stored moment is multiplied by, to be in units
   // Of the denominator, both divided by -lr / (1 - beta1^t).
   float root_factor, eps_term;
-  float shrink;              // 1 - lr * weight_decay where it is decoupled, else 1
-  float coupled, grad_gain;  // weight_decay where it is coupled, else 0; +-1 / grad_scale
+  float shrink;  // 1 - lr * weight_decay where it is decoupled, else 1
+  float coupled,
+      grad_gain;  // weight_decay where it is coupled, else 0; of the gradient, with its sign
 
   TORCHAO8_HD static AdamRule at_step(const AdamOptions& o, int64_t t, bool scaled_state) {
     AdamRule r;
@@ -51,7 +52,7 @@ struct AdamRule {
     r.eps_term = o.eps > 0 ? float(o.eps / step_size) : 0.0f;
     r.shrink = o.decoupled ? float(1 - o.lr * o.weight_decay) : 1.0f;
     r.coupled = o.decoupled ? 0.0f : float(o.weight_decay);
-    r.grad_gain = float((o.maximize ? -1.0 : 1.0) / o.grad_scale);
+    r.grad_gain = float(o.gradient_gain(o.maximize));
     return r;
   }
 
@@ -106,7 +107,7 @@ struct AdamFamily {
 
   template <class Visit>
   static void choose(const Options& o, const bool* has, bool scaled_gradient, Visit visit) {
-    // A gradient scale of 1 takes the path of any other: on a GPU the host does not know it.
+    // A scale or a factor of 1 takes the path of any other: on a GPU the host does not know it.
     if (!scaled_gradient && !o.maximize && (o.decoupled || o.weight_decay == 0)) {
       has[2] ? visit(Type<AdamRule<true, true>>()) : visit(Type<AdamRule<false, true>>());
     } else {

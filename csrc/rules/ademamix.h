@@ -75,7 +75,7 @@ struct AdemamixRule {
     r.root_factor = float(inverse_root * std::sqrt(units[2]) / -o.lr);
     r.eps_term = o.eps > 0 ? float(o.eps / -o.lr) : 0.0f;
     r.shrink = float(1 - o.lr * o.weight_decay);
-    r.grad_gain = float((o.maximize ? -1.0 : 1.0) / o.grad_scale);
+    r.grad_gain = float(o.gradient_gain(o.maximize));
     return r;
   }
   TORCHAO8_HD bool is_bounded() const { return denominator_is_bounded(root_factor, eps_term); }

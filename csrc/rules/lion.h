@@ -32,7 +32,7 @@ struct LionRule {
     r.interpolation = float(o.beta1 / (1 - o.beta1));
     r.step_size = float(-o.lr);
     r.shrink = float(1 - o.lr * o.weight_decay);
-    r.grad_gain = float((o.maximize ? -1.0 : 1.0) / o.grad_scale);
+    r.grad_gain = float(o.gradient_gain(o.maximize));
     return r;
   }
   TORCHAO8_HD bool is_bounded() const { return true; }

@@ -42,7 +42,7 @@ struct RmspropRule {
     r.gain = float(gain / unit);
     r.mean_factor = float(-unit);
     r.coupled = float(o.weight_decay);
-    r.grad_gain = float((o.maximize ? -1.0 : 1.0) / o.grad_scale);
+    r.grad_gain = float(o.gradient_gain(o.maximize));
     const double divisor = kMomentum ? 1 : -o.lr;
     r.root_factor = float(std::sqrt(unit) / divisor);
     r.eps_term = o.eps > 0 ? float(o.eps / divisor) : 0.0f;

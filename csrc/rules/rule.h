@@ -32,8 +32,8 @@
 //     Arguments       these types
 //     kNumbers        those of them that must lie in a range
 //     choose(options, has, scaled_gradient, visit)   calls visit(Type<Rule>()), has[s] telling
-//     which
-//                     states there are, scaled_gradient whether the op got a gradient scale
+//                     which states there are, scaled_gradient whether the op got a gradient scale
+//                     or factors
 #pragma once
 
 #include "common/macros.h"
@@ -49,10 +49,22 @@ struct Type {
 template <class... Ts>
 struct Types {};
 
+constexpr int kFactors = 2;  // numbers of a parameter, that CommonOptions::multiply takes
+
 // The numbers that every op takes, as tensors.
 struct CommonOptions {
   double lr;
-  double grad_scale;  // gradients are divided by it
+  double grad_scale;       // gradients are divided by it
+  double clip_factor = 1;  // and multiplied by it
+
+  // Makes them those of one parameter, whose gradient is clipped and whose learning rate is scaled.
+  TORCHAO8_HD void multiply(const double* factors) {
+    clip_factor = factors[0];
+    lr *= factors[1];
+  }
+  TORCHAO8_HD double gradient_gain(bool maximize) const {
+    return (maximize ? -1.0 : 1.0) / grad_scale * clip_factor;
+  }
 };
 
 enum class Range { kDecayRate, kNotNegative, kFinite };

@@ -24,7 +24,7 @@ struct SgdRule {
   static constexpr bool kMomentsNeedParam = true;
 
   float unit[1], decay[1], gain;
-  float coupled, grad_gain;      // weight_decay; +-1 / grad_scale
+  float coupled, grad_gain;      // weight_decay; of the gradient, with its sign
   float of_buffer, of_gradient;  // what the parameter moves by, of each
 
   TORCHAO8_HD static SgdRule at_step(const SgdOptions& o, int64_t t, bool) {
@@ -33,7 +33,7 @@ struct SgdRule {
     r.decay[0] = float(o.momentum);
     r.gain = t == 1 ? 1.0f : float(1 - o.dampening);
     r.coupled = float(o.weight_decay);
-    r.grad_gain = float((o.maximize ? -1.0 : 1.0) / o.grad_scale);
+    r.grad_gain = float(o.gradient_gain(o.maximize));
     r.of_buffer = float(-o.lr * (kNesterov ? o.momentum : 1));
     r.of_gradient = float(-o.lr);
     return r;

@@ -55,6 +55,8 @@ struct TensorOf {
   std::vector<uint8_t> codes[kMaxStates];
   std::vector<float> scales[kMaxStates], states[kMaxStates];
   float step = 0;
+  bool has_factors = false;
+  double factors[kFactors] = {};
 
   int64_t count() const { return shape.rows * shape.columns; }
   int64_t blocks_per_row(int block_size) const {
@@ -105,7 +107,9 @@ template <class Rule>
 void cpu_step(TensorOf& t, const typename Rule::Options& options, bool scaled, int block_size,
               bool stochastic, uint64_t seed) {
   const int64_t step = int64_t(t.step) + 1;
-  const Rule rule = Rule::at_step(options, step, scaled);
+  typename Rule::Options own = options;
+  if (t.has_factors) own.multiply(t.factors);
+  const Rule rule = Rule::at_step(own, step, scaled);
   const auto& kernels = scalar_kernels<Rule>();
   unsigned char *param = t.place(t.param, t.param_type), *grad = t.place(t.grad, t.grad_type);
   std::vector<float> p(4096), g(4096);
@@ -180,6 +184,7 @@ cuda::Places places_of(TensorOf& t) {
   places.param = t.place(t.param, t.param_type);
   places.grad = t.place(t.grad, t.grad_type);
   places.step = &t.step;
+  places.factors = t.has_factors ? t.factors : nullptr;
   places.param_type = t.param_type;
   places.grad_type = t.grad_type;
   return places;
@@ -284,7 +289,12 @@ void check(const char* rule_name, FloatType type, FloatType param_type, FloatTyp
   for (int i = 0; i < kTinyOnes; i++)
     gpu.push_back(make_tensor<Rule>(kTiny, param_type, grad_type, block_size, random));
   std::vector<TensorOf> cpu = gpu;
-  for (size_t i = 0; i < gpu.size(); i++) gpu[i].step = cpu[i].step = float(i % 7);
+  for (size_t i = 0; i < gpu.size(); i++) {
+    gpu[i].step = cpu[i].step = float(i % 7);
+    gpu[i].has_factors = cpu[i].has_factors = i % 3 != 0;
+    for (int k = 0; k < kFactors; k++)
+      gpu[i].factors[k] = cpu[i].factors[k] = double(i % 5) * 0.3 + 0.1 * k;
+  }
   const uint64_t seed = 11;
   const std::string what = std::string(rule_name) + ", types " + std::to_string(int(param_type)) +
                            " and " + std::to_string(int(grad_type)) + ", " +

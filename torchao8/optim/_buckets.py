@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from torchao8 import sharding
 from torchao8.block_layout import fits_8bit, scale_shape
+from torchao8.optim import _clipping
 from torchao8.optim._checks import check_grad, describe, is_readable_grad
 from torchao8.sharding import Place
 
@@ -27,7 +28,7 @@ class Bucket(NamedTuple):
     They are plain tensors: of a DTensor, what lies on this rank. ``values`` and ``scales`` hold a
     list for each state, by its name: the codes and their scales, or the float32 values and an empty
     list. ``shard_offsets`` and ``shard_row_strides`` say where shards lie in their global tensors;
-    both are empty where none is sharded.
+    both are empty where none is sharded. ``numbers`` are those of the parameters in their work.
     """
 
     params: list[Tensor]
@@ -37,6 +38,31 @@ class Bucket(NamedTuple):
     scales: dict[str, list[Tensor]]
     shard_offsets: list[int]
     shard_row_strides: list[int]
+    numbers: list[int]
+
+
+class Work(NamedTuple):
+    """What a step does in a parameter group: the parameters that have a gradient, in their order.
+
+    Attributes:
+        number, group: of the parameter group.
+        buckets: the op calls. A parameter whose shard on this rank is empty is in none of them, and
+            one may be there in several pieces.
+        numbers: of the parameters in the group.
+        params: as they are in the group.
+        grads: what lies on this rank.
+        steps: the counts of steps.
+        histories: of the norms of gradients, where these are clipped.
+    """
+
+    number: int
+    group: Group
+    buckets: list[Bucket]
+    numbers: list[int]
+    params: list[Tensor]
+    grads: list[Tensor]
+    steps: list[Tensor]
+    histories: list[Tensor]
 
 
 class Columns:
@@ -46,6 +72,7 @@ class Columns:
         self.tensors: list[Tensor] = []
         self.offsets: list[int] = []
         self.strides: list[int] = []
+        self.numbers: list[int] = []
 
     def bucket(self, names: Sequence[str], quantized: bool) -> Bucket:
         """One list for each thing of a parameter."""
@@ -61,10 +88,22 @@ class Columns:
             dict(zip(names, scales, strict=True)),
             self.offsets,
             self.strides,
+            self.numbers,
         )
 
+    def add(self, number: int, *tensors: Tensor) -> None:
+        """Adds a parameter: itself, its gradient, its step, then its states."""
+        self.tensors += tensors
+        self.numbers.append(number)
+
     def add_shard(
-        self, place: Place | None, p: Tensor, grad: Tensor, step: Tensor, states: list[Tensor]
+        self,
+        number: int,
+        place: Place | None,
+        p: Tensor,
+        grad: Tensor,
+        step: Tensor,
+        states: list[Tensor],
     ) -> None:
         """Adds what lies on this rank, if anything does: first all codes or values, then scales.
 
@@ -72,10 +111,10 @@ class Columns:
         """
         if place is None:
             if p.numel():
-                self.tensors += (p, grad, step, *states)
+                self.add(number, p, grad, step, *states)
         elif place.whole:
             for run in place.runs:
-                self.tensors += (p, grad, step, *states)
+                self.add(number, p, grad, step, *states)
                 self.offsets.append(run.offset)
                 self.strides.append(run.stride)
         else:
@@ -85,37 +124,36 @@ class Columns:
             p, grad = p.view(-1, place.row), grad.reshape(-1, place.row)
             for run in place.runs:
                 a, b = run.first, run.last
-                self.tensors += (p[a:b], grad[a:b], step, *(t[a:b] for t in rows))
+                self.add(number, p[a:b], grad[a:b], step, *(t[a:b] for t in rows))
                 self.offsets.append(run.offset)
                 self.strides.append(run.stride)
 
 
 def sort_into_buckets(
     optimizer: Optimizer,
-    group: Group,
+    number: int,
     names: Sequence[str],
     init_states: Callable[[], None],
     place_of: Callable[[int, DTensor], Place | None],
-) -> tuple[list[Bucket], list[Tensor]]:
+) -> Work:
     """The op calls that update the parameters of a group that have a gradient.
 
     Args:
+        number: of the group.
         names: of the states of a parameter.
         init_states: makes the states that are missing.
         place_of: of the i-th parameter of the group, a DTensor: where its shard lies.
 
-    Returns:
-        The buckets, and the step of each parameter once, to be counted: one whose shard here is
-        empty is in no bucket, and one may be there in several pieces.
-
     Raises:
         RuntimeError: a gradient that no step can read; a state that does not fit the options.
     """
+    group = optimizer.param_groups[number]
+    beside = ["step", _clipping.KEY] if _clipping.clips(group) else ["step"]
     codes, scales = [f"{name}_codes" for name in names], [f"{name}_scale" for name in names]
-    keys32, keys8 = ["step", *names], ["step", *codes, *scales]
+    keys32, keys8 = [*beside, *names], [*beside, *codes, *scales]
     first_codes, first_scale = (codes[0], scales[0]) if names else ("", "")
     kinds: dict[Any, Columns] = {}
-    steps = []
+    work = Work(number, group, [], [], [], [], [], [])
     for i, p in enumerate(group["params"]):
         grad, state = p.grad, optimizer.state.get(p)
         if not state:
@@ -143,19 +181,27 @@ def sort_into_buckets(
                 pass
         elif names:  # what has no state has no format either
             check_layout(optimizer, group, p, scale, not sharded or place is not None)
-        steps.append(tensors[0])
+        step, states = tensors[0], tensors[len(beside) :]
+        where = len(work.params)
+        work.numbers.append(i)
+        work.params.append(p)
+        work.steps.append(step)
+        work.histories.extend(tensors[1 : len(beside)])
         if not sharded:
+            work.grads.append(grad)
             kind = (quantized, p.device, p.dtype, grad.dtype, False)
-            kinds.setdefault(kind, Columns()).tensors += (p, grad, *tensors)
+            kinds.setdefault(kind, Columns()).add(where, p, grad, step, *states)
             continue
-        step, *states = tensors
         p_local, grad = sharding.local(p), sharding.placed_grad(p, grad)
+        work.grads.append(grad)
         kind = (quantized, p_local.device, p.dtype, grad.dtype, quantized)
         parts = [t.to_local() for t in states]
         columns = kinds.setdefault(kind, Columns())
-        columns.add_shard(place if quantized else None, p_local, grad, step, parts)
-    buckets = [made.bucket(names, kind[0]) for kind, made in kinds.items() if made.tensors]
-    return buckets, steps
+        columns.add_shard(where, place if quantized else None, p_local, grad, step, parts)
+    work.buckets.extend(
+        made.bucket(names, kind[0]) for kind, made in kinds.items() if made.tensors
+    )
+    return work
 
 
 def check_layout(

@@ -1,0 +1,86 @@
+"""Clipping a gradient by a percentile of the norms that its parameter's gradients have had.
+
+As the optimizers of bitsandbytes up to 0.45 did it: a parameter keeps the norms of its last 100
+gradients, and one that is larger than the p-th of them, in ascending order and counted from 0, is
+scaled down to that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchao8.optim._checks import is_int
+
+HISTORY = 100
+# Of ``optimizer.state[p]``: float32, one number for each of the last steps.
+KEY = "grad_norms"
+# Where there was no gradient yet. The next norm goes into all such places.
+EMPTY = -1.0
+OFF = 100
+
+_LARGEST = torch.finfo(torch.float32).max
+
+
+def clips(group: dict[str, Any]) -> bool:
+    """Whether the gradients of a group are clipped."""
+    return bool(group["percentile_clipping"] != OFF)
+
+
+def check_percentile(value: Any) -> None:
+    """Raises ValueError unless this is a number of the sorted norms, or 100 for no clipping."""
+    if not is_int(value) or not 1 <= value <= OFF:
+        raise ValueError(
+            f"percentile_clipping: expected an int from 1 to {OFF}, which is off, got {value!r}"
+        )
+
+
+def clip_factors_(
+    histories: list[Tensor],
+    norms: Tensor,
+    steps: list[Tensor],
+    found_inf: Tensor | None,
+    percentile: int,
+) -> Tensor:
+    """Takes the norms of this step into the histories, and tells what clips the gradients.
+
+    An op, so that no compiler rounds otherwise; nothing waits for the device.
+
+    Args:
+        histories: float32 of shape (100,), one for each parameter; changed.
+        norms: float64 of shape (n,).
+        steps: 0-d float32, the steps that a parameter has made before this one.
+        found_inf: where it is not 0, the histories stay as they are.
+
+    Returns:
+        float64 of shape (n,), from 0 to 1.
+    """
+    before = torch.stack(histories)
+    # No norm is infinite, but float32 ends earlier than float64.
+    current = norms.clamp(max=_LARGEST).to(torch.float32).unsqueeze(1)
+    slot = (torch.stack(steps) + 1).remainder(HISTORY).unsqueeze(1)
+    is_new = (before < 0) | (torch.arange(HISTORY, device=slot.device) == slot)
+    after = torch.where(is_new, current, before)
+    limit = after.sort(dim=1).values[:, percentile : percentile + 1]
+    factors = torch.where(current > limit, limit.double() / current.double(), 1.0)
+    if found_inf is not None:
+        after = torch.where(found_inf != 0, before, after)
+    torch._foreach_copy_(histories, after.unbind())
+    return factors.squeeze(1)
+
+
+for _device in ("CPU", "CUDA"):
+    torch.library.impl("torchao8::clip_factors_", _device, clip_factors_)
+
+
+@torch.library.register_fake("torchao8::clip_factors_")
+def _(
+    histories: list[Tensor],
+    norms: Tensor,
+    steps: list[Tensor],
+    found_inf: Tensor | None,
+    percentile: int,
+) -> Tensor:
+    return torch.empty_like(norms)
