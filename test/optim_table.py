@@ -185,6 +185,9 @@ BAD_OPTIONS: tuple[tuple[Options, type[Exception]], ...] = (
     ({"seed": 0.5}, ValueError),
     ({"seed": 2**63}, ValueError),
     ({"differentiable": True}, NotImplementedError),
+    ({"percentile_clipping": 0}, ValueError),
+    ({"percentile_clipping": 101}, ValueError),
+    ({"percentile_clipping": 5.0}, ValueError),
 )
 
 # And those that a rule has.
@@ -235,7 +238,6 @@ BAD_OF_RULE: dict[str, tuple[Options, ...]] = {
 
 # They stand in the signatures, as in those of bitsandbytes.
 LATER_OPTIONS: tuple[Options, ...] = (
-    {"percentile_clipping": 5},
     {"block_wise": False},
     {"is_paged": True},
 )

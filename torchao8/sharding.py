@@ -296,6 +296,48 @@ def _shards(placement: Placement) -> int | None:
     return placement.dim  # type: ignore[attr-defined]
 
 
+# -- sums over a whole parameter -------------------------------------------------------------------
+
+
+def shard_groups(params: Sequence[Tensor]) -> list[tuple[str, list[int]]]:
+    """The process groups whose ranks hold different parts of parameters.
+
+    Returns:
+        For each of them its name, and the indices of those parameters. One for each dimension of a
+        mesh, so that a parameter that two dimensions shard is in two.
+    """
+    members: dict[str, list[int]] = {}
+    for i, p in enumerate(params):
+        if not is_dtensor(p) or p.device_mesh.get_coordinate() is None:
+            continue
+        for dim, placement in enumerate(p.placements):
+            if _shards(placement) is not None and p.device_mesh.size(dim) > 1:
+                name = p.device_mesh.get_group(dim).group_name
+                members.setdefault(name, []).append(i)
+    return list(members.items())
+
+
+def sum_rows(rows: Tensor, groups: Sequence[tuple[str, Sequence[int]]]) -> Tensor:
+    """Adds up what ranks know of the whole parameters: one all-reduce for each process group.
+
+    Args:
+        rows: int64, the first dimension that of the parameters.
+        groups: of :func:`shard_groups`.
+    """
+    from torch.distributed._functional_collectives import all_reduce
+
+    for name, members in groups:
+        if len(members) == len(rows):
+            rows = all_reduce(rows, "sum", name)
+            continue
+        parts = list(rows.unbind())
+        summed = all_reduce(torch.stack([parts[i] for i in members]), "sum", name)
+        for i, part in zip(members, summed.unbind(), strict=True):
+            parts[i] = part
+        rows = torch.stack(parts)
+    return rows
+
+
 # -- tensors that lie as a parameter does ----------------------------------------------------------
 
 

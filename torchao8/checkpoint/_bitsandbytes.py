@@ -19,7 +19,7 @@ from torchao8.checkpoint._moments import (
 
 # Where newer versions of bitsandbytes hide tensors from FSDP1, which would gather them as if they
 # were shaped as the parameter: Optimizer8bit.state_dict in bitsandbytes/optim/optimizer.py.
-_NESTED = "__bnb_optimizer_quant_state__"
+NESTED = "__bnb_optimizer_quant_state__"
 # Everything that bitsandbytes ever kept for a parameter. Those that to_own does not read hold what
 # the last step left behind: norms for clipping, and the other half of max1 and max2.
 _BNB_SCRATCH = frozenset(("new_max1", "new_max2", "gnorm_vec", "unorm_vec"))
@@ -30,7 +30,7 @@ _BNB_BLOCK_SIZES = (256, 2048, 64, 128, 512, 1024, 4096)
 
 def is_bitsandbytes(saved: Mapping[str, Any]) -> bool:
     """Whether the keys are those of bitsandbytes."""
-    return _NESTED in saved or any(_is_bnb_key(key) for key in saved)
+    return NESTED in saved or any(_is_bnb_key(key) for key in saved)
 
 
 def _is_bnb_key(key: Any) -> bool:
@@ -46,10 +46,10 @@ def read_bitsandbytes(
     block_size: int,
 ) -> Moments:
     """state1, state2 and what belongs to them, as Optimizer2State.init_state makes them."""
-    nested = saved.get(_NESTED, {})
+    nested = saved.get(NESTED, {})
     if not isinstance(nested, Mapping):
-        raise ValueError(f"{_NESTED} of {label}: expected a dict, got {type(nested).__name__}")
-    flat = {**{k: v for k, v in saved.items() if k != _NESTED}, **nested}
+        raise ValueError(f"{NESTED} of {label}: expected a dict, got {type(nested).__name__}")
+    flat = {**{k: v for k, v in saved.items() if k != NESTED}, **nested}
     wanted = [f"state{i}" for i in range(1, len(states) + 1)]
     got = [key for key in flat if _is_bnb_key(key) and key.startswith("state")]
     if sorted(got) != wanted:

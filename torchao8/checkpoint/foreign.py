@@ -20,8 +20,8 @@ from torch import Tensor
 
 from torchao8 import ops
 from torchao8.block_layout import row_length, scale_shape
-from torchao8.checkpoint._bitsandbytes import is_bitsandbytes, read_bitsandbytes
-from torchao8.checkpoint._moments import Quantized, StateSpec, checked_step
+from torchao8.checkpoint._bitsandbytes import NESTED, is_bitsandbytes, read_bitsandbytes
+from torchao8.checkpoint._moments import Quantized, StateSpec, checked_scale, checked_step
 from torchao8.checkpoint._torchao import is_torchao, read_torchao
 
 # Entries of their maps differ from ours by up to 6e-8: they were rounded more often.
@@ -96,6 +96,19 @@ def to_own(
     for name, m in moments.items():
         own[name] = m.dequantize() if isinstance(m, Quantized) else m
     return own
+
+
+def norm_history(label: str, saved: Mapping[str, Any]) -> Tensor | None:
+    """The norms of the last 100 gradients, which bitsandbytes keeps squared, or None.
+
+    Raises:
+        ValueError: what stands there is no such thing.
+    """
+    nested = saved.get(NESTED, {})
+    squares = {**saved, **nested}.get("gnorm_vec")
+    if squares is None:
+        return None
+    return checked_scale(label, "gnorm_vec", squares, (100,)).sqrt()
 
 
 def _widened(saved: Mapping[str, Any], states: Sequence[StateSpec]) -> dict[str, Any] | None:

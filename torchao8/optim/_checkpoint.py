@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchao8 import ops
 from torchao8.block_layout import scale_shape
+from torchao8.optim import _clipping
 from torchao8.optim._checks import kind
 from torchao8.sharding import (
     cut_out,
@@ -20,6 +21,9 @@ from torchao8.sharding import (
     place,
     same_placement,
 )
+
+# The keys that stand beside the states of a rule, in 8 and in 32 bits alike.
+BESIDE_STATES = ("step", _clipping.KEY)
 
 # Of the state as it is saved: the keys, what they hold and how blocks lie. It stands in every
 # parameter group, as what stands beside the groups gets lost on some roads.
@@ -172,7 +176,7 @@ def _is_8bit(states: Sequence[State], keys: Collection[str]) -> bool:
 
 def _form(layout: Layout, states: Sequence[State], in_8bit: bool, block_size: int) -> Layout:
     """The layout of the same state in 8 or 32 bits; without what this rank has of it."""
-    form = {"step": layout["step"]}
+    form = {key: layout[key] for key in BESIDE_STATES if key in layout}
     for state in states:
         shape = next(layout[key].shape for key in _keys(state, _is_8bit(states, layout)))
         scales = scale_shape(shape, block_size)
@@ -234,6 +238,10 @@ def _check_values(label: str, key: str, spec: TensorSpec, value: Tensor) -> None
         wrong = "finite numbers, got some that are not"
     elif key == "step" and not 0 <= float(value) == float(value) // 1 < 2**24:
         wrong = f"a whole number from 0 to 2^24 - 1, got {float(value)}"
+    elif key == _clipping.KEY:
+        wrong_norms = (value < 0) & (value != _clipping.EMPTY)
+        if bool(wrong_norms.any()):
+            wrong = f"norms, or {_clipping.EMPTY} for none, got {float(value[wrong_norms][0])}"
     elif not spec.signed:
         # A scale of -0.0 would give the codes a sign.
         negative = value.signbit() if key.endswith("_scale") else value < 0
@@ -286,7 +294,7 @@ def convert(
     """
     in_8bit, saved_in_8bit = _is_8bit(states, layout), _is_8bit(states, saved)
     form = _form(layout, states, saved_in_8bit, saved_block_size)
-    keys = [key for key in form if key != "step"]
+    keys = [key for key in form if key not in BESIDE_STATES]
     here = is_dtensor(p) and all(
         is_dtensor(saved[key]) and is_placed_as(p, saved[key]) for key in keys
     )
@@ -298,6 +306,8 @@ def convert(
     for key, value in values.items():
         _check_values(label, key, form[key], value)
     parts, sharded = {"step": step}, p if here else None
+    if _clipping.KEY in form:
+        parts[_clipping.KEY] = _whole(saved[_clipping.KEY]).detach()
     for state in states:
         new: tuple[Tensor, ...] = tuple(values[key] for key in _keys(state, saved_in_8bit))
         if saved_in_8bit:
@@ -316,7 +326,7 @@ def in_32bit(
     """The state of a parameter in 32 bits, sharded as it is; ``saved`` itself where it is so."""
     if f"{states[0].name}_codes" not in saved:
         return saved
-    converted = {"step": saved["step"]}
+    converted = {key: saved[key] for key in BESIDE_STATES if key in saved}
     for state in states:
         codes, scale = (local(saved[key]) for key in _keys(state, True))
         converted[state.name] = like(

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torchao8 import sharding
 from torchao8.block_layout import check_block_size
 from torchao8.checkpoint import foreign
+from torchao8.optim import _clipping
 from torchao8.optim._buckets import Group
 from torchao8.optim._checkpoint import Layout, State, check_form, convert, parts_of, seal
 from torchao8.optim._checks import describe, warn_caller
@@ -169,6 +170,11 @@ class _Loading:
         if own is not None:
             self.authors.add(foreign.who_wrote(values) or "torch.optim")
             self.state[saved_id] = own
+        if _clipping.clips(group) and _clipping.KEY not in values:
+            history = foreign.norm_history(label, values)
+            if history is None:
+                history = torch.full((_clipping.HISTORY,), _clipping.EMPTY)
+            self.state[saved_id] = {**self.state[saved_id], _clipping.KEY: history}
 
     def _plan(self, group: Group, p: Tensor, saved_id: Any, saved_block_size: int) -> None:
         values, states = self.state[saved_id], self.optimizer._states(group)

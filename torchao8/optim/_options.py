@@ -38,7 +38,10 @@ class CommonOptions(TypedDict, total=False):
         state_rounding: how averages and sums of squares are rounded to 8 bits, "stochastic" or
             "nearest". Other states say in their class how they are rounded.
         seed: of the stochastic rounding. The same seed, step and gradients give the same bits.
-        percentile_clipping: must be 100.
+        percentile_clipping: p scales a gradient down whose norm is larger than the p-th of its
+            parameter's last 100, in ascending order, to that norm; 100 is off. As in bitsandbytes
+            up to 0.45, but for the norm of the whole parameter where it is sharded. To be decided
+            before the first step.
         block_wise: must be True.
         is_paged: must be False.
     """

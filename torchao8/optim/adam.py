@@ -83,6 +83,10 @@ class Adam(_Adam):
         state_rounding: how second moments are rounded to 8 bits, "stochastic" or "nearest". First
             moments are always rounded to nearest.
         seed: of the stochastic rounding. The same seed, step and gradients give the same bits.
+        percentile_clipping: p scales a gradient down whose norm is larger than the p-th of its
+            parameter's last 100, in ascending order, to that norm; 100 is off. As in bitsandbytes
+            up to 0.45, but for the norm of the whole parameter where it is sharded. To be decided
+            before the first step.
         decoupled_weight_decay: decay as :class:`AdamW` does.
 
     Raises:
@@ -109,6 +113,7 @@ class Adam(_Adam):
         block_size: int = 256,
         state_rounding: str = "stochastic",
         seed: int = 0,
+        percentile_clipping: int = 100,
         decoupled_weight_decay: bool = False,
     ) -> None:
         options = _options(locals(), decoupled_weight_decay=decoupled_weight_decay)
@@ -143,6 +148,7 @@ class AdamW(_Adam):
         block_size: int = 256,
         state_rounding: str = "stochastic",
         seed: int = 0,
+        percentile_clipping: int = 100,
     ) -> None:
         super().__init__(params, _options(locals(), decoupled_weight_decay=True))
 
@@ -155,7 +161,6 @@ class Adam8bit(_Adam):
     <https://arxiv.org/abs/2110.02861>`_. Arguments and errors are those of :class:`Adam`, and
 
     Args:
-        percentile_clipping: must be 100.
         block_wise: must be True.
         is_paged: must be False.
     """

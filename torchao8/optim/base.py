@@ -16,7 +16,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from torchao8 import ops, sharding
 from torchao8.block_layout import check_block_size, fits_8bit, scale_shape
-from torchao8.optim._buckets import Bucket, Group, check_layout, sort_into_buckets
+from torchao8.optim import _clipping, _factors
+from torchao8.optim._buckets import Group, Work, check_layout, sort_into_buckets
 from torchao8.optim._checkpoint import (
     STATE_VERSION,
     Layout,
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 # Options of every optimizer that have one value so far, and what the others would be.
 FIXED = {
     "differentiable": (False, "a step that autograd records"),
-    "percentile_clipping": (100, "clipping by a percentile of the gradient norms"),
     "block_wise": (True, "one scale for a whole tensor"),
     "is_paged": (False, "paged state"),
 }
@@ -87,6 +87,9 @@ class LowPrecisionOptimizer(Optimizer):
         """The options of a group as the op of the rule has them."""
         raise NotImplementedError
 
+    # Of a rule with trust ratios, a method: see torchao8.optim._factors.Rule.
+    _trust_ratios: Callable[[Group, Tensor, Tensor], Tensor] | None = None
+
     def _check_options(self, group: Group) -> None:
         """Raises ValueError or NotImplementedError for an option that is out of range."""
         for name, (value, other) in FIXED.items():
@@ -94,6 +97,7 @@ class LowPrecisionOptimizer(Optimizer):
                 raise NotImplementedError(
                     f"{name}={group[name]!r}: {other} is not implemented, it must be {value!r}"
                 )
+        _clipping.check_percentile(group["percentile_clipping"])
         check_number("lr", group["lr"], tensor=True)
         if not is_int(group["optim_bits"]) or group["optim_bits"] not in (8, 32):
             raise ValueError(f"optim_bits: expected 8 or 32, got {group['optim_bits']!r}")
@@ -150,6 +154,16 @@ class LowPrecisionOptimizer(Optimizer):
             if wrong is not None:
                 raise ValueError(f"{type(self).__name__}: {describe(self, p)} {wrong}")
         layout = {"step": TensorSpec(torch.float32, ())}
+        if _clipping.clips(group):
+            layout[_clipping.KEY] = TensorSpec(
+                torch.float32, (_clipping.HISTORY,), _clipping.EMPTY
+            )
+        if sharding.is_flattened(p) and (self._trust_ratios is not None or len(layout) > 1):
+            raise ValueError(
+                f"{type(self).__name__}: {describe(self, p)} was flattened by FSDP1, which does "
+                "not tell where the shards of a parameter are; clipping by percentiles and trust "
+                "ratios need the norm of all of it. Shard with fully_shard (FSDP2)"
+            )
         for name, signed, initial in self._states(group):
             if in_8bit:
                 code = 255 if initial else 127 if signed else 0  # 1.0 or 0.0, times the scale
@@ -216,6 +230,10 @@ class LowPrecisionOptimizer(Optimizer):
         options = self.param_groups[group]
         return sharding.place(options["params"][param], options["block_size"])
 
+    def _shard_groups(self, numbers: tuple[tuple[int, int], ...]) -> list[tuple[str, list[int]]]:
+        """The process groups that share parameters; by their numbers, which can be traced."""
+        return sharding.shard_groups([self.param_groups[g]["params"][i] for g, i in numbers])
+
     # -- the step ------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -242,18 +260,21 @@ class LowPrecisionOptimizer(Optimizer):
         else:
             for group in self.param_groups:  # lr, a tensor maybe, is not read: it may be on a GPU
                 self._check_options({**group, "lr": 0.0})
-        calls = []
-        steps: dict[torch.device, list[Tensor]] = {}
+        rates, works = [], []
         for number, group in enumerate(self.param_groups):
-            lr = _lr_tensor(group["lr"])
-            buckets, made = self._buckets(number, group)
-            calls += [(group, lr, bucket) for bucket in buckets]
-            for step in made:
-                steps.setdefault(step.device, []).append(step)
+            rates.append(_lr_tensor(group["lr"]))
+            works.append(self._work(number, group))
         # Only now: what is refused in one group leaves all of them as they were.
         grad_scale = _plain(getattr(self, "grad_scale", None))
         found_inf = _plain(getattr(self, "found_inf", None))
-        for group, lr, bucket in calls:
+        rule = _factors.Rule(self._trust_ratios, self._shard_groups)
+        factors = _factors.factors_of(rule, works, grad_scale, found_inf)
+        calls = [
+            (lr, work.group, bucket, own)
+            for lr, work, own in zip(rates, works, factors, strict=True)
+            for bucket in work.buckets
+        ]
+        for lr, group, bucket, own in calls:
             device = bucket.params[0].device
             ops.step_(
                 self._op,
@@ -265,6 +286,7 @@ class LowPrecisionOptimizer(Optimizer):
                 lr if lr.is_cpu else _to_device(lr, device),  # a number on the CPU goes anywhere
                 _to_device(grad_scale, device),
                 _to_device(found_inf, device),
+                factors=[own[i] for i in bucket.numbers] if own else [],
                 block_size=group["block_size"],
                 stochastic_rounding=group["state_rounding"] == "stochastic",
                 seed=group["seed"],
@@ -272,6 +294,10 @@ class LowPrecisionOptimizer(Optimizer):
                 shard_row_strides=bucket.shard_row_strides,
                 **self._op_options(group),
             )
+        steps: dict[torch.device, list[Tensor]] = {}
+        for work in works:
+            for step in work.steps:
+                steps.setdefault(step.device, []).append(step)
         if not steps and not torch.compiler.is_compiling():
             self._warn_of_no_gradient()
         for device, made in steps.items():  # one kernel on a GPU, for all buckets
@@ -279,8 +305,8 @@ class LowPrecisionOptimizer(Optimizer):
         self._mark_modified()
         return loss
 
-    def _buckets(self, number: int, group: Group) -> tuple[list[Bucket], list[Tensor]]:
-        """The op calls of a group, and the steps to count."""
+    def _work(self, number: int, group: Group) -> Work:
+        """What a step does in a group."""
         names = [state.name for state in self._states(group)]
 
         def place_of(i: int, p: DTensor) -> Place | None:
@@ -288,7 +314,7 @@ class LowPrecisionOptimizer(Optimizer):
                 return self._place(number, i)
             return sharding.place(p, group["block_size"])
 
-        return sort_into_buckets(self, group, names, self._init_states, place_of)
+        return sort_into_buckets(self, number, names, self._init_states, place_of)
 
     def _mark_modified(self) -> None:
         """The ops tell autograd of plain parameters and of the local tensors of DTensors only."""
@@ -352,7 +378,7 @@ class LowPrecisionOptimizer(Optimizer):
 
 
 def _run_when_traced(cls: type[LowPrecisionOptimizer]) -> None:
-    """Has torch.compile run two methods as they are, once, when it traces a call of them.
+    """Has torch.compile run three methods as they are, once, when it traces a call of them.
 
     ``torch.optim`` calls its method for this ``_init_group``, a name that torch.compile knows. But
     it refuses to run that one where the gradients come from the same graph, in a whole train step.
@@ -361,6 +387,7 @@ def _run_when_traced(cls: type[LowPrecisionOptimizer]) -> None:
     """
     torch.compiler.assume_constant_result(cls._init_states)
     torch.compiler.assume_constant_result(cls._place)
+    torch.compiler.assume_constant_result(cls._shard_groups)
 
 
 def _warn_of_misspelled(group: Group, options: Group) -> None:
