@@ -11,7 +11,7 @@
 //
 // sum_squares gives an int64 row per tensor, the exact sum as a fixed-point number
 // (common/exact_sum.h), so that rows of shards can be added; norms rounds once, and takes roots.
-// clip_factors_ is Python (torchao8/optim/_clipping.py).
+// clip_factors_ and lars_trust_ratios are Python, in torchao8/optim.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -66,11 +66,14 @@ STABLE_TORCH_LIBRARY(torchao8, m) {
   m.def(step_schema("sgd_step_",
                     "Tensor(b!)[] momentum_buffers, Tensor(c!)[] momentum_buffer_scales",
                     "float momentum, float dampening, float weight_decay, bool nesterov, "
-                    "bool maximize")
+                    "bool rate_in_buffer, bool maximize")
             .c_str());
   m.def(
       "clip_factors_(Tensor(a!)[] histories, Tensor norms, Tensor[] steps, Tensor? found_inf, "
       "int percentile) -> Tensor");
+  m.def(
+      "lars_trust_ratios(Tensor param_norms, Tensor grad_norms, float trust_coefficient, "
+      "float weight_decay) -> Tensor");
   m.def("count_step_(Tensor(a!)[] steps, Tensor? found_inf) -> ()");
   m.def("sum_squares(Tensor[] tensors) -> Tensor");
   m.def("norms(Tensor sums) -> Tensor");

@@ -86,6 +86,13 @@ ADEMAMIX_OPTIONS: tuple[Options, ...] = (
     {"alpha": 2.0, "betas": (0.8, 0.9, 0.99), "weight_decay": 0.3, "lr": 0.05},
     {"t_alpha": 4, "t_beta3": 5, "maximize": True, "eps": 1e-3},
 )
+LARS_OPTIONS: tuple[Options, ...] = (
+    {"momentum": 0.0, "weight_decay": 0.1, "lr": 2.0},
+    {"lr": 3.0},
+    {"dampening": 0.3, "weight_decay": 0.1, "lr": 0.5, "trust_coefficient": 0.02},
+    {"nesterov": True, "maximize": True, "weight_decay": 0.2, "lr": 1.5},
+    {"adaptive": False, "lr": 0.05, "weight_decay": 0.1},
+)
 LION_OPTIONS: tuple[Options, ...] = (
     {},
     {"weight_decay": 0.3, "lr": 0.05},
@@ -156,6 +163,13 @@ OPTIMIZERS = (
     *ADAMS,
     *family("Adagrad", torch.optim.Adagrad, (("sum", False),), ADAGRAD_OPTIONS),
     *family("AdEMAMix", None, ADEMAMIX_STATES, ADEMAMIX_OPTIONS),
+    *family(
+        "LARS",
+        None,
+        (("momentum_buffer", True),),
+        LARS_OPTIONS,
+        base={"momentum": 0.9},
+    ),
     *family("Lion", None, (("exp_avg", True),), LION_OPTIONS),
     *family("RMSprop", torch.optim.RMSprop, (("square_avg", False),), RMSPROP_OPTIONS, **RMSPROP),
     *family(
@@ -215,6 +229,13 @@ BAD_OF_RULE: dict[str, tuple[Options, ...]] = {
         {"t_beta3": -1},
         {"eps": -1e-8},
         {"weight_decay": -0.1},
+    ),
+    "lars": (
+        {"momentum": -0.1},
+        {"weight_decay": -0.1},
+        {"trust_coefficient": -0.1},
+        {"adaptive": 1},
+        {"nesterov": True, "dampening": 0.1},
     ),
     "lion": (*BAD_BETAS, {"weight_decay": -0.1}),
     "rmsprop": (

@@ -98,6 +98,26 @@ def sgd(p: Tensor, g: Tensor, old: States, step: int, o: Options, in_8bit: bool)
     return guarded(good, p, old, Result(param, states, error, errors))
 
 
+def lars(p: Tensor, g: Tensor, old: States, step: int, o: Options, in_8bit: bool) -> Result:
+    """SGD with the learning rate, times the ratio, inside of the buffer."""
+    ratio = 1.0
+    if o["adaptive"]:
+        norm = float(p.norm())
+        below = float(g[g.isfinite()].norm()) + o["weight_decay"] * norm
+        ratio = o["trust_coefficient"] * norm / below if norm and below else 1.0
+    g, G, good = gradient(p, g, o, o["weight_decay"])
+    rate = o["lr"] * ratio
+    if not o["momentum"]:
+        return guarded(good, p, old, Result(p - rate * g, {}, UNIT * (p.abs() + rate * G), {}))
+    gain = rate * (1.0 if step == 1 else 1 - o["dampening"])
+    b = o["momentum"] * old["momentum_buffer"] + gain * g
+    B = o["momentum"] * old["momentum_buffer"].abs() + abs(gain) * G
+    param = p - (rate * g + o["momentum"] * b if o["nesterov"] else b)
+    error = UNIT * (p.abs() + B * (1 + o["momentum"]) + rate * G)
+    states, errors = {"momentum_buffer": b}, {"momentum_buffer": UNIT * B}
+    return guarded(good, p, old, Result(param, states, error, errors))
+
+
 def rmsprop(p: Tensor, g: Tensor, old: States, step: int, o: Options, in_8bit: bool) -> Result:
     """In 8 bits the variance is at least a 64th of the mean square."""
     alpha = o["alpha"]
@@ -167,6 +187,7 @@ RULES = {
     "adagrad": adagrad,
     "adam": adam,
     "ademamix": ademamix,
+    "lars": lars,
     "lion": lion,
     "rmsprop": rmsprop,
     "sgd": sgd,

@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import torchao8
-from torchao8 import ops
 
 OPTIONS = {"lr": 0.01, "min_8bit_size": SMALL, "percentile_clipping": 5}
 

@@ -114,7 +114,7 @@ def test_generated_code_has_no_clone(case: OptimizerCase, lr: str, device: str) 
     body = code[code.index("def call(") : code.index("runner = Runner")]
     # On a GPU inductor may align an input that is not, as all are here.
     body = body.replace("copy_if_misaligned(", "(")
-    assert body.count(f"torch.ops.torchao8.{case.rule}_step_.default(") == 4
+    assert body.count(f"torch.ops.torchao8.{case.cls._op}.default(") == 4
     for copying in ("clone", "copy_", "as_strided", "auto_functionalized"):
         assert copying not in body
     sizes = re.findall(r"empty_strided\w*\((\([^)]*\))", body)

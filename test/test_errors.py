@@ -73,6 +73,9 @@ state_rounding: expected 'stochastic' or 'nearest', got 'up'
 seed: expected an int of 64 bits, got 0.5
 seed: expected an int of 64 bits, got 9223372036854775808
 differentiable=True: a step that autograd records is not implemented, it must be False
+percentile_clipping: expected an int from 1 to 100, which is off, got 0
+percentile_clipping: expected an int from 1 to 100, which is off, got 101
+percentile_clipping: expected an int from 1 to 100, which is off, got 5.0
 betas[0]: expected a number in [0, 1), got 1.0
 betas[1]: expected a number in [0, 1), got -0.1
 betas[1]: expected a number in [0, 1), got nan
@@ -80,8 +83,6 @@ betas: expected two numbers, got 0.9
 betas[0]: expected a number in [0, 1), got a tensor
 eps: expected a finite number >= 0, got -1e-08
 weight_decay: expected a finite number >= 0, got -0.1
-percentile_clipping=5: clipping by a percentile of the gradient norms is not implemented, it
-    must be 100
 block_wise=False: one scale for a whole tensor is not implemented, it must be True
 is_paged=True: paged state is not implemented, it must be False""",
     )
@@ -109,6 +110,12 @@ AdEMAMix: t_alpha: expected an int >= 0, got 0.5
 AdEMAMix: t_beta3: expected an int >= 0, got -1
 AdEMAMix: eps: expected a finite number >= 0, got -1e-08
 AdEMAMix: weight_decay: expected a finite number >= 0, got -0.1
+LARS: momentum: expected a finite number >= 0, got -0.1
+LARS: weight_decay: expected a finite number >= 0, got -0.1
+LARS: trust_coefficient: expected a finite number >= 0, got -0.1
+LARS: adaptive: expected True or False, got 1
+LARS: nesterov: expected a momentum above 0 and a dampening of 0 with it, got momentum=0.9,
+    dampening=0.1
 Lion: betas[0]: expected a number in [0, 1), got 1.0
 Lion: betas[1]: expected a number in [0, 1), got -0.1
 Lion: betas[1]: expected a number in [0, 1), got nan

@@ -16,6 +16,7 @@ def call_arguments(quantized: bool) -> dict[str, Any]:
         "params": params,
         "grads": [torch.randn_like(p) for p in params],
         "steps": [torch.tensor(4.0) for _ in params],
+        "factors": [torch.ones(2, dtype=torch.float64) for _ in params],
     }
     scales = [(3, 2), (3,)]
     for name, zero in (("exp_avg", 127), ("exp_avg_sq", 0)):
@@ -70,6 +71,10 @@ BAD_CALLS: dict[str, Callable[[dict[str, Any]], None]] = {
     "codes on meta": put("exp_avgs", lambda: torch.zeros(700, dtype=torch.uint8, device="meta")),
     "step an integer": put("steps", lambda: torch.tensor(4)),
     "step of two": put("steps", lambda: torch.zeros(2)),
+    "factors shorter": lambda a: a["factors"].pop(),
+    "factors in float": put("factors", lambda: torch.ones(2)),
+    "factor of one": put("factors", lambda: torch.ones(1, dtype=torch.float64)),
+    "factors not contiguous": put("factors", lambda: torch.ones(4, dtype=torch.float64)[::2]),
     "lr of two": put("lr", lambda: torch.zeros(2), None),
     "lr an integer": put("lr", lambda: torch.tensor(1), None),
     "lr NaN": put("lr", lambda: torch.tensor(torch.nan, device="cpu"), None),
@@ -148,6 +153,12 @@ grad on meta: adam_step_: expected all tensors on cpu, as params[0], got one on 
 codes on meta: adam_step_: expected all tensors on cpu, as params[0], got one on meta
 step an integer: adam_step_: steps[1] must be float32, got int64
 step of two: adam_step_: steps[1] must have one element, got shape [2]
+factors shorter: adam_step_: factors must have 2 elements (none, or one per parameter), got 1
+factors in float: adam_step_: factors[1] must be float64, got float32
+factor of one: adam_step_: factors[1] must have shape [2] (of the gradient and of the learning
+    rate), got [1]
+factors not contiguous: adam_step_: factors[1] must be contiguous, got strides [2] for shape
+    [2]
 lr of two: adam_step_: lr must have one element, got shape [2]
 lr an integer: adam_step_: lr must be float32 or float64, got int64
 lr NaN: adam_step_: lr must be finite, got nan

@@ -15,6 +15,7 @@ try:
     from torchao8.groups import param_groups
     from torchao8.ops import dequantize_blockwise, dynamic_map, quantize_blockwise
     from torchao8.optim import (
+        LARS,
         SGD,
         Adagrad,
         Adagrad8bit,
@@ -24,6 +25,7 @@ try:
         AdamW8bit,
         AdEMAMix,
         AdEMAMix8bit,
+        LARS8bit,
         Lion,
         Lion8bit,
         RMSprop,
@@ -37,6 +39,7 @@ except ImportError:
         raise
 
 __all__ = [
+    "LARS",
     "SGD",
     "AdEMAMix",
     "AdEMAMix8bit",
@@ -47,6 +50,7 @@ __all__ = [
     "AdamW",
     "AdamW8bit",
     "Estimate",
+    "LARS8bit",
     "Lion",
     "Lion8bit",
     "RMSprop",

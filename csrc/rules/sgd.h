@@ -1,6 +1,9 @@
 // Stochastic gradient descent with momentum, dampening and Nesterov's momentum as torch.optim.SGD
 // has them ("On the importance of initialization and momentum in deep learning", Sutskever et al.,
 // 2013, with the learning rate outside of the momentum). The first gradient is not dampened.
+//
+// LARS ("Large Batch Training of Convolutional Networks", You et al., 2017, algorithm 1) is the
+// same with the learning rate, multiplied by a trust ratio, inside of the momentum.
 #pragma once
 
 #include "rules/rule.h"
@@ -9,7 +12,7 @@ namespace torchao8 {
 
 struct SgdOptions : CommonOptions {
   double momentum, dampening, weight_decay;
-  bool nesterov, maximize;
+  bool nesterov, rate_in_buffer, maximize;
 };
 
 // Without momentum there is no state, and the gradient is the only value.
@@ -31,10 +34,11 @@ struct SgdRule {
     SgdRule r;
     r.unit[0] = 1.0f;
     r.decay[0] = float(o.momentum);
-    r.gain = t == 1 ? 1.0f : float(1 - o.dampening);
+    const double inside = o.rate_in_buffer ? o.lr : 1, outside = o.rate_in_buffer ? 1 : o.lr;
+    r.gain = float((t == 1 ? 1 : 1 - o.dampening) * inside);
     r.coupled = float(o.weight_decay);
     r.grad_gain = float(o.gradient_gain(o.maximize));
-    r.of_buffer = float(-o.lr * (kNesterov ? o.momentum : 1));
+    r.of_buffer = float(-outside * (kNesterov ? o.momentum : 1));
     r.of_gradient = float(-o.lr);
     return r;
   }
@@ -77,7 +81,7 @@ struct SgdFamily {
   static constexpr const char* kStates[] = {"momentum_buffer"};
   static constexpr bool kOptional[] = {true};
   using Options = SgdOptions;
-  using Arguments = Types<double, double, double, bool, bool>;
+  using Arguments = Types<double, double, double, bool, bool, bool>;
   static constexpr NumberArgument<Options> kNumbers[] = {
       {"momentum", &Options::momentum, Range::kNotNegative},
       {"dampening", &Options::dampening, Range::kFinite},

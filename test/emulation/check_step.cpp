@@ -491,6 +491,8 @@ int main() {
   check_briefly<SgdRule<false, false>>("SGD without momentum", sgd);
   check_briefly<SgdRule<true, false>>("SGD", sgd);
   check_briefly<SgdRule<true, true>>("SGD, nesterov", sgd);
+  sgd.rate_in_buffer = true;
+  check_briefly<SgdRule<true, false>>("LARS", sgd);
   for (int block_size : {64, 256, 2048}) {
     check_codec<true>(block_size);
     check_codec<false>(block_size);

@@ -4,11 +4,13 @@ from torchao8.optim._options import CommonOptions
 from torchao8.optim.adagrad import Adagrad, Adagrad8bit
 from torchao8.optim.adam import Adam, Adam8bit, AdamW, AdamW8bit
 from torchao8.optim.ademamix import AdEMAMix, AdEMAMix8bit
+from torchao8.optim.lars import LARS, LARS8bit
 from torchao8.optim.lion import Lion, Lion8bit
 from torchao8.optim.rmsprop import RMSprop, RMSprop8bit
 from torchao8.optim.sgd import SGD, SGD8bit
 
 __all__ = [
+    "LARS",
     "SGD",
     "AdEMAMix",
     "AdEMAMix8bit",
@@ -19,6 +21,7 @@ __all__ = [
     "AdamW",
     "AdamW8bit",
     "CommonOptions",
+    "LARS8bit",
     "Lion",
     "Lion8bit",
     "RMSprop",

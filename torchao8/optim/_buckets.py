@@ -198,9 +198,7 @@ def sort_into_buckets(
         parts = [t.to_local() for t in states]
         columns = kinds.setdefault(kind, Columns())
         columns.add_shard(where, place if quantized else None, p_local, grad, step, parts)
-    work.buckets.extend(
-        made.bucket(names, kind[0]) for kind, made in kinds.items() if made.tensors
-    )
+    work.buckets.extend(made.bucket(names, kind[0]) for kind, made in kinds.items() if made.tensors)
     return work
 
 

@@ -61,6 +61,18 @@ def check_betas(betas: Any, number: int) -> None:
         check_number(f"betas[{i}]", beta, below=1)
 
 
+def check_momentum(group: dict[str, Any]) -> None:
+    """Raises ValueError unless momentum, dampening and nesterov are in range and go together."""
+    check_number("momentum", group["momentum"])
+    check_number("dampening", group["dampening"])
+    check_flag("nesterov", group["nesterov"])
+    if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
+        raise ValueError(
+            "nesterov: expected a momentum above 0 and a dampening of 0 with it, got "
+            f"momentum={group['momentum']!r}, dampening={group['dampening']!r}"
+        )
+
+
 def check_params(params: Iterable[Any]) -> None:
     """Refuses parameters that no step could update; an entry may be a (name, parameter) pair.
 

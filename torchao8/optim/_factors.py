@@ -25,14 +25,15 @@ class Rule(NamedTuple):
     """What an optimizer has to do with factors.
 
     Attributes:
+        has_trust_ratios: of a group.
         trust_ratios: of a group, the norms of its parameters and those of its gradients, both
-            float64 of shape (n,): what their learning rates are multiplied by. None for a rule
-            without trust ratios.
+            float64 of shape (n,): what their learning rates are multiplied by.
         shard_groups: the process groups that share some parameters, see
             :func:`torchao8.sharding.shard_groups`.
     """
 
-    trust_ratios: Callable[[Group, Tensor, Tensor], Tensor] | None
+    has_trust_ratios: Callable[[Group], bool]
+    trust_ratios: Callable[[Group, Tensor, Tensor], Tensor]
     shard_groups: Callable[[tuple[Number, ...]], list[tuple[str, list[int]]]]
 
 
@@ -46,15 +47,12 @@ def factors_of(
     wanted = [
         i
         for i, work in enumerate(works)
-        if rule.trust_ratios is not None or _clipping.clips(work.group)
+        if rule.has_trust_ratios(work.group) or _clipping.clips(work.group)
     ]
     result: list[list[Tensor]] = [[] for _ in works]
     for device in dict.fromkeys(grad.device for i in wanted for grad in works[i].grads):
         members = [
-            (i, k)
-            for i in wanted
-            for k, grad in enumerate(works[i].grads)
-            if grad.device == device
+            (i, k) for i in wanted for k, grad in enumerate(works[i].grads) if grad.device == device
         ]
         grad_norms, param_norms = _norms(rule, works, members)
         if grad_scale is not None:
@@ -65,9 +63,7 @@ def factors_of(
                 continue
             part = slice(mine[0], mine[-1] + 1)  # members are in the order of the works
             numbers = [members[n][1] for n in mine]
-            both = _factors(
-                rule, works[i], numbers, grad_norms[part], param_norms[part], found_inf
-            )
+            both = _factors(rule, works[i], numbers, grad_norms[part], param_norms[part], found_inf)
             result[i] = result[i] or [both] * len(works[i].grads)
             for k, pair in zip(numbers, both.unbind(), strict=True):
                 result[i][k] = pair
@@ -80,7 +76,7 @@ def _norms(
     """The norms of whole gradients and, if the rule asks for them, of whole parameters."""
     tensors = [works[i].grads[k] for i, k in members]
     numbers = [(works[i].number, works[i].numbers[k]) for i, k in members]
-    if rule.trust_ratios is not None:
+    if any(rule.has_trust_ratios(works[i].group) for i, _ in members):
         tensors += [sharding.local(works[i].params[k]) for i, k in members]
         numbers += numbers
     rows = ops.sum_squares(tensors)
@@ -109,6 +105,6 @@ def _factors(
             work.group["percentile_clipping"],
         )
     ratio = torch.ones_like(clip)
-    if rule.trust_ratios is not None:
+    if rule.has_trust_ratios(work.group):
         ratio = rule.trust_ratios(work.group, param_norms, grad_norms * clip)
     return torch.stack((clip, ratio), 1)

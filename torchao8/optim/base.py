@@ -87,8 +87,14 @@ class LowPrecisionOptimizer(Optimizer):
         """The options of a group as the op of the rule has them."""
         raise NotImplementedError
 
-    # Of a rule with trust ratios, a method: see torchao8.optim._factors.Rule.
-    _trust_ratios: Callable[[Group, Tensor, Tensor], Tensor] | None = None
+    def _has_trust_ratios(self, group: Group) -> bool:
+        """Whether the learning rate of each parameter is multiplied by a ratio of norms."""
+        return False
+
+    def _trust_ratios(self, group: Group, param_norms: Tensor, grad_norms: Tensor) -> Tensor:
+        """That ratio, float64 of shape (n,), as the norms are: of parameters, and of gradients
+        unscaled and clipped."""
+        raise NotImplementedError
 
     def _check_options(self, group: Group) -> None:
         """Raises ValueError or NotImplementedError for an option that is out of range."""
@@ -155,10 +161,8 @@ class LowPrecisionOptimizer(Optimizer):
                 raise ValueError(f"{type(self).__name__}: {describe(self, p)} {wrong}")
         layout = {"step": TensorSpec(torch.float32, ())}
         if _clipping.clips(group):
-            layout[_clipping.KEY] = TensorSpec(
-                torch.float32, (_clipping.HISTORY,), _clipping.EMPTY
-            )
-        if sharding.is_flattened(p) and (self._trust_ratios is not None or len(layout) > 1):
+            layout[_clipping.KEY] = TensorSpec(torch.float32, (_clipping.HISTORY,), _clipping.EMPTY)
+        if sharding.is_flattened(p) and self._needs_norms(group):
             raise ValueError(
                 f"{type(self).__name__}: {describe(self, p)} was flattened by FSDP1, which does "
                 "not tell where the shards of a parameter are; clipping by percentiles and trust "
@@ -175,6 +179,9 @@ class LowPrecisionOptimizer(Optimizer):
             else:
                 layout[name] = TensorSpec(torch.float32, shape, initial, local_shape, signed)
         return layout
+
+    def _needs_norms(self, group: Group) -> bool:
+        return _clipping.clips(group) or self._has_trust_ratios(group)
 
     def _init_states(self) -> None:
         """Gives state to every parameter that lacks it, or, if anything is refused, to none.
@@ -267,7 +274,7 @@ class LowPrecisionOptimizer(Optimizer):
         # Only now: what is refused in one group leaves all of them as they were.
         grad_scale = _plain(getattr(self, "grad_scale", None))
         found_inf = _plain(getattr(self, "found_inf", None))
-        rule = _factors.Rule(self._trust_ratios, self._shard_groups)
+        rule = _factors.Rule(self._has_trust_ratios, self._trust_ratios, self._shard_groups)
         factors = _factors.factors_of(rule, works, grad_scale, found_inf)
         calls = [
             (lr, work.group, bucket, own)

@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from torchao8.optim._buckets import Group
 from torchao8.optim._checkpoint import State
-from torchao8.optim._checks import check_flag, check_number
+from torchao8.optim._checks import check_momentum, check_number
 from torchao8.optim._options import CommonOptions, with_common
 from torchao8.optim.base import LowPrecisionOptimizer
 
@@ -70,22 +70,15 @@ class SGD(LowPrecisionOptimizer):
 
     def _check_options(self, group: Group) -> None:
         super()._check_options(group)
-        check_number("momentum", group["momentum"])
-        check_number("dampening", group["dampening"])
+        check_momentum(group)
         check_number("weight_decay", group["weight_decay"])
-        check_flag("nesterov", group["nesterov"])
-        if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
-            raise ValueError(
-                "nesterov: expected a momentum above 0 and a dampening of 0 with it, got "
-                f"momentum={group['momentum']!r}, dampening={group['dampening']!r}"
-            )
 
     def _states(self, group: Group) -> tuple[State, ...]:
         return (State("momentum_buffer", signed=True),) if group["momentum"] else ()
 
     def _op_options(self, group: Group) -> dict[str, float | bool]:
         names = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
-        return {name: group[name] for name in names}
+        return {**{name: group[name] for name in names}, "rate_in_buffer": False}
 
 
 class SGD8bit(SGD):

@@ -1,0 +1,133 @@
+"""LARS, with 32-bit and with 8-bit state."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from torchao8.optim._buckets import Group
+from torchao8.optim._checkpoint import State
+from torchao8.optim._checks import check_flag, check_momentum, check_number
+from torchao8.optim._options import CommonOptions, with_common
+from torchao8.optim.base import LowPrecisionOptimizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class LARS(LowPrecisionOptimizer):
+    """LARS with 32-bit momentum: SGD whose learning rate follows the norm of each parameter.
+
+    With g the gradient, w the parameter, and b the momentum buffer, which starts at 0::
+
+        ratio = trust_coefficient * |w| / (|g| + weight_decay * |w|)
+        b = momentum * b + lr * ratio * (g + weight_decay * w)
+        w = w - b
+
+    `Large Batch Training of Convolutional Networks <https://arxiv.org/abs/1708.03888>`_, algorithm
+    1; weight decay is L2 and is part of the ratio. |w| and |g| are 2-norms over the whole
+    parameter, also where it is sharded, and leave out elements that are not finite. Where w is 0,
+    or the denominator is, the ratio is 1. The norms take one more pass over parameters and
+    gradients.
+
+    The class of this name in bitsandbytes is another one: it bounds the norm of the update by
+    ``max_unorm`` times that of the parameter.
+
+    Args:
+        params: parameters, (name, parameter) pairs or dicts of groups; float32, bfloat16 or
+            float16.
+        lr: learning rate, a number or a tensor of one element.
+        momentum: the factor of the buffer. Whether it is 0 is to be decided before the first step.
+        dampening: what the gradient lacks to get into the buffer, but for the first one.
+        weight_decay: the factor of the L2 penalty.
+        nesterov: Nesterov's momentum; takes a momentum and no dampening.
+        trust_coefficient: of the ratio.
+        adaptive: whether there is a ratio; False is SGD with the learning rate inside of the
+            buffer, as biases and the parameters of norms are commonly trained.
+        common: see :class:`torchao8.optim.CommonOptions`.
+
+    Raises:
+        ValueError: an option out of range, or parameters that cannot be optimized.
+        NotImplementedError: an option of a later version.
+        TypeError: an argument that is none.
+    """
+
+    _bits = 32
+    _op = "sgd_step_"
+    _op_states = ("momentum_buffer",)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        *,
+        trust_coefficient: float = 0.001,
+        adaptive: bool = True,
+        **common: Unpack[CommonOptions],
+    ) -> None:
+        own = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "trust_coefficient": trust_coefficient,
+            "adaptive": adaptive,
+        }
+        super().__init__(params, with_common(type(self), own, common, self._bits))
+
+    def _check_options(self, group: Group) -> None:
+        super()._check_options(group)
+        check_momentum(group)
+        check_number("weight_decay", group["weight_decay"])
+        check_number("trust_coefficient", group["trust_coefficient"])
+        check_flag("adaptive", group["adaptive"])
+
+    def _states(self, group: Group) -> tuple[State, ...]:
+        return (State("momentum_buffer", signed=True),) if group["momentum"] else ()
+
+    def _op_options(self, group: Group) -> dict[str, float | bool]:
+        names = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
+        return {**{name: group[name] for name in names}, "rate_in_buffer": True}
+
+    def _has_trust_ratios(self, group: Group) -> bool:
+        return bool(group["adaptive"])
+
+    def _trust_ratios(self, group: Group, param_norms: Tensor, grad_norms: Tensor) -> Tensor:
+        ratios: Tensor = torch.ops.torchao8.lars_trust_ratios(
+            param_norms, grad_norms, group["trust_coefficient"], group["weight_decay"]
+        )
+        return ratios
+
+
+class LARS8bit(LARS):
+    """:class:`LARS` with 8-bit momentum: about one byte a parameter in place of four."""
+
+    _bits = 8
+
+
+def lars_trust_ratios(
+    param_norms: Tensor, grad_norms: Tensor, trust_coefficient: float, weight_decay: float
+) -> Tensor:
+    """An op, so that no compiler contracts the product and the sum."""
+    below = grad_norms + weight_decay * param_norms
+    ratios = trust_coefficient * param_norms / below
+    return torch.where((param_norms > 0) & (below > 0), ratios, 1.0)
+
+
+for _device in ("CPU", "CUDA"):
+    torch.library.impl("torchao8::lars_trust_ratios", _device, lars_trust_ratios)
+
+
+@torch.library.register_fake("torchao8::lars_trust_ratios")
+def _(
+    param_norms: Tensor, grad_norms: Tensor, trust_coefficient: float, weight_decay: float
+) -> Tensor:
+    return torch.empty_like(grad_norms)
