@@ -11,7 +11,8 @@
 //
 // sum_squares gives an int64 row per tensor, the exact sum as a fixed-point number
 // (common/exact_sum.h), so that rows of shards can be added; norms rounds once, and takes roots.
-// clip_factors_ and lars_trust_ratios are Python, in torchao8/optim.
+// lamb_update_sums gives such rows, of the updates that a step would make before a learning rate
+// multiplies them. clip_factors_ and lars_trust_ratios are Python, in torchao8/optim.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -71,6 +72,11 @@ STABLE_TORCH_LIBRARY(torchao8, m) {
   m.def(
       "clip_factors_(Tensor(a!)[] histories, Tensor norms, Tensor[] steps, Tensor? found_inf, "
       "int percentile) -> Tensor");
+  m.def(
+      "lamb_update_sums(Tensor[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, "
+      "Tensor[] exp_avg_scales, Tensor[] exp_avg_sq_scales, Tensor[] steps, Tensor[] factors, "
+      "Tensor? grad_scale, *, float beta1, float beta2, float eps, float weight_decay, "
+      "bool maximize, int block_size=256) -> Tensor");
   m.def(
       "lars_trust_ratios(Tensor param_norms, Tensor grad_norms, float trust_coefficient, "
       "float weight_decay) -> Tensor");

@@ -86,6 +86,12 @@ ADEMAMIX_OPTIONS: tuple[Options, ...] = (
     {"alpha": 2.0, "betas": (0.8, 0.9, 0.99), "weight_decay": 0.3, "lr": 0.05},
     {"t_alpha": 4, "t_beta3": 5, "maximize": True, "eps": 1e-3},
 )
+LAMB_OPTIONS: tuple[Options, ...] = (
+    {},
+    {"weight_decay": 0.0, "lr": 0.05, "eps": 1e-3},
+    {"betas": (0.0, 0.5), "maximize": True, "weight_decay": 0.3},
+    {"adaptive": False, "betas": (0.8, 0.0), "weight_decay": 0.1},
+)
 LARS_OPTIONS: tuple[Options, ...] = (
     {"momentum": 0.0, "weight_decay": 0.1, "lr": 2.0},
     {"lr": 3.0},
@@ -163,6 +169,7 @@ OPTIMIZERS = (
     *ADAMS,
     *family("Adagrad", torch.optim.Adagrad, (("sum", False),), ADAGRAD_OPTIONS),
     *family("AdEMAMix", None, ADEMAMIX_STATES, ADEMAMIX_OPTIONS),
+    *family("LAMB", None, ADAM_STATES, LAMB_OPTIONS),
     *family(
         "LARS",
         None,
@@ -230,6 +237,7 @@ BAD_OF_RULE: dict[str, tuple[Options, ...]] = {
         {"eps": -1e-8},
         {"weight_decay": -0.1},
     ),
+    "lamb": (*BAD_BETAS, {"eps": -1e-8}, {"weight_decay": -0.1}, {"adaptive": 1}),
     "lars": (
         {"momentum": -0.1},
         {"weight_decay": -0.1},

@@ -98,6 +98,17 @@ def sgd(p: Tensor, g: Tensor, old: States, step: int, o: Options, in_8bit: bool)
     return guarded(good, p, old, Result(param, states, error, errors))
 
 
+def lamb(p: Tensor, g: Tensor, old: States, step: int, o: Options, in_8bit: bool) -> Result:
+    """AdamW, its learning rate multiplied by the norm of the parameter over that of the update."""
+    adamw = {**o, "decoupled_weight_decay": True, "amsgrad": False}
+    ratio = 1.0
+    if o["adaptive"]:
+        away = adam(p, g, old, step, {**adamw, "lr": 1.0}, in_8bit).param
+        norms = float(p.norm()), float((p - away).norm())
+        ratio = norms[0] / norms[1] if all(norms) else 1.0
+    return adam(p, g, old, step, {**adamw, "lr": o["lr"] * ratio}, in_8bit)
+
+
 def lars(p: Tensor, g: Tensor, old: States, step: int, o: Options, in_8bit: bool) -> Result:
     """SGD with the learning rate, times the ratio, inside of the buffer."""
     ratio = 1.0
@@ -187,6 +198,7 @@ RULES = {
     "adagrad": adagrad,
     "adam": adam,
     "ademamix": ademamix,
+    "lamb": lamb,
     "lars": lars,
     "lion": lion,
     "rmsprop": rmsprop,

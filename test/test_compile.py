@@ -118,13 +118,15 @@ def test_generated_code_has_no_clone(case: OptimizerCase, lr: str, device: str) 
     for copying in ("clone", "copy_", "as_strided", "auto_functionalized"):
         assert copying not in body
     sizes = re.findall(r"empty_strided\w*\((\([^)]*\))", body)
-    assert sizes == ([] if lr == "tensor" else ["()"])
+    # Trust ratios: two numbers a parameter.
+    factors = [f"({len(params)}, )", f"({len(params)}, 2)"] if case.rule == "lars" else []
+    assert sorted(sizes) == sorted(factors + ["()"] * (lr == "number"))
     # Every tensor in the calls is an input of the graph; lr may be that number.
     calls = re.findall(r"_step_\.default\((.*)\)", body)
     tensors = {name for call in calls for name in re.findall(r"[\[ ]((?:arg|buf)\w+)", call)}
     assert len(tensors) > 2 * len(params)
     buffers = {name for name in tensors if name.startswith("buf")}
-    assert len(buffers) == len(sizes)
+    assert len(buffers) == (lr == "number")
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")

@@ -110,6 +110,14 @@ AdEMAMix: t_alpha: expected an int >= 0, got 0.5
 AdEMAMix: t_beta3: expected an int >= 0, got -1
 AdEMAMix: eps: expected a finite number >= 0, got -1e-08
 AdEMAMix: weight_decay: expected a finite number >= 0, got -0.1
+LAMB: betas[0]: expected a number in [0, 1), got 1.0
+LAMB: betas[1]: expected a number in [0, 1), got -0.1
+LAMB: betas[1]: expected a number in [0, 1), got nan
+LAMB: betas: expected two numbers, got 0.9
+LAMB: betas[0]: expected a number in [0, 1), got a tensor
+LAMB: eps: expected a finite number >= 0, got -1e-08
+LAMB: weight_decay: expected a finite number >= 0, got -0.1
+LAMB: adaptive: expected True or False, got 1
 LARS: momentum: expected a finite number >= 0, got -0.1
 LARS: weight_decay: expected a finite number >= 0, got -0.1
 LARS: trust_coefficient: expected a finite number >= 0, got -0.1

@@ -15,6 +15,7 @@ try:
     from torchao8.groups import param_groups
     from torchao8.ops import dequantize_blockwise, dynamic_map, quantize_blockwise
     from torchao8.optim import (
+        LAMB,
         LARS,
         SGD,
         Adagrad,
@@ -25,6 +26,7 @@ try:
         AdamW8bit,
         AdEMAMix,
         AdEMAMix8bit,
+        LAMB8bit,
         LARS8bit,
         Lion,
         Lion8bit,
@@ -39,6 +41,7 @@ except ImportError:
         raise
 
 __all__ = [
+    "LAMB",
     "LARS",
     "SGD",
     "AdEMAMix",
@@ -50,6 +53,7 @@ __all__ = [
     "AdamW",
     "AdamW8bit",
     "Estimate",
+    "LAMB8bit",
     "LARS8bit",
     "Lion",
     "Lion8bit",

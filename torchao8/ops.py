@@ -48,6 +48,7 @@ STEP_OPS = (
 _STEP_OPS = {op: getattr(torch.ops.torchao8, op).default for op in STEP_OPS}
 _count_step_ = torch.ops.torchao8.count_step_.default
 _sum_squares = torch.ops.torchao8.sum_squares.default
+_lamb_update_sums = torch.ops.torchao8.lamb_update_sums.default
 _norms = torch.ops.torchao8.norms.default
 
 # Integers that an exact sum of squares consists of.
@@ -226,6 +227,48 @@ def sum_squares(tensors: list[Tensor]) -> Tensor:
     return sums
 
 
+def lamb_update_sums(
+    params: list[Tensor],
+    grads: list[Tensor],
+    values: Sequence[list[Tensor]],
+    scales: Sequence[list[Tensor]],
+    steps: list[Tensor],
+    grad_scale: Tensor | None,
+    *,
+    factors: Sequence[Tensor] = (),
+    block_size: int = 256,
+    **options: float | bool,
+) -> Tensor:
+    """The exact sums of squares of the updates that LAMB would make, which is looked at only.
+
+    An update is ``m / (sqrt(v) + eps) + weight_decay * p`` with the new moments, bias-corrected,
+    before they are rounded. Elements that a step would leave as they are count as absent.
+
+    Args:
+        params, grads, values, scales, steps, grad_scale, factors, block_size: as in :func:`step_`;
+            of ``factors`` only those of gradients count.
+        options: beta1, beta2, eps, weight_decay and maximize.
+
+    Returns:
+        int64 of shape (len(params), 18), rows as of :func:`sum_squares`.
+
+    Raises:
+        RuntimeError: an argument does not fit the others.
+    """
+    sums: Tensor = _lamb_update_sums(
+        params,
+        grads,
+        *values,
+        *scales,
+        steps,
+        list(factors),
+        grad_scale,
+        block_size=block_size,
+        **options,
+    )
+    return sums
+
+
 def norms(sums: Tensor) -> Tensor:
     """The 2-norms that exact sums of squares stand for.
 
@@ -297,6 +340,12 @@ def _(steps: list[Tensor], found_inf: Tensor | None) -> None:
 def _(tensors: list[Tensor]) -> Tensor:
     _check_devices("sum_squares", "tensors", tensors)
     return torch.empty(len(tensors), SUM_LIMBS, dtype=torch.int64, device=tensors[0].device)
+
+
+@torch.library.register_fake("torchao8::lamb_update_sums")
+def _(params: list[Tensor], *others: list[Tensor] | Tensor | None, **options: object) -> Tensor:
+    _check_devices("lamb_update_sums", "params", params, *others)
+    return torch.empty(len(params), SUM_LIMBS, dtype=torch.int64, device=params[0].device)
 
 
 @torch.library.register_fake("torchao8::norms")

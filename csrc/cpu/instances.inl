@@ -4,6 +4,7 @@
 #include "rules/adagrad.h"
 #include "rules/adam.h"
 #include "rules/ademamix.h"
+#include "rules/lamb.h"
 #include "rules/lion.h"
 #include "rules/rmsprop.h"
 #include "rules/sgd.h"
@@ -13,6 +14,12 @@ namespace torchao8 {
 template <class Rule>
 const StepKernels<Rule>& TORCHAO8_KERNELS() {
   static constexpr StepKernels<Rule> kernels = TORCHAO8_ISA::make_step_kernels<Rule>();
+  return kernels;
+}
+
+template <class Rule>
+const MeasureKernels<Rule>& TORCHAO8_MEASURES() {
+  static constexpr MeasureKernels<Rule> kernels = TORCHAO8_ISA::make_measure_kernels<Rule>();
   return kernels;
 }
 
@@ -41,5 +48,6 @@ TORCHAO8_RULE(SgdRule<false, false>);
 TORCHAO8_RULE(SgdRule<true, false>);
 TORCHAO8_RULE(SgdRule<true, true>);
 #undef TORCHAO8_RULE
+template const MeasureKernels<LambRule>& TORCHAO8_MEASURES<LambRule>();
 
 }  // namespace torchao8

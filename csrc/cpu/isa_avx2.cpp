@@ -25,7 +25,10 @@
 #include "cpu/squares.inl"
 #include "cpu/step.inl"
 
+#include "cpu/measure.inl"  // behind what it uses
+
 #define TORCHAO8_KERNELS avx2_kernels
+#define TORCHAO8_MEASURES avx2_measures
 #define TORCHAO8_CODEC avx2_codec
 #define TORCHAO8_ADD_SQUARES avx2_add_squares
 #include "cpu/instances.inl"

@@ -35,7 +35,10 @@
 #include "cpu/squares.inl"
 #include "cpu/step.inl"
 
+#include "cpu/measure.inl"  // behind what it uses
+
 #define TORCHAO8_KERNELS avx512_kernels
+#define TORCHAO8_MEASURES avx512_measures
 #define TORCHAO8_CODEC avx512_codec
 #define TORCHAO8_ADD_SQUARES avx512_add_squares
 #include "cpu/instances.inl"

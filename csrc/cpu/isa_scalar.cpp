@@ -12,7 +12,10 @@
 #include "cpu/squares.inl"
 #include "cpu/step.inl"
 
+#include "cpu/measure.inl"  // behind what it uses
+
 #define TORCHAO8_KERNELS scalar_kernels
+#define TORCHAO8_MEASURES scalar_measures
 #define TORCHAO8_CODEC scalar_codec
 #define TORCHAO8_ADD_SQUARES scalar_add_squares
 #include "cpu/instances.inl"

@@ -57,6 +57,13 @@ struct StepKernels {
   }
 };
 
+// Of a rule whose update is looked at before it is made: what it would be, as float32.
+template <class Rule>
+struct MeasureKernels {
+  void (*block)(const Rule&, const CodecTables&, const BlockRun&, float* updates);  // of one block
+  void (*elements)(const Rule&, const ElementRun&, float* updates);
+};
+
 struct CodecKernels {
   // One block of float32, nearest rounding: writes codes, returns the scale. A block with an
   // element that is not finite gets scale NaN.
@@ -80,6 +87,12 @@ template <class Rule>
 const StepKernels<Rule>& avx2_kernels();
 template <class Rule>
 const StepKernels<Rule>& avx512_kernels();
+template <class Rule>
+const MeasureKernels<Rule>& scalar_measures();
+template <class Rule>
+const MeasureKernels<Rule>& avx2_measures();
+template <class Rule>
+const MeasureKernels<Rule>& avx512_measures();
 const CodecKernels& scalar_codec();
 const CodecKernels& avx2_codec();
 const CodecKernels& avx512_codec();
@@ -92,6 +105,14 @@ const StepKernels<Rule>& step_kernels() {
   if (cpu_capability() == Capability::kAvx2) return avx2_kernels<Rule>();
 #endif
   return scalar_kernels<Rule>();
+}
+template <class Rule>
+const MeasureKernels<Rule>& measure_kernels() {
+#if TORCHAO8_X86
+  if (cpu_capability() == Capability::kAvx512) return avx512_measures<Rule>();
+  if (cpu_capability() == Capability::kAvx2) return avx2_measures<Rule>();
+#endif
+  return scalar_measures<Rule>();
 }
 const CodecKernels& codec_kernels();
 AddSquares* add_squares_kernel();

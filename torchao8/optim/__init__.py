@@ -4,12 +4,14 @@ from torchao8.optim._options import CommonOptions
 from torchao8.optim.adagrad import Adagrad, Adagrad8bit
 from torchao8.optim.adam import Adam, Adam8bit, AdamW, AdamW8bit
 from torchao8.optim.ademamix import AdEMAMix, AdEMAMix8bit
+from torchao8.optim.lamb import LAMB, LAMB8bit
 from torchao8.optim.lars import LARS, LARS8bit
 from torchao8.optim.lion import Lion, Lion8bit
 from torchao8.optim.rmsprop import RMSprop, RMSprop8bit
 from torchao8.optim.sgd import SGD, SGD8bit
 
 __all__ = [
+    "LAMB",
     "LARS",
     "SGD",
     "AdEMAMix",
@@ -21,6 +23,7 @@ __all__ = [
     "AdamW",
     "AdamW8bit",
     "CommonOptions",
+    "LAMB8bit",
     "LARS8bit",
     "Lion",
     "Lion8bit",

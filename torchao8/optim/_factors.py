@@ -1,8 +1,9 @@
 """What a step multiplies gradients and learning rates by: clipping and trust ratios.
 
-They need the norm of a whole parameter, or of its whole gradient, before the update begins. The
-sums of squares are exact, so that neither sharding nor the order of a sum changes a bit; those of
-all parameters go through one all-reduce for each dimension of a mesh that shards them.
+They need norms of whole parameters, of their gradients or of their updates, before the update
+begins. The sums of squares are exact, so that neither sharding nor the order of a sum changes a
+bit; those of all parameters go through one all-reduce for each dimension of a mesh that shards
+them.
 """
 
 from __future__ import annotations
@@ -15,25 +16,31 @@ from torch import Tensor
 
 from torchao8 import ops, sharding
 from torchao8.optim import _clipping
-from torchao8.optim._buckets import Group, Work
+from torchao8.optim._buckets import Bucket, Group, Work
 
 # A parameter, by the number of its group and its own there.
 Number = tuple[int, int]
+# A parameter, by the index of its work and its own there.
+Member = tuple[int, int]
 
 
 class Rule(NamedTuple):
     """What an optimizer has to do with factors.
 
     Attributes:
-        has_trust_ratios: of a group.
-        trust_ratios: of a group, the norms of its parameters and those of its gradients, both
+        has_trust_ratios: whether a group has.
+        trust_ratios: of a group, the norms of its parameters and of what they are compared with,
             float64 of shape (n,): what their learning rates are multiplied by.
+        update_sums: of a group, the tensors of an op call, their factors and the gradient scale:
+            rows as of :func:`torchao8.ops.sum_squares`, of the updates to compare with. None where
+            it is the gradients, unscaled and clipped, that parameters are compared with.
         shard_groups: the process groups that share some parameters, see
             :func:`torchao8.sharding.shard_groups`.
     """
 
     has_trust_ratios: Callable[[Group], bool]
     trust_ratios: Callable[[Group, Tensor, Tensor], Tensor]
+    update_sums: Callable[[Group, Bucket, list[Tensor], Tensor | None], Tensor] | None
     shard_groups: Callable[[tuple[Number, ...]], list[tuple[str, list[int]]]]
 
 
@@ -54,57 +61,122 @@ def factors_of(
         members = [
             (i, k) for i in wanted for k, grad in enumerate(works[i].grads) if grad.device == device
         ]
-        grad_norms, param_norms = _norms(rule, works, members)
-        if grad_scale is not None:
-            grad_norms = grad_norms / grad_scale.to(device)
-        for i in wanted:
-            mine = [n for n, (j, _) in enumerate(members) if j == i]
-            if not mine:
-                continue
-            part = slice(mine[0], mine[-1] + 1)  # members are in the order of the works
-            numbers = [members[n][1] for n in mine]
-            both = _factors(rule, works[i], numbers, grad_norms[part], param_norms[part], found_inf)
-            result[i] = result[i] or [both] * len(works[i].grads)
-            for k, pair in zip(numbers, both.unbind(), strict=True):
-                result[i][k] = pair
+        scale, found = (t if t is None else t.to(device) for t in (grad_scale, found_inf))
+        pairs = _Device(rule, works, members, scale, found).factors()
+        for (i, k), pair in zip(members, pairs.unbind(), strict=True):
+            result[i] = result[i] or [pair] * len(works[i].grads)
+            result[i][k] = pair
     return result
 
 
-def _norms(
-    rule: Rule, works: Sequence[Work], members: Sequence[tuple[int, int]]
-) -> tuple[Tensor, Tensor]:
-    """The norms of whole gradients and, if the rule asks for them, of whole parameters."""
-    tensors = [works[i].grads[k] for i, k in members]
-    numbers = [(works[i].number, works[i].numbers[k]) for i, k in members]
-    if any(rule.has_trust_ratios(works[i].group) for i, _ in members):
-        tensors += [sharding.local(works[i].params[k]) for i, k in members]
-        numbers += numbers
-    rows = ops.sum_squares(tensors)
-    if any(sharding.is_dtensor(works[i].params[k]) for i, k in members):
-        rows = sharding.sum_rows(rows, rule.shard_groups(tuple(numbers)))
-    norms = ops.norms(rows)
-    return norms[: len(members)], norms[-len(members) :]
+class _Device:
+    """The factors of the parameters on one device."""
 
+    def __init__(
+        self,
+        rule: Rule,
+        works: Sequence[Work],
+        members: list[Member],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        self.rule = rule
+        self.works = works
+        self.members = members
+        self.grad_scale = grad_scale
+        self.found_inf = found_inf
+        groups = [works[i].group for i, _ in members]
+        self.clips = any(_clipping.clips(group) for group in groups)
+        self.trusts = any(rule.has_trust_ratios(group) for group in groups)
 
-def _factors(
-    rule: Rule,
-    work: Work,
-    numbers: Sequence[int],
-    grad_norms: Tensor,
-    param_norms: Tensor,
-    found_inf: Tensor | None,
-) -> Tensor:
-    """float64 of shape (n, 2), for the parameters of these numbers."""
-    clip = torch.ones_like(grad_norms)
-    if _clipping.clips(work.group):
-        clip = torch.ops.torchao8.clip_factors_(
-            [work.histories[k] for k in numbers],
-            grad_norms,
-            [work.steps[k] for k in numbers],
-            found_inf if found_inf is None else found_inf.to(clip.device),
-            work.group["percentile_clipping"],
+    def factors(self) -> Tensor:
+        """float64 of shape (n, 2), in the order of the members."""
+        measures = self.trusts and self.rule.update_sums is not None
+        grads = [self.works[i].grads[k] for i, k in self.members]
+        params = [sharding.local(self.works[i].params[k]) for i, k in self.members]
+        clip = torch.ones(len(self.members), dtype=torch.float64, device=grads[0].device)
+        norms = param_norms = clip
+        if measures:
+            if self.clips:
+                norms = self._norms(ops.sum_squares(grads))
+        elif self.trusts:
+            rows = ops.sum_squares(grads + params)
+            norms, param_norms = self._norms(rows).split(len(grads))
+        else:
+            norms = self._norms(ops.sum_squares(grads))
+        if self.grad_scale is not None:
+            norms = norms / self.grad_scale
+        if self.clips:
+            clip = self._clip(norms)
+        if not self.trusts:
+            return torch.stack((clip, torch.ones_like(clip)), 1)
+        if measures:
+            rows = torch.cat((self._update_sums(clip), ops.sum_squares(params)))
+            norms, param_norms = self._norms(rows).split(len(params))
+        else:
+            norms = norms * clip
+        return torch.stack((clip, self._ratios(param_norms, norms)), 1)
+
+    def _parts(self) -> list[tuple[Work, list[int], slice]]:
+        """Each work with the numbers of its members and where these stand; they are neighbours."""
+        parts: dict[int, list[int]] = {}
+        for n, (i, _) in enumerate(self.members):
+            parts.setdefault(i, []).append(n)
+        return [
+            (self.works[i], [self.members[n][1] for n in ns], slice(ns[0], ns[-1] + 1))
+            for i, ns in parts.items()
+        ]
+
+    def _norms(self, rows: Tensor) -> Tensor:
+        """Of the whole of what this rank has the sums of: one row for each member, or several."""
+        if any(sharding.is_dtensor(self.works[i].params[k]) for i, k in self.members):
+            numbers = [(self.works[i].number, self.works[i].numbers[k]) for i, k in self.members]
+            numbers *= len(rows) // len(numbers)
+            rows = sharding.sum_rows(rows, self.rule.shard_groups(tuple(numbers)))
+        return ops.norms(rows)
+
+    def _clip(self, norms: Tensor) -> Tensor:
+        clip = []
+        for work, numbers, part in self._parts():
+            if not _clipping.clips(work.group):
+                clip.append(torch.ones_like(norms[part]))
+                continue
+            clip.append(
+                torch.ops.torchao8.clip_factors_(
+                    [work.histories[k] for k in numbers],
+                    norms[part],
+                    [work.steps[k] for k in numbers],
+                    self.found_inf,
+                    work.group["percentile_clipping"],
+                )
+            )
+        return torch.cat(clip)
+
+    def _ratios(self, param_norms: Tensor, norms: Tensor) -> Tensor:
+        return torch.cat(
+            [
+                self.rule.trust_ratios(work.group, param_norms[part], norms[part])
+                if self.rule.has_trust_ratios(work.group)
+                else torch.ones_like(norms[part])
+                for work, _, part in self._parts()
+            ]
         )
-    ratio = torch.ones_like(clip)
-    if rule.has_trust_ratios(work.group):
-        ratio = rule.trust_ratios(work.group, param_norms, grad_norms * clip)
-    return torch.stack((clip, ratio), 1)
+
+    def _update_sums(self, clip: Tensor) -> Tensor:
+        """A row for each member, of what this rank has of it."""
+        assert self.rule.update_sums is not None
+        none = torch.zeros(ops.SUM_LIMBS, dtype=torch.int64, device=clip.device)
+        pairs = torch.stack((clip, torch.ones_like(clip)), 1).unbind()
+        rows: list[Tensor] = []
+        for work, numbers, part in self._parts():
+            mine = dict.fromkeys(numbers, none)
+            own = dict(zip(numbers, pairs[part], strict=True))
+            for bucket in work.buckets:
+                if bucket.params[0].device != clip.device:
+                    continue
+                factors = [own[k] for k in bucket.numbers] if self.clips else []
+                sums = self.rule.update_sums(work.group, bucket, factors, self.grad_scale)
+                for k, row in zip(bucket.numbers, sums.unbind(), strict=True):
+                    mine[k] = row if mine[k] is none else mine[k] + row
+            rows += mine.values()
+        return torch.stack(rows)

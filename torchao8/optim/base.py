@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from torchao8 import ops, sharding
 from torchao8.block_layout import check_block_size, fits_8bit, scale_shape
 from torchao8.optim import _clipping, _factors
-from torchao8.optim._buckets import Group, Work, check_layout, sort_into_buckets
+from torchao8.optim._buckets import Bucket, Group, Work, check_layout, sort_into_buckets
 from torchao8.optim._checkpoint import (
     STATE_VERSION,
     Layout,
@@ -91,10 +91,12 @@ class LowPrecisionOptimizer(Optimizer):
         """Whether the learning rate of each parameter is multiplied by a ratio of norms."""
         return False
 
-    def _trust_ratios(self, group: Group, param_norms: Tensor, grad_norms: Tensor) -> Tensor:
-        """That ratio, float64 of shape (n,), as the norms are: of parameters, and of gradients
-        unscaled and clipped."""
+    def _trust_ratios(self, group: Group, param_norms: Tensor, norms: Tensor) -> Tensor:
+        """That ratio; see :class:`torchao8.optim._factors.Rule` for this and the next one."""
         raise NotImplementedError
+
+    # A method of rules that compare parameters with updates.
+    _update_sums: Callable[[Group, Bucket, list[Tensor], Tensor | None], Tensor] | None = None
 
     def _check_options(self, group: Group) -> None:
         """Raises ValueError or NotImplementedError for an option that is out of range."""
@@ -274,7 +276,9 @@ class LowPrecisionOptimizer(Optimizer):
         # Only now: what is refused in one group leaves all of them as they were.
         grad_scale = _plain(getattr(self, "grad_scale", None))
         found_inf = _plain(getattr(self, "found_inf", None))
-        rule = _factors.Rule(self._has_trust_ratios, self._trust_ratios, self._shard_groups)
+        rule = _factors.Rule(
+            self._has_trust_ratios, self._trust_ratios, self._update_sums, self._shard_groups
+        )
         factors = _factors.factors_of(rule, works, grad_scale, found_inf)
         calls = [
             (lr, work.group, bucket, own)

@@ -100,9 +100,9 @@ class LARS(LowPrecisionOptimizer):
     def _has_trust_ratios(self, group: Group) -> bool:
         return bool(group["adaptive"])
 
-    def _trust_ratios(self, group: Group, param_norms: Tensor, grad_norms: Tensor) -> Tensor:
+    def _trust_ratios(self, group: Group, param_norms: Tensor, norms: Tensor) -> Tensor:
         ratios: Tensor = torch.ops.torchao8.lars_trust_ratios(
-            param_norms, grad_norms, group["trust_coefficient"], group["weight_decay"]
+            param_norms, norms, group["trust_coefficient"], group["weight_decay"]
         )
         return ratios
 

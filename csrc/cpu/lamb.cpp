@@ -1,0 +1,152 @@
+// The op lamb_update_sums on the CPU.
+#include <torch/csrc/stable/library.h>
+
+#include <mutex>
+
+#include "common/lamb_call.h"
+#include "common/sums_call.h"
+#include "cpu/step_op.h"
+
+namespace torchao8 {
+namespace {
+
+// A unit of work is a block, or a chunk of elements with 32-bit state, as the engine has them.
+constexpr int64_t kChunk = 1024;
+constexpr int64_t kGrainUnits = 64;
+static_assert(kChunk <= kMaxBlock && kChunk % kWidest == 0);
+
+class Measurer {
+ public:
+  explicit Measurer(const StepCall& call) : call_(call) {}
+
+  void add(Item<LambRule> item) {
+    if (item.units() == 0) return;
+    item.first_cost = units_;
+    units_ += item.units();
+    items_.push_back(std::move(item));
+    rows_.push_back(row_);
+  }
+  void next_row() { row_++; }
+
+  void run(int64_t* limbs) {
+    std::mutex adding;
+    torch::stable::parallel_for(0, units_, kGrainUnits, [&](int64_t begin, int64_t end) {
+      const DefaultFloatingPoint guard;
+      SquareSum sum;
+      for (size_t k = 0; k < items_.size(); k++) {
+        const Item<LambRule>& item = items_[k];
+        const int64_t first = std::max<int64_t>(0, begin - item.first_cost);
+        const int64_t last = std::min(item.units(), end - item.first_cost);
+        if (first >= last) continue;
+        for (int64_t unit = first; unit < last; unit++) measure(item, unit, sum);
+        sum.finish();
+        const std::lock_guard<std::mutex> lock(adding);
+        for (int i = 0; i < kLimbs; i++) limbs[rows_[k] * kLimbs + i] += sum.limbs[i];
+        std::fill_n(sum.limbs, kLimbs, 0);
+      }
+    });
+  }
+
+ private:
+  void measure(const Item<LambRule>& item, int64_t unit, SquareSum& sum) const {
+    alignas(64) float param[kMaxBlock], grad[kMaxBlock], updates[kMaxBlock];
+    const bool blocks = item.codes[0] != nullptr;
+    const int64_t size = blocks ? call_.block_size : kChunk;
+    const int64_t row = unit / item.units_per_row, column = unit % item.units_per_row * size;
+    const int64_t begin = row * item.row_length + column;
+    const int length = int(std::min(size, item.row_length - column));
+    const int padded = (length + kWidest - 1) / kWidest * kWidest;
+    item.param.read(codec_, begin, length, param);
+    item.grad.read(codec_, begin, length, grad);
+    std::fill(param + length, param + padded, 0.0f);
+    std::fill(grad + length, grad + padded, 0.0f);
+    if (blocks) {
+      alignas(64) uint8_t codes[LambRule::kStates][kMaxBlock];
+      BlockRun run = {};
+      run.param = param;
+      run.grad = grad;
+      run.length = padded;
+      for (int s = 0; s < LambRule::kStates; s++) {
+        run.codes[s] = item.codes[s] + begin;
+        run.scales[s] = item.scales[s] + unit;
+        if (padded == length) continue;
+        std::memcpy(codes[s], run.codes[s], size_t(length));
+        std::memset(codes[s] + length, 0, size_t(padded - length));
+        run.codes[s] = codes[s];
+      }
+      kernels_.block(item.rule, tables_, run, updates);
+    } else {
+      alignas(64) float states[LambRule::kStates][kChunk];
+      ElementRun run = {};
+      run.param = param;
+      run.grad = grad;
+      run.count = padded;
+      for (int s = 0; s < LambRule::kStates; s++) {
+        run.states[s] = item.states[s] + begin;
+        if (padded == length) continue;
+        std::copy(run.states[s], run.states[s] + length, states[s]);
+        std::fill(states[s] + length, states[s] + padded, 0.0f);
+        run.states[s] = states[s];
+      }
+      kernels_.elements(item.rule, run, updates);
+    }
+    add_squares_(updates, length, sum);
+  }
+
+  const StepCall& call_;
+  const CodecTables& tables_ = codec_tables();
+  const CodecKernels& codec_ = codec_kernels();
+  const MeasureKernels<LambRule>& kernels_ = measure_kernels<LambRule>();
+  AddSquares* const add_squares_ = add_squares_kernel();
+  std::vector<Item<LambRule>> items_;
+  std::vector<int64_t> rows_;
+  int64_t units_ = 0, row_ = 0;
+};
+
+Tensor lamb_update_sums_cpu(TensorList params, TensorList grads, TensorList exp_avgs,
+                            TensorList exp_avg_sqs, TensorList exp_avg_scales,
+                            TensorList exp_avg_sq_scales, TensorList steps, TensorList factors,
+                            std::optional<Tensor> grad_scale, double beta1, double beta2,
+                            double eps, double weight_decay, bool maximize, int64_t block_size) {
+  const char* op = LambFamily::kOp;
+  TORCHAO8_CHECK(!params.empty(), op, ": params must not be empty");
+  const LambCall lamb(params, grads, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales,
+                      steps, factors, block_size, kCpu);
+  const StepCall& call = lamb.call;
+  const DefaultFloatingPoint guard;
+  AdamOptions options = {{1, grad_scale ? read_scalar({op, "grad_scale"}, *grad_scale) : 1},
+                         beta1,
+                         beta2,
+                         eps,
+                         weight_decay,
+                         true,
+                         maximize};
+  check_options<LambFamily>(options);
+  check_call(call);
+  for (size_t i = 0; i < steps.size(); i++) check_count({op, "steps", int64_t(i)}, steps[i]);
+  for (size_t i = 0; i < factors.size(); i++)
+    check_factor_values({op, "factors", int64_t(i)}, factors[i]);
+
+  Tensor sums = new_sums(params);
+  Measurer measurer(call);
+  for (size_t i = 0; i < params.size(); i++) {
+    Item<LambRule> item = make_item<LambRule>(call, int64_t(i));
+    AdamOptions own = options;
+    if (!factors.empty()) own.multiply(factors[i].const_data_ptr<double>());
+    item.rule =
+        LambRule::at_step(own, int64_t(*steps[i].const_data_ptr<float>()) + 1, call.quantized());
+    measurer.add(std::move(item));
+    measurer.next_row();
+  }
+  int64_t* const limbs = sums.mutable_data_ptr<int64_t>();
+  measurer.run(limbs);
+  for (size_t i = 0; i < params.size(); i++) make_canonical(limbs + int64_t(i) * kLimbs);
+  return sums;
+}
+
+}  // namespace
+}  // namespace torchao8
+
+STABLE_TORCH_LIBRARY_IMPL(torchao8, CPU, m) {
+  m.impl("lamb_update_sums", TORCH_BOX(&torchao8::lamb_update_sums_cpu));
+}
