@@ -36,8 +36,13 @@ MUTANTS = {
     ),
     "the rules of the last window": (
         "table.cuh",
-        "window[threadIdx.x].set(table.numbers, *table.entries[first + threadIdx.x].step)",
-        "window[threadIdx.x].set(table.numbers, *table.entries[threadIdx.x].step)",
+        "window[threadIdx.x].set(table.numbers, table.entries[first + threadIdx.x])",
+        "window[threadIdx.x].set(table.numbers, table.entries[threadIdx.x])",
+    ),
+    "factors not read": (
+        "table.cuh",
+        "if (places.factors) numbers.options.multiply(places.factors);",
+        "",
     ),
     "found_inf not read": ("step.cuh", "if (table.numbers.found_inf.get() != 0) return;", ""),
     "an approximate root": (

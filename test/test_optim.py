@@ -334,8 +334,11 @@ def test_one_op_call_for_each_bucket(case: OptimizerCase, device: str) -> None:
         optimizer.step()
     # First group: one. Second: float32 in 8 and in 32 bits, bfloat16 with both dtypes of gradients.
     # Norms of all parameters come before, and a trust ratio for each group.
-    norms = ["sum_squares", "norms", *["lars_trust_ratios"] * 2] if case.rule == "lars" else []
-    expected = [*norms, *[case.cls._op] * 5, "count_step_"]
+    before = {
+        "lars": ["sum_squares", "norms", *["lars_trust_ratios"] * 2],
+        "lamb": [*["lamb_update_sums"] * 5, "sum_squares", "norms"],
+    }
+    expected = [*before.get(case.rule, ()), *[case.cls._op] * 5, "count_step_"]
     assert ops.calls == [f"torchao8::{name}" for name in expected]
     assert {p: int(optimizer.state[p]["step"]) for p in params + halves} == dict.fromkeys(
         params + halves, 1

@@ -35,6 +35,13 @@ inline Scalar scalar_argument(const Argument& a, const std::optional<Tensor>& t,
   return {t->const_data_ptr(), 0, t->scalar_type() == ScalarType::Double};
 }
 
+// Of a kernel that gives a thread to each row.
+inline unsigned blocks_of_rows(const char* op, int64_t rows) {
+  const int64_t blocks = (rows + kThreads - 1) / kThreads;
+  TORCHAO8_CHECK(blocks < int64_t(1) << 31, op, ": more than 2^39 rows");
+  return unsigned(blocks);
+}
+
 // The current device becomes the one of the call; the stream is the current one there.
 class Launcher {
  public:

@@ -57,8 +57,52 @@ Places places_of(const Step<Rule>& step, size_t i) {
   return places;
 }
 
+// The type that fast entries have: that of the first parameter.
+template <class Rule>
+FloatType type_of(const Step<Rule>& step) {
+  return check_float_type({step.call.op, "params", 0}, step.call.params[0]);
+}
+
+// An entry of 8-bit state, but for what follows from the rest of it.
+template <class Rule>
+BlockEntry<Rule::kStates> block_entry(const Step<Rule>& step, size_t i) {
+  constexpr int N = Rule::kStates;
+  const StepCall& call = step.call;
+  const BlockLayout layout = block_layout(call.params[i].sizes(), call.block_size);
+  TORCHAO8_CHECK(layout.rows * layout.blocks_per_row <= kMostUnits,
+                 Argument{call.op, "params", int64_t(i)}.text(), " has more than 2^31 blocks");
+  BlockEntry<N> entry = {};
+  static_cast<Places&>(entry) = places_of(step, i);
+  for (int s = 0; s < N; s++) {
+    entry.codes[s] = (*call.states[s].values)[i].template mutable_data_ptr<uint8_t>();
+    entry.scales[s] = (*call.states[s].scales)[i].template mutable_data_ptr<float>();
+  }
+  entry.rows = layout.rows;
+  entry.row_length = entry.row_stride = layout.row_length;
+  entry.blocks_per_row = uint32_t(layout.blocks_per_row);
+  if (!call.shard_offsets.empty()) {
+    entry.shard_offset = uint64_t(call.shard_offsets[i]);
+    entry.row_stride = call.shard_row_strides[i];
+  }
+  entry.finish(type_of(step), int(call.block_size));
+  return entry;
+}
+
+// The same of 32-bit state.
+template <class Rule>
+ElementEntry<Rule::kStates> element_entry(const Step<Rule>& step, size_t i) {
+  const StepCall& call = step.call;
+  ElementEntry<Rule::kStates> entry = {};
+  static_cast<Places&>(entry) = places_of(step, i);
+  for (int s = 0; s < Rule::kStates; s++)
+    entry.states[s] = (*call.states[s].values)[i].template mutable_data_ptr<float>();
+  entry.count = call.params[i].numel();
+  entry.finish(type_of(step));
+  return entry;
+}
+
 template <class Rule, class T>
-void step_blocks_of(const Step<Rule>& step, FloatType type) {
+void step_blocks_of(const Step<Rule>& step) {
   constexpr int N = Rule::kStates;
   using Entry = BlockEntry<N>;
   const StepCall& call = step.call;
@@ -72,30 +116,13 @@ void step_blocks_of(const Step<Rule>& step, FloatType type) {
   Filler<Rule, Entry, decltype(launch)> filler(step.numbers, int(call.block_size), call.stochastic,
                                                launch);
   for (size_t i = 0; i < call.params.size(); i++) {
-    const BlockLayout layout = block_layout(call.params[i].sizes(), call.block_size);
-    TORCHAO8_CHECK(layout.rows * layout.blocks_per_row <= kMostUnits,
-                   Argument{call.op, "params", int64_t(i)}.text(), " has more than 2^31 blocks");
-    Entry entry = {};
-    static_cast<Places&>(entry) = places_of(step, i);
-    for (int s = 0; s < N; s++) {
-      entry.codes[s] = (*call.states[s].values)[i].template mutable_data_ptr<uint8_t>();
-      entry.scales[s] = (*call.states[s].scales)[i].template mutable_data_ptr<float>();
-    }
-    entry.rows = layout.rows;
-    entry.row_length = entry.row_stride = layout.row_length;
-    entry.blocks_per_row = uint32_t(layout.blocks_per_row);
-    if (!call.shard_offsets.empty()) {
-      entry.shard_offset = uint64_t(call.shard_offsets[i]);
-      entry.row_stride = call.shard_row_strides[i];
-    }
-    entry.finish(type, int(call.block_size));
-    filler.add(entry);
+    filler.add(block_entry(step, i));
   }
   filler.flush();
 }
 
 template <class Rule, class T>
-void step_elements_of(const Step<Rule>& step, FloatType type) {
+void step_elements_of(const Step<Rule>& step) {
   constexpr int N = Rule::kStates;
   using Entry = ElementEntry<N>;
   const StepCall& call = step.call;
@@ -106,37 +133,30 @@ void step_elements_of(const Step<Rule>& step, FloatType type) {
   Filler<Rule, Entry, decltype(launch)> filler(step.numbers, int(call.block_size), call.stochastic,
                                                launch);
   for (size_t i = 0; i < call.params.size(); i++) {
-    Entry entry = {};
-    static_cast<Places&>(entry) = places_of(step, i);
-    for (int s = 0; s < N; s++)
-      entry.states[s] = (*call.states[s].values)[i].template mutable_data_ptr<float>();
-    entry.count = call.params[i].numel();
-    entry.finish(type);
-    filler.add(entry);
+    filler.add(element_entry(step, i));
   }
   filler.flush();
 }
 
 template <class Rule, class T>
-void step_all_of(const Step<Rule>& step, FloatType type) {
+void step_all_of(const Step<Rule>& step) {
   if constexpr (Rule::kStates > 0) {
-    if (step.call.quantized()) return step_blocks_of<Rule, T>(step, type);
+    if (step.call.quantized()) return step_blocks_of<Rule, T>(step);
   }
-  step_elements_of<Rule, T>(step, type);
+  step_elements_of<Rule, T>(step);
 }
 
 template <class Rule>
 void step_all(const Step<Rule>& step) {
-  const FloatType type = check_float_type({step.call.op, "params", 0}, step.call.params[0]);
-  switch (type) {
+  switch (type_of(step)) {
     case FloatType::kFloat32:
-      step_all_of<Rule, float>(step, type);
+      step_all_of<Rule, float>(step);
       break;
     case FloatType::kBFloat16:
-      step_all_of<Rule, BFloat16>(step, type);
+      step_all_of<Rule, BFloat16>(step);
       break;
     case FloatType::kFloat16:
-      step_all_of<Rule, Half>(step, type);
+      step_all_of<Rule, Half>(step);
       break;
   }
   for (Dense& param : step.params) param.write_back();

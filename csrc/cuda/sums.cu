@@ -13,12 +13,6 @@
 namespace torchao8::cuda {
 namespace {
 
-unsigned blocks_of_rows(const char* op, int64_t rows) {
-  const int64_t blocks = (rows + kThreads - 1) / kThreads;
-  TORCHAO8_CHECK(blocks < int64_t(1) << 31, op, ": more than 2^39 rows");
-  return unsigned(blocks);
-}
-
 Tensor sum_squares_cuda(TensorList tensors) {
   TORCHAO8_CHECK(!tensors.empty(), kSumOp, ": tensors must not be empty");
   const Place place = place_of({kSumOp, "tensors", 0}, tensors[0]);
@@ -45,8 +39,8 @@ Tensor sum_squares_cuda(TensorList tensors) {
   }
   filler.flush();
   const int64_t rows = int64_t(tensors.size());
-  launcher.launch(canonicalize, blocks_of_rows(kSumOp, rows), 0, sums.mutable_data_ptr<int64_t>(),
-                  rows);
+  launcher.launch(canonicalize<int64_t>, blocks_of_rows(kSumOp, rows), 0,
+                  sums.mutable_data_ptr<int64_t>(), rows);
   return sums;
 }
 
