@@ -124,14 +124,14 @@ MUTANTS = {
         "    if (!good && false) {\n",
     ),
     "a window that moves and takes its numbers along": (
-        "sums.cuh",
+        "warp_sum.cuh",
         "    flush();\n    const int lowest",
         "    const int lowest",
     ),
-    "bits shifted out of the low word": ("sums.cuh", "(square >> 1 >> (63 - shift))", "0"),
-    "a carry lost": ("sums.cuh", "+ (low < low_)", ""),
-    "a mantissa for zeros": ("sums.cuh", "mantissa = magnitude ?", "mantissa = true ?"),
-    "infinite squares": ("sums.cuh", "magnitude != 0 && exponent != 255", "magnitude != 0"),
+    "bits shifted out of the low word": ("warp_sum.cuh", "(square >> 1 >> (63 - shift))", "0"),
+    "a carry lost": ("warp_sum.cuh", "+ (low < low_)", ""),
+    "a mantissa for zeros": ("warp_sum.cuh", "mantissa = magnitude ?", "mantissa = true ?"),
+    "infinite squares": ("warp_sum.cuh", "magnitude != 0 && exponent != 255", "magnitude != 0"),
     "sums read before all warps are done": (
         "sums.cuh",
         "    sum.flush();\n    __syncthreads();",
@@ -143,13 +143,17 @@ MUTANTS = {
         "    }",
     ),
     "numbers below the window taken for some in it": (
-        "sums.cuh",
+        "warp_sum.cuh",
         " &&\n           smallest_less_1 >= (uint32_t(lowest_) << 23) - 1",
         "",
     ),
-    "limbs that are not canonical": ("sums.cuh", "make_canonical(sums + row * kLimbs)", ""),
+    "limbs that are not canonical": ("warp_sum.cuh", "make_canonical(sums + row * kLimbs)", ""),
 }
-CHECKS = {"sums.cuh": "check_sums.cpp"}  # of the others: check_step.cpp
+CHECKS = {  # of the others: check_step.cpp
+    "lamb.cuh": "check_lamb.cpp",
+    "sums.cuh": "check_sums.cpp",
+    "warp_sum.cuh": "check_sums.cpp",
+}
 
 
 def compile_cpp(csrc: Path, output: Path, *arguments: str | Path) -> Path:
@@ -170,7 +174,7 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     ]
 
 
-@pytest.mark.parametrize("check", ["check_step.cpp", "check_sums.cpp"])
+@pytest.mark.parametrize("check", ["check_lamb.cpp", "check_step.cpp", "check_sums.cpp"])
 def test_the_kernels_give_the_bits_of_the_cpu(
     oracle: list[Path], tmp_path: Path, check: str
 ) -> None:
@@ -199,7 +203,7 @@ def mutants(oracle: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dic
         result = subprocess.run([program], capture_output=True, text=True, timeout=120)
         return f"{result.returncode}: {result.stdout[-200:]}"
 
-    names = ["check_step.cpp", *CHECKS.values(), *MUTANTS]
+    names = ["check_step.cpp", *sorted(set(CHECKS.values())), *MUTANTS]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         outcomes = pool.map(outcome, range(len(names)), names)
     return dict(zip(names, outcomes, strict=True))

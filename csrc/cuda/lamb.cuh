@@ -135,7 +135,7 @@ struct SharedOfMeasure {
 };
 
 template <class Rule>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     measure_blocks(const __grid_constant__ Table<Rule, Measured<BlockEntry<Rule::kStates>>> table,
                    const Tables* source, int64_t* sums) {
   static_assert(sizeof table + sizeof source + sizeof sums <= kArgumentBytes);
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Rule>
-__global__ void __launch_bounds__(kThreads) measure_elements(
+__global__ void __launch_bounds__(kThreads, 4) measure_elements(
     const __grid_constant__ Table<Rule, Measured<ElementEntry<Rule::kStates>>> table,
     int64_t* sums) {
   static_assert(sizeof table + sizeof sums <= kArgumentBytes);

@@ -1,0 +1,91 @@
+// Tensors and gradients of the checks: shapes, addresses and numbers that tell right kernels from
+// wrong ones.
+#pragma once
+
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "cuda/floats.cuh"
+#include "cuda/table.cuh"
+
+using namespace torchao8;
+
+struct Shape {
+  int64_t rows, columns;
+  int shift;     // elements between the start of the memory and the tensor
+  float spread;  // of gradients
+  int bad;       // gradient elements that are no numbers, in each step
+  int64_t shard_offset = 0, row_stride = 0;
+};
+
+inline const Shape kShapes[] = {
+    {4, 256, 0, 1, 0},       {6, 1024, 0, 1e-3f, 0}, {3, 16, 0, 1, 0},
+    {5, 255, 0, 1, 0},       {5, 257, 0, 1, 0},      {2, 300, 0, 1, 0},
+    {7, 576, 0, 1e-2f, 0},   {3, 24, 0, 1, 0},       {4, 512, 1, 1, 0},
+    {4, 512, 8, 1, 0},       {4, 768, 0, 1, 3},      {3, 333, 0, 1, 5},
+    {2, 512, 0, 0, 0},       {2, 512, 0, 1e-18f, 0}, {2, 512, 0, 1e-30f, 0},
+    {2, 512, 0, 1e17f, 0},   {1, 5000, 0, 1, 0},     {1, 5003, 0, 1, 0},
+    {12, 2048, 0, 1e-4f, 0}, {0, 256, 0, 1, 0},      {3, 512, 0, 1, 0, 1536, 2048},
+};
+
+// More blocks than a warp prepares random numbers for at a time, and more tensors than a thread
+// block prepares rules for at a time.
+constexpr Shape kMany = {400, 1024, 0, 1, 0};
+constexpr Shape kTiny = {1, 24, 0, 1, 0};
+constexpr int kTinyOnes = 80;
+
+struct TensorOf {
+  Shape shape;
+  FloatType param_type, grad_type;
+  std::vector<unsigned char> param, grad;
+  std::vector<uint8_t> codes[kMaxStates];
+  std::vector<float> scales[kMaxStates], states[kMaxStates];
+  float step = 0;
+  bool has_factors = false;
+  double factors[kFactors] = {};
+
+  int64_t count() const { return shape.rows * shape.columns; }
+  int64_t blocks_per_row(int block_size) const {
+    return (shape.columns + block_size - 1) / block_size;
+  }
+  unsigned char* place(std::vector<unsigned char>& of, FloatType type) {
+    const size_t misfit = reinterpret_cast<uintptr_t>(of.data()) % 16;
+    return of.data() + (16 - misfit) % 16 + size_t(shape.shift) * cuda::bytes_of(type);
+  }
+  uint8_t* code_place(int s) {
+    const size_t misfit = reinterpret_cast<uintptr_t>(codes[s].data()) % 16;
+    return codes[s].data() + (16 - misfit) % 16 + shape.shift;
+  }
+};
+
+template <class Rule>
+TensorOf make_tensor(const Shape& shape, FloatType param_type, FloatType grad_type, int block_size,
+                     std::mt19937& random) {
+  TensorOf t;
+  t.shape = shape;
+  t.param_type = param_type;
+  t.grad_type = grad_type;
+  const size_t n = size_t(t.count()) + size_t(shape.shift);
+  t.param.resize(n * cuda::bytes_of(param_type) + 16);
+  t.grad.resize(n * cuda::bytes_of(grad_type) + 16);
+  std::normal_distribution<float> normal;
+  for (int64_t i = 0; i < t.count(); i++)
+    cuda::store_as(param_type, t.place(t.param, param_type), i, normal(random));
+  for (int s = 0; s < Rule::kStates; s++) {
+    t.codes[s].assign(n + 16, Rule::kSigned[s] ? 127 : 0);
+    t.scales[s].assign(size_t(shape.rows * t.blocks_per_row(block_size)), 0.0f);
+    t.states[s].assign(size_t(t.count()), 0.0f);
+  }
+  return t;
+}
+
+inline void new_gradient(TensorOf& t, int step, std::mt19937& random) {
+  std::normal_distribution<float> normal;
+  unsigned char* grad = t.place(t.grad, t.grad_type);
+  for (int64_t i = 0; i < t.count(); i++)
+    cuda::store_as(t.grad_type, grad, i, normal(random) * t.shape.spread);
+  const float bad[] = {NAN, INFINITY, -INFINITY, 3e38f};
+  for (int k = 0; k < t.shape.bad; k++)
+    cuda::store_as(t.grad_type, grad, int64_t(random() % uint64_t(t.count())), bad[(k + step) % 4]);
+}
