@@ -120,7 +120,10 @@ def test_generated_code_has_no_clone(case: OptimizerCase, lr: str, device: str) 
     sizes = re.findall(r"empty_strided\w*\((\([^)]*\))", body)
     # Trust ratios: some numbers a parameter, of which LAMB's sums of squares are 18 each.
     n = len(params)
-    of_rule = {"lars": {f"({n}, )", f"({n}, 2)"}, "lamb": {f"({n}, 2)", f"({18 * n}, )", f"({2 * n}, 18)"}}
+    of_rule = {
+        "lars": {f"({n}, )", f"({n}, 2)"},
+        "lamb": {f"({n}, 2)", f"({18 * n}, )", f"({2 * n}, 18)"},
+    }
     assert set(sizes) - of_rule.get(case.rule, set()) == ({"()"} if lr == "number" else set())
     # Every tensor in the calls is an input of the graph; lr may be that number.
     calls = re.findall(r"_step_\.default\((.*)\)", body)

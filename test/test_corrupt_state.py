@@ -118,6 +118,19 @@ def test_an_impossible_step_is_refused(step: float) -> None:
     assert call_bits(call) == before
 
 
+@pytest.mark.parametrize("values", [(-1.0, 1.0), (math.nan, 1.0), (1.0, math.inf)])
+def test_impossible_factors_are_refused(values: tuple[float, float]) -> None:
+    """On the CPU, as with steps."""
+    params, grads = [[torch.ones(4, 512) for _ in range(2)] for _ in range(2)]
+    ones = torch.ones(2, dtype=torch.float64)
+    factors = [ones, torch.tensor(values, dtype=torch.float64)]
+    call = new_call(params, grads, factors=factors)
+    before = call_bits(call)
+    with pytest.raises(RuntimeError, match=r"factors\[1\] must hold finite numbers"):
+        run(call)
+    assert call_bits(call) == before
+
+
 def test_one_tensor_twice_is_refused(device: str) -> None:
     p = torch.ones(4, 512, device=device)
     call = new_call([p, p], [p.clone(), p.clone()], device=device)

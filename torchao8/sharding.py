@@ -12,7 +12,7 @@ import itertools
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -299,14 +299,18 @@ def _shards(placement: Placement) -> int | None:
 # -- sums over a whole parameter -------------------------------------------------------------------
 
 
-def shard_groups(params: Sequence[Tensor]) -> list[tuple[str, list[int]]]:
+# The name of a process group (a type of its own in newer versions of torch, a str in all), and the
+# indices of the parameters that its ranks hold different parts of.
+ShardGroup = tuple[Any, list[int]]
+
+
+def shard_groups(params: Sequence[Tensor]) -> list[ShardGroup]:
     """The process groups whose ranks hold different parts of parameters.
 
     Returns:
-        For each of them its name, and the indices of those parameters. One for each dimension of a
-        mesh, so that a parameter that two dimensions shard is in two.
+        One for each dimension of a mesh, so that a parameter that two dimensions shard is in two.
     """
-    members: dict[str, list[int]] = {}
+    members: dict[Any, list[int]] = {}
     for i, p in enumerate(params):
         if not is_dtensor(p) or p.device_mesh.get_coordinate() is None:
             continue
@@ -317,7 +321,7 @@ def shard_groups(params: Sequence[Tensor]) -> list[tuple[str, list[int]]]:
     return list(members.items())
 
 
-def sum_rows(rows: Tensor, groups: Sequence[tuple[str, Sequence[int]]]) -> Tensor:
+def sum_rows(rows: Tensor, groups: Sequence[ShardGroup]) -> Tensor:
     """Adds up what ranks know of the whole parameters: one all-reduce for each process group.
 
     Args:

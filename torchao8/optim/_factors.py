@@ -41,7 +41,7 @@ class Rule(NamedTuple):
     has_trust_ratios: Callable[[Group], bool]
     trust_ratios: Callable[[Group, Tensor, Tensor], Tensor]
     update_sums: Callable[[Group, Bucket, list[Tensor], Tensor | None], Tensor] | None
-    shard_groups: Callable[[tuple[Number, ...]], list[tuple[str, list[int]]]]
+    shard_groups: Callable[[tuple[Number, ...]], list[sharding.ShardGroup]]
 
 
 def factors_of(

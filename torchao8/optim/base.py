@@ -239,7 +239,7 @@ class LowPrecisionOptimizer(Optimizer):
         options = self.param_groups[group]
         return sharding.place(options["params"][param], options["block_size"])
 
-    def _shard_groups(self, numbers: tuple[tuple[int, int], ...]) -> list[tuple[str, list[int]]]:
+    def _shard_groups(self, numbers: tuple[_factors.Number, ...]) -> list[sharding.ShardGroup]:
         """The process groups that share parameters; by their numbers, which can be traced."""
         return sharding.shard_groups([self.param_groups[g]["params"][i] for g, i in numbers])
 
