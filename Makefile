@@ -42,13 +42,14 @@ CXX_FILES = $(shell find csrc test benchmarks -name '*.h' -o -name '*.inl' -o -n
 
 say = @printf '==> %s\n' '$(1)'
 
-.PHONY: help demo demo-fsdp2 test test-slow gpu bench lint format build wheel clean distclean FORCE
+.PHONY: help demo demo-fsdp2 choose test test-slow gpu bench lint format build wheel clean distclean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo       train a small GPT with 8-bit Adam and compare (tutorials/train_gpt.py)'
 	@echo 'make demo-fsdp2 train it sharded on 2 processes, go on with 3 (tutorials/train_fsdp2.py)'
+	@echo 'make choose     which optimizer, how many bits? a lesson (tutorials/choose_an_optimizer.py)'
 	@echo 'make test       run the tests, but for those marked slow'
 	@echo 'make test-slow  run the tests marked slow'
 	@echo 'make gpu        build with the torch and nvcc at hand, no network; test and time on the GPU'
@@ -70,6 +71,10 @@ demo-fsdp2: $(call tools,demo) $(EXTENSION_READY)
 	$(call say,training a sharded GPT on 2 processes and then on 3)
 	$(TORCHRUN) --nproc-per-node 2 tutorials/train_fsdp2.py --steps 40 $(ARGS)
 	$(TORCHRUN) --nproc-per-node 3 tutorials/train_fsdp2.py --steps 80 $(ARGS)
+
+choose: $(EXTENSION_READY)
+	$(call say,training a tiny GPT with several optimizers)
+	$(VPYTHON) tutorials/choose_an_optimizer.py $(ARGS)
 
 test: $(call tools,test demo) $(EXTENSION_READY)
 	$(call say,running the tests)

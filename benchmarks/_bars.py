@@ -1,4 +1,4 @@
-"""What the project asks of its step on a GPU, held against what was measured."""
+"""What the project asks of its step, held against what was measured."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ _FASTER = {
     **{(other, "gpt2", dtype): 3.0 for other in ("torchao", "flashoptim") for dtype in _DTYPES},
 }
 _MORE_LAUNCHES = 1  # than buckets
+_OVER_ANY_FORM = {"float32": 1.3}  # dtype -> 8-bit state over the fastest form of the same rule
 
 
 def _times(value: float) -> str:
@@ -85,3 +86,17 @@ def _bars_of(case: dict[str, Any]) -> list[dict[str, Any]]:
 def bars(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The bars that these cases, of a GPU, can tell; "text" is each one's line for people."""
     return [bar for case in cases for bar in _bars_of(case)]
+
+
+def rule_bars(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The bars that cases of rules of the family can tell, on any device."""
+    found = []
+    for case in cases:
+        asked = _OVER_ANY_FORM.get(case["dtype"])
+        rows = {row["name"]: row for row in case["rows"] if "ms" in row}
+        fastest = rows.get(case["fastest"])
+        ours = next((row for name, row in rows.items() if name.endswith(f"-{_OURS}")), None)
+        if asked is not None and ours is not None and fastest is not None:
+            what = f"{ours['label']} over {fastest['label']}"
+            found.append(_bar(what, case, asked, ours["speedup"], _times))
+    return found

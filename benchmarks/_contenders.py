@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from _lists import LISTS
+from _contender import ALL_LISTS, STATE_8BIT, Build, Contender, Needs
+from _family import RULES
 from torch import Tensor
 
 BASELINE = "torch"
@@ -19,49 +18,9 @@ MEMORY_JOBS = {"copy": "copy of a buffer", "scale": "scaling a buffer in place"}
 _BETAS = (0.9, 0.999)
 _COMMON: dict[str, Any] = {"lr": 1e-3, "betas": _BETAS, "eps": 1e-8, "weight_decay": 1e-2}
 
-_ALL_LISTS = tuple(dict.fromkeys(name for names in LISTS.values() for name in names))
-
 
 def _all_lists_but(*left_out: str) -> tuple[str, ...]:
-    return tuple(name for name in _ALL_LISTS if name not in left_out)
-
-
-Build = Callable[[list[Tensor]], torch.optim.Optimizer]
-
-
-class Needs(NamedTuple):
-    """A guess of the bytes that an optimizer takes besides parameters and gradients.
-
-    `state` is for a parameter, `temporary` for an element of the largest tensor, in a step or while
-    the state is made.
-    """
-
-    state: float
-    temporary: float = 0
-
-
-_STATE_32BIT = {"cpu": Needs(8), "cuda": Needs(8)}
-_STATE_8BIT = {"cpu": Needs(3), "cuda": Needs(2.2)}
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One optimizer, configured.
-
-    `build` makes it from a list of parameters. `lists` are the tensor lists it runs on when no
-    contender is named on the command line. `needs` has an entry for each kind of device it runs on:
-    by them the harness decides how many fit into memory at a time. `cpu_path` forces a code path of
-    torchao8.
-    """
-
-    name: str
-    label: str
-    package: str
-    build: Build
-    lists: tuple[str, ...] = _ALL_LISTS
-    needs: Mapping[str, Needs] = field(default_factory=lambda: _STATE_32BIT)
-    compiled: bool = False
-    cpu_path: str | None = None
+    return tuple(name for name in ALL_LISTS if name not in left_out)
 
 
 def _torch_fused(params: list[Tensor]) -> torch.optim.Optimizer:
@@ -123,13 +82,13 @@ def _deepspeed(params: list[Tensor]) -> torch.optim.Optimizer:
 
 _CONTENDERS = [
     Contender(BASELINE, "torch.optim.AdamW(fused=True)", "torch", _torch_fused),
-    Contender("8bit", "torchao8.AdamW8bit", "torchao8", _torchao8_8bit(), needs=_STATE_8BIT),
+    Contender("8bit", "torchao8.AdamW8bit", "torchao8", _torchao8_8bit(), needs=STATE_8BIT),
     Contender(
         "8bit-nearest",
         'torchao8.AdamW8bit(state_rounding="nearest")',
         "torchao8",
         _torchao8_8bit(state_rounding="nearest"),
-        needs=_STATE_8BIT,
+        needs=STATE_8BIT,
     ),
     Contender(
         "8bit-avx2",
@@ -154,7 +113,7 @@ _CONTENDERS = [
         "torchao8",
         _torchao8_8bit(min_8bit_size=0),
         lists=("small",),
-        needs=_STATE_8BIT,
+        needs=STATE_8BIT,
     ),
     Contender(
         "8bit-compiled",
@@ -162,7 +121,7 @@ _CONTENDERS = [
         "torchao8",
         _torchao8_8bit(),
         lists=(),
-        needs=_STATE_8BIT,
+        needs=STATE_8BIT,
         compiled=True,
     ),
     Contender("32bit", "torchao8.AdamW", "torchao8", _torchao8_32bit),
@@ -210,4 +169,5 @@ _CONTENDERS = [
         needs={"cpu": Needs(3, temporary=18), "cuda": Needs(2.2, temporary=18)},
     ),
 ]
-CONTENDERS = {contender.name: contender for contender in _CONTENDERS}
+_OF_THE_FAMILY = [contender for rule in RULES.values() for contender in rule.contenders()]
+CONTENDERS = {contender.name: contender for contender in [*_CONTENDERS, *_OF_THE_FAMILY]}

@@ -14,6 +14,7 @@ import torch
 from _common import installed
 from _contenders import BASELINE, CONTENDERS, MEMORY_JOBS, Contender
 from _devices import Cpu
+from _family import Rule
 from _lists import TensorList, tensor_list
 from _tables import in_order
 from _workers import Worker, WorkerError, Workers
@@ -299,6 +300,36 @@ class Bench:
             "parameters": tensors.numel,
             "dtype": dtype,
             "rows": in_order(records),
+        }
+
+    def rule_case(self, rule: Rule, list_name: str, dtype: str) -> dict[str, Any]:
+        """Measures a rule on one tensor list: 8-bit state, and each form in which torch has it.
+
+        All of them in the same rounds. Speed-ups are over the form with the smallest median time.
+        """
+        tensors = tensor_list(list_name, self._device.layers())
+        kind = self._device.kind
+        say(f"{rule.name}, {tensors.label}, {dtype}")
+        rivals = [Row(name, CONTENDERS[name].label) for name in rule.rivals(kind, dtype)]
+        ours = Row(rule.ours, CONTENDERS[rule.ours].label)
+        memory = [Row(name, label) for name, label in MEMORY_JOBS.items()]
+        self._measure_batch([*memory, *rivals, ours], list_name, dtype)
+        timed = [row for row in rivals if row.rounds and row.skipped is None]
+        fastest = min(timed, key=lambda row: median(row.rounds.values()), default=Row("", ""))
+        copy = next(row for row in memory if row.name == "copy")
+        copy_rate = copy.rate() if copy.rounds else None
+        return {
+            "rule": rule.name,
+            "fastest": fastest.name,
+            "list": list_name,
+            "label": tensors.label,
+            "tensors": len(tensors.shapes),
+            "parameters": tensors.numel,
+            "dtype": dtype,
+            "rows": [
+                {**row.record(tensors.numel, fastest, copy_rate, kind), "batch": 0}
+                for row in [ours, *rivals, *memory]
+            ],
         }
 
     def count_launches(self, case: dict[str, Any]) -> None:

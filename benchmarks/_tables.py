@@ -8,6 +8,7 @@ from typing import Any
 
 from _common import format_table
 from _contenders import BASELINE, CONTENDERS, MEMORY_JOBS
+from _family import RULES
 
 
 def in_order(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -23,7 +24,8 @@ def in_order(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def title(case: dict[str, Any]) -> str:
     """What a table or panel is about, in a line."""
-    return f"{case['label']}, {case['dtype']}"
+    rule = f"{case['rule']}, " if "rule" in case else ""
+    return f"{rule}{case['label']}, {case['dtype']}"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -68,7 +70,21 @@ def table(case: dict[str, Any]) -> str:
             notes.append(f"skipped: {label}: {row['skipped']}")
         else:
             lines.append([label, *(_COLUMNS[name](row) for name in names)])
-    return "\n".join([format_table(["AdamW", *names], lines), *notes])
+    return "\n".join([format_table([case.get("rule", "AdamW"), *names], lines), *notes])
+
+
+def rules_table(cases: list[dict[str, Any]]) -> str:
+    """A line for each rule of the family: 8-bit state against the fastest form of torch."""
+    lines = []
+    for case in cases:
+        rows = {row["name"]: row for row in case["rows"] if "ms" in row}
+        fastest = rows.get(case["fastest"])
+        ours = rows.get(RULES[case["rule"]].ours)
+        if ours is not None and fastest is not None:
+            times = [_ms(row["ms"]) for row in (ours, fastest)]
+            speedup = _number(ours["speedup"], ".2f")
+            lines.append([ours["label"], fastest["label"], case["dtype"], *times, speedup])
+    return format_table(["8-bit", "fastest", "", "8-bit, ms", "ms", "speed-up"], lines, left=3)
 
 
 def _drawn(row: dict[str, Any]) -> bool:
@@ -114,9 +130,9 @@ def draw(cases: list[dict[str, Any]], machine: str, path: Path) -> None:
         panel.invert_yaxis()
         panel.set_title(title(case), fontsize=10)
         panel.tick_params(labelsize=8)
-    panels[-1, 0].set_xlabel(
-        "ms per step, log scale (in brackets: speed-up over torch.optim.AdamW(fused=True))"
-    )
-    figure.suptitle(f"AdamW step, {machine}", fontsize=11)
+    family = any("rule" in case for case in cases)
+    rival = "the fastest form of torch" if family else "torch.optim.AdamW(fused=True)"
+    panels[-1, 0].set_xlabel(f"ms per step, log scale (in brackets: speed-up over {rival})")
+    figure.suptitle(f"{'Steps' if family else 'AdamW step'}, {machine}", fontsize=11)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -46,6 +46,7 @@ def absmax_codec(make_map: Callable[[bool], Tensor], block_size: int | None) -> 
     def codec(x: Tensor, signed: bool) -> Tensor:
         blocks = x.reshape(-1, block_size or x.numel())
         absmax = blocks.abs().amax(dim=1, keepdim=True)
+        absmax = absmax.clamp_min(torch.finfo(torch.float32).tiny)  # zeros stay zeros
         return (nearest(blocks / absmax, make_map(signed)) * absmax).reshape(x.shape)
 
     return codec

@@ -3,7 +3,8 @@
 Every contender lives in a process of its own and they take turns, in an order that rotates, so that
 a machine whose speed drifts slows all of them alike. A row's time is the median over its turns; its
 speed-up is the median of the ratios to torch's fused AdamW in the same round. The machine's memory
-rate is measured by two more contenders in the same rounds.
+rate is measured by two more contenders in the same rounds. With --family it is every update rule
+with 8-bit state against the same rule of torch, and speed-ups are over torch's fastest form of it.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _bars import bars
+from _bars import bars, rule_bars
 from _common import RESULTS, CpuWatch, installed, usable_cores, versions, write_results
 from _contenders import BASELINE, CONTENDERS, Contender
 from _devices import Cpu, open_device
+from _family import RULES, Rule
 from _lists import LISTS, tensor_list
 from _measure import MIN_ROUNDS, Bench, Plan, say
-from _tables import draw, table, title
+from _tables import draw, rules_table, table, title
 from _workers import PROGRAM, Workers
 
 _PACKAGES = {
@@ -71,15 +73,17 @@ def _parser() -> argparse.ArgumentParser:
         f"  {kind}:\n" + "\n".join(f"    {name:18}{labels[name]}" for name in names)
         for kind, names in LISTS.items()
     )
+    of_rules = {one.name for rule in RULES.values() for one in rule.contenders()}
     names = "\n".join(
         f"  {one.name:20}{one.label}"
         + ("" if len(one.needs) > 1 else f"  ({', '.join(one.needs)})")
         + ("" if one.lists else "  (only when named)")
         for one in CONTENDERS.values()
+        if one.name not in of_rules
     )
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog=f"lists:\n{lists}\n\ncontenders:\n{names}",
+        epilog=f"lists:\n{lists}\n\ncontenders:\n{names}\n\nrules: {', '.join(RULES)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -96,6 +100,8 @@ def _parser() -> argparse.ArgumentParser:
         help="dtype of parameters and gradients (both)",
     )
     add("--contenders", nargs="+", choices=list(CONTENDERS), metavar="NAME", help="which (below)")
+    family = "in place of AdamW's contenders: these rules, each against its forms in torch (all)"
+    add("--family", nargs="*", choices=list(RULES), metavar="RULE", help=family)
     repeats = f"rounds of turns, at least {MIN_ROUNDS} {default('repeats')}"
     add("--repeats", type=_positive(int), help=repeats)
     add("--turn", type=_positive(float), help=f"seconds of steps in a turn {default('turn')}")
@@ -127,6 +133,8 @@ def _parse(argv: Iterable[str] | None) -> tuple[argparse.Namespace, Cpu]:
             setattr(args, option, value)
     if args.list not in (*device.lists, "all"):
         parser.error(f"--list: on {device.kind} one of {', '.join(device.lists)}, got {args.list}")
+    if args.family is not None and args.contenders is not None:
+        parser.error("--family: expected no --contenders with it")
     for name in args.contenders or ():
         if device.kind not in CONTENDERS[name].needs:
             parser.error(f"--contenders: {name} does not run on {device.kind}")
@@ -138,6 +146,7 @@ def _parse(argv: Iterable[str] | None) -> tuple[argparse.Namespace, Cpu]:
         args.no_plot = True
     if args.name is None:
         args.name = device.result_name() + ("" if args.list == "all" else f"-{args.list}")
+        args.name += "" if args.family is None else "-family"
     return args, device
 
 
@@ -146,6 +155,13 @@ def _chosen(args: argparse.Namespace, kind: str, list_name: str) -> list[Contend
         return [c for c in CONTENDERS.values() if kind in c.needs and list_name in c.lists]
     names = dict.fromkeys([BASELINE, *args.contenders])  # speed-ups are ratios to it
     return [CONTENDERS[name] for name in names]
+
+
+def _rules(args: argparse.Namespace) -> list[Rule | None]:
+    """The rules to measure; None stands for AdamW against other libraries."""
+    if args.family is None:
+        return [None]
+    return [RULES[name] for name in args.family or RULES]
 
 
 Cases = list[dict[str, Any]]
@@ -175,17 +191,24 @@ def measure(
     try:
         for list_name in device.lists if args.list == "all" else [args.list]:
             for dtype in ["float32", "bfloat16"] if args.dtype == "both" else [args.dtype]:
-                if plan.late():
-                    reason = f"the time limit of {args.time_limit:.0f} s had passed"
-                    left_out.append({"list": list_name, "dtype": dtype, "reason": reason})
-                    continue
-                start = time.monotonic()
-                case = bench.case(_chosen(args, device.kind, list_name), list_name, dtype)
-                cases.append(case)
-                if device.kind == "cpu":
-                    print(f"\n{title(case)}, {args.threads} threads\n{table(case)}\n", flush=True)
-                else:
-                    say(f"  took {time.monotonic() - start:.1f} s")
+                for rule in _rules(args):
+                    if plan.late():
+                        reason = f"the time limit of {args.time_limit:.0f} s had passed"
+                        where = {"list": list_name, "dtype": dtype}
+                        named = {} if rule is None else {"rule": rule.name}
+                        left_out.append({**where, **named, "reason": reason})
+                        continue
+                    start = time.monotonic()
+                    if rule is None:
+                        case = bench.case(_chosen(args, device.kind, list_name), list_name, dtype)
+                    else:
+                        case = bench.rule_case(rule, list_name, dtype)
+                    cases.append(case)
+                    if device.kind == "cpu":
+                        text = f"{title(case)}, {args.threads} threads\n{table(case)}"
+                        print(f"\n{text}\n", flush=True)
+                    else:
+                        say(f"  took {time.monotonic() - start:.1f} s")
         keep(cases, left_out)
         if device.kind != "cpu":
             counting = dataclasses.replace(plan, deadline=time.monotonic() + _COUNTING_S)
@@ -204,6 +227,9 @@ def _run_on_cpu(args: argparse.Namespace, device: Cpu) -> None:
     record = {"device": machine, "versions": versions(_PACKAGES["cpu"]), "cases": cases}
     if left_out:
         record["left_out"] = left_out
+    if args.family is not None:
+        record["bars"] = _without_text(rule_bars(cases))
+        _print_rules(cases)
     _write(args, record, f"{machine['cpu']}, {args.threads} threads")
 
 
@@ -212,6 +238,7 @@ def _run_on_gpu(args: argparse.Namespace, device: Cpu) -> None:
     found_versions = {**versions(_PACKAGES["cuda"]), "cuda": torch.version.cuda}
     watch = CpuWatch()
     begin = time.monotonic()
+    bars_of = bars if args.family is None else rule_bars
 
     def record(cases: Cases, left_out: Cases) -> dict[str, Any]:
         options = ("repeats", "turn", "budget", "setup_timeout", "time_limit")
@@ -222,7 +249,7 @@ def _run_on_gpu(args: argparse.Namespace, device: Cpu) -> None:
             "seconds": time.monotonic() - begin,
             "cases": cases,
             "left_out": left_out,
-            "bars": [{k: v for k, v in bar.items() if k != "text"} for bar in bars(cases)],
+            "bars": _without_text(bars_of(cases)),
         }
 
     def keep(cases: Cases, left_out: Cases) -> None:
@@ -235,11 +262,24 @@ def _run_on_gpu(args: argparse.Namespace, device: Cpu) -> None:
     print()
     for one in left_out:
         print(f"left out: {one['list']}, {one['dtype']}: {one['reason']}")
-    for bar in bars(cases):
-        print(bar["text"])
+    if args.family is None:
+        for bar in bars(cases):
+            print(bar["text"])
+    else:
+        _print_rules(cases)
     finished = record(cases, left_out)
     print(f"took {finished['seconds']:.0f} s")
     _write(args, finished, machine["gpu"]["name"])
+
+
+def _without_text(found: Cases) -> Cases:
+    return [{k: v for k, v in bar.items() if k != "text"} for bar in found]
+
+
+def _print_rules(cases: Cases) -> None:
+    print(f"{rules_table(cases)}\n")
+    for bar in rule_bars(cases):
+        print(bar["text"])
 
 
 def _note_others(machine: dict[str, Any], watch: CpuWatch) -> None:

@@ -1,0 +1,132 @@
+"""What `quality.py` trains: a byte-level GPT, and a convolutional net on handwritten digits."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tutorials"))
+
+from _gpt import GPT, VOCABULARY, GPTConfig, Text, cross_entropy
+
+
+class Task(Protocol):
+    """A model and its data. Both follow from a seed, whatever the optimizer."""
+
+    guess: float  # the loss of one who knows nothing: above it a run has diverged
+
+    def model(self, seed: int) -> nn.Module:
+        """A new model."""
+
+    def loss(self, model: nn.Module, step: int, seed: int) -> Tensor:
+        """The loss on the batch of this step, 0-d float32."""
+
+    def held_out(self, model: nn.Module) -> float:
+        """The mean loss on data that are never trained on, the same for every seed."""
+
+
+@dataclass(frozen=True)
+class GptSize:
+    """The tutorial's GPT: 459,520 parameters unless another size is given."""
+
+    layers: int = 2
+    width: int = 128
+    heads: int = 4
+    context: int = 64
+    batch: int = 8
+    held_out_batches: int = 64
+
+
+class GptTask:
+    """The next byte of the source of Python's standard library."""
+
+    guess = math.log(VOCABULARY)
+
+    def __init__(self, size: GptSize) -> None:
+        self.size = size
+        self.text = Text.from_stdlib("cpu")
+
+    def model(self, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        size = self.size
+        return GPT(GPTConfig(size.layers, size.width, size.heads, size.context))
+
+    def loss(self, model: nn.Module, step: int, seed: int) -> Tensor:
+        return cross_entropy(
+            model, *self.text.batch(step, seed, self.size.batch, self.size.context)
+        )
+
+    @torch.no_grad()
+    def held_out(self, model: nn.Module) -> float:
+        size = self.size
+        batches = self.text.held_out_batches(size.held_out_batches, size.batch, size.context)
+        return sum(cross_entropy(model, *batch).item() for batch in batches) / len(batches)
+
+
+@dataclass(frozen=True)
+class DigitsSize:
+    """A net of 151,306 parameters unless another size is given."""
+
+    channels: int = 32
+    hidden: int = 128
+    batch: int = 64
+
+
+class DigitsTask:
+    """The 1,797 handwritten digits of scikit-learn, 8 by 8 pixels; a quarter is held out."""
+
+    classes = 10
+    guess = math.log(classes)
+
+    def __init__(self, size: DigitsSize) -> None:
+        from sklearn.datasets import load_digits  # an extra, needed for this task alone
+
+        self.size = size
+        digits = load_digits()
+        images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
+        labels = torch.tensor(digits.target)
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        held_out, train = order.tensor_split([len(order) // 4])
+        self.train = images[train], labels[train]
+        self.test = images[held_out], labels[held_out]
+
+    def model(self, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        channels, hidden = self.size.channels, self.size.hidden
+        return nn.Sequential(
+            nn.Conv2d(1, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, 2 * channels, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(2 * channels * 4 * 4, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, self.classes),
+        )
+
+    def loss(self, model: nn.Module, step: int, seed: int) -> Tensor:
+        images, labels = self.train
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        chosen = torch.randint(len(labels), (self.size.batch,), generator=generator)
+        return F.cross_entropy(model(images[chosen]), labels[chosen])
+
+    @torch.no_grad()
+    def held_out(self, model: nn.Module) -> float:
+        images, labels = self.test
+        return F.cross_entropy(model(images), labels).item()
+
+
+Size = GptSize | DigitsSize
+
+
+def open_task(size: Size) -> Task:
+    """The task of this size, with its data in memory."""
+    return GptTask(size) if isinstance(size, GptSize) else DigitsTask(size)

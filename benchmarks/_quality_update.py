@@ -1,0 +1,75 @@
+"""How far the steps of 8-bit AdamW are from those of exact moments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import torchao8
+from torchao8.block_layout import fits_8bit
+
+PERCENTILES = (0.01, 0.5, 0.99)
+
+
+class UpdateError:
+    """Float32 moments that are fed the gradients of an `AdamW8bit`, and the error of its steps.
+
+    Both see the same gradients, those of the 8-bit run, so that the error is of the moments alone
+    and not of two trainings that went apart. The update is taken from what the step did to the
+    parameters: u = (p * (1 - lr * weight_decay) - p') / lr. Only parameters with 8-bit state count.
+    """
+
+    def __init__(self, optimizer: torchao8.AdamW8bit, every: int) -> None:
+        self._optimizer = optimizer
+        self._every = every
+        self._step = 0
+        (self._group,) = optimizer.param_groups
+        layout = self._group["block_size"], self._group["min_8bit_size"]
+        self._params: list[Tensor] = [
+            p for p in self._group["params"] if fits_8bit(p.shape, *layout)
+        ]
+        self._m = [torch.zeros_like(p) for p in self._params]
+        self._v = [torch.zeros_like(p) for p in self._params]
+        self._old: list[Tensor] | None = None
+        self.errors: list[tuple[int, float]] = []  # (step, relative L2 error)
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Takes in the gradients."""
+        self._step += 1
+        grads = [p.grad for p in self._params]
+        beta1, beta2 = self._group["betas"]
+        torch._foreach_lerp_(self._m, grads, 1 - beta1)
+        torch._foreach_mul_(self._v, beta2)
+        torch._foreach_addcmul_(self._v, grads, grads, 1 - beta2)
+        due = self._step % self._every == 0
+        self._old = [p.double() for p in self._params] if due else None
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Compares, where it is due."""
+        if self._old is None:
+            return
+        group, step = self._group, self._step
+        lr, decay, (beta1, beta2) = group["lr"], group["weight_decay"], group["betas"]
+        difference = total = 0.0
+        for p, old, m, v in zip(self._params, self._old, self._m, self._v, strict=True):
+            update = (old * (1 - lr * decay) - p) / lr
+            root = (v.double() / (1 - beta2**step)).sqrt()
+            exact = m.double() / (1 - beta1**step) / (root + group["eps"])
+            difference += (update - exact).square().sum().item()
+            total += exact.square().sum().item()
+        self.errors.append((step, (difference / total) ** 0.5))
+
+    @torch.no_grad()
+    def stored_over_exact(self) -> list[float]:
+        """Percentiles (1, 50, 99) of stored second moments over exact ones, of those above 0."""
+        ratios = []
+        for p, v in zip(self._params, self._v, strict=True):
+            state = self._optimizer.state[p]
+            codes, scale = state["exp_avg_sq_codes"], state["exp_avg_sq_scale"]
+            size = self._group["block_size"]
+            stored = torchao8.dequantize_blockwise(codes, scale, block_size=size, signed=False)
+            ratios.append((stored / v)[v > 0])
+        ordered = torch.cat(ratios).sort().values
+        return [ordered[round(q * (len(ordered) - 1))].item() for q in PERCENTILES]

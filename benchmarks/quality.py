@@ -1,0 +1,164 @@
+"""Shows that 8-bit state trains: held-out losses over seeds, against 32-bit state.
+
+    python benchmarks/quality.py             # hours on one core; may be stopped and started again
+    python benchmarks/quality.py --report    # what is recorded so far
+
+Three studies. `family`: every optimizer with 32-bit and with 8-bit state, torch.optim's and
+bitsandbytes' own where there are such, on a small GPT and on handwritten digits. `ablation`: AdamW
+with a linear or a dynamic map, a scale per tensor or per block, 8-bit or 32-bit embeddings, as in
+"8-bit Optimizers via Block-wise Quantization" (Dettmers et al., 2022). `rounding`: second moments
+rounded to nearest and stochastically, with the error of the update beside the loss.
+
+A run is a line in a file of records, written when it ends; a run that is recorded is not made
+again. The order is that of the studies above, and seed by seed within each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common import RESULTS, describe_machine, installed, versions, write_results
+from _quality_report import summarize
+from _quality_runs import FULL, QUICK, Run, Tasks, attempt, plan
+from _quality_show import draw, page
+
+Record = dict[str, Any]
+
+
+class Records:
+    """The file of records: a line of JSON each, {"run", "result", "machine", "date"}.
+
+    A line that a kill cut off is dropped; a later record of a run takes the place of an earlier
+    one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._found: dict[str, Record] = {}
+        content = path.read_bytes() if path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            with path.open("r+b") as file:
+                file.truncate(len(whole))
+        for line in whole.splitlines():
+            record = json.loads(line)
+            self._found[_key(record["run"])] = record
+
+    def __iter__(self) -> Any:
+        return iter(self._found.values())
+
+    def has(self, run: Run) -> bool:
+        """Whether a run has a result. One that failed has none: it is tried again."""
+        record = self._found.get(_key(run.identity()))
+        return record is not None and "error" not in record["result"]
+
+    def add(self, run: Run, result: dict[str, Any], machine: dict[str, Any]) -> None:
+        """Appends a record; it is on the disk when this returns."""
+        date = time.strftime("%Y-%m-%d")
+        record = {"run": run.identity(), "result": result, "machine": machine, "date": date}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._found[_key(record["run"])] = record
+
+
+def _key(identity: dict[str, Any]) -> str:
+    return json.dumps(identity, sort_keys=True)
+
+
+def make_runs(runs: list[Run], records: Records, machine: dict[str, Any]) -> None:
+    """Makes those of the runs that have no result yet."""
+    tasks = Tasks()
+    missing = [run for run in runs if not records.has(run)]
+    print(f"{len(runs)} runs, {len(runs) - len(missing)} of them recorded", flush=True)
+    for number, run in enumerate(missing, 1):
+        result = attempt(run, tasks)
+        records.add(run, result, machine)
+        text = result.get("error") or (
+            f"{'diverged' if result['diverged'] else format(result['held_out'], '.4f')} "
+            f"in {result['seconds']:.1f} s"
+        )
+        print(f"{number} of {len(missing)}: {run.label}, lr {run.lr:g}: {text}", flush=True)
+
+
+def report(runs: list[Run], records: Records, args: argparse.Namespace) -> None:
+    """Writes the result files and prints the page."""
+    summary = summarize(runs, list(records))
+    text = page(summary)
+    print(text)
+    machine = describe_machine(args.threads)
+    written = [write_results(args.name, {"device": machine, **summary}, args.out)]
+    written.append(args.out / f"{args.name}.md")
+    written[-1].write_text(text)
+    if installed("matplotlib") and summary["runs_recorded"]:
+        written.append(args.out / f"{args.name}.png")
+        draw(summary, written[-1])
+    print("wrote " + ", ".join(str(path) for path in written))
+
+
+def _parse(argv: Iterable[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a few steps of tiny models, two seeds: seconds")
+    add("--only", nargs="+", default=["*"], metavar="PATTERN",
+        help="runs whose label matches, as 'family/gpt/*' or '*/AdamW/8-bit/seed 0'")  # fmt: skip
+    add("--list", action="store_true", help="print the labels of the runs, and end")
+    add("--report", action="store_true", help="make no run; write the result files")
+    records = Path("runs/quality/records.jsonl")
+    add("--records", type=Path, default=records, help="file of records (%(default)s)")
+    add("--threads", type=int, default=1, help="of torch (1)")
+    add("--name", default="quality", help="name of the result files (quality)")
+    add("--out", type=Path, default=RESULTS, help="folder of the result files")
+    args = parser.parse_args(argv)
+    if args.threads < 1:
+        parser.error(f"--threads: must be above 0, got {args.threads}")
+    return args
+
+
+def main(argv: Iterable[str] | None = None) -> int:
+    """Runs the benchmark with the command line `argv` (of the process if None)."""
+    args = _parse(argv)
+    runs = plan(QUICK if args.quick else FULL)
+    chosen = [run for run in runs if any(fnmatchcase(run.label, one) for one in args.only)]
+    if not chosen:
+        print(f"--only: {' '.join(args.only)} matches no run; see --list", file=sys.stderr)
+        return 2
+    if args.list:
+        print(*dict.fromkeys(run.label for run in chosen), sep="\n")
+        return 0
+    records = Records(args.records)
+    if args.report:
+        report(chosen, records, args)
+        return 0
+    if any(run.task == "digits" for run in chosen) and not installed("sklearn"):
+        print("the digits need scikit-learn: pip install scikit-learn", file=sys.stderr)
+        return 2
+    torch.set_num_threads(args.threads)
+    machine = {
+        "cpu": describe_machine(args.threads)["cpu"],
+        "threads": args.threads,
+        "versions": versions(["torchao8", "bitsandbytes", "scikit-learn"]),
+    }
+    try:
+        make_runs(chosen, records, machine)
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on from {args.records}")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

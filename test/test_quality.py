@@ -1,0 +1,347 @@
+"""``benchmarks/quality.py``: its runs, its records, its report; and a quick run of it all."""
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib", reason="no matplotlib, which the benchmark draws with")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import _quality_emulation
+import _quality_report
+import _quality_runs
+import _quality_show
+import _quality_update
+import quality
+
+import torchao8
+
+QUICK = _quality_runs.QUICK
+MACHINE = {"cpu": "some CPU", "threads": 1, "versions": {"torch": "2.13.0", "bitsandbytes": None}}
+
+
+@pytest.fixture(autouse=True)
+def _same_threads() -> Any:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+# -- what is run -----------------------------------------------------------------------------------
+
+
+def test_every_optimizer_of_the_library_is_in_the_study() -> None:
+    classes = {name.removesuffix("8bit") for name in torchao8.__all__ if name.endswith("8bit")}
+    assert {rule.name for rule in _quality_runs.FAMILY} == classes
+    for settings in (QUICK, _quality_runs.FULL):
+        for rule in _quality_runs.FAMILY:
+            assert rule.lr.keys() == settings.sizes.keys()
+
+
+def test_runs_are_distinct_and_in_order() -> None:
+    runs = _quality_runs.plan(_quality_runs.FULL)
+    keys = [quality._key(run.identity()) for run in runs]
+    assert len(set(keys)) == len(keys)
+    assert list(dict.fromkeys(run.study for run in runs)) == ["family", "ablation", "rounding"]
+    for study in _quality_runs.STUDIES:
+        seeds = [run.seed for run in runs if run.study == study]
+        assert seeds == sorted(seeds)
+        assert set(seeds) == set(range(5))
+    assert min(run.steps for run in runs if run.study == "rounding") >= 5000
+
+
+def test_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
+    rates = [_quality_runs.learning_rate(step, 100, 0.5) for step in range(101)]
+    assert rates[:10] == pytest.approx([0.05 * (step + 1) for step in range(10)])
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert rates[100] == pytest.approx(0.05)
+
+
+def test_a_seed_gives_all_optimizers_the_same_start_and_batches() -> None:
+    task = _quality_runs.open_task(QUICK.sizes["gpt"])
+    losses = [task.loss(task.model(seed), step, seed).item()
+              for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0))]  # fmt: skip
+    assert losses[0] == losses[1]
+    assert len(set(losses)) == 3
+
+
+def test_a_run_that_diverges_is_told() -> None:
+    runs = _quality_runs.plan(QUICK)
+    (run,) = (r for r in runs if r.label == "family/gpt/SGD/8-bit/seed 0")
+    task = _quality_runs.open_task(run.size)
+    good = _quality_runs.train(run, task)
+    assert not good["diverged"]
+    assert good["steps_done"] == run.steps
+    assert good["held_out"] < task.guess
+    assert 1 < good["state_bytes_per_parameter"] < 1.2
+    wild = _quality_runs.train(dataclasses.replace(run, lr=1e30), task)
+    assert wild["diverged"]
+    assert wild["steps_done"] < run.steps
+
+
+# -- emulated codecs, the error of an update -------------------------------------------------------
+
+
+@pytest.mark.parametrize("map_name", ["linear", "dynamic"])
+@pytest.mark.parametrize("scope", ["tensor", "blocks"])
+def test_emulated_moments_are_the_nearest_of_the_map(map_name: str, scope: str) -> None:
+    params = [torch.nn.Parameter(torch.zeros(32, 256)) for _ in range(2)]
+    small = torch.nn.Parameter(torch.zeros(15, 256))
+    groups = [{"params": [params[0], small]}, {"params": [params[1]], "optim_bits": 32}]
+    exact = torch.optim.AdamW([torch.nn.Parameter(p.detach().clone()) for p in params], lr=0.1)
+    emulated = _quality_emulation.EmulatedAdamW8bit(groups, map_name, scope, lr=0.1)
+    params[0].grad = torch.randn(32, 256) * torch.logspace(0, -4, 32)[:, None]
+    params[0].grad[5] = 0
+    params[1].grad, small.grad = params[0].grad.clone(), torch.ones_like(small)
+    for ours, theirs in zip(params, exact.param_groups[0]["params"], strict=True):
+        theirs.grad = ours.grad.clone()
+    emulated.step()
+    exact.step()
+    assert torch.equal(params[0], params[1])  # the first step is from exact moments
+    for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+        moment, (want, other) = emulated.state[params[0]][name], (
+            exact.state[p][name] for p in exact.param_groups[0]["params"]
+        )  # fmt: skip
+        assert torch.equal(emulated.state[params[1]][name], other)
+        assert not torch.equal(moment, want)
+        blocks = want.reshape((1, -1) if scope == "tensor" else (-1, 256))
+        absmax = blocks.abs().amax(dim=1, keepdim=True).clamp_min(1e-30)
+        book = _quality_emulation.MAPS[map_name](signed)
+        distances = ((blocks / absmax)[..., None] - book).abs()
+        nearest = book[distances.argmin(dim=2)] * absmax
+        torch.testing.assert_close(moment, nearest.reshape(moment.shape), rtol=1e-6, atol=0)
+        assert (moment[5] == 0).all()
+    assert (emulated.state[small]["exp_avg"] == 0.1).all()
+
+
+def test_error_of_an_update_is_nothing_for_exact_moments_and_found_in_others() -> None:
+    def errors(optimizer: Any) -> list[float]:
+        watch = _quality_update.UpdateError(optimizer, every=2)
+        for step in range(4):
+            generator = torch.Generator().manual_seed(step)
+            p.grad = torch.randn(p.shape, generator=generator)
+            watch.before_step()
+            optimizer.step()
+            watch.after_step()
+        assert [step for step, _ in watch.errors] == [2, 4]
+        if optimizer.defaults["optim_bits"] == 8:
+            low, median, high = watch.stored_over_exact()
+            assert 0.5 < low < 0.99 < median < 1.01 < high < 2
+        return [error for _, error in watch.errors]
+
+    options = {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    p = torch.nn.Parameter(torch.randn(64, 256))
+    assert max(errors(torchao8.AdamW([p], **options))) < 1e-4
+    # After a step of 8-bit state: half a code of 64 in the highest decade, more below it.
+    assert 0.003 < min(errors(torchao8.AdamW8bit([p], **options))) < 0.1
+    watch = _quality_update.UpdateError(torchao8.AdamW([p], **options), every=1)
+    watch._v[0].fill_(1.0)  # moments that are not those of the optimizer
+    p.grad = torch.randn(64, 256)
+    watch.before_step()
+    watch._optimizer.step()
+    watch.after_step()
+    assert watch.errors[0][1] > 0.5
+
+
+# -- records ---------------------------------------------------------------------------------------
+
+
+def test_records_outlive_a_kill(tmp_path: Path) -> None:
+    first, second, third = _quality_runs.plan(QUICK)[:3]
+    path = tmp_path / "runs" / "records.jsonl"
+    records = quality.Records(path)
+    records.add(first, {"held_out": 1.0, "diverged": False}, MACHINE)
+    records.add(second, {"error": "RuntimeError: no kernel"}, MACHINE)
+    with path.open("a") as file:
+        file.write('{"run": {"study": "fam')  # killed while it wrote
+    again = quality.Records(path)
+    assert [again.has(run) for run in (first, second, third)] == [True, False, False]
+    again.add(second, {"held_out": 2.0, "diverged": False}, MACHINE)
+    again.add(third, {"held_out": 3.0, "diverged": False}, MACHINE)
+    found = [record["result"]["held_out"] for record in quality.Records(path)]
+    assert found == [1.0, 2.0, 3.0]
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_a_run_with_other_settings_is_another_run(tmp_path: Path) -> None:
+    records = quality.Records(tmp_path / "records.jsonl")
+    run = _quality_runs.plan(QUICK)[0]
+    records.add(run, {"held_out": 1.0, "diverged": False}, MACHINE)
+    for change in ({"lr": 0.5}, {"steps": 5}, {"seed": 1}, {"options": {"betas": (0.9, 0.9)}},
+                   {"size": _quality_runs.FULL.sizes["gpt"]}):  # fmt: skip
+        assert not records.has(dataclasses.replace(run, **change))
+    assert not any(
+        quality.Records(records.path).has(r) for r in _quality_runs.plan(_quality_runs.FULL)
+    )
+
+
+# -- the report, of made-up records ----------------------------------------------------------------
+
+
+def record(run: _quality_runs.Run, held_out: float, **result: Any) -> dict[str, Any]:
+    diverged = not math.isfinite(held_out)
+    values = {"held_out": None if diverged else held_out, "diverged": diverged, "seconds": 36.0}
+    made = json.loads(json.dumps({"run": run.identity()}))  # as it comes from the file
+    return {**made, "result": {**values, **result}, "machine": MACHINE, "date": "2026-01-01"}
+
+
+def made_up() -> tuple[list[_quality_runs.Run], list[dict[str, Any]]]:
+    """Three seeds. 8-bit Adam is 0.01 worse, Lion 0.5, SGD diverges once, AdamW has no 8-bit."""
+    runs = _quality_runs.plan(dataclasses.replace(QUICK, seeds=3))
+    records = []
+    for run in runs:
+        loss = 2.0 + 0.1 * run.seed
+        eight = run.column == "8-bit"
+        if run.study == "family" and run.task == "gpt":
+            if run.row == "Adam":
+                loss += 0.01 * eight
+            elif run.row == "Lion":
+                loss += 0.5 * eight
+            elif run.row == "SGD":
+                loss = math.inf if eight and run.seed == 1 else loss
+            elif run.row == "AdamW":
+                if eight:
+                    continue
+            if run.column == "bitsandbytes" and run.row == "RMSprop":
+                records.append(record(run, loss, error="RuntimeError: no kernel"))
+                continue
+        elif run.study == "ablation":
+            if run.row == "emulated: linear, tensor":
+                loss = math.inf if run.seed else loss
+            elif run.row == "emulated: dynamic, tensor":
+                loss += 0.25
+        elif run.study == "rounding" and run.column != "32-bit":
+            error = 0.2 if run.column == "nearest" else 0.07
+            errors = [[2, error / 2 + run.seed / 100], [4, error + run.seed / 100]]
+            records.append(
+                record(run, loss, update_error=errors, stored_over_exact=[0.5, 1.0, 2.0])
+            )
+            continue
+        records.append(record(run, loss))
+    return runs, records
+
+
+def cells_of(table: str) -> list[dict[str, str]]:
+    """A Markdown table as a dict for each line."""
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+
+
+def test_family_table() -> None:
+    runs, records = made_up()
+    summary = _quality_report.summarize(runs, records)
+    assert summary["runs_planned"] == len(runs)
+    assert summary["runs_recorded"] == len(records) == len(runs) - 3
+    assert summary["hours"] == pytest.approx(len(records) / 100)
+    table = _quality_show.family_table(summary["family"])
+    rows = {row["rule"]: row for row in cells_of(table) if row["task"] == "gpt"}
+    assert rows["Adam"]["32-bit"] == "2.1000 ± 0.1000"
+    assert rows["Adam"]["8-bit"] == "2.1100 ± 0.1000"
+    assert rows["Adam"]["8-bit - 32-bit"] == "+0.0100 ± 0.0000"
+    verdicts = {name: row["within spread"] for name, row in rows.items()}
+    others = dict.fromkeys(("AdEMAMix", "Adagrad", "RMSprop"), "yes")
+    assert verdicts == {"Adam": "yes", "AdamW": "", "Lion": "no", "SGD": "no", **others}
+    assert rows["AdamW"]["8-bit"] == rows["AdamW"]["8-bit - 32-bit"] == ""
+    assert rows["Lion"]["torch.optim"] == ""
+    assert rows["SGD"]["8-bit"] == "2.1000 ± 0.1414 (1 of 3 diverged)"
+    if rows["Adam"]["bitsandbytes"]:  # those runs are planned where it is installed
+        assert rows["RMSprop"]["bitsandbytes"] == "fails"
+        assert "bitsandbytes fails on gpt, RMSprop: RuntimeError: no kernel" in table
+
+
+def test_ablation_table() -> None:
+    summary = _quality_report.summarize(*made_up())
+    rows = cells_of(_quality_show.ablation_table(summary["ablation"]))
+    found = {(row["state"], row["embeddings"]): row for row in rows}
+    assert len(found) == 1 + 2 + 8
+    loss = "loss over 32-bit, lr 0.001"
+    exact = found["torchao8.AdamW", ""]
+    assert (exact["diverged"], exact[loss]) == ("0% of 3", "2.1000 ± 0.1000")
+    broken = found["emulated: linear, tensor", "embeddings in 32 bits"]
+    assert (broken["diverged"], broken[loss]) == ("67% of 3", "+0.0000")
+    worse = found["emulated: dynamic, tensor", "embeddings in 8 bits"]
+    assert (worse["diverged"], worse[loss]) == ("0% of 3", "+0.2500 ± 0.0000")
+
+
+def test_rounding_table() -> None:
+    summary = _quality_report.summarize(*made_up())
+    rows = cells_of(_quality_show.rounding_table(summary["rounding"]))
+    ways = ("32-bit", "nearest", "stochastic")
+    places = [(f"beta2 {beta2}", way) for beta2 in (0.999, 0.95) for way in ways]
+    assert [(row[""], row["second moments"]) for row in rows] == places
+    _, nearest, stochastic = rows[:3]
+    assert nearest["error at 2"] == "0.1100 ± 0.0100"
+    assert nearest["error at 4"] == "0.2100 ± 0.0100"
+    assert stochastic["error at 4"] == "0.0800 ± 0.0100"
+    assert stochastic["stored/exact v, percentile 1/50/99"] == "0.50 / 1.00 / 2.00"
+    assert rows[0]["error at 4"] == rows[0]["over 32-bit"] == ""
+
+
+def test_page_and_picture_of_any_part_of_the_records(tmp_path: Path) -> None:
+    runs, records = made_up()
+    for name, part in (
+        ("whole", records),
+        ("one", records[:1]),
+        ("half", records[: len(records) // 2]),
+    ):
+        summary = _quality_report.summarize(runs, part)
+        json.dumps(summary)
+        page = _quality_show.page(summary)
+        assert f"{len(part)} of {len(runs)} runs" in page
+        assert ("## Second moments" in page) == (name == "whole")
+        _quality_show.draw(summary, tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    other = _quality_report.summarize(_quality_runs.plan(_quality_runs.FULL), records)
+    assert other["runs_recorded"] == 0
+    assert not other["family"]
+
+
+# -- from end to end -------------------------------------------------------------------------------
+
+
+def test_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One seed of everything, in two goes; then the report."""
+    patterns = ["*/seed 0"]
+    try:
+        import sklearn  # noqa: F401
+    except ImportError:
+        patterns = [f"{study}/gpt/*/seed 0" for study in _quality_runs.STUDIES]
+    path = tmp_path / "records.jsonl"
+    common = ["--quick", "--records", str(path), "--out", str(tmp_path), "--only"]
+    assert quality.main([*common, "family/gpt/*/8-bit/seed 0"]) == 0
+    first = path.read_text()
+    assert len(first.splitlines()) == len(_quality_runs.FAMILY)
+    capsys.readouterr()
+    assert quality.main([*common, *patterns]) == 0
+    assert f", {len(_quality_runs.FAMILY)} of them recorded" in capsys.readouterr().out
+    assert path.read_text().startswith(first)
+    for line in path.read_text().splitlines():
+        found = json.loads(line)
+        if found["run"]["column"] != "bitsandbytes":
+            assert found["result"]["held_out"] is None or found["result"]["held_out"] > 0
+
+    assert quality.main(["--report", *common, *patterns]) == 0
+    assert "within spread" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "quality.json").read_text())
+    assert summary["runs_recorded"] == summary["runs_planned"]
+    rows = {row["rule"]: row["sources"] for row in summary["family"] if row["task"] == "gpt"}
+    for rule, sources in rows.items():
+        exact, eight = (sources[name]["mean"] for name in ("32-bit", "8-bit"))
+        # Four steps: the two are within rounding of each other, and torch's rule is ours.
+        assert eight == pytest.approx(exact, rel=5e-3), rule
+        if "torch.optim" in sources:
+            assert sources["torch.optim"]["mean"] == pytest.approx(exact, rel=1e-4), rule
+    assert (tmp_path / "quality.png").exists()
+    assert "## The codec" in (tmp_path / "quality.md").read_text()
+
+
+def test_patterns_that_match_nothing_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert quality.main(["--only", "family/gpt/Adamax/*"]) == 2
+    assert "family/gpt/Adamax/* matches no run" in capsys.readouterr().err
