@@ -94,6 +94,8 @@ _RULES = [
     Rule("AdamW", _ADAM),
     Rule("AdEMAMix", _MIX, _LOOPS, _rules.AdEMAMix),
     Rule("Adagrad", {"lr": 1e-2, "eps": 1e-10, **_DECAY}),
+    Rule("LAMB", {**_ADAM, "lr": 1e-2}, _LOOPS, _rules.LAMB),
+    Rule("LARS", {"lr": 10.0, "momentum": 0.9, **_DECAY}, _LOOPS, _rules.LARS),
     Rule("Lion", {"lr": 1e-3, "betas": (0.9, 0.99), **_DECAY}, _LOOPS, _rules.Lion),
     Rule("RMSprop", {"lr": 1e-3, "alpha": 0.99, "eps": 1e-8, **_DECAY}, _LOOPS),
     Rule("SGD", {"lr": 1.0, "momentum": 0.9, **_DECAY}),

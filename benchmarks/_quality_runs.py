@@ -49,6 +49,12 @@ FAMILY = [
         {"gpt": 1e-3, "digits": 2e-3},
     ),
     Rule("Adagrad", {}, {"gpt": 1e-2, "digits": 2e-2}),
+    Rule("LAMB", {"betas": (0.9, 0.999), "weight_decay": 0.1}, {"gpt": 1e-2, "digits": 1e-2}),
+    Rule(
+        "LARS",
+        {"momentum": 0.9, "weight_decay": 1e-4, "trust_coefficient": 0.02},
+        {"gpt": 1.0, "digits": 1.0},
+    ),
     Rule("Lion", {"betas": (0.9, 0.99), "weight_decay": 0.1}, {"gpt": 5e-4, "digits": 2e-4}),
     Rule("RMSprop", {"alpha": 0.99}, {"gpt": 1e-3, "digits": 2e-3}),
     Rule("SGD", {"momentum": 0.9}, {"gpt": 1e-1, "digits": 1e-1}),

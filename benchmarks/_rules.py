@@ -1,4 +1,4 @@
-"""Lion and AdEMAMix as torch.optim would have them, for `step.py --family`: torch has neither.
+"""What torch.optim lacks, as it would have it, for `step.py --family`: Lion, AdEMAMix, LARS, LAMB.
 
 Each in two forms, as torch's own: with `foreach`, every operation goes over all tensors before the
 next one; without, all operations go over one tensor before the next, which stays in the cache if it
@@ -113,3 +113,84 @@ class AdEMAMix(_Reference):
         update = torch._foreach_add(fast, slow, alpha=group["alpha"] * correction1)
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         torch._foreach_addcdiv_(params, update, root, -lr / correction1)
+
+
+def _trust_ratios(norms: Tensors, below: Tensors, coefficient: float = 1.0) -> Tensors:
+    """coefficient * norm / below for each tensor, 1 where either is 0; nothing is waited for."""
+    return [
+        torch.where((norm > 0) & (other > 0), coefficient * norm / other, 1.0)
+        for norm, other in zip(norms, below, strict=True)
+    ]
+
+
+class LARS(_Reference):
+    """Algorithm 1 of "Large Batch Training of Convolutional Networks" (You et al., 2017)."""
+
+    _state_names = ("momentum_buffer",)
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        foreach: bool,
+        trust_coefficient: float = 0.001,
+    ) -> None:
+        options = {"lr": lr, "momentum": momentum, "trust_coefficient": trust_coefficient}
+        super().__init__(params, foreach, **options, weight_decay=weight_decay)
+
+    def _update(  # type: ignore[override]
+        self, params: Tensors, grads: Tensors, buffers: Tensors, group: dict[str, Any]
+    ) -> None:
+        decay, norms = group["weight_decay"], torch._foreach_norm(params)
+        below = torch._foreach_add(torch._foreach_norm(grads), norms, alpha=decay)
+        rates = _trust_ratios(list(norms), list(below), group["trust_coefficient"])
+        torch._foreach_mul_(rates, group["lr"])
+        update = torch._foreach_add(grads, params, alpha=decay)
+        torch._foreach_mul_(update, rates)
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, update)
+        torch._foreach_sub_(params, buffers)
+
+
+class LAMB(_Reference):
+    """Algorithm 2 of "Large Batch Optimization for Deep Learning" (You et al., 2019)."""
+
+    _state_names = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        foreach: bool,
+    ) -> None:
+        options = {"lr": lr, "betas": betas, "eps": eps}
+        super().__init__(params, foreach, **options, weight_decay=weight_decay)
+
+    def _update(  # type: ignore[override]
+        self,
+        params: Tensors,
+        grads: Tensors,
+        averages: Tensors,
+        squares: Tensors,
+        group: dict[str, Any],
+    ) -> None:
+        (beta1, beta2), step = group["betas"], group["step"]
+        torch._foreach_lerp_(averages, grads, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+        root = torch._foreach_sqrt(squares)
+        torch._foreach_div_(root, (1 - beta2**step) ** 0.5)
+        torch._foreach_add_(root, group["eps"])
+        torch._foreach_mul_(root, 1 - beta1**step)
+        update = torch._foreach_div(averages, root)
+        torch._foreach_add_(update, params, alpha=group["weight_decay"])
+        norms = list(torch._foreach_norm(params)), list(torch._foreach_norm(update))
+        rates = _trust_ratios(*norms)
+        torch._foreach_mul_(rates, group["lr"])
+        torch._foreach_mul_(update, rates)
+        torch._foreach_sub_(params, update)
