@@ -49,11 +49,11 @@ FAMILY = [
         {"gpt": 1e-3, "digits": 2e-3},
     ),
     Rule("Adagrad", {}, {"gpt": 1e-2, "digits": 2e-2}),
-    Rule("LAMB", {"betas": (0.9, 0.999), "weight_decay": 0.1}, {"gpt": 1e-2, "digits": 1e-2}),
+    Rule("LAMB", {"betas": (0.9, 0.999), "weight_decay": 0.1}, {"gpt": 1e-2, "digits": 2e-2}),
     Rule(
         "LARS",
         {"momentum": 0.9, "weight_decay": 1e-4, "trust_coefficient": 0.02},
-        {"gpt": 1.0, "digits": 1.0},
+        {"gpt": 0.3, "digits": 1.0},
     ),
     Rule("Lion", {"betas": (0.9, 0.99), "weight_decay": 0.1}, {"gpt": 5e-4, "digits": 2e-4}),
     Rule("RMSprop", {"alpha": 0.99}, {"gpt": 1e-3, "digits": 2e-3}),
@@ -77,7 +77,7 @@ class Settings:
         default_factory=lambda: {"gpt": GptSize(), "digits": DigitsSize()}
     )
     steps: dict[str, int] = field(
-        default_factory=lambda: {"gpt": 600, "digits": 600, "ablation": 600, "rounding": 6000}
+        default_factory=lambda: {"gpt": 600, "digits": 600, "ablation": 300, "rounding": 5000}
     )
     seeds: int = 5
     ablation_lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2)

@@ -34,13 +34,13 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class GptSize:
-    """The tutorial's GPT: 459,520 parameters unless another size is given."""
+    """The tutorial's GPT: 160,096 parameters unless another size is given."""
 
-    layers: int = 2
-    width: int = 128
-    heads: int = 4
+    layers: int = 1
+    width: int = 96
+    heads: int = 3
     context: int = 64
-    batch: int = 8
+    batch: int = 4
     held_out_batches: int = 64
 
 
@@ -72,9 +72,9 @@ class GptTask:
 
 @dataclass(frozen=True)
 class DigitsSize:
-    """A net of 151,306 parameters unless another size is given."""
+    """A net of 71,754 parameters unless another size is given."""
 
-    channels: int = 32
+    channels: int = 16
     hidden: int = 128
     batch: int = 64
 
