@@ -95,6 +95,10 @@ class LowPrecisionOptimizer(Optimizer):
         """That ratio; see :class:`torchao8.optim._factors.Rule` for this and the next one."""
         raise NotImplementedError
 
+    def _check_source(self, saved: Group) -> None:
+        """Raises ValueError where these options of a checkpoint tell that its state means something
+        else than the state of the same name here."""
+
     # A method of rules that compare parameters with updates.
     _update_sums: Callable[[Group, Bucket, list[Tensor], Tensor | None], Tensor] | None = None
 
