@@ -84,10 +84,10 @@ def own_options(
     options |= {first: betas[0], second: 0.0}
     if not betas[1]:
         return options, None
+    lion = ". Lion has two numbers above 0 there, and its averages are not what this class keeps"
     return options, (
         f"the checkpoint has {second}={betas[1]!r}, which bitsandbytes takes and ignores; here it "
-        "is 0, which is the same"
-        + (". Is it of Lion, whose betas these would be? Then load it into Lion" * (name[0] in "SL"))
+        "is 0, which is the same" + lion * (second == "dampening")
     )
 
 

@@ -1,9 +1,9 @@
 """State as bitsandbytes, torchao and torch.optim save it, read as ours.
 
-Of torchao that of Adam, of the others that of every class there. Both libraries number the blocks of a moment over the flattened tensor, and their dynamic map is
-ours up to the rounding of its entries. Where their blocks are our blocks (:func:`_same_blocks`), 8
-bits stay the 8 bits that they are. Elsewhere a moment becomes the float32 numbers that the other
-library itself would have read.
+Of torchao that of Adam, of the others that of every class. Both libraries number the blocks of a
+moment over the flattened tensor, and their dynamic map is ours up to the rounding of its entries.
+Where their blocks are our blocks (:func:`_same_blocks`), 8 bits stay the 8 bits that they are.
+Elsewhere a moment becomes the float32 numbers that the other library itself would have read.
 
 Neither library is imported: what is read are plain tensors, and the attributes of tensor
 subclasses.

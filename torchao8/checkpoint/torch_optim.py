@@ -67,30 +67,30 @@ def to_torch(optimizer: LowPrecisionOptimizer) -> dict[str, Any]:
     return {"state": state, "param_groups": groups}
 
 
-def _torch_class(optimizer: LowPrecisionOptimizer) -> type[torch.optim.Optimizer]:
+def _torch_class(optimizer: LowPrecisionOptimizer) -> Any:
     """The class of torch.optim with the rule of an optimizer."""
     from torchao8 import optim
 
-    classes: tuple[tuple[type, type[torch.optim.Optimizer]], ...] = (
-        (optim.AdamW, torch.optim.AdamW),
-        (optim.Adam, torch.optim.Adam),
-        (optim.Adagrad, torch.optim.Adagrad),
-        (optim.RMSprop, torch.optim.RMSprop),
-        (optim.SGD, torch.optim.SGD),
-    )
-    for ours, theirs in classes:
+    classes: dict[type, tuple[type, ...]] = {
+        torch.optim.AdamW: (optim.AdamW, optim.AdamW8bit),
+        torch.optim.Adam: (optim.Adam, optim.Adam8bit),
+        torch.optim.Adagrad: (optim.Adagrad,),
+        torch.optim.RMSprop: (optim.RMSprop,),
+        torch.optim.SGD: (optim.SGD,),
+    }
+    for theirs, ours in classes.items():
         if isinstance(optimizer, ours):
             return theirs
     name = type(optimizer).__name__
     raise NotImplementedError(
-        f"to_torch: expected a class that torch.optim has (Adam, AdamW, Adagrad, RMSprop, SGD), got "
+        "to_torch: expected Adam, AdamW, Adagrad, RMSprop or SGD, in 8 or 32 bits, got "
         f"{name}; torch.optim has no {name.removesuffix('8bit')}"
     )
 
 
 def _state(
     optimizer: LowPrecisionOptimizer,
-    torch_cls: type[torch.optim.Optimizer],
+    torch_cls: type,
     group: dict[str, Any],
     p: Tensor,
 ) -> dict[str, Tensor]:
@@ -102,6 +102,8 @@ def _state(
         own = {key: spec.empty(p) for key, spec in optimizer._layout(group, p).items()}
     states = in_32bit(p, optimizer._states(group), own, group["block_size"])
     theirs = {k: v.detach().clone() for k, v in states.items() if k != _clipping.KEY}
+    if states is not own:
+        optimizer._mend_decoded(theirs)
     theirs["step"] = theirs["step"].cpu()
     if torch_cls is torch.optim.SGD and theirs.pop("step") == 0:
         return {}  # torch takes its first gradient for the buffer where there is none

@@ -216,9 +216,11 @@ class _Loading:
 
     def _converted(self, plan: _Plan) -> dict[str, Tensor]:
         _, label, p, layout, states, values, block_size, saved_block_size, converts = plan
-        if converts:
-            return convert(label, p, layout, states, values, block_size, saved_block_size)
-        return parts_of(p, layout, values)
+        if not converts:
+            return parts_of(p, layout, values)
+        parts = convert(label, p, layout, states, values, block_size, saved_block_size)
+        self.optimizer._mend_decoded(parts)
+        return parts
 
     def tell(self) -> None:
         """Warns of what was converted, once for each kind of conversion."""

@@ -99,6 +99,9 @@ class LowPrecisionOptimizer(Optimizer):
         """Raises ValueError where these options of a checkpoint tell that its state means something
         else than the state of the same name here."""
 
+    def _mend_decoded(self, state: dict[str, Tensor]) -> None:
+        """Changes, in place, what 32-bit states that were rounded to 8 bits apart may not be."""
+
     # A method of rules that compare parameters with updates.
     _update_sums: Callable[[Group, Bucket, list[Tensor], Tensor | None], Tensor] | None = None
 
