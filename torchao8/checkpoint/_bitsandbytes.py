@@ -71,15 +71,15 @@ def own_options(
     if not isinstance(betas, (tuple, list)) or len(betas) < 2:
         raise ValueError(f"betas: expected two numbers or more of bitsandbytes, got {betas!r}")
     if "eps" not in own and saved.get("eps"):
-        _refuse_class(name, f"eps={saved['eps']!r}", "0.0", "RMSprop, Adagrad or one with state2")
+        _refuse_class(name, "eps", "0.0", saved, "RMSprop, Adagrad or one with two states")
     if name.startswith("Lion") and not betas[1]:
-        _refuse_class(name, f"betas={betas!r}", "two numbers above 0", "SGD, LARS or Adagrad")
+        _refuse_class(name, "betas", "two numbers above 0", saved, "SGD, LARS or Adagrad")
     if "lr_decay" in own and any(betas):
-        _refuse_class(name, f"betas={betas!r}", "(0.0, 0.0)", "Another class")
+        _refuse_class(name, "betas", "(0.0, 0.0)", saved, "Another class")
     if "betas" in own or "momentum" not in own:
         return options, None
     if not betas[0]:
-        _refuse_class(name, f"betas={betas!r}", "a first one above 0", "Adagrad")
+        _refuse_class(name, "betas", "a first one above 0", saved, "Adagrad")
     first, second = ("momentum", "dampening") if "dampening" in own else ("alpha", "momentum")
     options |= {first: betas[0], second: 0.0}
     if not betas[1]:
@@ -91,11 +91,11 @@ def own_options(
     )
 
 
-def _refuse_class(name: str, got: str, expected: str, saver: str) -> None:
+def _refuse_class(name: str, key: str, expected: str, saved: Mapping[str, Any], saver: str) -> None:
     rule = name.removesuffix("8bit")
     raise ValueError(
-        f"param_groups: expected {expected} there, as the {rule} of bitsandbytes saves, got {got}. "
-        f"{saver} saved this checkpoint, and state1 means something else there"
+        f"{key}: expected {expected}, as the {rule} of bitsandbytes saves, got {saved[key]!r}. "
+        f"{saver} saved this checkpoint, and its state means something else"
     )
 
 
