@@ -150,7 +150,7 @@ def test_options_come_under_our_names() -> None:
         if name == "AdEMAMix":
             assert (group["t_alpha"], group["t_beta3"]) == (9, 0)
     assert got == {
-        **dict.fromkeys(READABLE, []),
+        **{name: [] for name in READABLE},
         "RMSprop": ["the checkpoint has momentum=0.5"],
         "SGD": ["the checkpoint has dampening=0.5"],
     }
