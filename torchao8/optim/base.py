@@ -27,6 +27,7 @@ from torchao8.optim._checkpoint import (
     unseal,
 )
 from torchao8.optim._checks import (
+    check_flag,
     check_grad,
     check_number,
     check_params,
@@ -112,6 +113,7 @@ class LowPrecisionOptimizer(Optimizer):
                 raise NotImplementedError(
                     f"{name}={group[name]!r}: {other} is not implemented, it must be {value!r}"
                 )
+        check_flag("maximize", group["maximize"])
         _clipping.check_percentile(group["percentile_clipping"])
         check_number("lr", group["lr"], tensor=True)
         if not is_int(group["optim_bits"]) or group["optim_bits"] not in (8, 32):
