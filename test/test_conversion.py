@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import SMALL, all_bits, bits, make_params, through_file, train
+from optim_table import ADAMS, OPTIMIZERS, OptimizerCase
 
 from torchao8 import AdamW, AdamW8bit, dequantize_blockwise, quantize_blockwise
 
@@ -70,6 +71,37 @@ def test_32bit_becomes_8bit_by_the_nearest_codes(block_size: int, device: str) -
     assert len(told) == 1
     assert re.search(r"parameter 0 and 4 more was saved in 32 bits, and is rounded to 8", told[0])
     train(target, target.param_groups[0]["params"], [3])
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in OPTIMIZERS[len(ADAMS) :] if c.optim_bits == 8], ids=lambda c: c.cls.__name__
+)
+def test_every_state_of_the_other_classes(case: OptimizerCase) -> None:
+    """8 bits into 32, into other blocks, and 32 into 8: all states that the class can have."""
+    options = {**case.base, **case.full}
+    narrow, saved = saved_by(case.cls, "cpu", **options)
+    wide, told = loaded(case.cls, saved, "cpu", optim_bits=32, **options)
+    assert len(told) == 1
+    other, _ = loaded(case.cls, saved, "cpu", block_size=64, **options)
+    again, _ = loaded(case.cls, through_file(wide.state_dict()), "cpu", **options)
+    names = [state.name for state in narrow._states(narrow.param_groups[0])]
+    for i, p in enumerate(zip(*map(states, (narrow, wide, other, again)), strict=True)):
+        old, in_32, in_64, back = p
+        for name in names:
+            if i not in QUANTIZED:
+                assert bits(old[name]) == bits(in_32[name]) == bits(back[name])
+                continue
+            signed = case.is_signed(name)
+            value = dequantize_blockwise(old[f"{name}_codes"], old[f"{name}_scale"], signed=signed)
+            mended = in_32[name] > value if name == "square_avg" else torch.zeros_like(value).bool()
+            assert bits(torch.where(mended, value, in_32[name])) == bits(value)
+            for state, source, size in ((in_64, value, 64), (back, in_32[name], 256)):
+                codes, scale = quantize_blockwise(source, block_size=size, signed=signed)
+                assert bits(state[f"{name}_codes"]) == bits(codes)
+                assert bits(state[f"{name}_scale"]) == bits(scale)
+        assert old["step"] == in_32["step"] == in_64["step"] == back["step"] == 3
+    for optimizer in (wide, other, again):
+        train(optimizer, optimizer.param_groups[0]["params"], [3])
 
 
 def test_other_blocks(device: str) -> None:

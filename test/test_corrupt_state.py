@@ -9,6 +9,8 @@ import math
 import pytest
 import torch
 from adam_call import Call, call_bits, copy_call, new_call, run
+from helpers import SMALL, make_params, train
+from optim_table import OPTIMIZERS, OptimizerCase
 from test_paths import PATHS, Workers
 
 import torchao8
@@ -67,6 +69,34 @@ def test_a_bad_scale_moves_no_parameter_and_stays_in_its_row(
         assert (p[1] - old[1]).abs().max() < 0.2
         assert torch.equal(p[0], q[0])
         assert torch.equal(p[2], q[2])
+
+
+@pytest.mark.parametrize("scale", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize(
+    "case", [case for case in OPTIMIZERS if case.optim_bits == 8], ids=lambda c: c.cls.__name__
+)
+def test_no_rule_lets_a_bad_scale_out(case: OptimizerCase, scale: float, device: str) -> None:
+    """Of any state; but for LAMB, whose learning rate is one for all rows, the others go on."""
+    for name, _ in (*case.states, *case.more_states):
+        ends = []
+        for is_bad in (True, False):
+            params = make_params(shapes=[(3, 512), (3, 300)], device=device)
+            optimizer = case.make(params, min_8bit_size=SMALL, **case.full)
+            train(optimizer, params, range(3))
+            for p in params:
+                optimizer.state[p][f"{name}_scale"][1] = scale if is_bad else 0.0
+            before = [p.detach().clone() for p in params]
+            train(optimizer, params, [3])
+            ends.append(params)
+            if is_bad:
+                for p, old in zip(params, before, strict=True):
+                    # A maximum takes no notice of -inf, so that a row may make its usual step.
+                    assert (p[1] - old[1]).abs().max() < 0.2
+        for bad, good in zip(*ends, strict=True):
+            if case.rule != "lamb":
+                assert torch.equal(bad[0], good[0])
+                assert torch.equal(bad[2], good[2])
+            assert bad.isfinite().all()
 
 
 @pytest.mark.parametrize("state_bits", [8, 32])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import SMALL, all_bits, make_params, train
-from optim_table import ADAMS, OptimizerCase, every_adam
+from optim_table import ADAMS, OPTIMIZERS, OptimizerCase, every_adam
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -157,7 +157,9 @@ def option(name: str, *values: Any) -> Damage:
 
 NAN, INF = float("nan"), float("inf")
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+# What the keys of 32-bit state end with, of all optimizers; of the scales of squares.
+MOMENTS = ("avg", "_sq", "_fast", "_slow", "sum", "buffer")
+SQUARES = ("sq_scale", "square_avg_scale", "sum_scale")
 
 DAMAGES: dict[str, Damage] = {
     "key dropped": drop_key,
@@ -219,8 +221,8 @@ CODE_DAMAGES: dict[str, Damage] = {
     "scale NaN": element(NAN, "_scale"),
     "scale infinite": element(INF, "_scale"),
     "scale infinite and negative": element(-INF, "_scale"),
-    "scale of a second moment negative": element(-1.0, "sq_scale"),
-    "scale of a second moment -0": element(-0.0, "sq_scale"),
+    "scale of a second moment negative": element(-1.0, *SQUARES),
+    "scale of a second moment -0": element(-0.0, *SQUARES),
 }
 
 
@@ -250,6 +252,18 @@ def option_missing(rng: random.Random, saved: StateDict) -> None:
     del chosen[rng.choice([name for name in chosen if name not in ("params", "amsgrad")])]
 
 
+# Options that not every class has, and of which there need be no state.
+OPTIONAL = ("betas", "eps", "amsgrad")
+# Of the other classes, with all states. The checks know no rule, so that one seed and the keys that
+# there can be will do; and with none, of what there is to spoil then.
+OTHERS = [case for case in OPTIMIZERS if case not in ADAMS and case.optim_bits == 8]
+WITHOUT_STATES = [
+    "key renamed", "key too many", "stray state", "states under strings", "params too few",
+    "params too many", "group missing", "value None", "value a string", "value stacked",
+    "step negative", "step a fraction", "step NaN", "lr", "weight_decay", "maximize",
+]  # fmt: skip
+every_other = pytest.mark.parametrize("case", OTHERS, ids=lambda case: case.cls.__name__)
+
 # What no harm comes of: it loads, and a step works.
 HARMLESS: dict[str, Callable[[random.Random, StateDict], Any]] = {
     "no state of a parameter": without_state,
@@ -277,9 +291,17 @@ def unchanging(cls_number: int, amsgrad: bool) -> Optimizer:
     return trained(ADAMS[cls_number], amsgrad=amsgrad)
 
 
+def has_place(optimizer: Optimizer, name: str) -> bool:
+    """Whether a damage of DAMAGES or CODE_DAMAGES has something to spoil."""
+    if name in OPTIONAL:
+        return name in optimizer.defaults
+    keys = {key for state in optimizer.state.values() for key in state}
+    return "of a second moment" not in name or any(key.endswith(SQUARES) for key in keys)
+
+
 def assert_refused(optimizer: Optimizer, damage: Damage, seed: int) -> None:
     saved = copy.deepcopy(optimizer.state_dict())
-    saved["param_groups"][0]["eps"] = 0.5  # would tell of options that are taken over too early
+    saved["param_groups"][0]["lr"] = 0.5  # would tell of options that are taken over too early
     message = damage(random.Random(seed), saved)
     before = all_bits(optimizer)
     with pytest.raises(ValueError, match=message) as info:
@@ -310,6 +332,24 @@ def test_damage_to_codes_and_scales_is_refused(
         assert_refused(optimizer, CODE_DAMAGES[name], seed)
 
 
+@every_other
+def test_damage_to_other_optimizers_is_refused(case: OptimizerCase) -> None:
+    optimizer = trained(case, **case.full)
+    tried = 0
+    for seed, (name, damage) in enumerate({**DAMAGES, **CODE_DAMAGES}.items()):
+        if has_place(optimizer, name):
+            assert_refused(optimizer, damage, seed)
+            tried += 1
+    assert tried >= len({**DAMAGES, **CODE_DAMAGES}) - len(OPTIONAL) - 2
+
+
+@pytest.mark.parametrize("case", OTHERS[-1:], ids=lambda case: case.cls.__name__)
+def test_damage_where_there_is_no_state_is_refused(case: OptimizerCase) -> None:
+    optimizer = trained(case, momentum=0.0)
+    for seed, name in enumerate(WITHOUT_STATES):
+        assert_refused(optimizer, DAMAGES[name], seed)
+
+
 @pytest.mark.parametrize("name", list(CODE_DAMAGES))
 def test_damage_is_refused_before_a_conversion(name: str) -> None:
     """State in 8 bits for an optimizer that keeps 32."""
@@ -334,6 +374,20 @@ def test_what_does_no_harm_is_loaded(case: OptimizerCase, name: str) -> None:
         train(optimizer, [p for each in optimizer.param_groups for p in each["params"]], [2])
         for params in (each["params"] for each in optimizer.param_groups):
             assert all(bool(p.isfinite().all()) for p in params)
+
+
+@every_other
+def test_what_does_no_harm_is_loaded_by_others(case: OptimizerCase) -> None:
+    for seed, name in enumerate(HARMLESS):
+        if name == "betas a list" and len(case.cls([torch.ones(1)]).defaults.get("betas", ())) != 2:
+            continue
+        optimizer = trained(case, **case.full)
+        saved = copy.deepcopy(optimizer.state_dict())
+        HARMLESS[name](random.Random(seed), saved)
+        optimizer.load_state_dict(saved)
+        params = [p for each in optimizer.param_groups for p in each["params"]]
+        train(optimizer, params, [2])
+        assert all(bool(p.isfinite().all()) for p in params), name
 
 
 # -- the form of a state dict ----------------------------------------------------------------------

@@ -15,14 +15,13 @@ from optim_table import (
     LATER_OPTIONS,
     OPTIMIZERS,
     OptimizerCase,
-    every_adam,
     every_bad_option,
     every_optimizer,
 )
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchao8 import AdamW, AdamW8bit, ops
+from torchao8 import LARS, SGD, AdamW, AdamW8bit, RMSprop, ops
 from torchao8.optim._checks import check_device
 
 
@@ -70,6 +69,7 @@ block_size: expected a power of two from 64 to 2048, got 100
 block_size: expected a power of two from 64 to 2048, got 4096
 block_size: expected a power of two from 64 to 2048, got 256.0
 state_rounding: expected 'stochastic' or 'nearest', got 'up'
+maximize: expected True or False, got 1
 seed: expected an int of 64 bits, got 0.5
 seed: expected an int of 64 bits, got 9223372036854775808
 differentiable=True: a step that autograd records is not implemented, it must be False
@@ -249,7 +249,7 @@ overlapping: params[0]: expected elements that do not share memory, got shape [4
     )
 
 
-@every_adam()
+@every_optimizer()
 @pytest.mark.parametrize("name", [n for n in bad_params() if n not in ("empty list", "a tensor")])
 def test_parameters_are_refused_in_a_later_group(
     case: OptimizerCase, name: str, device: str
@@ -268,7 +268,7 @@ def test_parameters_are_refused_in_a_later_group(
     train(optimizer, optimizer.param_groups[0]["params"], [1])
 
 
-@every_adam()
+@every_optimizer()
 def test_parameters_of_another_group(case: OptimizerCase, device: str) -> None:
     optimizer = trained(case, device)
     before = all_bits(optimizer)
@@ -291,7 +291,7 @@ def float64(p: Tensor) -> Tensor:
     return torch.ones_like(p, dtype=torch.float64)
 
 
-@every_adam()
+@every_optimizer()
 @pytest.mark.parametrize("bad_grad", [sparse, float64])
 @pytest.mark.parametrize("at_first_step", [True, False])
 def test_bad_gradients(
@@ -352,12 +352,12 @@ AdamW: gradient of parameter 0 (weight): expected a dense tensor of float32, bfl
     float16, got torch.float64
 AdamW: state of parameter 0: expected the keys ['step', 'exp_avg', 'exp_avg_sq',
     'max_exp_avg_sq'], got ['step', 'exp_avg', 'exp_avg_sq']. An option that decides which
-    state there is, such as amsgrad, must be set before the first step.
+    state there is, such as amsgrad or momentum, must be set before the first step.
 params[0]: expected a dense tensor of float32, bfloat16 or float16, got torch.float64""",
     )
 
 
-@every_adam()
+@every_optimizer()
 def test_block_size_changed_after_the_first_step(case: OptimizerCase, device: str) -> None:
     """Nothing is written, in no group."""
     optimizer = trained(case, device, optim_bits=8)
@@ -370,7 +370,7 @@ def test_block_size_changed_after_the_first_step(case: OptimizerCase, device: st
     assert all_bits(optimizer) == before
 
 
-@every_adam()
+@every_optimizer()
 @pytest.mark.parametrize(("before", "after"), [(8, 32), (32, 8)])
 def test_optim_bits_changed_after_the_first_step(
     case: OptimizerCase, before: int, after: int, device: str
@@ -386,7 +386,7 @@ def test_optim_bits_changed_after_the_first_step(
     optimizer.step()
 
 
-@every_adam()
+@every_optimizer()
 def test_min_8bit_size_changed_after_the_first_step(case: OptimizerCase, device: str) -> None:
     optimizer, least = trained(case, device, optim_bits=8), 10**9
     optimizer.param_groups[0]["min_8bit_size"] = least
@@ -394,6 +394,37 @@ def test_min_8bit_size_changed_after_the_first_step(case: OptimizerCase, device:
     with pytest.raises(RuntimeError, match=f"now says optim_bits=8, min_8bit_size={least}"):
         optimizer.step()
     assert all_bits(optimizer) == bits
+
+
+@pytest.mark.parametrize("optim_bits", [8, 32])
+@pytest.mark.parametrize(
+    ("cls", "option", "off", "on"),
+    [
+        (AdamW, "amsgrad", False, True),
+        (AdamW, "percentile_clipping", 100, 50),
+        (RMSprop, "centered", False, True),
+        (RMSprop, "momentum", 0.0, 0.9),
+        (SGD, "momentum", 0.0, 0.9),
+        (LARS, "momentum", 0.0, 0.9),
+    ],
+)
+@pytest.mark.parametrize("to_on", [True, False])
+def test_an_option_that_adds_a_state_changed_after_the_first_step(
+    cls: Any, option: str, off: Any, on: Any, to_on: bool, optim_bits: int, device: str
+) -> None:
+    """To and fro; refused in words, with nothing changed, and the old value goes on."""
+    params = make_params(device=device)
+    old, new = (off, on) if to_on else (on, off)
+    optimizer = cls(params, min_8bit_size=SMALL, optim_bits=optim_bits, **{option: old})
+    train(optimizer, params, [0])
+    optimizer.param_groups[0][option] = new
+    set_grads(params, 1)
+    before = all_bits(optimizer)
+    with pytest.raises(RuntimeError, match=r"state of parameter 0: expected the keys .*before the"):
+        optimizer.step()
+    assert all_bits(optimizer) == before
+    optimizer.param_groups[0][option] = old
+    optimizer.step()
 
 
 def test_a_misspelled_group_option_is_named() -> None:

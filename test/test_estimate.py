@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import SHAPES, SMALL
+from optim_table import OPTIMIZERS
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -25,8 +26,16 @@ import torchao8
 from torchao8 import Estimate, estimate, sharding
 from torchao8.__main__ import command
 from torchao8._estimate_command import MODELS
-from torchao8.estimate import CUT_ROWS, PARAM_DTYPES, SHARDED_VECTOR, SHORT_ROWS, TOO_SMALL
-from torchao8.optim import _checks
+from torchao8.estimate import (
+    CUT_ROWS,
+    NORMS,
+    PARAM_DTYPES,
+    RULES,
+    SHARDED_VECTOR,
+    SHORT_ROWS,
+    TOO_SMALL,
+)
+from torchao8.optim import _checks, _clipping
 
 PACKAGE = Path(torchao8.__file__).parent
 Sizes = dict[str, int]
@@ -59,10 +68,10 @@ def kept(model: nn.Module, cls: Any, **options: Any) -> list[Tensor]:
     return [t for state in optimizer.state_dict()["state"].values() for t in state.values()]
 
 
-def measured(model: nn.Module, **options: Any) -> Sizes:
+def measured(model: nn.Module, optimizer: str = "AdamW", **options: Any) -> Sizes:
     """The fields of an estimate, of this rank, as real tensors have them."""
-    state_32bit = kept(model, torchao8.AdamW, block_size=options.get("block_size", 256))
-    state_8bit = kept(model, torchao8.AdamW8bit, **options)
+    state_32bit = kept(model, getattr(torchao8, optimizer), **options)
+    state_8bit = kept(model, getattr(torchao8, f"{optimizer}8bit"), **options)
     params = list(model.parameters())
     return {
         "parameters": sum(whole([sharding.local(p)]) for p in params),
@@ -111,6 +120,37 @@ def test_state_of_real_optimizers(shapes: Any, dtype: torch.dtype, options: Any)
     assert fields(estimate(names, dtype=dtype, **options)) == expected
 
 
+@pytest.mark.parametrize("name", RULES)
+def test_the_family(name: str) -> None:
+    """Of every class, with each option that adds states, all of them, and a history of norms."""
+    more = {"amsgrad": True, "centered": True, "momentum": 0.9}
+    known = {option: more[option] for option in RULES[name][1]}
+    singles: list[dict[str, Any]] = [{option: value} for option, value in known.items()]
+    model = model_of(((70, 300), (5000,), (7,), ()))
+    for options in ({}, *singles, {**known, "percentile_clipping": 5, "min_8bit_size": SMALL}):
+        expected = measured(model, name, **options)
+        estimated = estimate(model, optimizer=name, **options)
+        assert fields(estimated) == expected
+        assert (estimated.optimizer, estimate([], optimizer=f"{name}8bit").optimizer) == (name,) * 2
+        stateless = expected["state_8bit"] == expected["state_32bit"]
+        assert stateless == (name in ("LARS", "SGD") and not options)
+        # What has no state does not keep any in 32 bits.
+        assert bool(estimated.kept_32bit) != stateless
+
+
+def test_the_table_is_that_of_the_classes() -> None:
+    """Every class, and every option on which its states depend."""
+    assert {case.cls.__name__.removesuffix("8bit") for case in OPTIMIZERS} == set(RULES)
+    for case in OPTIMIZERS:
+        states, more = RULES[case.cls.__name__.removesuffix("8bit")]
+        optimizer = case.cls([torch.ones(1)])
+        for name in optimizer.defaults:
+            on = {"momentum": 0.9, "amsgrad": True, "centered": True}.get(name)
+            group = {**optimizer.defaults, **({name: on} if on else {})}
+            assert len(optimizer._states(group)) == states + (name in more)
+    assert NORMS == 4 * _clipping.HISTORY
+
+
 def test_32_bit_state_is_that_of_torch() -> None:
     model = model_of(ALL)
     assert estimate(model).state_32bit == storage(kept(model, torch.optim.AdamW))
@@ -154,23 +194,30 @@ def test_why_32_bits() -> None:
 UNEVEN = ((70, 300), (7, 640), (64, 3, 7, 7), (2, 40, 260), (5000,), (7,), (401, 16), (1, 5000))
 
 
-def step_sharded(rank: int, world_size: int, mesh_shape: tuple[int, ...]) -> tuple[Sizes, Sizes]:
+def step_sharded(
+    rank: int, world_size: int, mesh_shape: tuple[int, ...], options: dict[str, Any]
+) -> tuple[Sizes, Sizes]:
     """What lies on this rank after a step, and what the sharded model itself is estimated at."""
     model = model_of(UNEVEN, torch.bfloat16)
     names = ("replicas", "shards")[-len(mesh_shape) :]
     mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
-    of_shapes = estimate(model, mesh)  # not sharded yet
+    of_shapes = estimate(model, mesh, **options)  # not sharded yet
     fully_shard(model, mesh=mesh)
-    assert of_shapes == estimate(model)
+    assert of_shapes == estimate(model, **options)
     assert all(isinstance(p, DTensor) for p in model.parameters())
-    return measured(model), fields(estimate(model))
+    return measured(model, **options), fields(estimate(model, **options))
 
 
-@pytest.mark.parametrize("mesh", [(1,), (2,), (3,), (2, 2)], ids=str)
-def test_fully_sharded(mesh: tuple[int, ...]) -> None:
+FULL = {"optimizer": "RMSprop", "centered": True, "momentum": 0.9, "percentile_clipping": 5}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "options"), [((1,), {}), ((2,), {}), ((3,), FULL), ((2, 2), FULL)], ids=str
+)
+def test_fully_sharded(mesh: tuple[int, ...], options: dict[str, Any]) -> None:
     """Rows that ranks share unevenly; replicas; the largest rank and the sum of all."""
-    estimated = estimate(UNEVEN, mesh, dtype=torch.bfloat16)
-    of_ranks = run_ranks(math.prod(mesh), step_sharded, mesh)
+    estimated = estimate(UNEVEN, mesh, dtype=torch.bfloat16, **options)
+    of_ranks = run_ranks(math.prod(mesh), step_sharded, mesh, options)
     assert estimated.ranks == len(of_ranks)
     for sizes, of_model in of_ranks:
         assert of_model == fields(estimated)
@@ -182,7 +229,7 @@ def test_fully_sharded(mesh: tuple[int, ...]) -> None:
         assert sum(found) == getattr(estimated.total, name)
     if mesh in ((2,), (3,)):
         assert len({sizes["state_8bit"] for sizes, _ in of_ranks}) > 1
-        assert estimate(UNEVEN, mesh[0], dtype=torch.bfloat16) == estimated
+        assert estimate(UNEVEN, mesh[0], dtype=torch.bfloat16, **options) == estimated
 
 
 class TensorParallel(nn.Module):
@@ -288,7 +335,7 @@ def test_refused(arguments: Any, options: Any, error: Any, message: str) -> None
 
 def test_nothing() -> None:
     assert vars(estimate([]).total) == dict.fromkeys(FIELDS, 0)
-    assert "0 tensors, 0 elements, 1 rank" in str(estimate([]))
+    assert "0 tensors, 0 elements, 1 rank, AdamW" in str(estimate([]))
 
 
 # -- the table and the command ---------------------------------------------------------------------
@@ -298,18 +345,18 @@ def test_table() -> None:
     """Of one rank; of several with a column for all of them."""
     shapes = {"w": (1024, 1024), "a": (7,), "b": (7,)}
     assert str(estimate(shapes)).split("\n") == [
-        "3 tensors, 1,048,590 elements, 1 rank",
+        "3 tensors, 1,048,590 elements, 1 rank, AdamW",
         "                         32-bit      8-bit",
         "parameters             4.00 MiB   4.00 MiB",
         "gradients              4.00 MiB   4.00 MiB",
         "optimizer state        8.00 MiB   2.03 MiB",
         "together              16.00 MiB  10.03 MiB",
         "optimizer checkpoint   8.00 MiB   2.03 MiB",
-        "32 bits in 8-bit Adam too: 2 of 3 (too small: a, ...)",
+        "32 bits in AdamW8bit too: 2 of 3 (too small: a, ...)",
     ]
     sharded = estimate({"w": (1024, 1024)}, (2, 2048), dtype=torch.bfloat16)
     assert str(sharded).split("\n") == [
-        "1 tensor, 1,048,576 elements, 4,096 ranks",
+        "1 tensor, 1,048,576 elements, 4,096 ranks, AdamW",
         "                      a rank: 32-bit     8-bit  all ranks: 32-bit      8-bit",
         "parameters                  2.00 KiB  2.00 KiB           4.00 MiB   4.00 MiB",
         "gradients                   2.00 KiB  2.00 KiB           4.00 MiB   4.00 MiB",
@@ -349,11 +396,20 @@ def test_readme(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == output
 
 
+def test_command_with_an_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"centered": True, "momentum": 0.9, "percentile_clipping": 5}
+    arguments = "--optimizer RMSprop --centered --momentum 0.9 --percentile-clipping 5"
+    assert command(["estimate", "--shapes", "64x300,7", *arguments.split()]) == 0
+    table = estimate({"0: 64x300": (64, 300), "1: 7": (7,)}, optimizer="RMSprop", **options)
+    assert capsys.readouterr().out == f"shapes in float32: {table}\n"
+    assert "RMSprop8bit too: 1 of 2" in str(table)
+
+
 def test_command_with_shapes(capsys: pytest.CaptureFixture[str]) -> None:
     assert command(["estimate", "--shapes", "2*640x300, 7,3x3X3"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("shapes in float32: 4 tensors, 384,034 elements, 1 rank\n")
-    assert out.endswith("32 bits in 8-bit Adam too: 2 of 4 (too small: 2: 7, ...)\n")
+    assert out.startswith("shapes in float32: 4 tensors, 384,034 elements, 1 rank, AdamW\n")
+    assert out.endswith("32 bits in AdamW8bit too: 2 of 4 (too small: 2: 7, ...)\n")
 
 
 @pytest.mark.parametrize(
@@ -367,6 +423,11 @@ def test_command_with_shapes(capsys: pytest.CaptureFixture[str]) -> None:
         ("estimate --model gpt2 --mesh 0", "expected a number of ranks, as 8, or replicas x"),
         ("estimate --model gpt2 --block-size 100", "expected a power of two from 64 to 2048"),
         ("estimate --model gpt2 --min-8bit-size 4x4", "expected one number, got '4x4'"),
+        ("estimate --model gpt2 --optimizer Rprop", "invalid choice: 'Rprop'"),
+        ("estimate --model gpt2 --amsgrad --optimizer Lion", "amsgrad: Lion has no such option"),
+        ("estimate --model gpt2 --momentum 0.9", "momentum: AdamW has no such option"),
+        ("estimate --model gpt2 --momentum -1", "expected a finite number >= 0, got '-1'"),
+        ("estimate --model gpt2 --percentile-clipping 0", "expected an int from 1 to 100"),
         ("estimation", "invalid choice: 'estimation'"),
     ],
 )

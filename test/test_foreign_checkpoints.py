@@ -1,4 +1,6 @@
-"""State of bitsandbytes, torchao and torch.optim, read as ours; and ours as that of torch.optim.
+"""State of bitsandbytes, torchao and torch.optim, read as ours: Adam's, which all of them have.
+
+The other classes of bitsandbytes are in test_foreign_family.py.
 
 test/data/foreign holds what the real packages saved: tools/make_foreign_checkpoints.py.
 """
@@ -19,7 +21,6 @@ from torch import Tensor
 
 from torchao8 import Adam8bit, AdamW, AdamW8bit, ops
 from torchao8.block_layout import scale_shape
-from torchao8.checkpoint import to_torch
 from torchao8.checkpoint.foreign import to_own, who_wrote
 from torchao8.optim.base import State
 
@@ -537,75 +538,3 @@ exp_avg of parameter 3 (layer.weight): expected a OptimState4bit of finite numbe
 exp_avg of parameter 3 (layer.weight): expected torch.float32 of shape [8, 512], got
     torch.float32 of shape [3]""",
     )
-
-
-# -- to torch.optim ----------------------------------------------------------------------------
-
-
-def clones(params: list[Any]) -> list[torch.nn.Parameter]:
-    return [torch.nn.Parameter(p.detach().clone()) for p in params]
-
-
-@pytest.mark.parametrize("cls", [AdamW, AdamW8bit])
-@pytest.mark.parametrize("amsgrad", [False, True])
-def test_torch_goes_on_from_our_state(cls: Any, amsgrad: bool, device: str) -> None:
-    """With the bits of a torch optimizer that was given the same moments by hand."""
-    params = make_params(device=device)
-    ours = cls(params, lr=0.01, min_8bit_size=SMALL, amsgrad=amsgrad, weight_decay=0.1)
-    train(ours, params, range(3))
-    converted, by_hand = clones(params), clones(params)
-    theirs = torch.optim.AdamW(converted)
-    theirs.load_state_dict(to_torch(ours))
-    reference = torch.optim.AdamW(by_hand, lr=0.01, amsgrad=amsgrad, weight_decay=0.1)
-    for p, q in zip(params, by_hand, strict=True):
-        state = reference.state[q] = {"step": torch.tensor(3.0)}
-        for name, signed, _ in AMSGRAD if amsgrad else ADAM:
-            state[name] = moment(ours.state[p], name, signed)
-    train(theirs, converted, range(3, 6))
-    train(reference, by_hand, range(3, 6))
-    assert [bits(p) for p in converted] == [bits(p) for p in by_hand]
-
-
-def moment(state: dict[str, Tensor], name: str, signed: bool) -> Tensor:
-    if name in state:
-        return state[name].clone()
-    return ops.dynamic_map(signed).to(state["step"].device)[
-        state[f"{name}_codes"].int()
-    ] * elementwise(state[f"{name}_scale"], state[f"{name}_codes"])
-
-
-def elementwise(scale: Tensor, codes: Tensor) -> Tensor:
-    """The scale of each element: of codes that are all 1.0."""
-    return ops.dequantize_blockwise(torch.full_like(codes, 255), scale)
-
-
-def test_options_and_names_go_to_torch() -> None:
-    params = make_params(torch.bfloat16, shapes=[(8, 16), (3,)])
-    named = [{"params": [("w", params[0])], "lr": 0.5}, {"params": [("b", params[1])]}]
-    ours = AdamW8bit(named, eps=1e-6, betas=(0.8, 0.9), fused=True, min_8bit_size=SMALL)
-    ours.param_groups[0]["initial_lr"] = 7.0
-    train(ours, params, [0])
-    saved_dict = to_torch(ours)
-    plain = set(torch.optim.AdamW([torch.ones(1)]).param_groups[0])
-    assert set(saved_dict["param_groups"][0]) == plain | {"param_names", "initial_lr"}
-    assert set(saved_dict["param_groups"][1]) == plain | {"param_names"}
-    assert saved_dict["state"][0]["exp_avg"].dtype == torch.float32
-    theirs = torch.optim.AdamW([{"params": [("w", params[0])]}, {"params": [("b", params[1])]}])
-    theirs.load_state_dict(saved_dict)
-    first, second = theirs.param_groups
-    assert (first["lr"], second["lr"], first["initial_lr"]) == (0.5, 1e-3, 7.0)
-    assert (first["eps"], first["betas"], first["weight_decay"]) == (1e-6, (0.8, 0.9), 0.01)
-    assert (first["fused"], first["foreach"], first["param_names"]) == (None, None, ["w"])
-    train(theirs, params, [1])
-
-
-def test_what_goes_to_torch_is_a_copy() -> None:
-    params = make_params()
-    ours = AdamW8bit(params, min_8bit_size=SMALL)
-    assert to_torch(ours)["state"] == {}
-    train(ours, params, [0])
-    before = [{k: bits(v) for k, v in state.items()} for state in ours.state.values()]
-    for state in to_torch(ours)["state"].values():
-        for value in state.values():
-            value.fill_(7)
-    assert [{k: bits(v) for k, v in state.items()} for state in ours.state.values()] == before

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers import SMALL
+from optim_table import ADAMS, OPTIMIZERS, OptimizerCase
 from sharded import Weights, gathered, step_with
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -76,6 +77,63 @@ def test_into_a_new_optimizer(tmp_path: Path, of: str, to: str, with_grads: bool
     assert len(told) == (of != to)
     assert states(optimizer) == expected(saver, getattr(torchao8, to))
     assert optimizer.param_groups[0]["lr"] == OPTIONS["lr"]
+
+
+OTHERS = OPTIMIZERS[len(ADAMS) :]
+
+
+@pytest.mark.parametrize("case", OTHERS, ids=lambda case: case.cls.__name__)
+def test_the_other_classes(tmp_path: Path, case: OptimizerCase) -> None:
+    """With all states that they can have, into 8 and 32 bits; and of those that torch has."""
+    options = {**case.base, **case.full}
+    model, saver = new_run(case.cls, **options)
+    step_with(saver, range(2))
+    save(tmp_path / "ours", model, saver)
+    sources = [("ours", saver)]
+    if case.torch_cls is not None:
+        params = Weights(shapes=SHAPES)
+        theirs = case.torch_cls(params.parameters(), lr=OPTIONS["lr"], **options)
+        step_with(theirs, range(2))
+        save(tmp_path / "torch", params, theirs)
+        sources.append(("torch", theirs))
+    for folder, source in sources:
+        for bits in (8, 32):
+            model, optimizer = new_run(case.cls, optim_bits=bits, **case.base)
+            told = load(model, optimizer, tmp_path / folder)
+            assert len(told) == (bits != (case.optim_bits if folder == "ours" else 32))
+            _, plain = new_run(case.cls, optim_bits=bits, **case.base)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                plain.load_state_dict(copy.deepcopy(source.state_dict()))
+            assert states(optimizer) == states(plain)
+            assert {k: optimizer.param_groups[0][k] for k in options} == options
+            step_with(optimizer, [2])
+
+
+@pytest.mark.parametrize("source", [torchao8.SGD, torch.optim.SGD])
+def test_without_a_state(tmp_path: Path, source: Any) -> None:
+    """SGD without momentum: torch keeps nothing of a parameter, not even its number of steps."""
+    model = Weights(shapes=SHAPES)
+    saver = source(model.parameters(), lr=0.25)
+    step_with(saver, range(2))
+    save(tmp_path, model, saver)
+    model, optimizer = new_run(torchao8.SGD8bit)
+    load(model, optimizer, tmp_path)
+    assert optimizer.param_groups[0]["lr"] == 0.25
+    steps = [state["step"] for state in optimizer.state.values()]
+    assert steps == ([2, 2, 2] if source is torchao8.SGD else [])
+    step_with(optimizer, [2])
+
+
+@pytest.mark.parametrize(("of", "to"), [("SGD", "LARS8bit"), ("LARS8bit", "SGD8bit")])
+def test_buffers_that_mean_something_else(tmp_path: Path, of: str, to: str) -> None:
+    model, saver = new_run(getattr(torchao8, of), momentum=0.9)
+    step_with(saver, range(2))
+    save(tmp_path, model, saver)
+    model, optimizer = new_run(getattr(torchao8, to), momentum=0.9)
+    with pytest.raises(ValueError, match="expected a momentum_buffer of gradients"):
+        load_dcp(model, optimizer, tmp_path, no_dist=True)
+    assert not optimizer.state
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, checkpoint_wrapper])

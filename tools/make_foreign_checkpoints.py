@@ -7,11 +7,18 @@ and strings, so that the tests load it with weights_only=True and without the pa
     parameters  for each parameter: shape, state (as the package saves it), and moments (float32, as
                 the package itself dequantizes it)
 
+and those of bitsandbytes' other optimizers, bitsandbytes_lion.pt and so on, also
+
+    options     the parameter group, and of each parameter a next step as the package makes it:
+                before, grad and after, in float32
+
 A tensor subclass of torchao is a dict of its class, its tensors and `signed`.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import platform
 import sys
 from collections.abc import Callable
@@ -26,6 +33,18 @@ FOLDER = Path(__file__).resolve().parent.parent / "test" / "data" / "foreign"
 BNB_SHAPES = ((4, 256), (2, 512), (3, 300), (600,), (4, 4, 3, 3), (5,))
 # torchao quantizes from 4096 elements on, where blocks divide the tensor.
 TORCHAO_SHAPES = ((8, 512), (256, 17), (5, 30))
+# Blocks as ours, blocks that are not, and 32 bits.
+FAMILY_SHAPES = ((1, 256), (3, 60), (5,))
+# Options with which every term of an update counts, and what the states are here.
+FAMILY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "Adagrad": ({"weight_decay": 0.1}, ("sum",)),
+    "AdEMAMix": ({"t_alpha": 9}, ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq")),
+    "LAMB": ({"weight_decay": 0.1}, ("exp_avg", "exp_avg_sq")),
+    "LARS": ({"momentum": 0.9}, ("momentum_buffer",)),
+    "Lion": ({"weight_decay": 0.1}, ("exp_avg",)),
+    "RMSprop": ({"weight_decay": 0.1, "momentum": 0.5}, ("square_avg",)),
+    "SGD": ({"weight_decay": 0.1, "momentum": 0.9, "dampening": 0.5}, ("momentum_buffer",)),
+}
 STEPS = 3
 
 
@@ -50,20 +69,75 @@ def make_bitsandbytes(shapes: Any = BNB_SHAPES) -> dict[str, Any]:
     def make(params: list[Any]) -> torch.optim.Optimizer:
         return bitsandbytes.optim.AdamW(params, lr=0.01, optim_bits=8, min_8bit_size=100)
 
-    def moment(quantized: dict[str, Tensor], i: int) -> Tensor:
-        codes = quantized[f"state{i}"]
-        if codes.dtype != torch.uint8:
-            return codes
-        return bitsandbytes.functional.dequantize_blockwise(
-            codes, absmax=quantized[f"absmax{i}"], code=quantized[f"qmap{i}"], blocksize=256
-        )
-
     parameters = []
     for shape, state in zip(shapes, train(make, shapes)["state"].values(), strict=True):
-        quantized = state["__bnb_optimizer_quant_state__"]
-        moments = {"exp_avg": moment(quantized, 1), "exp_avg_sq": moment(quantized, 2)}
+        first, second = dequantized(state)
+        moments = {"exp_avg": first, "exp_avg_sq": second}
         parameters.append({"shape": list(shape), "state": state, "moments": moments})
     return {"versions": versions(bitsandbytes), "parameters": parameters}
+
+
+def make_bitsandbytes_of(name: str) -> dict[str, Any]:
+    """8-bit state of another class; the last parameter keeps 32 bits."""
+    import bitsandbytes
+
+    options, states = FAMILY[name]
+    made: list[tuple[torch.optim.Optimizer, list[Any]]] = []
+
+    def make(params: list[Any]) -> torch.optim.Optimizer:
+        cls = getattr(bitsandbytes.optim, name)
+        made.append((cls(params, lr=0.01, optim_bits=8, min_8bit_size=100, **options), params))
+        return made[0][0]
+
+    saved = copy.deepcopy(train(make, FAMILY_SHAPES))
+    optimizer, params = made[0]
+    before = [p.detach().clone() for p in params]
+    generator = torch.Generator().manual_seed(1)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator)
+    optimizer.step()
+    parameters = [
+        {
+            "shape": list(p.shape),
+            "state": state,
+            "moments": dict(zip(states, dequantized(state), strict=True)),
+            "before": old,
+            "grad": p.grad,
+            "after": p.detach(),
+        }
+        for p, old, state in zip(params, before, saved["state"].values(), strict=True)
+    ]
+    return {
+        "versions": versions(bitsandbytes),
+        "options": {k: v for k, v in saved["param_groups"][0].items() if k != "params"},
+        "parameters": parameters,
+    }
+
+
+def dequantized(state: dict[str, Any]) -> list[Tensor]:
+    """The states of a parameter in float32; AdEMAMix has the first two of three in a stack."""
+    import bitsandbytes
+
+    tensors = state["__bnb_optimizer_quant_state__"]
+    result: list[Tensor] = []
+    for i in "12":
+        if f"state{i}" not in tensors:
+            continue
+        codes, scales = tensors[f"state{i}"], tensors.get(f"absmax{i}")
+        stacked = i == "1" and codes.dim() > tensors.get("state2", codes).dim()
+        for j in range(2) if stacked else [...]:
+            if codes.dtype != torch.uint8:
+                result.append(codes[j])
+                continue
+            result.append(
+                bitsandbytes.functional.dequantize_blockwise(
+                    codes[j].contiguous(),
+                    absmax=scales[j].contiguous(),
+                    code=tensors[f"qmap{i}"],
+                    blocksize=256,
+                )
+            )
+    return result
 
 
 def make_torchao(shapes: Any = TORCHAO_SHAPES) -> dict[str, Any]:
@@ -103,7 +177,13 @@ def main(arguments: list[str]) -> int:
     """Write the files, and print what made them."""
     folder = Path(arguments[0]) if arguments else FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    for name, make in (("bitsandbytes", make_bitsandbytes), ("torchao", make_torchao)):
+    makers: dict[str, Callable[[], dict[str, Any]]] = {
+        "bitsandbytes": make_bitsandbytes,
+        "torchao": make_torchao,
+    }
+    for name in FAMILY:
+        makers[f"bitsandbytes_{name.lower()}"] = functools.partial(make_bitsandbytes_of, name)
+    for name, make in makers.items():
         made = make()
         torch.save(made, folder / f"{name}.pt")
         print(f"{name}.pt: {made['versions']}")

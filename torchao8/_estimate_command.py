@@ -1,9 +1,10 @@
 """``python -m torchao8 estimate``: the memory of training, from the shapes of a model."""
 
 import argparse
+import math
 
 from torchao8.block_layout import check_block_size
-from torchao8.estimate import PARAM_DTYPES, estimate
+from torchao8.estimate import PARAM_DTYPES, RULES, estimate
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -11,6 +12,7 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in PARAM_DTYPES}
 _EXAMPLES = """examples:
   python -m torchao8 estimate --model llama-70b --dtype bfloat16 --mesh 8 64 8x64
   python -m torchao8 estimate --shapes 32000x4096,32*4096x4096,65*4096
+  python -m torchao8 estimate --model gpt2 --optimizer SGD --momentum 0.9
 """
 
 
@@ -18,9 +20,9 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     """Adds the command to those of ``python -m torchao8``."""
     parser = commands.add_parser(
         "estimate",
-        help="the memory of parameters, gradients, 32-bit and 8-bit Adam state on each rank",
-        description="The memory of parameters, gradients and optimizer state of Adam\nin 32 and in "
-        "8 bits, on the rank that holds most and on all. Activations are not counted.",
+        help="the memory of parameters, gradients, 32-bit and 8-bit optimizer state on each rank",
+        description="The memory of parameters, gradients and optimizer state in 32 and in 8 bits,\n"
+        "on the rank that holds most and on all. Activations are not counted.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -55,20 +57,37 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         default=256,
         help="elements that share a scale (%(default)s)",
     )
-    parser.set_defaults(run=_run)
+    parser.add_argument(
+        "--optimizer", choices=RULES, default="AdamW", help="with 32 and with 8 bits (%(default)s)"
+    )
+    parser.add_argument("--amsgrad", action="store_true", help="of Adam and AdamW: one more state")
+    parser.add_argument("--centered", action="store_true", help="of RMSprop: one more state")
+    parser.add_argument(
+        "--momentum",
+        type=_momentum,
+        default=0.0,
+        help="of SGD, LARS and RMSprop: a state, unless it is 0 (%(default)s)",
+    )
+    parser.add_argument(
+        "--percentile-clipping",
+        type=_size,
+        default=100,
+        metavar="P",
+        help="keeps 100 norms for each parameter, unless it is 100 (%(default)s)",
+    )
+    parser.set_defaults(run=_run, fail=parser.error)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     shapes = arguments.shapes if arguments.model is None else MODELS[arguments.model]
+    names = ("optimizer", "min_8bit_size", "block_size", "amsgrad", "centered", "momentum")
+    options = {name: getattr(arguments, name) for name in (*names, "percentile_clipping")}
     tables = []
     for mesh in arguments.mesh:
-        table = estimate(
-            shapes,
-            mesh,
-            dtype=_DTYPES[arguments.dtype],
-            min_8bit_size=arguments.min_8bit_size,
-            block_size=arguments.block_size,
-        )
+        try:
+            table = estimate(shapes, mesh, dtype=_DTYPES[arguments.dtype], **options)
+        except ValueError as error:  # an option that the optimizer does not have
+            arguments.fail(str(error))
         replicas = f" as {mesh[0]} replicas of {mesh[1]} shards" if len(mesh or ()) == 2 else ""
         name = "shapes" if arguments.model is None else arguments.model
         tables.append(f"{name} in {arguments.dtype}{replicas}: {table}")
@@ -118,6 +137,16 @@ def _size(text: str) -> int:
     if len(numbers) != 1:
         raise argparse.ArgumentTypeError(f"expected one number, got {text!r}")
     return numbers[0]
+
+
+def _momentum(text: str) -> float:
+    try:
+        momentum = float(text)
+    except ValueError:
+        momentum = -1.0
+    if not 0 <= momentum < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a finite number >= 0, got {text!r}")
+    return momentum
 
 
 def _block_size(text: str) -> int:

@@ -25,8 +25,21 @@ Shape: TypeAlias = Sequence[int]
 ModelOrShapes: TypeAlias = "nn.Module | Mapping[str, Shape | Tensor] | Iterable[Shape | Tensor]"
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those an optimizer takes
-MOMENTS = 2  # of Adam
+# The states of each rule, and those that an option adds. A table, as the optimizers themselves need
+# the compiled ops, which an estimate does not.
+RULES: dict[str, tuple[int, tuple[str, ...]]] = {
+    "Adagrad": (1, ()),
+    "Adam": (2, ("amsgrad",)),
+    "AdamW": (2, ("amsgrad",)),
+    "AdEMAMix": (3, ()),
+    "LAMB": (2, ()),
+    "LARS": (0, ("momentum",)),
+    "Lion": (1, ()),
+    "RMSprop": (1, ("centered", "momentum")),
+    "SGD": (0, ("momentum",)),
+}
 STEP = 4  # bytes: a float32 number for each parameter, on every rank
+NORMS = 4 * 100  # and so are the norms that percentile_clipping keeps
 # Why a parameter keeps 32-bit state.
 TOO_SMALL = "too small"
 SHORT_ROWS = "short rows"
@@ -46,21 +59,23 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The memory of training with Adam or AdamW, in bytes; printed, it is a table.
+    """The memory of training, in bytes; printed, it is a table.
 
     Attributes:
+        optimizer: the name of the class with 32-bit state.
         ranks: over which the parameters lie.
         tensors, elements: of the whole model, frozen parameters included.
         parameters, gradients: on the rank that holds most; gradients as wide as their parameters.
-        state_32bit: of :class:`torchao8.AdamW` on that rank: two float32 moments an element and a
-            float32 step count a tensor. ``torch.optim.AdamW`` keeps the same for float32
-            parameters, and moments of the parameter's own width for narrower ones.
-        state_8bit: of :class:`torchao8.AdamW8bit` on that rank.
+        state_32bit: of that class on that rank: for :class:`torchao8.AdamW` two float32 moments an
+            element and a float32 step count a tensor. ``torch.optim.AdamW`` keeps the same for
+            float32 parameters, and moments of the parameter's own width for narrower ones.
+        state_8bit: of the class with 8-bit state, as :class:`torchao8.AdamW8bit`, on that rank.
         checkpoint_32bit, checkpoint_8bit: the optimizer's state dict, every element once.
         total: summed over all ranks, replicas included.
         kept_32bit: the names of parameters that keep 32-bit state in an 8-bit optimizer, by reason.
     """
 
+    optimizer: str
     ranks: int
     tensors: int
     elements: int
@@ -82,12 +97,18 @@ def estimate(
     mesh: int | tuple[int, ...] | DeviceMesh | None = None,
     *,
     dtype: torch.dtype | None = None,
+    optimizer: str = "AdamW",
     min_8bit_size: int = 4096,
     block_size: int = 256,
+    amsgrad: bool = False,
+    centered: bool = False,
+    momentum: float = 0,
+    percentile_clipping: int = 100,
 ) -> Estimate:
-    """The memory of parameters, gradients and state of Adam, in 32 and in 8 bits.
+    """The memory of parameters, gradients and the state of an optimizer, in 32 and in 8 bits.
 
     >>> print(torchao8.estimate(model, mesh=(8, 64)))
+    >>> print(torchao8.estimate(model, optimizer="SGD", momentum=0.9))
 
     Activations, the temporary buffers of FSDP and the rounding up of an allocator are not counted.
 
@@ -102,14 +123,22 @@ def estimate(
             which FSDP2 does not take, counts as whole on every rank. None: nothing is sharded.
         dtype: float32, bfloat16 or float16, in place of the dtype of every floating-point
             parameter; shapes are float32 unless it is given.
+        optimizer: the name of a class of this library, with 8bit at its end or without: both are
+            told.
         min_8bit_size, block_size: as in :class:`torchao8.AdamW8bit`.
+        amsgrad, centered, momentum, percentile_clipping: of the optimizer, if it has them: they
+            add states, each in its way.
 
     Raises:
         TypeError: not a module or shapes; a mesh that is none of these.
-        ValueError: an option or a shape out of range; a trainable parameter of a dtype that the
-            optimizers refuse; a mesh for parameters that are DTensors already.
+        ValueError: an optimizer that is not there or has no such option; an option or a shape out
+            of range; a trainable parameter of a dtype that the optimizers refuse; a mesh for
+            parameters that are DTensors already.
     """
     _check_options(dtype, min_8bit_size, block_size)
+    options = {"amsgrad": amsgrad, "centered": centered, "momentum": momentum}
+    name, states = _rule(optimizer, options)
+    per_tensor = STEP + NORMS * _clips(percentile_clipping)
     tensors = list(_tensors(model_or_shapes, _mesh_shape(mesh), dtype))
     ranks = max([1, *(math.prod(t.mesh_shape) for t in tensors)])
     on_rank, once, on_all = [], [], []
@@ -119,15 +148,17 @@ def estimate(
         in_8bit = reason is None
         elements, scales = math.prod(t.shape), math.prod(scale_shape(t.shape, block_size))
         local_scales = _local_scales(t, block_size) if in_8bit else 0
-        on_rank.append(_bytes(t, in_8bit, _local(t), local_scales))
-        once.append(_bytes(t, in_8bit, elements, scales))
+        state = _StateBytes(states, in_8bit, per_tensor)
+        on_rank.append(_bytes(t, state, _local(t), local_scales))
+        once.append(_bytes(t, state, elements, scales))
         shards = _shards(t)  # the ranks share each copy, but the step of a tensor lies on all
         copies = (elements * ranks // shards, scales * ranks // shards)
-        on_all.append(_bytes(t, in_8bit, *copies, steps=ranks))
-        if reason is not None and t.trainable:
+        on_all.append(_bytes(t, state, *copies, ranks=ranks))
+        if reason is not None and t.trainable and states:
             kept.setdefault(reason, []).append(t.name)
     rank, checkpoint = _sum(on_rank), _sum(once)
     return Estimate(
+        optimizer=name,
         ranks=ranks,
         tensors=len(tensors),
         elements=sum(math.prod(t.shape) for t in tensors),
@@ -142,14 +173,23 @@ def estimate(
     )
 
 
-def _bytes(t: _Tensor, in_8bit: bool, elements: int, scales: int, steps: int = 1) -> Bytes:
-    """Of so many elements, scales of one moment, and step counts of a tensor."""
+class _StateBytes(NamedTuple):
+    """What the state of a tensor is made of: ``beside`` are bytes that lie on every rank."""
+
+    states: int
+    in_8bit: bool
+    beside: int
+
+
+def _bytes(t: _Tensor, state: _StateBytes, elements: int, scales: int, ranks: int = 1) -> Bytes:
+    """Of so many elements, scales of one state, and ranks that have a tensor."""
     values = elements * t.dtype.itemsize
     if not t.trainable:
         return Bytes(values, 0, 0, 0)
-    moments = MOMENTS * 4 * elements
-    low_moments = MOMENTS * (elements + 4 * scales) if in_8bit else moments
-    return Bytes(values, values, moments + STEP * steps, low_moments + STEP * steps)
+    wide = state.states * 4 * elements
+    low = state.states * (elements + 4 * scales) if state.in_8bit else wide
+    beside = state.beside * ranks
+    return Bytes(values, values, wide + beside, low + beside)
 
 
 def _sum(parts: Iterable[Bytes]) -> Bytes:
@@ -256,6 +296,32 @@ def _replicated(dims: int) -> tuple[Placement, ...]:
     return (Replicate(),) * dims
 
 
+def _rule(optimizer: Any, options: Mapping[str, Any]) -> tuple[str, int]:
+    """The name of the class with 32-bit state, and the number of states."""
+    name = optimizer.removesuffix("8bit") if isinstance(optimizer, str) else None
+    if name not in RULES:
+        raise ValueError(f"optimizer: expected one of {', '.join(RULES)}, got {optimizer!r}")
+    states, more = RULES[name]
+    for option, value in options.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if option == "momentum" and not (number and 0 <= value < math.inf):
+            raise ValueError(f"momentum: expected a finite number >= 0, got {value!r}")
+        if option != "momentum" and not isinstance(value, bool):
+            raise ValueError(f"{option}: expected True or False, got {value!r}")
+        if value and option not in more:
+            raise ValueError(f"{option}: {name} has no such option, expected {type(value)()!r}")
+        states += bool(value)
+    return name, states
+
+
+def _clips(percentile: Any) -> bool:
+    if type(percentile) is not int or not 1 <= percentile <= 100:
+        raise ValueError(
+            f"percentile_clipping: expected an int from 1 to 100, which is off, got {percentile!r}"
+        )
+    return percentile < 100
+
+
 def _check_options(dtype: Any, min_8bit_size: Any, block_size: int) -> None:
     if dtype is not None and dtype not in PARAM_DTYPES:
         raise ValueError(
@@ -309,7 +375,8 @@ def _local_scales(t: _Tensor, block_size: int) -> int:
 
 def _heading(e: Estimate) -> str:
     counts = ((e.tensors, "tensor"), (e.elements, "element"), (e.ranks, "rank"))
-    return ", ".join(f"{n:,} {word}" + ("s" if n != 1 else "") for n, word in counts)
+    parts = [f"{n:,} {word}" + ("s" if n != 1 else "") for n, word in counts]
+    return ", ".join([*parts, e.optimizer])
 
 
 def _table(e: Estimate) -> list[str]:
@@ -352,4 +419,5 @@ def _size(size: int) -> str:
 def _kept_lines(e: Estimate) -> Iterator[str]:
     for reason, names in e.kept_32bit.items():
         example = f"{names[0]}, ..." if len(names) > 1 else names[0]
-        yield f"32 bits in 8-bit Adam too: {len(names):,} of {e.tensors:,} ({reason}: {example})"
+        share = f"{len(names):,} of {e.tensors:,}"
+        yield f"32 bits in {e.optimizer}8bit too: {share} ({reason}: {example})"

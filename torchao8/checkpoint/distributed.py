@@ -83,10 +83,11 @@ def load_dcp(
         groups, numbers = _groups(str(checkpoint_id), optimizer, names, options, start)
         rooms: dict[str, Any] = {}
         for group, live in zip(groups, optimizer.param_groups, strict=True):
+            needs_state = bool(optimizer._states({**live, **group}))  # torch's SGD may keep nothing
             for p in live["params"]:
                 prefix = f"{key}.state.{names[p]}."
                 entries = {k: entry for k, entry in saved.items() if k.startswith(prefix)}
-                if not entries and p.requires_grad:
+                if not entries and p.requires_grad and needs_state:
                     raise ValueError(
                         f"{checkpoint_id}: no state of {names[p]}, expected keys {prefix}*"
                     )

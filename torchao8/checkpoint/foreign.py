@@ -1,9 +1,9 @@
-"""Adam's state as bitsandbytes, torchao and torch.optim save it, read as ours.
+"""State as bitsandbytes, torchao and torch.optim save it, read as ours.
 
-Both libraries number the blocks of a moment over the flattened tensor, and their dynamic map is
-ours up to the rounding of its entries. Where their blocks are our blocks (:func:`_same_blocks`), 8
-bits stay the 8 bits that they are. Elsewhere a moment becomes the float32 numbers that the other
-library itself would have read.
+Of torchao that of Adam, of the others that of every class. Both libraries number the blocks of a
+moment over the flattened tensor, and their dynamic map is ours up to the rounding of its entries.
+Where their blocks are our blocks (:func:`_same_blocks`), 8 bits stay the 8 bits that they are.
+Elsewhere a moment becomes the float32 numbers that the other library itself would have read.
 
 Neither library is imported: what is read are plain tensors, and the attributes of tensor
 subclasses.
@@ -20,9 +20,16 @@ from torch import Tensor
 
 from torchao8 import ops
 from torchao8.block_layout import row_length, scale_shape
-from torchao8.checkpoint._bitsandbytes import NESTED, is_bitsandbytes, read_bitsandbytes
+from torchao8.checkpoint._bitsandbytes import (
+    NESTED,
+    is_bitsandbytes,
+    own_options,
+    read_bitsandbytes,
+)
 from torchao8.checkpoint._moments import Quantized, StateSpec, checked_scale, checked_step
 from torchao8.checkpoint._torchao import is_torchao, read_torchao
+
+__all__ = ["norm_history", "own_options", "to_own", "who_wrote"]
 
 # Entries of their maps differ from ours by up to 6e-8: they were rounded more often.
 _MAP_TOLERANCE = 1e-6
@@ -51,13 +58,14 @@ def to_own(
     with one block a tensor; nested or not. Of torchao: 8-bit, 4-bit and fp8. Of torch.optim, and of
     torchao's small parameters: moments in bfloat16 or float16.
 
-    Which optimizer of bitsandbytes wrote a state does not show in it: LAMB's looks like Adam's.
+    Which optimizer of bitsandbytes wrote a state does not show in it: LAMB's looks like Adam's, and
+    is the same. Where it would be another thing, :func:`own_options` refuses what gives it away.
 
     Args:
         label: of the parameter, for messages: ``"parameter 3 (layer.weight)"``.
         saved: the entry of the parameter in the ``state`` of the state dict.
         shape: of the whole parameter, were it sharded.
-        states: what the optimizer keeps, in the order of bitsandbytes: first moment, second.
+        states: what the optimizer keeps, in the order of bitsandbytes: averages, then squares.
         block_size: of the optimizer.
 
     Returns:
@@ -69,7 +77,8 @@ def to_own(
 
         8 bits come back where all states are 8-bit, in our map, and in blocks that are ours. Codes
         and scales are then the saved ones, and may share memory with them. A second moment that
-        the other library rounded to 0 stays 0.
+        the other library rounded to 0 stays 0. Sums and averages of squares of bitsandbytes'
+        RMSprop and Adagrad, which have the map of signed numbers there, come back in float32.
 
         Float32 moments of torch.optim and torchao that were saved as such come back as they are.
 

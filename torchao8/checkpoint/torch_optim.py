@@ -1,9 +1,10 @@
-"""The state of an optimizer here as ``torch.optim.Adam`` and ``AdamW`` load it."""
+"""The state of an optimizer here as the class of ``torch.optim`` loads it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from torchao8.checkpoint._names import check_own
@@ -16,59 +17,94 @@ if TYPE_CHECKING:
 # How torch makes its step is for torch to choose: None lets it, and True for two of them at once is
 # an error there.
 _HINTS = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
-# What a group of torch.optim.AdamW has besides the hints and the parameters.
-_OPTIONS = frozenset(
-    ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
-)
 
 
 def to_torch(optimizer: LowPrecisionOptimizer) -> dict[str, Any]:
-    """The state dict that ``torch.optim.Adam`` or ``AdamW`` takes in ``load_state_dict``.
+    """The state dict that the class of ``torch.optim`` takes in ``load_state_dict``.
 
         >>> theirs = torch.optim.AdamW(model.parameters())
         >>> theirs.load_state_dict(torchao8.checkpoint.to_torch(ours))
 
-    Nothing is lost on the way: 8-bit moments become the float32 numbers that the next step here
+    Nothing is lost on the way: 8-bit states become the float32 numbers that the next step here
     would have started from. The rounding to 8 bits is in these already, and does not go away.
-    ``torch.optim`` itself keeps moments in the dtype of the parameter and rounds them to it when it
+    ``torch.optim`` itself keeps states in the dtype of the parameter and rounds them to it when it
     loads them, for bfloat16 and float16 parameters.
 
     ``torch.optim.AdamW`` always decays decoupled, whatever is loaded; ``torch.optim.Adam`` takes
     the kind of decay from the groups.
 
     Args:
-        optimizer: one of the Adam family; parameters without state have none in the result.
+        optimizer: of a class that ``torch.optim`` has too: Adam, AdamW, Adagrad, RMSprop or SGD,
+            with 8-bit or 32-bit state.
 
     Returns:
-        ``state``, by the number of the parameter: ``step``, a 0-d float32 tensor on the CPU, and
-        ``exp_avg``, ``exp_avg_sq`` and with amsgrad ``max_exp_avg_sq``, float32 of the shape of the
-        parameter, on its device, and sharded as it is. ``param_groups``: the options of
-        ``torch.optim.AdamW``, ``params``, ``param_names`` if the parameters have names, and keys
-        that no optimizer here knows, such as a scheduler's ``initial_lr``. No moment and no step
-        shares memory with the optimizer.
+        ``state``, by the number of the parameter: ``step``, a 0-d float32 tensor on the CPU, which
+        SGD does not have, and the states of :mod:`torch.optim`, float32 of the shape of the
+        parameter, on its device, and sharded as it is. A parameter that has made no step has none,
+        but with Adagrad, which has it from the start. ``param_groups``: the options of the class of
+        ``torch.optim``, ``params``, ``param_names`` if the parameters have names, and keys that no
+        optimizer here knows, such as a scheduler's ``initial_lr``. No state shares memory with the
+        optimizer.
 
     Raises:
         TypeError: no optimizer of this library.
-        NotImplementedError: an optimizer without the moments of Adam.
+        NotImplementedError: a class that ``torch.optim`` does not have.
     """
     check_own("to_torch", optimizer)
+    torch_cls = _torch_class(optimizer)
+    options = torch_cls([torch.zeros(())]).defaults
+    hints = {name: value for name, value in _HINTS.items() if name in options}
     saved = optimizer.state_dict()
     state: dict[int, dict[str, Tensor]] = {}
     groups = []
     for live, group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
-        states = optimizer._states(live)
-        if not {"exp_avg", "exp_avg_sq"} <= {state.name for state in states}:
-            raise NotImplementedError(
-                f"to_torch: expected an optimizer of the Adam family, got "
-                f"{type(optimizer).__name__} with the states {[state.name for state in states]}"
-            )
         for p, index in zip(live["params"], group["params"], strict=True):
-            if saved["state"].get(index):
-                moments = in_32bit(p, states, optimizer.state[p], live["block_size"])
-                state[index] = {
-                    k: v.detach().clone() for k, v in moments.items() if k != _clipping.KEY
-                }
-                state[index]["step"] = state[index]["step"].cpu()
-        ours = set(optimizer.defaults) - _OPTIONS
-        groups.append({**{k: v for k, v in group.items() if k not in ours}, **_HINTS})
+            theirs = _state(optimizer, torch_cls, live, p)
+            if theirs:
+                state[index] = theirs
+        ours = set(optimizer.defaults) - set(options)
+        groups.append({**{k: v for k, v in group.items() if k not in ours}, **hints})
     return {"state": state, "param_groups": groups}
+
+
+def _torch_class(optimizer: LowPrecisionOptimizer) -> Any:
+    """The class of torch.optim with the rule of an optimizer."""
+    from torchao8 import optim
+
+    classes: dict[type, tuple[type, ...]] = {
+        torch.optim.AdamW: (optim.AdamW, optim.AdamW8bit),
+        torch.optim.Adam: (optim.Adam, optim.Adam8bit),
+        torch.optim.Adagrad: (optim.Adagrad,),
+        torch.optim.RMSprop: (optim.RMSprop,),
+        torch.optim.SGD: (optim.SGD,),
+    }
+    for theirs, ours in classes.items():
+        if isinstance(optimizer, ours):
+            return theirs
+    name = type(optimizer).__name__
+    raise NotImplementedError(
+        "to_torch: expected Adam, AdamW, Adagrad, RMSprop or SGD, in 8 or 32 bits, got "
+        f"{name}; torch.optim has no {name.removesuffix('8bit')}"
+    )
+
+
+def _state(
+    optimizer: LowPrecisionOptimizer,
+    torch_cls: type,
+    group: dict[str, Any],
+    p: Tensor,
+) -> dict[str, Tensor]:
+    """The state of a parameter as torch has it; none before the first step."""
+    own = optimizer.state.get(p)
+    if not own:
+        if torch_cls is not torch.optim.Adagrad:
+            return {}
+        own = {key: spec.empty(p) for key, spec in optimizer._layout(group, p).items()}
+    states = in_32bit(p, optimizer._states(group), own, group["block_size"])
+    theirs = {k: v.detach().clone() for k, v in states.items() if k != _clipping.KEY}
+    if states is not own:
+        optimizer._mend_decoded(theirs)
+    theirs["step"] = theirs["step"].cpu()
+    if torch_cls is torch.optim.SGD and theirs.pop("step") == 0:
+        return {}  # torch takes its first gradient for the buffer where there is none
+    return theirs

@@ -171,6 +171,8 @@ def sort_into_buckets(
             tensors = [state[key] for key in keys]
         except KeyError:
             raise RuntimeError(_keys_message(optimizer, p, keys)) from None
+        if len(state) > len(keys):  # a state that no step would move, and no checkpoint could have
+            raise RuntimeError(_keys_message(optimizer, p, keys))
         sharded = sharding.is_dtensor(p)
         place = place_of(i, p) if sharded else None
         scale = state[first_scale] if quantized else None
@@ -238,5 +240,5 @@ def _keys_message(optimizer: Optimizer, p: Tensor, keys: list[str]) -> str:
     return (
         f"{type(optimizer).__name__}: state of {describe(optimizer, p)}: expected the keys {keys}, "
         f"got {list(optimizer.state[p])}. An option that decides which state there is, such as "
-        "amsgrad, must be set before the first step."
+        "amsgrad or momentum, must be set before the first step."
     )

@@ -324,7 +324,7 @@ def in_32bit(
     p: Tensor, states: Sequence[State], saved: dict[str, Any], block_size: int
 ) -> dict[str, Any]:
     """The state of a parameter in 32 bits, sharded as it is; ``saved`` itself where it is so."""
-    if f"{states[0].name}_codes" not in saved:
+    if not _is_8bit(states, saved):
         return saved
     converted = {key: saved[key] for key in BESIDE_STATES if key in saved}
     for state in states:

@@ -104,6 +104,7 @@ class _Loading:
         # What to tell of: the parameters that were converted, by how, and who wrote their state.
         self.converted: dict[str, list[str]] = {}
         self.authors: set[str] = set()
+        self.warnings: list[str] = []
 
     def check(self) -> None:
         """Brings options into the format of the optimizer, and finds out what to do with state."""
@@ -116,7 +117,11 @@ class _Loading:
         for live, saved in zip(live_groups, self.saved_groups, strict=True):
             kept = {name: live[name] for name in self.optimizer._own_options}
             missing = {name: live[name] for name in self.optimizer.defaults}
-            group = {**missing, **_in_form(plain_hints(saved), live), **kept}
+            has_state = any(map(self._has_state, live["params"], saved["params"]))
+            if has_state:
+                self.optimizer._check_source(saved)
+            options = self._own_options(saved)
+            group = {**missing, **_in_form(plain_hints(options), live), **kept}
             self.optimizer._check_options(group)
             self.groups.append(group)
             block_size = saved.get("block_size", group["block_size"])
@@ -163,6 +168,19 @@ class _Loading:
             raise ValueError(f"state of {label}: expected a dict, got {type(values).__name__}")
         return bool(values)
 
+    def _own_options(self, saved: Group) -> Group:
+        """Those of a group of bitsandbytes under our names; all others are so already."""
+        states = [self.state.get(saved_id) for saved_id in saved["params"]]
+        if "state_version" in saved or not any(
+            state and foreign.who_wrote(state) == "bitsandbytes" for state in states
+        ):
+            return saved
+        name, known = type(self.optimizer).__name__, self.optimizer.defaults
+        options, warning = foreign.own_options(name, saved, known)
+        if warning is not None and warning not in self.warnings:
+            self.warnings.append(warning)
+        return options
+
     def _read_foreign(self, group: Group, p: Tensor, saved_id: Any) -> None:
         values, states = self.state[saved_id], self.optimizer._states(group)
         label = describe(self.optimizer, p)
@@ -198,13 +216,17 @@ class _Loading:
 
     def _converted(self, plan: _Plan) -> dict[str, Tensor]:
         _, label, p, layout, states, values, block_size, saved_block_size, converts = plan
-        if converts:
-            return convert(label, p, layout, states, values, block_size, saved_block_size)
-        return parts_of(p, layout, values)
+        if not converts:
+            return parts_of(p, layout, values)
+        parts = convert(label, p, layout, states, values, block_size, saved_block_size)
+        self.optimizer._mend_decoded(parts)
+        return parts
 
     def tell(self) -> None:
         """Warns of what was converted, once for each kind of conversion."""
         name = type(self.optimizer).__name__
+        for warning in self.warnings:
+            warn_caller(f"{name}: {warning}")
         for how, labels in self.converted.items():
             others = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
             warn_caller(

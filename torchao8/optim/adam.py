@@ -24,7 +24,7 @@ class _Adam(LowPrecisionOptimizer):
         check_betas(group["betas"], 2)
         check_number("eps", group["eps"])
         check_number("weight_decay", group["weight_decay"])
-        for name in ("amsgrad", "maximize", "decoupled_weight_decay"):
+        for name in ("amsgrad", "decoupled_weight_decay"):
             check_flag(name, group[name])
 
     def _states(self, group: Group) -> tuple[State, ...]:

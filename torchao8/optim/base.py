@@ -27,6 +27,7 @@ from torchao8.optim._checkpoint import (
     unseal,
 )
 from torchao8.optim._checks import (
+    check_flag,
     check_grad,
     check_number,
     check_params,
@@ -95,6 +96,13 @@ class LowPrecisionOptimizer(Optimizer):
         """That ratio; see :class:`torchao8.optim._factors.Rule` for this and the next one."""
         raise NotImplementedError
 
+    def _check_source(self, saved: Group) -> None:
+        """Raises ValueError where these options of a checkpoint tell that its state means something
+        else than the state of the same name here."""
+
+    def _mend_decoded(self, state: dict[str, Tensor]) -> None:
+        """Changes, in place, what 32-bit states that were rounded to 8 bits apart may not be."""
+
     # A method of rules that compare parameters with updates.
     _update_sums: Callable[[Group, Bucket, list[Tensor], Tensor | None], Tensor] | None = None
 
@@ -105,6 +113,7 @@ class LowPrecisionOptimizer(Optimizer):
                 raise NotImplementedError(
                     f"{name}={group[name]!r}: {other} is not implemented, it must be {value!r}"
                 )
+        check_flag("maximize", group["maximize"])
         _clipping.check_percentile(group["percentile_clipping"])
         check_number("lr", group["lr"], tensor=True)
         if not is_int(group["optim_bits"]) or group["optim_bits"] not in (8, 32):

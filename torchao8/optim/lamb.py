@@ -84,7 +84,6 @@ class LAMB(LowPrecisionOptimizer):
         check_betas(group["betas"], 2)
         check_number("eps", group["eps"])
         check_number("weight_decay", group["weight_decay"])
-        check_flag("maximize", group["maximize"])
         check_flag("adaptive", group["adaptive"])
 
     def _states(self, group: Group) -> tuple[State, ...]:

@@ -93,6 +93,16 @@ class LARS(LowPrecisionOptimizer):
     def _states(self, group: Group) -> tuple[State, ...]:
         return (State("momentum_buffer", signed=True),) if group["momentum"] else ()
 
+    def _check_source(self, saved: Group) -> None:
+        if "trust_coefficient" not in saved:
+            raise ValueError(
+                f"{type(self).__name__}: expected a momentum_buffer of gradients times the "
+                "learning rates and trust ratios of their steps, got a checkpoint that has no "
+                "trust_coefficient: the buffers of SGD, of torch.optim and of the LARS of "
+                "bitsandbytes hold gradients alone. SGD takes them; or take the state out of the "
+                "state dict, and the buffer starts anew"
+            )
+
     def _op_options(self, group: Group) -> dict[str, float | bool]:
         names = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
         return {**{name: group[name] for name in names}, "rate_in_buffer": True}

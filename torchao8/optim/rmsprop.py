@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -91,6 +92,13 @@ class RMSprop(LowPrecisionOptimizer):
         if group["momentum"]:
             states.append(State("momentum_buffer", signed=True))
         return tuple(states)
+
+    def _mend_decoded(self, state: dict[str, Tensor]) -> None:
+        """Rounded to 8 bits, v may be less than a^2, or too little more. The rule has a floor of
+        v / 64 under their difference in 8 bits, and none in 32, as torch."""
+        if "square_avg" in state and "grad_avg" in state:
+            least = state["grad_avg"].square().mul_(64 / 63)
+            state["square_avg"] = torch.maximum(state["square_avg"], least)
 
     def _op_options(self, group: Group) -> dict[str, float | bool]:
         names = ("alpha", "eps", "weight_decay", "momentum", "maximize")

@@ -76,6 +76,13 @@ class SGD(LowPrecisionOptimizer):
     def _states(self, group: Group) -> tuple[State, ...]:
         return (State("momentum_buffer", signed=True),) if group["momentum"] else ()
 
+    def _check_source(self, saved: Group) -> None:
+        if "trust_coefficient" in saved:
+            raise ValueError(
+                f"{type(self).__name__}: expected a momentum_buffer of gradients, got a checkpoint "
+                "of LARS, whose buffer holds them times the learning rates of their steps"
+            )
+
     def _op_options(self, group: Group) -> dict[str, float | bool]:
         names = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
         return {**{name: group[name] for name in names}, "rate_in_buffer": False}
