@@ -269,7 +269,7 @@ def _flat_place(
 
 
 def _common_length(index: Sequence[int]) -> int:
-    """The longest length such that pieces of it have no gaps inside, the index being cut in them."""
+    """The greatest length of pieces that an index can be cut into without a gap inside of any."""
     if isinstance(index, range):
         return len(index)
     gaps = [i for i in range(1, len(index)) if index[i] != index[i - 1] + 1]
