@@ -98,11 +98,8 @@ def _placed_against_unsharded(rank: int, world_size: int, names: list[str]) -> N
     for name in names:
         mesh_shape, shape, placements, kept = PLACEMENTS[name]
         mesh = init_device_mesh("cpu", mesh_shape)
-        for dtype, rounds in (
-            (torch.float32, False),
-            (torch.bfloat16, False),
-            (torch.bfloat16, True),
-        ):
+        kinds = ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True))
+        for dtype, rounds in kinds:
             (p,) = make_params(dtype, [shape])
             q = distributed_param(p, mesh, placements)
             options = {**OPTIONS, "stochastic_rounding": rounds}

@@ -14,11 +14,11 @@
 //
 // A bfloat16 parameter that is rounded stochastically takes the same hash (mod 2^32) under a key of
 // its own, of which the top 16 bits are used. With c0 any, one hash is uniform; given it, another
-// differs by a uniform multiple of the largest power of two that divides the differences of their
-// factors. Those of t do not divide by 8, those of j are below 256, and so only the low 7 bits of
-// the difference are fixed: the top 16 of two draws are uniform and independent. Where the state
-// has 32 bits there are no blocks, and these are of 256 elements of the whole tensor
-// (ElementRandom), whatever part of it is at hand.
+// differs from it by a uniform multiple of the largest power of two that divides the differences of
+// their factors. No two t differ by a multiple of 8, and two j by less than 256, so that at most
+// the low 7 bits of the difference are fixed: the top 16 bits of two draws are uniform and
+// independent. Where the state has 32 bits there are no blocks, and these are of 256 elements of
+// the whole tensor (ElementRandom), whatever part of it is at hand.
 #pragma once
 
 #include "common/macros.h"
