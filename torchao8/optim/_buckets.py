@@ -28,7 +28,8 @@ class Bucket(NamedTuple):
     They are plain tensors: of a DTensor, what lies on this rank. ``values`` and ``scales`` hold a
     list for each state, by its name: the codes and their scales, or the float32 values and an empty
     list. ``shard_offsets`` and ``shard_row_strides`` say where shards lie in their global tensors;
-    both are empty where none is sharded. ``numbers`` are those of the parameters in their work.
+    both are empty where none is sharded, or where nothing depends on it. ``numbers`` are those of
+    the parameters in their work.
     """
 
     params: list[Tensor]
@@ -218,9 +219,11 @@ def rounds_param(group: Group, p: Tensor) -> bool:
 
 
 def place_of(optimizer: Optimizer, group: Group, p: DTensor, in_blocks: bool) -> Place | None:
-    """Where the shard of a parameter lies; in 32 bits (not in blocks) also whether it does.
+    """Where the shard of a parameter lies, in blocks or as 32-bit state.
 
-    In blocks that is checked when the state is made, which has its shape from the shard.
+    Raises:
+        ValueError: 32-bit state, and the local tensor is not what lies there. That of 8-bit state
+            is checked when the state is made.
     """
     if in_blocks:
         return sharding.place(p, group["block_size"])
