@@ -4,10 +4,12 @@
 // (lr, steps, grad_scale, found_inf) is a tensor, so that a compiled step is traced once. Lists
 // that belong together have an element per parameter; an empty list means that no parameter has it.
 // shard_offsets and shard_row_strides place a local shard in its global tensor (flat index of its
-// first element; elements between two rows) and only feed the random numbers of stochastic
-// rounding. `steps` are those made before; an optimizer counts its step by one count_step_ for all
-// its tensors, behind the updates. `factors` are two float64 numbers a parameter, or none at all:
-// what its gradient and what the learning rate is multiplied by.
+// first element; elements between two rows, which are those of the block layout, or of 32-bit state
+// the last dimension) and only feed the random numbers of stochastic rounding: of states, and, if
+// stochastic_params, of bfloat16 parameters. `steps` are those made before; an optimizer counts its
+// step by one count_step_ for all its tensors, behind the updates. `factors` are two float64
+// numbers a parameter, or none at all: what its gradient and what the learning rate is multiplied
+// by.
 //
 // sum_squares gives an int64 row per tensor, the exact sum as a fixed-point number
 // (common/exact_sum.h), so that rows of shards can be added; norms rounds once, and takes roots.
@@ -25,7 +27,8 @@ std::string step_schema(const char* op, const char* lists, const char* options) 
          ", Tensor[] steps, Tensor[] factors, Tensor lr, Tensor? grad_scale, Tensor? found_inf, "
          "*, " +
          options +
-         ", int block_size=256, bool stochastic_rounding=True, int seed=0, "
+         ", int block_size=256, bool stochastic_rounding=True, bool stochastic_params=False, int "
+         "seed=0, "
          "int[] shard_offsets=[], int[] shard_row_strides=[]) -> ()";
 }
 

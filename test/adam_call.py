@@ -32,6 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "maximize": False,
     "block_size": 256,
     "stochastic_rounding": True,
+    "stochastic_params": False,
     "seed": 0,
     "factors": [],
     "shard_offsets": [],

@@ -204,6 +204,7 @@ BAD_OPTIONS: tuple[tuple[Options, type[Exception]], ...] = (
     ({"block_size": 256.0}, ValueError),
     ({"state_rounding": "up"}, ValueError),
     ({"maximize": 1}, ValueError),
+    ({"stochastic_rounding": 1}, ValueError),
     ({"seed": 0.5}, ValueError),
     ({"seed": 2**63}, ValueError),
     ({"differentiable": True}, NotImplementedError),

@@ -112,6 +112,23 @@ def test_same_bits_for_every_option(options: dict[str, Any], state_bits: int) ->
     assert_steps_alike(call, numbers_too=False)
 
 
+@pytest.mark.parametrize("block_size", [64, 256, 512])
+@pytest.mark.parametrize("state_bits", [8, 32])
+@pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_parameters_rounded_stochastically(
+    grad_dtype: torch.dtype, state_bits: int, block_size: int
+) -> None:
+    """Of whole tensors, and of shards whose rows lie apart."""
+    shapes = [*ALIGNED, (3, 300), (5, 17), (9, 251), (), (1,)]
+    params, grads = tensors(torch.bfloat16, shapes), tensors(grad_dtype, shapes)
+    options = {"state_bits": state_bits, "block_size": block_size, "stochastic_params": True}
+    call = live_state(new_call(params, grads, **options))
+    assert_steps_alike(copy_call(call))
+    call["shard_offsets"] = [1000 * i + 77 * (i % 3) for i in range(len(shapes))]
+    call["shard_row_strides"] = [20_000 + i for i in range(len(shapes))]
+    assert_steps_alike(call)
+
+
 @pytest.mark.parametrize("state_bits", [8, 32])
 def test_bad_gradients(state_bits: int) -> None:
     """What is not finite, or whose square is not, stays where it is, in aligned blocks as well."""

@@ -201,6 +201,7 @@ DAMAGES: dict[str, Damage] = {
     "amsgrad": option("amsgrad", None, 1, "yes", torch.tensor(True)),
     "maximize": option("maximize", None, 1, "yes"),
     "state_rounding": option("state_rounding", None, 1, "up", ["nearest"]),
+    "stochastic_rounding": option("stochastic_rounding", None, 1, "yes", torch.tensor(True)),
     "seed": option("seed", None, 0.5, 2**63, "x", True),
     "state_version": option("state_version", 0, 2, None, "1", 1.5),
     "block_size": option("block_size", 0, -1, 100, None, "x", 256.0, torch.ones(2)),

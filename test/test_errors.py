@@ -70,6 +70,7 @@ block_size: expected a power of two from 64 to 2048, got 4096
 block_size: expected a power of two from 64 to 2048, got 256.0
 state_rounding: expected 'stochastic' or 'nearest', got 'up'
 maximize: expected True or False, got 1
+stochastic_rounding: expected True or False, got 1
 seed: expected an int of 64 bits, got 0.5
 seed: expected an int of 64 bits, got 9223372036854775808
 differentiable=True: a step that autograd records is not implemented, it must be False

@@ -162,13 +162,16 @@ def step_calls(draw: st.DrawFn) -> Call:
     shapes = draw(st.lists(SHAPES, min_size=1, max_size=4))
     exponent, special = draw(st.integers(-70, 40)), draw(SHARES)
     state_bits = draw(st.sampled_from([8, 8, 32]))
+    rounds_params = draw(st.booleans())
     params, grads = [], []
     for shape in shapes:
         p = floats(shape, draw(st.sampled_from([0, 0, -130])), special, rng)
         g = floats(shape, exponent, special, rng)
-        params.append(laid_out(p.to(draw(st.sampled_from(FLOATS))), draw(LAYOUTS)))
+        dtype = draw(st.sampled_from(FLOATS[:2] if rounds_params else FLOATS))
+        params.append(laid_out(p.to(dtype), draw(LAYOUTS)))
         grads.append(laid_out(g.to(draw(st.sampled_from(FLOATS))), draw(LAYOUTS)))
     grad_scale = draw(st.sampled_from([None, 3.0, 65536.0]))
+    offsets = [draw(st.integers(0, 2**40)) for _ in shapes] if draw(st.booleans()) else []
     call = new_call(
         params, grads, state_bits=state_bits, amsgrad=draw(st.booleans()),
         step=[draw(st.sampled_from([0, 1, 10, 12345])) for _ in shapes],
@@ -176,7 +179,9 @@ def step_calls(draw: st.DrawFn) -> Call:
         eps=draw(st.sampled_from([0.0, 1e-8, 0.1])),
         weight_decay=draw(st.sampled_from([0.0, 0.1])),
         decoupled_weight_decay=draw(st.booleans()), maximize=draw(st.booleans()),
-        stochastic_rounding=draw(st.booleans()), block_size=draw(BLOCK_SIZES),
+        stochastic_rounding=draw(st.booleans()), stochastic_params=rounds_params,
+        shard_offsets=offsets, shard_row_strides=[draw(st.integers(1, 9000)) for _ in offsets],
+        block_size=draw(BLOCK_SIZES),
         seed=draw(st.integers(-(2**63), 2**63 - 1)),
         grad_scale=None if grad_scale is None else torch.tensor(grad_scale),
     )  # fmt: skip

@@ -52,7 +52,8 @@ def _fsdp_against_unsharded(rank: int, world_size: int, mesh_shape: tuple[int, .
     mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
     for case in OPTIMIZERS:
         for dtype in (torch.float32, torch.bfloat16):
-            for options in ({}, case.known({"amsgrad": True, "maximize": True})):
+            all_states = case.known({"amsgrad": True, "maximize": True})
+            for options in ({}, {**all_states, "stochastic_rounding": True}):
                 ends = []
                 for m in (mesh, None):
                     params = groups_of(fsdp_weights(m, dtype).parameters(), m is not None)
@@ -97,11 +98,13 @@ def _placed_against_unsharded(rank: int, world_size: int, names: list[str]) -> N
     for name in names:
         mesh_shape, shape, placements, kept = PLACEMENTS[name]
         mesh = init_device_mesh("cpu", mesh_shape)
-        for dtype in (torch.float32, torch.bfloat16):
+        kinds = ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True))
+        for dtype, rounds in kinds:
             (p,) = make_params(dtype, [shape])
             q = distributed_param(p, mesh, placements)
-            unsharded = torchao8.AdamW8bit([p], optim_bits=8 if kept else 32, **OPTIONS)
-            sharded = torchao8.AdamW8bit([q], **OPTIONS)
+            options = {**OPTIONS, "stochastic_rounding": rounds}
+            unsharded = torchao8.AdamW8bit([p], optim_bits=8 if kept else 32, **options)
+            sharded = torchao8.AdamW8bit([q], **options)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 step_with(sharded, range(3))
@@ -340,7 +343,8 @@ def _compiled(rank: int, world_size: int, backend: str) -> None:
         params = [
             distributed_param(p, mesh, where) for p, where in zip(plain, placements, strict=True)
         ]
-        optimizer = torchao8.AdamW8bit(params, **{**OPTIONS, "lr": lr.clone()})
+        options = {**OPTIONS, "lr": lr.clone(), "stochastic_rounding": True}
+        optimizer = torchao8.AdamW8bit(params, **options)
         step, counter = optimizer.step, CompileCounterWithBackend(backend)
         if compiled:
             step = torch.compile(optimizer.step, fullgraph=True, backend=counter)
@@ -361,7 +365,8 @@ def test_one_graph_and_the_bits_of_eager(backend: str) -> None:
 def _code_of_step(rank: int, world_size: int) -> str:
     mesh = init_device_mesh("cpu", (world_size,))
     params = list(fully_shard(Weights(torch.bfloat16), mesh=mesh).parameters())
-    optimizer = torchao8.AdamW8bit(params, **{**OPTIONS, "lr": torch.tensor(0.01)})
+    options = {**OPTIONS, "lr": torch.tensor(0.01), "stochastic_rounding": True}
+    optimizer = torchao8.AdamW8bit(params, **options)
     set_global_grads(params, 0)
     _, codes = run_and_get_code(torch.compile(optimizer.step, fullgraph=True))
     (code,) = codes

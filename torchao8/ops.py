@@ -133,6 +133,7 @@ def step_(
     factors: Sequence[Tensor] = (),
     block_size: int = 256,
     stochastic_rounding: bool = True,
+    stochastic_params: bool = False,
     seed: int = 0,
     shard_offsets: Sequence[int] = (),
     shard_row_strides: Sequence[int] = (),
@@ -158,9 +159,13 @@ def step_(
         found_inf: where it is not 0, nothing changes at all.
         factors: none, or for each parameter float64 of shape (2,), finite and not negative: what
             its gradient and what the learning rate is multiplied by.
+        stochastic_rounding, stochastic_params: how states, and how bfloat16 parameters are
+            rounded: stochastically, or to nearest. float32 parameters are not, and float16 ones
+            are refused.
         shard_offsets, shard_row_strides: of parameters that are shards, one number each: the flat
             index of the first element in the global tensor, and the elements of it from one local
-            row to the next. The random numbers of stochastic rounding depend on them.
+            row to the next; a row of 32-bit state is the last dimension. The random numbers of
+            stochastic rounding depend on them.
         options: the op's own.
 
     Raises:
@@ -178,6 +183,7 @@ def step_(
         found_inf,
         block_size=block_size,
         stochastic_rounding=stochastic_rounding,
+        stochastic_params=stochastic_params,
         seed=seed,
         shard_offsets=shard_offsets,
         shard_row_strides=shard_row_strides,

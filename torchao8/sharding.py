@@ -141,7 +141,8 @@ class Place(NamedTuple):
         runs: of its rows; none where it is empty.
         whole: whether one run holds all of it, and its own shape has the same rows: then the op
             takes the local tensor as it is.
-        row, blocks: elements, and blocks, of a local row.
+        row, blocks: elements, and blocks, of a local row; of 32-bit state, which has no blocks, a
+            row is any elements that lie together, and blocks is 0.
         shape, scale_shape: of the local tensor and of its scales.
     """
 
@@ -159,6 +160,14 @@ def place(p: DTensor, block_size: int) -> Place | None:
     coordinate = mesh.get_coordinate()
     where = None if coordinate is None else tuple(coordinate)
     return _place_on(mesh, p.shape, where, p.placements, block_size)
+
+
+def flat_place(p: DTensor) -> Place:
+    """Where the shard of this rank lies, of a parameter with 32-bit state."""
+    mesh = p.device_mesh
+    coordinate = mesh.get_coordinate()
+    where = None if coordinate is None else tuple(coordinate)
+    return _flat_place_on(mesh, p.shape, where, p.placements)
 
 
 def wrong_shard_message(p: DTensor, where: Place) -> str | None:
@@ -216,6 +225,56 @@ def _place(
     local_shape = tuple(len(index) for index in indices)
     whole = len(runs) < 2 and scale_shape(local_shape, block_size) == scales
     return Place(runs, whole, row, scales[-1], local_shape, scales)
+
+
+@functools.cache
+def _flat_place_on(
+    mesh: DeviceMesh,
+    shape: tuple[int, ...],
+    where: tuple[int, ...] | None,
+    placements: tuple[Placement, ...],
+) -> Place:
+    return _flat_place(tuple(shape), tuple(mesh.shape), where, placements)
+
+
+@functools.cache
+def _flat_place(
+    shape: tuple[int, ...],
+    mesh_shape: tuple[int, ...],
+    coordinate: tuple[int, ...] | None,
+    placements: tuple[Placement, ...],
+) -> Place:
+    """A row ends where the last dimension that is split has a gap, and is as long as can be."""
+    if coordinate is None:
+        return Place((), True, 0, 0, (0,) * len(shape), ())
+    indices = [_indices(shape, mesh_shape, coordinate, placements, d) for d in range(len(shape))]
+    local_shape = tuple(len(index) for index in indices)
+    if 0 in local_shape:
+        return Place((), True, 0, 0, local_shape, ())
+    last = local_shape[-1] if shape else 1
+    split = [d for d in range(len(shape)) if local_shape[d] != shape[d]]
+    if not split:
+        return Place((Run(0, math.prod(shape) // last, 0, last),), True, last, 0, local_shape, ())
+    k = split[-1]
+    together = _common_length(indices[k])
+    row = together * math.prod(shape[k + 1 :])
+    starts = _row_offsets(shape, (*indices[:k], indices[k][::together]), 0)
+    runs = _runs(starts, shape, k)
+    if len(runs) > 1:
+        return Place(runs, False, row, 0, local_shape, ())
+    if len(starts) == 1 or runs[0].stride == row:  # without gaps: rows of any length will do
+        runs = (Run(0, math.prod(local_shape) // last, starts[0], last),)
+        row = last
+    return Place(runs, row == last, row, 0, local_shape, ())
+
+
+def _common_length(index: Sequence[int]) -> int:
+    """The greatest length of pieces that an index can be cut into without a gap inside of any."""
+    if isinstance(index, range):
+        return len(index)
+    gaps = [i for i in range(1, len(index)) if index[i] != index[i - 1] + 1]
+    ends = [0, *gaps, len(index)]
+    return math.gcd(*(b - a for a, b in itertools.pairwise(ends)))
 
 
 def _row_offsets(shape: tuple[int, ...], leading: Sequence[Sequence[int]], start: int) -> list[int]:

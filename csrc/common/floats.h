@@ -25,6 +25,15 @@ TORCHAO8_HD BFloat16 to_bfloat16(float x) {
   return {uint16_t((u + 0x7fffu + ((u >> 16) & 1)) >> 16)};
 }
 
+// Rounded stochastically, by the top 16 bits of a hash: away from zero with a chance of exactly
+// (low 16 bits of x) / 2^16, so that what is a bfloat16 already stays. As in rounding to nearest,
+// infinity follows the largest number, in the place of 2^128.
+TORCHAO8_HD BFloat16 to_bfloat16(float x, uint32_t hash) {
+  const uint32_t u = float_bits(x);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return {uint16_t((u >> 16) | 0x40)};
+  return {uint16_t((u + (hash >> 16)) >> 16)};
+}
+
 TORCHAO8_HD float to_float(Half x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, rest = uint32_t(x.bits & 0x7fffu) << 13;
   if (rest >= 0x0f800000u) {  // infinity, NaN (made quiet)

@@ -20,8 +20,9 @@ struct LambCall {
       : values{&exp_avgs, &exp_avg_sqs, &none},
         scales{&exp_avg_scales, &exp_avg_sq_scales, &none},
         present(values, scales),
-        call{LambFamily::kOp, params,     grads, steps, factors,   present.lists, present.states,
-             present.has,     block_size, false, 0,     no_shards, no_shards,     place} {
+        call{LambFamily::kOp, params,      grads,      steps, factors, present.lists,
+             present.states,  present.has, block_size, false, false,   0,
+             no_shards,       no_shards,   place} {
     check_block_size(LambFamily::kOp, block_size);
   }
   LambCall(const LambCall&) = delete;

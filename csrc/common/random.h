@@ -11,6 +11,14 @@
 // then being rounded one way. Three draws at equal distances that are multiples of 8 are an
 // arithmetic sequence. A vector of 8 or 16 lanes goes on to its next elements by one addition, and
 // 23 bits are a float's mantissa: no shift is needed to make one.
+//
+// A bfloat16 parameter that is rounded stochastically takes the same hash (mod 2^32) under a key of
+// its own, of which the top 16 bits are used. With c0 any, one hash is uniform; given it, another
+// differs from it by a uniform multiple of the largest power of two that divides the differences of
+// their factors. No two t differ by a multiple of 8, and two j by less than 256, so that at most
+// the low 7 bits of the difference are fixed: the top 16 bits of two draws are uniform and
+// independent. Where the state has 32 bits there are no blocks, and these are of 256 elements of
+// the whole tensor (ElementRandom), whatever part of it is at hand.
 #pragma once
 
 #include "common/macros.h"
@@ -24,7 +32,9 @@ TORCHAO8_HD uint64_t mix_bits(uint64_t z) {
   return z ^ (z >> 31);
 }
 
-// One key serves all tensors of a step. `stream` tells the states of one parameter apart.
+// One key serves all tensors of a step. `stream` tells the states of one parameter, 0 to 2, and the
+// parameter itself apart.
+constexpr uint64_t kParamStream = 3;
 TORCHAO8_HD uint64_t random_key(uint64_t seed, uint64_t step, uint64_t stream) {
   return mix_bits(mix_bits(seed + 0x9e3779b97f4a7c15u) ^ mix_bits(4 * step + stream));
 }
@@ -60,6 +70,26 @@ struct BlockRandom {
   TORCHAO8_HD uint32_t operator()(uint32_t i) const {
     const uint32_t t = lane_factor(i % 8), j = i / 8;
     return c0 + c1 * t + (c2 + c3 * t) * j;
+  }
+
+  // The same numbers, counted from element 8 * j on.
+  TORCHAO8_HD BlockRandom from(uint32_t j) const { return {c0 + c2 * j, c1 + c3 * j, c2, c3}; }
+};
+
+// Of elements that are in no block, by their global index.
+constexpr uint32_t kRandomBlock = 256;
+struct ElementRandom {
+  uint64_t key, first = ~uint64_t(0);  // of the block at hand: none
+  BlockRandom block = {};
+
+  TORCHAO8_HD explicit ElementRandom(uint64_t k) : key(k) {}
+  TORCHAO8_HD uint32_t operator()(uint64_t element) {
+    const uint32_t i = uint32_t(element % kRandomBlock);
+    if (first != element - i) {
+      first = element - i;
+      block.start(key, first);
+    }
+    return block(i);
   }
 };
 

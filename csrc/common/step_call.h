@@ -31,6 +31,7 @@ struct StepCall {
   const bool* has;
   int64_t block_size;
   bool stochastic;
+  bool stochastic_params;
   int64_t seed;
   const std::vector<int64_t>&shard_offsets, &shard_row_strides;
   Place place;
@@ -114,6 +115,10 @@ inline void check_parameter(const StepCall& call, int64_t i) {
   check_place(grad, call.grads[i], call.place);
   check_float_type(param, call.params[i]);
   check_float_type(grad, call.grads[i]);
+  TORCHAO8_CHECK(!call.stochastic_params || call.params[i].scalar_type() != ScalarType::Half,
+                 param.text(),
+                 " must be bfloat16, which stochastic_params rounds, or float32, which takes no "
+                 "rounding; got float16");
   check_shape(grad, call.grads[i], call.params[i].sizes(), "that of the parameter");
   check_no_overlap(param, call.params[i]);
   check_step(step, call.steps[i], call.place);

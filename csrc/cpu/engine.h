@@ -40,9 +40,11 @@ struct Item {
   uint8_t* codes[kMaxStates] = {};
   float* scales[kMaxStates] = {};
   float* states[kMaxStates] = {};
-  uint64_t keys[kMaxStates] = {};
+  uint64_t keys[kMaxStates] = {}, param_key = 0;
+  bool rounds_param = false;  // stochastically
   int64_t rows = 1, row_length = 0, units_per_row = 0;
   int64_t shard_offset = 0, row_stride = 0;  // global index of the first element; between rows
+  int64_t run_length = 0;                    // of 32-bit state: elements of what is a row then
   int64_t first_cost = 0, unit_cost = 0;     // place in the sum of all work
   int64_t units() const { return rows * units_per_row; }
   bool direct() const {  // the kernels can work on the memory itself
@@ -114,6 +116,8 @@ class Engine {
       run.blocks = count;
       run.length = int(length);
       run.stochastic = stochastic_;
+      run.rounds_param = item.rounds_param;
+      run.param_key = item.param_key;
       run.first_element = uint64_t(item.shard_offset) + uint64_t(row) * uint64_t(item.row_stride) +
                           uint64_t(column * block_size_);
       for (int s = 0; s < Rule::kStates; s++) {
@@ -150,6 +154,7 @@ class Engine {
     }
     run.param = param;
     run.grad = grad;
+    run.rounds_param = false;  // here, behind the kernel
     run.length = padded;
     run.blocks = 1;
     for (int64_t block = 0; block < blocks; block++) {
@@ -163,7 +168,15 @@ class Engine {
                     size_t(padded - length));
       }
       kernels_.blocks_float32(item.rule, tables_, run);
-      item.param.write(codec_, param, begin, length);
+      if (item.rounds_param) {
+        BlockRandom random;
+        random.start(item.param_key, run.first_element);
+        uint32_t hashes[kMaxBlock];
+        for (int i = 0; i < length; i++) hashes[i] = random(uint32_t(i));
+        item.param.write(hashes, param, begin, length);
+      } else {
+        item.param.write(codec_, param, begin, length);
+      }
       for (int s = 0; s < Rule::kStates; s++) {
         std::memcpy(home[s], codes[s], size_t(length));
         home[s] += length;
@@ -174,8 +187,25 @@ class Engine {
     }
   }
 
+  // Elements [begin, end) of a tensor with 32-bit state, in runs that follow each other in the
+  // whole tensor if its random numbers are needed.
   void step_elements(const Item<Rule>& item, int64_t begin, int64_t end) const {
+    if (!item.rounds_param) return step_run(item, begin, end, 0);
+    while (begin < end) {
+      const int64_t row = begin / item.run_length, column = begin % item.run_length;
+      const int64_t last = std::min(end, begin - column + item.run_length);
+      step_run(item, begin, last,
+               uint64_t(item.shard_offset) + uint64_t(row) * uint64_t(item.row_stride) +
+                   uint64_t(column));
+      begin = last;
+    }
+  }
+
+  void step_run(const Item<Rule>& item, int64_t begin, int64_t end, uint64_t first_element) const {
     ElementRun run = {};
+    run.rounds_param = item.rounds_param;
+    run.param_key = item.param_key;
+    run.first_element = first_element;
     for (int s = 0; s < Rule::kStates; s++) run.states[s] = item.states[s] + begin;
     if (item.direct()) {
       run.param = item.param.at(begin);
@@ -188,12 +218,20 @@ class Engine {
     alignas(64) float param[kChunk], grad[kChunk];
     run.param = param;
     run.grad = grad;
+    run.rounds_param = false;  // here, behind the kernel
     for (; begin < end; begin += run.count) {
       run.count = std::min(kChunk, end - begin);
       item.param.read(codec_, begin, run.count, param);
       item.grad.read(codec_, begin, run.count, grad);
       kernels_.elements_float32(item.rule, run);
-      item.param.write(codec_, param, begin, run.count);
+      if (item.rounds_param) {
+        ElementRandom random(item.param_key);
+        uint32_t hashes[kChunk];
+        for (int64_t i = 0; i < run.count; i++) hashes[i] = random(first_element++);
+        item.param.write(hashes, param, begin, run.count);
+      } else {
+        item.param.write(codec_, param, begin, run.count);
+      }
       for (int s = 0; s < Rule::kStates; s++) run.states[s] += run.count;
     }
   }

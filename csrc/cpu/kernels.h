@@ -25,8 +25,8 @@ struct BlockRun {
   float* scales[kMaxStates];
   int64_t blocks;
   int length;
-  bool stochastic;
-  uint64_t keys[kMaxStates];
+  bool stochastic, rounds_param;  // stochastically: states; the parameter, which is bfloat16
+  uint64_t keys[kMaxStates], param_key;
   uint64_t first_element;  // global index, for the random numbers
 };
 
@@ -36,6 +36,8 @@ struct ElementRun {
   const void* grad;
   float* states[kMaxStates];
   int64_t count;
+  bool rounds_param;  // as above; then all of them follow each other in the whole tensor
+  uint64_t param_key, first_element;
 };
 
 // param and grad have one type: float32 or bfloat16. What else there is comes converted. A rule

@@ -55,6 +55,18 @@ class FloatArray {
     });
   }
 
+  // The same of bfloat16, rounded stochastically by a hash for each element.
+  void write(const uint32_t* hashes, const float* from, int64_t begin, int64_t n) const {
+    BFloat16* const x = reinterpret_cast<BFloat16*>(data_);
+    const auto write_run = [&](int64_t offset, int64_t stride, int64_t count) {
+      for (int64_t i = 0; i < count; i++) x[offset + i * stride] = to_bfloat16(from[i], hashes[i]);
+      from += count;
+      hashes += count;
+    };
+    if (dense_) return write_run(begin, 1, n);
+    for_each_run(begin, n, write_run);
+  }
+
  private:
   template <class Function>
   void with_type(Function f) const {

@@ -63,12 +63,13 @@ struct Block {
   const T* grad;
   uint8_t* codes[Rule::kStates];
   float* scales[Rule::kStates];
-  uint64_t first_element;
+  uint64_t first_element, param_key;
 
   TORCHAO8_HD explicit Block(const BlockRun& run)
       : param(static_cast<T*>(run.param)),
         grad(static_cast<const T*>(run.grad)),
-        first_element(run.first_element) {
+        first_element(run.first_element),
+        param_key(run.param_key) {
     for (int s = 0; s < Rule::kStates; s++) {
       codes[s] = run.codes[s];
       scales[s] = run.scales[s];
@@ -83,6 +84,34 @@ struct Block {
     }
     first_element += uint64_t(length);
   }
+};
+
+// How updated parameters are written: to nearest, or stochastically, a block's in their order.
+template <bool kRounds>
+struct ParamWriter {
+  TORCHAO8_HD void start(uint64_t, uint64_t) {}
+  TORCHAO8_HD void skip() {}
+  template <class T>
+  TORCHAO8_HD void operator()(T* x, F v) {
+    store(x, v);
+  }
+  template <class T>
+  TORCHAO8_HD void quiet(T* x, F v) {
+    store_quiet(x, v);
+  }
+};
+template <>
+struct ParamWriter<true> {
+  RandomStream stream;
+  // i: where in the block the first one is, a multiple of kWidth.
+  TORCHAO8_HD void start(uint64_t key, uint64_t first_element, uint32_t i = 0) {
+    BlockRandom random;
+    random.start(key, first_element);
+    stream.start(random, i);
+  }
+  TORCHAO8_HD void skip() { stream.next_hashes(); }
+  TORCHAO8_HD void operator()(BFloat16* x, F v) { store(x, v, stream.next_hashes()); }
+  TORCHAO8_HD void quiet(BFloat16* x, F v) { store_quiet(x, v, stream.next_hashes()); }
 };
 
 // The values of two blocks, in units, that follow each other around a ring.
@@ -107,7 +136,7 @@ struct alignas(64) Plan {
 
 // First pass: decode, compute the moments into the ring, find the extreme elements. Called for each
 // vector of the block in turn, then finish(). On the vector paths it writes nothing but the ring.
-template <class Rule, class T>
+template <class Rule, class T, bool kRounds>
 struct Moments {
   static constexpr int N = Rule::kStates, kValues = Rule::kValues;
   static constexpr bool kSelect = kWidth == 1;
@@ -116,6 +145,7 @@ struct Moments {
   Extreme<true> extreme_signed[N];
   Extreme<false> extreme_unsigned[N];
   NanFinder nan;
+  ParamWriter<kSelect && kRounds> write;
   Block<Rule, T> block;
   Ring<kValues>& ring;
   int place;  // of the block's first element in the ring
@@ -127,6 +157,7 @@ struct Moments {
       : decode_signed(t), decode_unsigned(t), block(b), ring(to), place(at) {
     for (int s = 0; s < N; s++) scale[s] = *block.scales[s];
     rule = r.with_scales(scale);
+    write.start(block.param_key, block.first_element);
   }
 
   TORCHAO8_HD void operator()(int i) {
@@ -148,8 +179,11 @@ struct Moments {
     rule.template moments<true>(p, load(block.grad + i), values);
     if constexpr (kSelect) {
       const Mask good = all_in_range<Rule>(values);
-      if (all(good))
-        store(block.param + i, rule.template update<true>(load(block.param + i), values));
+      if (all(good)) {
+        write(block.param + i, rule.template update<true>(load(block.param + i), values));
+      } else {
+        write.skip();
+      }
       for (int s = 0; s < N; s++)
         values[s] = select(good, values[s], old[s] * F(scale[s] / rule.unit[s]));
     }
@@ -218,7 +252,7 @@ struct Pipeline {
 };
 
 // Second pass: update the parameter (the scalar path has done it), encode the states in the ring.
-template <class Rule, class T, bool kStochastic>
+template <class Rule, class T, bool kStochastic, bool kRounds>
 struct UpdateAndEncode {
   static constexpr int N = Rule::kStates, kValues = Rule::kValues;
   // Faster with the stochastic encoder in the loop, slower without it (benchmarks/NOTES.md).
@@ -228,6 +262,7 @@ struct UpdateAndEncode {
   StochasticEncoder<true> encode_signed_randomly;
   StochasticEncoder<false> encode_unsigned_randomly;
   RandomStream stream[N];
+  ParamWriter<(kWidth > 1) && kRounds> write;
   Block<Rule, T> block;
   const Ring<kValues>& ring;
   int place;
@@ -253,6 +288,7 @@ struct UpdateAndEncode {
       inverse[s] = p.inverse[s];
       if constexpr (kStochastic && Rule::kStochastic[s]) stream[s].start(p.random[s]);
     });
+    write.start(block.param_key, block.first_element);
     if constexpr (kPipelined) pipeline.fill(rule, ring, place);
   }
 
@@ -261,7 +297,7 @@ struct UpdateAndEncode {
     ring.load_at(place + i, values);
     if constexpr (kPipelined) {
       const F step = pipeline.next(rule, ring, place + i);
-      store_quiet(block.param + i, rule.apply(load(block.param + i), step));
+      write.quiet(block.param + i, rule.apply(load(block.param + i), step));
     }
     for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
       if constexpr (kStochastic && Rule::kStochastic[s] && Rule::kSigned[s]) {
@@ -275,7 +311,7 @@ struct UpdateAndEncode {
       }
     });
     if constexpr (!kPipelined && kWidth > 1)
-      store_quiet(block.param + i, rule.template update<true>(load(block.param + i), values));
+      write.quiet(block.param + i, rule.template update<true>(load(block.param + i), values));
   }
 
   TORCHAO8_HD void finish(int length) const {
@@ -302,11 +338,11 @@ TORCHAO8_COLD void scalar_block(const Rule& rule, const CodecTables& tables,
 
 // The second pass of a block goes together with the first pass of the next one, vector by vector:
 // neither waits for the other, and the divider, the look-ups and the arithmetic are all kept busy.
-template <class Rule, class T, bool kStochastic>
+template <class Rule, class T, bool kStochastic, bool kRounds>
 void step_blocks(const Rule& rule, const CodecTables& tables, const BlockRun& run) {
   constexpr int N = Rule::kStates;
-  using First = Moments<Rule, T>;
-  using Second = UpdateAndEncode<Rule, T, kStochastic>;
+  using First = Moments<Rule, T, kRounds>;
+  using Second = UpdateAndEncode<Rule, T, kStochastic, kRounds>;
   const int length = run.length;
   Ring<Rule::kValues> ring;
   ring.end = 2 * length;
@@ -353,15 +389,20 @@ void step_blocks(const Rule& rule, const CodecTables& tables, const BlockRun& ru
 
 template <class Rule, class T>
 void step_blocks_of(const Rule& rule, const CodecTables& tables, const BlockRun& run) {
-  if (run.stochastic) {
-    step_blocks<Rule, T, true>(rule, tables, run);
-  } else {
-    step_blocks<Rule, T, false>(rule, tables, run);
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (run.rounds_param) {
+      run.stochastic ? step_blocks<Rule, T, true, true>(rule, tables, run)
+                     : step_blocks<Rule, T, false, true>(rule, tables, run);
+      return;
+    }
   }
+  run.stochastic ? step_blocks<Rule, T, true, false>(rule, tables, run)
+                 : step_blocks<Rule, T, false, false>(rule, tables, run);
 }
 
-template <class Rule, class T>
-TORCHAO8_HD void step_vector(const Rule& r, T* param, const T* grad, float* const* states) {
+template <class Rule, class T, class Write>
+TORCHAO8_HD void step_vector(const Rule& r, T* param, const T* grad, float* const* states,
+                             Write& write) {
   constexpr int N = Rule::kStates;
   F old[N + 1], values[Rule::kValues];
   for (int s = 0; s < N; s++) values[s] = old[s] = load(states[s]);
@@ -369,22 +410,22 @@ TORCHAO8_HD void step_vector(const Rule& r, T* param, const T* grad, float* cons
   r.template moments<false>(p, load(grad), values);
   const Mask good = all_in_range<Rule>(values);
   for (int s = 0; s < N; s++) store(states[s], select(good, values[s], old[s]));
-  store(param, select(good, r.template update<false>(p, values), p));
+  write(param, select(good, r.template update<false>(p, values), p));
 }
 
-template <class Rule, class T>
-void step_elements(const Rule& rule, const ElementRun& run) {
+// Elements [i, end): as vectors, and at the end what fills none.
+template <class Rule, class T, class Write>
+TORCHAO8_HD void step_vectors(const Rule& r, const ElementRun& run, int64_t i, int64_t end,
+                              Write& write) {
   constexpr int N = Rule::kStates;
-  const Rule r = rule;
   T* param = static_cast<T*>(run.param);
   const T* grad = static_cast<const T*>(run.grad);
-  int64_t i = 0;
-  for (; i + kWidth <= run.count; i += kWidth) {
+  for (; i + kWidth <= end; i += kWidth) {
     float* states[kMaxStates];
     for (int s = 0; s < N; s++) states[s] = run.states[s] + i;
-    step_vector(r, param + i, grad + i, states);
+    step_vector(r, param + i, grad + i, states, write);
   }
-  const size_t left = size_t(run.count - i);
+  const size_t left = size_t(end - i);
   if (left == 0) return;
   T tail_param[kWidth] = {}, tail_grad[kWidth] = {};
   float tail[kMaxStates][kWidth] = {};
@@ -395,9 +436,48 @@ void step_elements(const Rule& rule, const ElementRun& run) {
     std::memcpy(tail[s], run.states[s] + i, left * sizeof(float));
     states[s] = tail[s];
   }
-  step_vector(r, tail_param, tail_grad, states);
+  step_vector(r, tail_param, tail_grad, states, write);
   std::memcpy(param + i, tail_param, left * sizeof(T));
   for (int s = 0; s < N; s++) std::memcpy(run.states[s] + i, tail[s], left * sizeof(float));
+}
+
+// The parameter rounded stochastically: a block of random numbers after the other. What lies before
+// the first whole vector of a block takes its numbers one by one.
+template <class Rule>
+void step_elements_rounded(const Rule& r, const ElementRun& run) {
+  struct WriteHead {
+    uint32_t hashes[kWidth];
+    TORCHAO8_HD void operator()(BFloat16* x, F v) const { store(x, v, load_hashes(hashes)); }
+  };
+  int64_t i = 0;
+  if (const int64_t before = int64_t(run.first_element % kWidth)) {
+    const int64_t rest = kWidth - before, count = rest < run.count ? rest : run.count;
+    WriteHead write = {};
+    ElementRandom random(run.param_key);
+    for (int64_t k = 0; k < count; k++) write.hashes[k] = random(run.first_element + uint64_t(k));
+    step_vectors<Rule, BFloat16>(r, run, 0, count, write);
+    i = count;
+  }
+  while (i < run.count) {
+    const uint64_t element = run.first_element + uint64_t(i);
+    const uint32_t inside = uint32_t(element % kRandomBlock);
+    const int64_t rest = run.count - i, here = kRandomBlock - inside;
+    const int64_t end = i + (here < rest ? here : rest);
+    ParamWriter<true> write;
+    write.start(run.param_key, element - inside, inside);
+    step_vectors<Rule, BFloat16>(r, run, i, end, write);
+    i = end;
+  }
+}
+
+template <class Rule, class T>
+void step_elements(const Rule& rule, const ElementRun& run) {
+  const Rule r = rule;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (run.rounds_param) return step_elements_rounded(r, run);
+  }
+  ParamWriter<false> write;
+  step_vectors<Rule, T>(r, run, 0, run.count, write);
 }
 
 template <class Rule>

@@ -28,8 +28,15 @@ Item<Rule> make_item(const StepCall& call, int64_t i) {
       FloatArray(param, check_float_type({call.op, "params", i}, param), param.mutable_data_ptr());
   item.grad =
       FloatArray(grad, check_float_type({call.op, "grads", i}, grad), grad.const_data_ptr());
+  const bool sharded = !call.shard_offsets.empty();
+  item.shard_offset = sharded ? call.shard_offsets[i] : 0;
+  item.rounds_param = call.stochastic_params && item.param.type() == FloatType::kBFloat16;
   if (!call.quantized()) {
-    item.row_length = param.numel();
+    item.row_length = item.run_length = param.numel();
+    if (sharded && param.dim() > 1 && call.shard_row_strides[i] != param.sizes().back()) {
+      item.run_length = param.sizes().back();
+      item.row_stride = call.shard_row_strides[i];
+    }
     item.units_per_row = Engine<Rule>::chunks(item.row_length);
     for (int s = 0; s < Rule::kStates; s++)
       item.states[s] = (*call.states[s].values)[i].template mutable_data_ptr<float>();
@@ -39,10 +46,7 @@ Item<Rule> make_item(const StepCall& call, int64_t i) {
   item.rows = layout.rows;
   item.row_length = item.row_stride = layout.row_length;
   item.units_per_row = layout.blocks_per_row;
-  if (!call.shard_offsets.empty()) {
-    item.shard_offset = call.shard_offsets[i];
-    item.row_stride = call.shard_row_strides[i];
-  }
+  if (sharded) item.row_stride = call.shard_row_strides[i];
   for (int s = 0; s < Rule::kStates; s++) {
     item.codes[s] = (*call.states[s].values)[i].template mutable_data_ptr<uint8_t>();
     item.scales[s] = (*call.states[s].scales)[i].template mutable_data_ptr<float>();
@@ -63,11 +67,13 @@ void step_all(const StepCall& call, const typename Rule::Options& options) {
       latest.rule = Rule::at_step(own, step, call.quantized());
       for (int s = 0; s < Rule::kStates; s++)
         latest.keys[s] = random_key(uint64_t(call.seed), uint64_t(step), s);
+      latest.param_key = random_key(uint64_t(call.seed), uint64_t(step), kParamStream);
       latest_step = step;
     }
     Item<Rule> item = make_item<Rule>(call, int64_t(i));
     item.rule = latest.rule;
     std::copy(latest.keys, latest.keys + kMaxStates, item.keys);
+    item.param_key = latest.param_key;
     engine.add(std::move(item));
   }
   engine.run();
@@ -84,8 +90,8 @@ struct StepOpOf<Family, std::index_sequence<S...>, Types<Arguments...>> {
   static void run(TensorList params, TensorList grads, List<S>... values, List<S>... scales,
                   TensorList steps, TensorList factors, Tensor lr, std::optional<Tensor> grad_scale,
                   std::optional<Tensor> found_inf, Arguments... arguments, int64_t block_size,
-                  bool stochastic_rounding, int64_t seed, std::vector<int64_t> shard_offsets,
-                  std::vector<int64_t> shard_row_strides) {
+                  bool stochastic_rounding, bool stochastic_params, int64_t seed,
+                  std::vector<int64_t> shard_offsets, std::vector<int64_t> shard_row_strides) {
     const TensorList *value_lists[] = {&values...}, *scale_lists[] = {&scales...};
     const PresentStates<Family> present(value_lists, scale_lists);
     const StepCall call{Family::kOp,
@@ -98,6 +104,7 @@ struct StepOpOf<Family, std::index_sequence<S...>, Types<Arguments...>> {
                         present.has,
                         block_size,
                         stochastic_rounding,
+                        stochastic_params,
                         seed,
                         shard_offsets,
                         shard_row_strides,

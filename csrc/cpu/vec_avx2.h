@@ -114,6 +114,23 @@ TORCHAO8_HD void store_quiet(BFloat16* x, F v) {
 TORCHAO8_HD void store_quiet(float* x, F v) {
   store(x, v);
 }
+
+// The random numbers of F's elements; stores that round stochastically by them.
+using Hashes = __m256i;
+TORCHAO8_HD Hashes load_hashes(const uint32_t* x) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+}
+TORCHAO8_HD __m256i round_to_bfloat16(__m256i u, Hashes h) {  // in the high halves
+  return _mm256_add_epi32(u, _mm256_srli_epi32(h, 16));
+}
+TORCHAO8_HD void store(BFloat16* x, F v, Hashes h) {
+  const __m256i quiet = _mm256_or_si256(bits(v), _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v.x, v.x, _CMP_UNORD_Q));
+  store_high_halves(x, _mm256_blendv_epi8(round_to_bfloat16(bits(v), h), quiet, nan));
+}
+TORCHAO8_HD void store_quiet(BFloat16* x, F v, Hashes h) {
+  store_high_halves(x, round_to_bfloat16(bits(v), h));
+}
 TORCHAO8_HD F load(const Half* x) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
 }
@@ -211,10 +228,11 @@ struct NearestEncoder {
   }
 };
 
-// The hashes of 8 neighbouring elements.
+// The hashes of 8 neighbouring elements, the first one's number being a multiple of 8.
 struct RandomStream {
   __m256i h, difference;
-  TORCHAO8_HD void start(BlockRandom r) {
+  TORCHAO8_HD void start(BlockRandom r, uint32_t first = 0) {
+    r = r.from(first / 8);
     const __m256i t = _mm256_load_si256(reinterpret_cast<const __m256i*>(kLaneFactors.t));
     const auto line = [&](uint32_t a, uint32_t b) TORCHAO8_LAMBDA {
       return _mm256_add_epi32(_mm256_set1_epi32(int(a)),
@@ -223,9 +241,13 @@ struct RandomStream {
     h = line(r.c0, r.c1);
     difference = line(r.c2, r.c3);
   }
-  TORCHAO8_HD F next() {
-    const __m256i random = _mm256_and_si256(h, _mm256_set1_epi32(int(kRandomMask)));
+  TORCHAO8_HD Hashes next_hashes() {
+    const __m256i now = h;
     h = _mm256_add_epi32(h, difference);
+    return now;
+  }
+  TORCHAO8_HD F next() {
+    const __m256i random = _mm256_and_si256(next_hashes(), _mm256_set1_epi32(int(kRandomMask)));
     return from_bits(_mm256_or_si256(random, _mm256_set1_epi32(int(kOneBits))));
   }
 };

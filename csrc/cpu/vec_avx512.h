@@ -134,6 +134,23 @@ TORCHAO8_HD void store_quiet(BFloat16* x, F v) {
 TORCHAO8_HD void store_quiet(float* x, F v) {
   store(x, v);
 }
+
+// The random numbers of F's elements; stores that round stochastically by them.
+using Hashes = __m512i;
+TORCHAO8_HD Hashes load_hashes(const uint32_t* x) {
+  return _mm512_loadu_si512(x);
+}
+TORCHAO8_HD __m512i round_to_bfloat16(__m512i u, Hashes h) {  // in the high halves
+  return _mm512_add_epi32(u, _mm512_srli_epi32(h, 16));
+}
+TORCHAO8_HD void store(BFloat16* x, F v, Hashes h) {
+  const __mmask16 nan = _mm512_cmp_ps_mask(v.x, v.x, _CMP_UNORD_Q);
+  const __m512i r = round_to_bfloat16(bits(v), h);
+  store_high_halves(x, _mm512_mask_or_epi32(r, nan, bits(v), all_lanes(0x400000)));
+}
+TORCHAO8_HD void store_quiet(BFloat16* x, F v, Hashes h) {
+  store_high_halves(x, round_to_bfloat16(bits(v), h));
+}
 TORCHAO8_HD F load(const Half* x) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
 }
@@ -243,10 +260,12 @@ struct NearestEncoder {
   }
 };
 
-// The hashes of 16 neighbouring elements: two times 8.
+// The hashes of 16 neighbouring elements, two times 8, the first one's number being a multiple
+// of 8.
 struct RandomStream {
   __m512i h, difference;
-  TORCHAO8_HD void start(BlockRandom r) {
+  TORCHAO8_HD void start(BlockRandom r, uint32_t first = 0) {
+    r = r.from(first / 8);
     const __m512i t =
         _mm512_broadcast_i32x8(_mm256_load_si256(reinterpret_cast<const __m256i*>(kLaneFactors.t)));
     const auto line = [&](uint32_t a, uint32_t b) TORCHAO8_LAMBDA {
@@ -258,12 +277,15 @@ struct RandomStream {
     h = _mm512_mask_add_epi32(h, 0xff00, h, step);
     difference = _mm512_slli_epi32(step, 1);
   }
+  TORCHAO8_HD Hashes next_hashes() {
+    const __m512i now = h;
+    h = _mm512_add_epi32(h, difference);
+    return now;
+  }
   TORCHAO8_HD F next() {
     // (h & mask) | 1.0
-    const __m512i u =
-        _mm512_ternarylogic_epi32(h, all_lanes(kRandomMask), all_lanes(kOneBits), 0xea);
-    h = _mm512_add_epi32(h, difference);
-    return _mm512_castsi512_ps(u);
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(next_hashes(), all_lanes(kRandomMask),
+                                                         all_lanes(kOneBits), 0xea));
   }
 };
 

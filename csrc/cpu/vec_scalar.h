@@ -38,6 +38,18 @@ TORCHAO8_HD void store_quiet(T* x, F v) {
   store(x, v);
 }
 
+// The random numbers of F's elements; stores that round stochastically by them.
+using Hashes = uint32_t;
+TORCHAO8_HD Hashes load_hashes(const uint32_t* x) {
+  return *x;
+}
+TORCHAO8_HD void store(BFloat16* x, F v, Hashes h) {
+  *x = to_bfloat16(v, h);
+}
+TORCHAO8_HD void store_quiet(BFloat16* x, F v, Hashes h) {
+  store(x, v, h);
+}
+
 // Lanes below 2^126 in magnitude, so neither NaN nor infinite; unsigned: and not negative.
 using Mask = bool;
 template <bool kSigned>
@@ -88,15 +100,16 @@ struct NearestEncoder {
   }
 };
 
-// The hashes of a block's elements, in order.
+// The hashes of a block's elements, in order, from the first-th on.
 struct RandomStream {
   BlockRandom block;
   uint32_t i;
-  TORCHAO8_HD void start(BlockRandom b) {
+  TORCHAO8_HD void start(BlockRandom b, uint32_t first = 0) {
     block = b;
-    i = 0;
+    i = first;
   }
-  TORCHAO8_HD F next() { return one_to_two(block(i++)); }
+  TORCHAO8_HD Hashes next_hashes() { return block(i++); }
+  TORCHAO8_HD F next() { return one_to_two(next_hashes()); }
 };
 
 template <bool kSigned>

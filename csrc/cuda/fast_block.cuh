@@ -46,7 +46,10 @@ struct LaneElements {
       for_each_state<N>([&](auto s) { extremes.add(s, values[s][i]); });
   }
 
-  __device__ __forceinline__ void update(const Rule& rule, const BlockEntry<N>& entry, int64_t at) {
+  // kRounds: stochastically, by these numbers; `eight` as in store_stochastic.
+  template <bool kRounds>
+  __device__ __forceinline__ void update(const Rule& rule, const BlockEntry<N>& entry, int64_t at,
+                                         const BlockRandom& random, uint32_t eight) {
 #pragma unroll
     for (int i = 0; i < kPerLane; i += 2) {
       float updated[2];
@@ -56,7 +59,13 @@ struct LaneElements {
         for_each_value<Rule>([&](auto v) { x[v] = BoundedReal(values[v][i + j]); });
         updated[j] = rule.template update<true>(BoundedReal(param.get(i + j)), x).x;
       }
-      param.set_pair(i / 2, updated[0], updated[1]);
+      if constexpr (kRounds) {
+        const BlockRandom here = random.from(eight);
+        const uint32_t hashes[2] = {here(uint32_t(i)), here(uint32_t(i + 1))};
+        param.set_pair(i / 2, updated[0], updated[1], hashes);
+      } else {
+        param.set_pair(i / 2, updated[0], updated[1]);
+      }
     }
     param.store(static_cast<T*>(entry.param) + at);
   }
@@ -90,13 +99,13 @@ struct LaneElements {
 };
 
 // The coefficients of the random numbers of a warp's next blocks, in shared memory: each lane
-// hashes for one of them.
-template <class Rule>
+// hashes for one of them. Those of the parameter, if it needs any, follow those of the states.
+template <class Rule, bool kRounds>
 struct RandomsAhead {
   struct alignas(16) Coefficients {
     uint32_t c0, c1, c2, c3;
   };
-  Coefficients of_unit[Rule::kStates][kLanes];
+  Coefficients of_unit[Rule::kStates + kRounds][kLanes];
 
   // turn: how many blocks have used these. first_element_of: of a unit's block.
   template <class FirstElement>
@@ -107,13 +116,15 @@ struct RandomsAhead {
     turn = 0;
     const uint64_t first = first_element_of(unit + uint32_t(lane) * kWarps);
     warp_barrier();  // all lanes have read the earlier ones
+    const auto set = [&](int s, uint64_t key) {
+      BlockRandom random;
+      random.start(key, first);
+      of_unit[s][lane] = {random.c0, random.c1, random.c2, random.c3};
+    };
     for_each_state<Rule::kStates>([&](auto s) {
-      if constexpr (Rule::kStochastic[s]) {
-        BlockRandom random;
-        random.start(prepared.keys[s], first);
-        of_unit[s][lane] = {random.c0, random.c1, random.c2, random.c3};
-      }
+      if constexpr (Rule::kStochastic[s]) set(s, prepared.keys[s]);
     });
+    if constexpr (kRounds) set(Rule::kStates, prepared.param_key);
     warp_barrier();
   }
   TORCHAO8_HD BlockRandom get(int s, int turn) const {
@@ -180,11 +191,12 @@ struct LanePlace {
 };
 
 // The blocks of a unit, of up to kSpan elements together. False: nothing has been written.
-template <class Rule, class T, bool kOneBlock>
+template <class Rule, class T, bool kOneBlock, bool kRounds>
 __device__ __forceinline__ bool step_span(const BlockEntry<Rule::kStates>& entry,
                                           const Prepared<Rule>& prepared, const Tables& tables,
-                                          RandomsAhead<Rule>& randoms, int& turn, int log_of_block,
-                                          bool stochastic, uint32_t unit, int lane) {
+                                          RandomsAhead<Rule, kRounds>& randoms, int& turn,
+                                          int log_of_block, bool stochastic, uint32_t unit,
+                                          int lane) {
   constexpr int N = Rule::kStates;
   if (kOneBlock) log_of_block = 8;
   const int lanes = 1 << (log_of_block - 3);
@@ -203,8 +215,18 @@ __device__ __forceinline__ bool step_span(const BlockEntry<Rule::kStates>& entry
   elements.add_to(extremes);
   if (!scales.finish(rule, extremes, lanes)) return false;
 
-  elements.update(rule, entry, place.at);
-  if (stochastic && kOneBlock) randoms.prepare(turn, prepared, first_element_of_block, unit, lane);
+  BlockRandom of_param = {};
+  if constexpr (kRounds) {
+    if constexpr (kOneBlock) {
+      randoms.prepare(turn, prepared, first_element_of_block, unit, lane);
+      of_param = randoms.get(N, turn);
+    } else {
+      of_param.start(prepared.param_key, first_element_of_block(place.block));
+    }
+  }
+  elements.template update<kRounds>(rule, entry, place.at, of_param, place.eight);
+  if (!kRounds && stochastic && kOneBlock)
+    randoms.prepare(turn, prepared, first_element_of_block, unit, lane);
   for_each_state<N>([&](auto s) {
     constexpr bool is_stochastic = Rule::kStochastic[s];
     if (!is_stochastic || !stochastic) {
@@ -224,12 +246,13 @@ __device__ __forceinline__ bool step_span(const BlockEntry<Rule::kStates>& entry
 }
 
 // A block of more than kSpan elements: twice over its spans, the second time from the cache.
-template <class Rule, class T>
+template <class Rule, class T, bool kRounds>
 __device__ __forceinline__ bool step_long_block(const BlockEntry<Rule::kStates>& entry,
                                                 const Prepared<Rule>& prepared,
-                                                const Tables& tables, RandomsAhead<Rule>& randoms,
-                                                int& turn, int block_size, bool stochastic,
-                                                uint32_t block, int lane) {
+                                                const Tables& tables,
+                                                RandomsAhead<Rule, kRounds>& randoms, int& turn,
+                                                int block_size, bool stochastic, uint32_t block,
+                                                int lane) {
   constexpr int N = Rule::kStates;
   const BlockPlace place(entry, block_size, block);
   BlockScales<Rule> scales;
@@ -248,7 +271,7 @@ __device__ __forceinline__ bool step_long_block(const BlockEntry<Rule::kStates>&
   }
   if (!scales.finish(rule, extremes, kLanes)) return false;
 
-  if (stochastic) {
+  if (stochastic || kRounds) {
     randoms.prepare(
         turn, prepared, [&](uint32_t b) { return BlockPlace(entry, block_size, b).first_element; },
         block, lane);
@@ -260,7 +283,8 @@ __device__ __forceinline__ bool step_long_block(const BlockEntry<Rule::kStates>&
     elements.load(entry, at, true);
     warp_barrier();  // every lane has read, the lanes past the end too, before any writes
     elements.find_moments(rule, tables);
-    elements.update(rule, entry, at);
+    const BlockRandom of_param = kRounds ? randoms.get(N, turn) : BlockRandom{};
+    elements.template update<kRounds>(rule, entry, at, of_param, uint32_t(start) / kPerLane);
     for_each_state<N>([&](auto s) {
       constexpr bool is_stochastic = Rule::kStochastic[s];
       if (!is_stochastic || !stochastic) {

@@ -30,6 +30,14 @@ TORCHAO8_HD void store_as(FloatType type, void* to, int64_t i, float x) {
       static_cast<float*>(to)[i] = x;
   }
 }
+// The same, rounded stochastically where it is bfloat16.
+TORCHAO8_HD void store_as(FloatType type, void* to, int64_t i, float x, uint32_t hash) {
+  if (type == FloatType::kBFloat16) {
+    static_cast<BFloat16*>(to)[i] = to_bfloat16(x, hash);
+  } else {
+    store_as(type, to, i, x);
+  }
+}
 
 // Neighbouring elements, aligned, that are loaded and stored in words of 16 or 8 bytes.
 template <class T, int kCount>
@@ -65,6 +73,12 @@ struct Several {
     } else {
       part(pair) = round_to_halves(low, high);
     }
+  }
+  // Rounded stochastically. A GPU's own NaN has low bits: only NaN that came from memory has none.
+  TORCHAO8_HD void set_pair(int pair, float low, float high, const uint32_t* hashes) {
+    static_assert(std::is_same_v<T, BFloat16>);
+    part(pair) = to_bfloat16(low, hashes[0]).bits | uint32_t(to_bfloat16(high, hashes[1]).bits)
+                                                        << 16;
   }
 
  private:

@@ -8,9 +8,10 @@
 
 namespace torchao8::cuda {
 
-// Any block. A lane takes every 32nd element, computes the moments once for the extremes and again
-// to use them; only the lane itself reads what it writes.
-template <class Rule>
+// Any block; kRounds: with bfloat16 parameters rounded stochastically. A lane takes every 32nd
+// element, computes the moments once for the extremes and again to use them; only the lane itself
+// reads what it writes.
+template <class Rule, bool kRounds>
 __device__ __noinline__ void slow_block(const BlockEntry<Rule::kStates>& entry,
                                         const Prepared<Rule>& prepared, const Tables& tables,
                                         int block_size, bool stochastic, uint32_t block, int lane) {
@@ -56,6 +57,8 @@ __device__ __noinline__ void slow_block(const BlockEntry<Rule::kStates>& entry,
   }
   bool encodes[N];
   BlockRandom random[N];
+  [[maybe_unused]] BlockRandom of_param;
+  if constexpr (kRounds) of_param.start(prepared.param_key, place.first_element);
   for_each_state<N>([&](auto s) {
     encodes[s] = has_scale<Rule::kSigned[s]>(extreme[s], rule.unit[s]);
     if constexpr (Rule::kStochastic[s]) random[s].start(prepared.keys[s], place.first_element);
@@ -68,7 +71,12 @@ __device__ __noinline__ void slow_block(const BlockEntry<Rule::kStates>& entry,
       Real x[Rule::kValues];
       for_each_value<Rule>([&](auto v) { x[v] = Real(values[v]); });
       const Real p(load_as(entry.param_type, entry.param, at));
-      store_as(entry.param_type, entry.param, at, rule.template update<true>(p, x).x);
+      const float updated = rule.template update<true>(p, x).x;
+      if constexpr (kRounds) {
+        store_as(entry.param_type, entry.param, at, updated, of_param(uint32_t(i)));
+      } else {
+        store_as(entry.param_type, entry.param, at, updated);
+      }
     }
     for_each_state<N>([&](auto s) {
       constexpr bool is_stochastic = Rule::kStochastic[s];

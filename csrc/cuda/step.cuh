@@ -9,12 +9,13 @@ namespace torchao8::cuda {
 
 // ---- 8-bit state -----------------------------------------------------------------------------
 
-template <class Rule, class T, Blocks kBlocks>
+// kRounds: with bfloat16 parameters rounded stochastically. T is bfloat16 then.
+template <class Rule, class T, Blocks kBlocks, bool kRounds>
 struct BlockWorker {
   static constexpr int N = Rule::kStates;
   using Entry = BlockEntry<N>;
   const Tables& tables;
-  RandomsAhead<Rule>& randoms;
+  RandomsAhead<Rule, kRounds>& randoms;
   int lane, block_size, log_of_block;
   bool stochastic;
   int turn;
@@ -24,62 +25,68 @@ struct BlockWorker {
                                              uint32_t unit) {
     const bool fast = unit < entry.fast_units && prepared.is_bounded;
     if constexpr (kBlocks == Blocks::kLong) {
-      if (fast && step_long_block<Rule, T>(entry, prepared, tables, randoms, turn, block_size,
-                                           stochastic, unit, lane))
+      if (fast && step_long_block<Rule, T, kRounds>(entry, prepared, tables, randoms, turn,
+                                                    block_size, stochastic, unit, lane))
         return true;
-      slow_block<Rule>(entry, prepared, tables, block_size, stochastic, unit, lane);
+      slow_block<Rule, kRounds>(entry, prepared, tables, block_size, stochastic, unit, lane);
     } else {
-      if (fast && step_span<Rule, T, kBlocks == Blocks::kSpan>(
+      if (fast && step_span<Rule, T, kBlocks == Blocks::kSpan, kRounds>(
                       entry, prepared, tables, randoms, turn, log_of_block, stochastic, unit, lane))
         return true;
       const uint32_t per_unit = uint32_t(kSpan / block_size), row = unit / entry.units_per_row;
       const uint32_t column = (unit - row * entry.units_per_row) * per_unit;
       for (uint32_t i = 0; i < per_unit && column + i < entry.blocks_per_row; i++)
-        slow_block<Rule>(entry, prepared, tables, block_size, stochastic,
-                         row * entry.blocks_per_row + column + i, lane);
+        slow_block<Rule, kRounds>(entry, prepared, tables, block_size, stochastic,
+                                  row * entry.blocks_per_row + column + i, lane);
     }
     return false;  // keeping anything across the call would take a stack
   }
 };
 
-template <class Rule>
+template <class Rule, bool kRounds>
 struct SharedOfBlocks {
   Tables tables;
-  RandomsAhead<Rule> randoms[kWarps];
+  RandomsAhead<Rule, kRounds> randoms[kWarps];
   Prepared<Rule> window[kWindow];
 };
 
 // T: the type that fast entries have.
-template <class Rule, class T, Blocks kBlocks>
+template <class Rule, class T, Blocks kBlocks, bool kRounds>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor -
                                                 (Rule::kStates > 2 || Rule::kMomentsNeedParam))
     step_blocks(const __grid_constant__ Table<Rule, BlockEntry<Rule::kStates>> table,
                 const Tables* source) {
   static_assert(sizeof table + sizeof source <= kArgumentBytes);
   if (table.numbers.found_inf.get() != 0) return;
-  static_assert(sizeof(SharedOfBlocks<Rule>) <= 48 << 10);  // that a kernel has unasked
-  TORCHAO8_SHARED(SharedOfBlocks<Rule>, shared);
+  using Shared = SharedOfBlocks<Rule, kRounds>;
+  static_assert(sizeof(Shared) <= 48 << 10);  // that a kernel has unasked
+  TORCHAO8_SHARED(Shared, shared);
   copy_tables(shared.tables, *source);  // for_each_unit has the barrier
-  BlockWorker<Rule, T, kBlocks> worker = {shared.tables,
-                                          shared.randoms[threadIdx.x / kLanes],
-                                          int(threadIdx.x % kLanes),
-                                          table.block_size,
-                                          table.log_of_block,
-                                          table.stochastic};
+  BlockWorker<Rule, T, kBlocks, kRounds> worker = {shared.tables,
+                                                   shared.randoms[threadIdx.x / kLanes],
+                                                   int(threadIdx.x % kLanes),
+                                                   table.block_size,
+                                                   table.log_of_block,
+                                                   table.stochastic};
   for_each_unit(table, shared.window, worker);
 }
 
 // ---- 32-bit state ----------------------------------------------------------------------------
 
-template <class Rule, class T>
+template <int N, bool kRounds>
+using ElementEntryOf = std::conditional_t<kRounds, PlacedEntry<N>, ElementEntry<N>>;
+
+template <class Rule, class T, bool kRounds>
 struct ElementWorker {
   static constexpr int N = Rule::kStates;
-  using Entry = ElementEntry<N>;
+  using Entry = ElementEntryOf<N, kRounds>;
   int lane;
   Rule rule;
+  uint64_t param_key;
 
   __device__ __forceinline__ void enter(const Entry&, const Prepared<Rule>& prepared) {
     rule = prepared.rule;
+    if constexpr (kRounds) param_key = prepared.param_key;
   }
   __device__ __forceinline__ bool operator()(const Entry& entry, const Prepared<Rule>&,
                                              uint32_t unit) {
@@ -112,7 +119,12 @@ struct ElementWorker {
     for_each_state<N>([&](auto s) { values[s] = entry.states[s][at]; });
     if (!step_one(p, load_as(entry.grad_type, entry.grad, at), values)) return;
     for_each_state<N>([&](auto s) { entry.states[s][at] = values[s]; });
-    store_as(entry.param_type, entry.param, at, p);
+    if constexpr (kRounds) {
+      ElementRandom random(param_key);
+      store_as(entry.param_type, entry.param, at, p, random(entry.element(at)));
+    } else {
+      store_as(entry.param_type, entry.param, at, p);
+    }
   }
 
   __device__ __forceinline__ void step_four(const Entry& entry, int64_t at) const {
@@ -121,6 +133,9 @@ struct ElementWorker {
     for_each_state<N>([&](auto s) { states[s].load(entry.states[s] + at); });
     grad.load(static_cast<const T*>(entry.grad) + at);
     param.load(static_cast<const T*>(entry.param) + at);
+    [[maybe_unused]] ElementRandom random(param_key);
+    [[maybe_unused]] uint64_t first = 0;
+    if constexpr (kRounds) first = entry.element(at);
     bool good = true;
 #pragma unroll
     for (int i = 0; i < kPerThread; i += 2) {
@@ -131,7 +146,12 @@ struct ElementWorker {
         p[j] = param.get(i + j);
         good = step_one(p[j], grad.get(i + j), values[j]) && good;
       }
-      param.set_pair(i / 2, p[0], p[1]);
+      if constexpr (kRounds) {
+        const uint32_t hashes[2] = {random(first + uint64_t(i)), random(first + uint64_t(i) + 1)};
+        param.set_pair(i / 2, p[0], p[1], hashes);
+      } else {
+        param.set_pair(i / 2, p[0], p[1]);
+      }
       for_each_state<N>([&](auto s) { states[s].set_pair(i / 2, values[0][s], values[1][s]); });
     }
     if (!good) {
@@ -150,13 +170,13 @@ struct SharedOfElements {
 };
 
 // T: the type that fast entries have.
-template <class Rule, class T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
-    step_elements(const __grid_constant__ Table<Rule, ElementEntry<Rule::kStates>> table) {
+template <class Rule, class T, bool kRounds>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) step_elements(
+    const __grid_constant__ Table<Rule, ElementEntryOf<Rule::kStates, kRounds>> table) {
   static_assert(sizeof table <= kArgumentBytes);
   if (table.numbers.found_inf.get() != 0) return;
   TORCHAO8_SHARED(SharedOfElements<Rule>, shared);
-  ElementWorker<Rule, T> worker = {int(threadIdx.x % kLanes)};
+  ElementWorker<Rule, T, kRounds> worker = {int(threadIdx.x % kLanes)};
   for_each_unit(table, shared.window, worker);
 }
 

@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -42,6 +43,7 @@ struct Step {
   const Launcher& launcher;
   Numbers<Rule> numbers;
   std::vector<Dense>&params, &grads;
+  bool rounds_params = false;  // some of them, stochastically
 };
 
 template <class Rule>
@@ -57,9 +59,17 @@ Places places_of(const Step<Rule>& step, size_t i) {
   return places;
 }
 
-// The type that fast entries have: that of the first parameter.
+// Whether there is a parameter that is rounded stochastically.
+inline bool rounds_params(const StepCall& call) {
+  return call.stochastic_params &&
+         std::any_of(call.params.begin(), call.params.end(),
+                     [](const Tensor& p) { return p.scalar_type() == ScalarType::BFloat16; });
+}
+
+// The type that fast entries have: that of the first parameter, or what is rounded stochastically.
 template <class Rule>
 FloatType type_of(const Step<Rule>& step) {
+  if (step.rounds_params) return FloatType::kBFloat16;
   return check_float_type({step.call.op, "params", 0}, step.call.params[0]);
 }
 
@@ -101,17 +111,37 @@ ElementEntry<Rule::kStates> element_entry(const Step<Rule>& step, size_t i) {
   return entry;
 }
 
-template <class Rule, class T>
+// The same with the place of a shard.
+template <class Rule>
+PlacedEntry<Rule::kStates> placed_entry(const Step<Rule>& step, size_t i) {
+  const StepCall& call = step.call;
+  const Tensor& param = call.params[i];
+  PlacedEntry<Rule::kStates> entry = {};
+  static_cast<ElementEntry<Rule::kStates>&>(entry) = element_entry(step, i);
+  entry.row_length = entry.count;
+  if (!call.shard_offsets.empty()) {
+    entry.shard_offset = uint64_t(call.shard_offsets[i]);
+    if (param.dim() > 1 && call.shard_row_strides[i] != param.sizes().back()) {
+      entry.row_length = param.sizes().back();
+      entry.row_stride = call.shard_row_strides[i];
+    }
+  }
+  entry.finish(type_of(step));
+  return entry;
+}
+
+template <class Rule, class T, bool kRounds>
 void step_blocks_of(const Step<Rule>& step) {
   constexpr int N = Rule::kStates;
   using Entry = BlockEntry<N>;
   const StepCall& call = step.call;
   const Tables* tables = tables_on(step.launcher);
-  const auto kernel = call.block_size > kSpan    ? step_blocks<Rule, T, Blocks::kLong>
-                      : call.block_size == kSpan ? step_blocks<Rule, T, Blocks::kSpan>
-                                                 : step_blocks<Rule, T, Blocks::kShort>;
+  const auto kernel = call.block_size > kSpan    ? step_blocks<Rule, T, Blocks::kLong, kRounds>
+                      : call.block_size == kSpan ? step_blocks<Rule, T, Blocks::kSpan, kRounds>
+                                                 : step_blocks<Rule, T, Blocks::kShort, kRounds>;
   const auto launch = [&](const Table<Rule, Entry>& table) {
-    step.launcher.launch_over(table.units, kernel, sizeof(SharedOfBlocks<Rule>), table, tables);
+    step.launcher.launch_over(table.units, kernel, sizeof(SharedOfBlocks<Rule, kRounds>), table,
+                              tables);
   };
   Filler<Rule, Entry, decltype(launch)> filler(step.numbers, int(call.block_size), call.stochastic,
                                                launch);
@@ -121,29 +151,33 @@ void step_blocks_of(const Step<Rule>& step) {
   filler.flush();
 }
 
-template <class Rule, class T>
+template <class Rule, class T, bool kRounds>
 void step_elements_of(const Step<Rule>& step) {
   constexpr int N = Rule::kStates;
-  using Entry = ElementEntry<N>;
+  using Entry = ElementEntryOf<N, kRounds>;
   const StepCall& call = step.call;
   const auto launch = [&](const Table<Rule, Entry>& table) {
-    step.launcher.launch_over(table.units, step_elements<Rule, T>, sizeof(SharedOfElements<Rule>),
-                              table);
+    step.launcher.launch_over(table.units, step_elements<Rule, T, kRounds>,
+                              sizeof(SharedOfElements<Rule>), table);
   };
   Filler<Rule, Entry, decltype(launch)> filler(step.numbers, int(call.block_size), call.stochastic,
                                                launch);
   for (size_t i = 0; i < call.params.size(); i++) {
-    filler.add(element_entry(step, i));
+    if constexpr (kRounds) {
+      filler.add(placed_entry(step, i));
+    } else {
+      filler.add(element_entry(step, i));
+    }
   }
   filler.flush();
 }
 
-template <class Rule, class T>
+template <class Rule, class T, bool kRounds = false>
 void step_all_of(const Step<Rule>& step) {
   if constexpr (Rule::kStates > 0) {
-    if (step.call.quantized()) return step_blocks_of<Rule, T>(step);
+    if (step.call.quantized()) return step_blocks_of<Rule, T, kRounds>(step);
   }
-  step_elements_of<Rule, T>(step);
+  step_elements_of<Rule, T, kRounds>(step);
 }
 
 template <class Rule>
@@ -153,7 +187,11 @@ void step_all(const Step<Rule>& step) {
       step_all_of<Rule, float>(step);
       break;
     case FloatType::kBFloat16:
-      step_all_of<Rule, BFloat16>(step);
+      if (step.rounds_params) {
+        step_all_of<Rule, BFloat16, true>(step);
+      } else {
+        step_all_of<Rule, BFloat16>(step);
+      }
       break;
     case FloatType::kFloat16:
       step_all_of<Rule, Half>(step);
@@ -173,8 +211,8 @@ struct StepOpOf<Family, std::index_sequence<S...>, Types<Arguments...>> {
   static void run(TensorList params, TensorList grads, List<S>... values, List<S>... scales,
                   TensorList steps, TensorList factors, Tensor lr, std::optional<Tensor> grad_scale,
                   std::optional<Tensor> found_inf, Arguments... arguments, int64_t block_size,
-                  bool stochastic_rounding, int64_t seed, std::vector<int64_t> shard_offsets,
-                  std::vector<int64_t> shard_row_strides) {
+                  bool stochastic_rounding, bool stochastic_params, int64_t seed,
+                  std::vector<int64_t> shard_offsets, std::vector<int64_t> shard_row_strides) {
     if (params.empty()) return;
     const char* op = Family::kOp;
     const Place place = place_of({op, "params", 0}, params[0]);
@@ -190,6 +228,7 @@ struct StepOpOf<Family, std::index_sequence<S...>, Types<Arguments...>> {
                         present.has,
                         block_size,
                         stochastic_rounding,
+                        stochastic_params,
                         seed,
                         shard_offsets,
                         shard_row_strides,
@@ -216,7 +255,8 @@ struct StepOpOf<Family, std::index_sequence<S...>, Types<Arguments...>> {
                           launcher,
                           {options, lr_number, scale, found, uint64_t(seed), call.quantized()},
                           dense_params,
-                          dense_grads});
+                          dense_grads,
+                          rounds_params(call)});
         });
   }
 };

@@ -118,6 +118,24 @@ struct ElementEntry : Places {
   }
 };
 
+// The same where parameters are rounded stochastically, by the place of an element in the whole
+// tensor: rows of a shard, as in BlockEntry, or one where there are no gaps between them.
+template <int N>
+struct PlacedEntry : ElementEntry<N> {
+  int64_t row_length, row_stride;
+  uint64_t shard_offset;
+
+  void finish(FloatType type) {
+    ElementEntry<N>::finish(type);
+    this->fast = this->fast && (row_length == this->count || row_length % kPerThread == 0);
+  }
+  TORCHAO8_HD uint64_t element(int64_t at) const {
+    if (row_length == this->count) return shard_offset + uint64_t(at);
+    const int64_t row = at / row_length;
+    return shard_offset + uint64_t(row) * uint64_t(row_stride) + uint64_t(at - row * row_length);
+  }
+};
+
 // The tensors of a launch.
 template <class Rule, class Entry>
 struct Table {
@@ -167,7 +185,7 @@ template <class Rule>
 struct Prepared {
   Rule rule;
   bool is_bounded;
-  uint64_t keys[kMaxStates];
+  uint64_t keys[kMaxStates], param_key;
 
   TORCHAO8_HD void set(Numbers<Rule> numbers, const Places& places) {
     const int64_t step = int64_t(*places.step) + 1;
@@ -178,6 +196,7 @@ struct Prepared {
     is_bounded = rule.is_bounded();
     for (int s = 0; s < Rule::kStates; s++)
       keys[s] = random_key(numbers.seed, uint64_t(step), uint64_t(s));
+    param_key = random_key(numbers.seed, uint64_t(step), kParamStream);
   }
 };
 

@@ -25,9 +25,10 @@ namespace {
 
 int failures = 0;
 
+// rounds: bfloat16 parameters, stochastically.
 template <class Rule>
 void cpu_step(TensorOf& t, const typename Rule::Options& options, bool scaled, int block_size,
-              bool stochastic, uint64_t seed) {
+              bool stochastic, bool rounds, uint64_t seed) {
   const int64_t step = int64_t(t.step) + 1;
   typename Rule::Options own = options;
   if (t.has_factors) own.multiply(t.factors);
@@ -35,14 +36,22 @@ void cpu_step(TensorOf& t, const typename Rule::Options& options, bool scaled, i
   const auto& kernels = scalar_kernels<Rule>();
   unsigned char *param = t.place(t.param, t.param_type), *grad = t.place(t.grad, t.grad_type);
   std::vector<float> p(4096), g(4096);
-  const auto with_floats = [&](int64_t begin, int n, auto f) {
+  const uint64_t param_key = random_key(seed, uint64_t(step), kParamStream);
+  const auto with_floats = [&](int64_t begin, int n, auto f, auto hash) {
     for (int i = 0; i < n; i++) {
       p[size_t(i)] = cuda::load_as(t.param_type, param, begin + i);
       g[size_t(i)] = cuda::load_as(t.grad_type, grad, begin + i);
     }
     f();
-    for (int i = 0; i < n; i++) cuda::store_as(t.param_type, param, begin + i, p[size_t(i)]);
+    for (int i = 0; i < n; i++) {
+      if (rounds && t.param_type == FloatType::kBFloat16) {
+        reinterpret_cast<BFloat16*>(param)[begin + i] = to_bfloat16(p[size_t(i)], hash(i));
+      } else {
+        cuda::store_as(t.param_type, param, begin + i, p[size_t(i)]);
+      }
+    }
   };
+  const int64_t stride = t.shape.row_stride ? t.shape.row_stride : t.shape.columns;
   if (!scaled) {
     for (int64_t begin = 0; begin < t.count(); begin += 4096) {
       const int n = int(std::min<int64_t>(4096, t.count() - begin));
@@ -51,13 +60,16 @@ void cpu_step(TensorOf& t, const typename Rule::Options& options, bool scaled, i
       run.grad = g.data();
       run.count = n;
       for (int s = 0; s < Rule::kStates; s++) run.states[s] = t.states[s].data() + begin;
-      with_floats(begin, n, [&] { kernels.elements_float32(rule, run); });
+      const auto hash = [&](int i) {
+        const int64_t row = (begin + i) / t.shape.columns, column = (begin + i) % t.shape.columns;
+        return ElementRandom(param_key)(uint64_t(t.shape.shard_offset + row * stride + column));
+      };
+      with_floats(begin, n, [&] { kernels.elements_float32(rule, run); }, hash);
     }
     t.step++;
     return;
   }
   const int64_t per_row = t.blocks_per_row(block_size);
-  const int64_t stride = t.shape.row_stride ? t.shape.row_stride : t.shape.columns;
   for (int64_t block = 0; block < t.shape.rows * per_row; block++) {
     const int64_t row = block / per_row, column = block % per_row * block_size;
     const int64_t begin = row * t.shape.columns + column;
@@ -73,7 +85,11 @@ void cpu_step(TensorOf& t, const typename Rule::Options& options, bool scaled, i
       run.scales[s] = t.scales[s].data() + block;
       run.keys[s] = random_key(seed, uint64_t(step), uint64_t(s));
     }
-    with_floats(begin, run.length, [&] { kernels.blocks_float32(rule, codec_tables(), run); });
+    BlockRandom random;
+    random.start(param_key, run.first_element);
+    with_floats(
+        begin, run.length, [&] { kernels.blocks_float32(rule, codec_tables(), run); },
+        [&](int i) { return random(uint32_t(i)); });
   }
   t.step++;
 }
@@ -112,18 +128,18 @@ cuda::Places places_of(TensorOf& t) {
   return places;
 }
 
-template <class Rule, class T>
+template <class Rule, class T, bool kRounds>
 void cuda_block_step(std::vector<TensorOf>& tensors, FloatType type,
                      const StepNumbers<Rule>& numbers, int block_size, bool stochastic) {
   using Entry = cuda::BlockEntry<Rule::kStates>;
   const auto launch = [&](const cuda::Table<Rule, Entry>& table) {
     emulation::launch(3, cuda::kThreads, [&] {
       if (block_size > cuda::kSpan) {
-        cuda::step_blocks<Rule, T, cuda::Blocks::kLong>(table, &kTables);
+        cuda::step_blocks<Rule, T, cuda::Blocks::kLong, kRounds>(table, &kTables);
       } else if (block_size == cuda::kSpan) {
-        cuda::step_blocks<Rule, T, cuda::Blocks::kSpan>(table, &kTables);
+        cuda::step_blocks<Rule, T, cuda::Blocks::kSpan, kRounds>(table, &kTables);
       } else {
-        cuda::step_blocks<Rule, T, cuda::Blocks::kShort>(table, &kTables);
+        cuda::step_blocks<Rule, T, cuda::Blocks::kShort, kRounds>(table, &kTables);
       }
     });
   };
@@ -147,12 +163,12 @@ void cuda_block_step(std::vector<TensorOf>& tensors, FloatType type,
   filler.flush();
 }
 
-template <class Rule, class T>
+template <class Rule, class T, bool kRounds>
 void cuda_element_step(std::vector<TensorOf>& tensors, FloatType type,
                        const StepNumbers<Rule>& numbers) {
-  using Entry = cuda::ElementEntry<Rule::kStates>;
+  using Entry = cuda::ElementEntryOf<Rule::kStates, kRounds>;
   const auto launch = [&](const cuda::Table<Rule, Entry>& table) {
-    emulation::launch(3, cuda::kThreads, [&] { cuda::step_elements<Rule, T>(table); });
+    emulation::launch(3, cuda::kThreads, [&] { cuda::step_elements<Rule, T, kRounds>(table); });
   };
   cuda::Filler<Rule, Entry, decltype(launch)> filler(numbers_of<Rule>(numbers, false), 256, false,
                                                      launch);
@@ -161,6 +177,11 @@ void cuda_element_step(std::vector<TensorOf>& tensors, FloatType type,
     static_cast<cuda::Places&>(e) = places_of(t);
     for (int s = 0; s < Rule::kStates; s++) e.states[s] = t.states[s].data();
     e.count = t.count();
+    if constexpr (kRounds) {
+      e.shard_offset = uint64_t(t.shape.shard_offset);
+      e.row_length = t.shape.row_stride ? t.shape.columns : e.count;
+      e.row_stride = t.shape.row_stride;
+    }
     e.finish(type);
     filler.add(e);
   }
@@ -198,7 +219,7 @@ void compare(const std::string& what, std::vector<TensorOf>& gpu, std::vector<Te
   }
 }
 
-template <class Rule, class T>
+template <class Rule, class T, bool kRounds = false>
 void check(const char* rule_name, FloatType type, FloatType param_type, FloatType grad_type,
            const typename Rule::Options& base, bool scaled, int block_size, bool stochastic) {
   std::mt19937 random(7);
@@ -221,7 +242,8 @@ void check(const char* rule_name, FloatType type, FloatType param_type, FloatTyp
   const std::string what = std::string(rule_name) + ", types " + std::to_string(int(param_type)) +
                            " and " + std::to_string(int(grad_type)) + ", " +
                            (scaled ? "blocks of " + std::to_string(block_size) : "32-bit state") +
-                           (stochastic ? ", stochastic" : ", nearest");
+                           (stochastic ? ", stochastic" : ", nearest") +
+                           (kRounds ? ", parameters too" : "");
   for (int step = 1; step <= 4; step++) {
     typename Rule::Options options = base;
     options.lr = step == 3 ? 0.0 : double(1e-2f);
@@ -234,13 +256,14 @@ void check(const char* rule_name, FloatType type, FloatType param_type, FloatTyp
     const StepNumbers<Rule> numbers = {options, seed, float(options.lr), float(options.grad_scale),
                                        found_inf};
     if (!scaled) {
-      cuda_element_step<Rule, T>(gpu, type, numbers);
+      cuda_element_step<Rule, T, kRounds>(gpu, type, numbers);
     } else {
-      cuda_block_step<Rule, T>(gpu, type, numbers, block_size, stochastic);
+      cuda_block_step<Rule, T, kRounds>(gpu, type, numbers, block_size, stochastic);
     }
     cuda_count(gpu, found_inf);
     if (found_inf == 0) {
-      for (TensorOf& t : cpu) cpu_step<Rule>(t, options, scaled, block_size, stochastic, seed);
+      for (TensorOf& t : cpu)
+        cpu_step<Rule>(t, options, scaled, block_size, stochastic, kRounds, seed);
     }
     compare(what + ", step " + std::to_string(step), gpu, cpu);
   }
@@ -254,7 +277,11 @@ void check_rule(const char* name, const typename Rule::Options& options) {
     check<Rule, BFloat16>(name, bf16, bf16, bf16, options, true, 256, stochastic);
     for (int block_size : {64, 512})
       check<Rule, float>(name, f32, f32, f32, options, true, block_size, stochastic);
+    for (int block_size : {64, 256, 512})
+      check<Rule, BFloat16, true>(name, bf16, bf16, bf16, options, true, block_size, stochastic);
 #ifndef QUICK
+    check<Rule, BFloat16, true>(name, bf16, bf16, f32, options, true, 256, stochastic);
+    check<Rule, BFloat16, true>(name, bf16, f32, f32, options, true, 256, stochastic);
     check<Rule, Half>(name, f16, f16, f16, options, true, 256, stochastic);
     check<Rule, BFloat16>(name, bf16, bf16, f32, options, true, 256, stochastic);
     check<Rule, float>(name, f32, f32, f16, options, true, 256, stochastic);
@@ -263,7 +290,9 @@ void check_rule(const char* name, const typename Rule::Options& options) {
 #endif
   }
   check<Rule, float>(name, f32, f32, f32, options, false, 256, false);
+  check<Rule, BFloat16, true>(name, bf16, bf16, bf16, options, false, 256, false);
 #ifndef QUICK
+  check<Rule, BFloat16, true>(name, bf16, bf16, f32, options, false, 256, false);
   check<Rule, BFloat16>(name, bf16, bf16, bf16, options, false, 256, false);
   check<Rule, float>(name, f32, bf16, f32, options, false, 256, false);
   check<Rule, Half>(name, f16, f16, f16, options, false, 256, false);
@@ -281,9 +310,11 @@ void check_briefly(const char* name, const typename Rule::Options& options) {
       check<Rule, float>(name, f32, f32, f32, options, true, 64, stochastic);
     }
     check<Rule, BFloat16>(name, bf16, bf16, bf16, options, true, 512, true);
+    check<Rule, BFloat16, true>(name, bf16, bf16, bf16, options, true, 256, true);
   }
   check<Rule, float>(name, f32, f32, f32, options, false, 256, false);
   check<Rule, BFloat16>(name, bf16, bf16, bf16, options, false, 256, false);
+  check<Rule, BFloat16, true>(name, bf16, bf16, bf16, options, false, 256, false);
 }
 
 template <bool kSigned>

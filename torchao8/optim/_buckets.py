@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torchao8 import sharding
 from torchao8.block_layout import fits_8bit, scale_shape
 from torchao8.optim import _clipping
-from torchao8.optim._checks import check_grad, describe, is_readable_grad
+from torchao8.optim._checks import NO_FLOAT16, check_grad, describe, is_readable_grad
 from torchao8.sharding import Place
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ class Bucket(NamedTuple):
     They are plain tensors: of a DTensor, what lies on this rank. ``values`` and ``scales`` hold a
     list for each state, by its name: the codes and their scales, or the float32 values and an empty
     list. ``shard_offsets`` and ``shard_row_strides`` say where shards lie in their global tensors;
-    both are empty where none is sharded. ``numbers`` are those of the parameters in their work.
+    both are empty where none is sharded, or where nothing depends on it. ``numbers`` are those of
+    the parameters in their work.
     """
 
     params: list[Tensor]
@@ -107,7 +108,8 @@ class Columns:
     ) -> None:
         """Adds what lies on this rank, if anything does: first all codes or values, then scales.
 
-        In 32 bits (no place) there are no blocks, and nothing depends on where an element lies.
+        In 32 bits there are no blocks, and where a parameter is not rounded stochastically (no
+        place) nothing depends on where an element lies.
         """
         if place is None:
             if p.numel():
@@ -119,7 +121,8 @@ class Columns:
                 self.strides.append(run.stride)
         else:
             # As matrices, whose rows are those of the global tensor whatever the local shape.
-            widths = [place.row] * (len(states) // 2) + [place.blocks] * (len(states) // 2)
+            values = len(states) // 2 if place.blocks else len(states)
+            widths = [place.row] * values + [place.blocks] * (len(states) - values)
             rows = [t.view(-1, width) for t, width in zip(states, widths, strict=True)]
             p, grad = p.view(-1, place.row), grad.reshape(-1, place.row)
             for run in place.runs:
@@ -134,7 +137,7 @@ def sort_into_buckets(
     number: int,
     names: Sequence[str],
     init_states: Callable[[], None],
-    place_of: Callable[[int, DTensor], Place | None],
+    place_of: Callable[[int, DTensor, bool], Place | None],
 ) -> Work:
     """The op calls that update the parameters of a group that have a gradient.
 
@@ -142,10 +145,12 @@ def sort_into_buckets(
         number: of the group.
         names: of the states of a parameter.
         init_states: makes the states that are missing.
-        place_of: of the i-th parameter of the group, a DTensor: where its shard lies.
+        place_of: of the i-th parameter of the group, a DTensor: where its shard lies, in blocks
+            (True) or as 32-bit state.
 
     Raises:
         RuntimeError: a gradient that no step can read; a state that does not fit the options.
+        ValueError: a float16 parameter that is to be rounded stochastically.
     """
     group = optimizer.param_groups[number]
     beside = ["step", _clipping.KEY] if _clipping.clips(group) else ["step"]
@@ -165,6 +170,10 @@ def sort_into_buckets(
             continue
         if not is_readable_grad(p, grad):
             check_grad(optimizer, p)
+        rounds = rounds_param(group, p)
+        if group["stochastic_rounding"] and p.dtype == torch.float16:
+            name = type(optimizer).__name__
+            raise ValueError(f"{name}: {describe(optimizer, p)}: {NO_FLOAT16}")
         quantized = first_codes in state
         keys = keys8 if quantized else keys32
         try:
@@ -174,7 +183,7 @@ def sort_into_buckets(
         if len(state) > len(keys):  # a state that no step would move, and no checkpoint could have
             raise RuntimeError(_keys_message(optimizer, p, keys))
         sharded = sharding.is_dtensor(p)
-        place = place_of(i, p) if sharded else None
+        place = place_of(i, p, True) if sharded else None
         scale = state[first_scale] if quantized else None
         if torch.compiler.is_compiling():
             # The check was made when the trace began. These are read so that a change of them
@@ -196,12 +205,40 @@ def sort_into_buckets(
             continue
         p_local, grad = sharding.local(p), sharding.placed_grad(p, grad)
         work.grads.append(grad)
-        kind = (quantized, p_local.device, p.dtype, grad.dtype, quantized)
+        if not quantized:
+            place = place_of(i, p, False) if rounds else None
+        kind = (quantized, p_local.device, p.dtype, grad.dtype, place is not None)
         parts = [t.to_local() for t in states]
         columns = kinds.setdefault(kind, Columns())
-        columns.add_shard(where, place if quantized else None, p_local, grad, step, parts)
+        columns.add_shard(where, place, p_local, grad, step, parts)
     work.buckets.extend(made.bucket(names, kind[0]) for kind, made in kinds.items() if made.tensors)
     return work
+
+
+def rounds_param(group: Group, p: Tensor) -> bool:
+    """Whether a parameter is written back with stochastic rounding."""
+    return group["stochastic_rounding"] and p.dtype == torch.bfloat16
+
+
+def place_of(optimizer: Optimizer, group: Group, p: DTensor, in_blocks: bool) -> Place | None:
+    """Where the shard of a parameter lies, in blocks or as 32-bit state.
+
+    Raises:
+        ValueError: 32-bit state, and the local tensor is not what lies there. That of 8-bit state
+            is checked when the state is made.
+    """
+    if in_blocks:
+        return sharding.place(p, group["block_size"])
+    place = sharding.flat_place(p)
+    check_shard(optimizer, p, place)
+    return place
+
+
+def check_shard(optimizer: Optimizer, p: DTensor, place: Place) -> None:
+    """Raises ValueError unless the local tensor of a parameter is the one of this place."""
+    wrong = sharding.wrong_shard_message(p, place)
+    if wrong is not None:
+        raise ValueError(f"{type(optimizer).__name__}: {describe(optimizer, p)} {wrong}")
 
 
 def check_layout(

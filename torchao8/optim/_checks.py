@@ -15,6 +15,11 @@ from torchao8.sharding import is_dtensor, local
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPE_NAMES = "float32, bfloat16 or float16"
+NO_FLOAT16 = (
+    "expected bfloat16 or float32 under stochastic_rounding=True, which rounds the one and has "
+    "nothing to do for the other, got torch.float16. Make it bfloat16, or give it a group without "
+    "stochastic_rounding"
+)
 
 
 def is_int(value: object) -> bool:
@@ -73,11 +78,14 @@ def check_momentum(group: dict[str, Any]) -> None:
         )
 
 
-def check_params(params: Iterable[Any]) -> None:
+def check_params(params: Iterable[Any], stochastic_rounding: bool) -> None:
     """Refuses parameters that no step could update; an entry may be a (name, parameter) pair.
 
     What is not a tensor is left for torch to refuse, and so is everything about a parameter that is
     frozen: quantized weights of any dtype may stand in a group.
+
+    Args:
+        stochastic_rounding: the option of their group.
 
     Raises:
         ValueError: a parameter given twice, of an unsupported dtype or layout, or with elements
@@ -93,7 +101,7 @@ def check_params(params: Iterable[Any]) -> None:
             raise ValueError(f"params[{index}]: expected each parameter once, got this one again")
         seen.add(id(p))
         if p.requires_grad or p.grad is not None:
-            _check_trainable(index, p)
+            _check_trainable(index, p, stochastic_rounding)
 
 
 def check_device(index: int, device: torch.device) -> None:
@@ -105,7 +113,7 @@ def check_device(index: int, device: torch.device) -> None:
         )
 
 
-def _check_trainable(index: int, p: Tensor) -> None:
+def _check_trainable(index: int, p: Tensor, stochastic_rounding: bool) -> None:
     if is_dtensor(p):
         if any(placement.is_partial() for placement in p.placements):
             raise ValueError(
@@ -118,6 +126,8 @@ def _check_trainable(index: int, p: Tensor) -> None:
         raise ValueError(
             f"params[{index}]: expected a dense tensor of {_DTYPE_NAMES}, got {kind(p)}"
         )
+    if stochastic_rounding and p.dtype is torch.float16:
+        raise ValueError(f"params[{index}]: {NO_FLOAT16}")
     if torch._debug_has_internal_overlap(p) == 1:
         raise ValueError(
             f"params[{index}]: expected elements that do not share memory, "

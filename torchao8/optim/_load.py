@@ -17,7 +17,7 @@ from torchao8.checkpoint import foreign
 from torchao8.optim import _clipping
 from torchao8.optim._buckets import Group
 from torchao8.optim._checkpoint import Layout, State, check_form, convert, parts_of, seal
-from torchao8.optim._checks import describe, warn_caller
+from torchao8.optim._checks import check_params, describe, warn_caller
 
 if TYPE_CHECKING:
     from torchao8.optim.base import LowPrecisionOptimizer
@@ -123,6 +123,8 @@ class _Loading:
             options = self._own_options(saved)
             group = {**missing, **_in_form(plain_hints(options), live), **kept}
             self.optimizer._check_options(group)
+            if group["stochastic_rounding"]:
+                check_params(live["params"], True)
             self.groups.append(group)
             block_size = saved.get("block_size", group["block_size"])
             check_block_size(block_size)

@@ -14,6 +14,7 @@ COMMON: dict[str, Any] = {
     "min_8bit_size": 4096,
     "block_size": 256,
     "state_rounding": "stochastic",
+    "stochastic_rounding": False,
     "seed": 0,
     "percentile_clipping": 100,
     "block_wise": True,
@@ -37,6 +38,9 @@ class CommonOptions(TypedDict, total=False):
         block_size: elements that share a scale in 8 bits, a power of two from 64 to 2048.
         state_rounding: how averages and sums of squares are rounded to 8 bits, "stochastic" or
             "nearest". Other states say in their class how they are rounded.
+        stochastic_rounding: write bfloat16 parameters back with stochastic rounding, in place of
+            nearest, which loses updates of less than half a unit of a parameter's last place.
+            float32 parameters need none and take none; float16 ones are refused.
         seed: of the stochastic rounding. The same seed, step and gradients give the same bits.
         percentile_clipping: p scales a gradient down whose norm is larger than the p-th of its
             parameter's last 100, in ascending order, to that norm; 100 is off. As in bitsandbytes
@@ -55,6 +59,7 @@ class CommonOptions(TypedDict, total=False):
     min_8bit_size: int
     block_size: int
     state_rounding: str
+    stochastic_rounding: bool
     seed: int
     percentile_clipping: int
     block_wise: bool

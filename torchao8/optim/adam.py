@@ -82,6 +82,9 @@ class Adam(_Adam):
         block_size: elements that share a scale in 8 bits, a power of two from 64 to 2048.
         state_rounding: how second moments are rounded to 8 bits, "stochastic" or "nearest". First
             moments are always rounded to nearest.
+        stochastic_rounding: write bfloat16 parameters back with stochastic rounding, in place of
+            nearest, which loses updates of less than half a unit of a parameter's last place.
+            float32 parameters need none and take none; float16 ones are refused.
         seed: of the stochastic rounding. The same seed, step and gradients give the same bits.
         percentile_clipping: p scales a gradient down whose norm is larger than the p-th of its
             parameter's last 100, in ascending order, to that norm; 100 is off. As in bitsandbytes
@@ -112,6 +115,7 @@ class Adam(_Adam):
         min_8bit_size: int = 4096,
         block_size: int = 256,
         state_rounding: str = "stochastic",
+        stochastic_rounding: bool = False,
         seed: int = 0,
         percentile_clipping: int = 100,
         decoupled_weight_decay: bool = False,
@@ -147,6 +151,7 @@ class AdamW(_Adam):
         min_8bit_size: int = 4096,
         block_size: int = 256,
         state_rounding: str = "stochastic",
+        stochastic_rounding: bool = False,
         seed: int = 0,
         percentile_clipping: int = 100,
     ) -> None:
@@ -181,6 +186,7 @@ class Adam8bit(_Adam):
         *,
         block_size: int = 256,
         state_rounding: str = "stochastic",
+        stochastic_rounding: bool = False,
         seed: int = 0,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -213,6 +219,7 @@ class AdamW8bit(_Adam):
         *,
         block_size: int = 256,
         state_rounding: str = "stochastic",
+        stochastic_rounding: bool = False,
         seed: int = 0,
         maximize: bool = False,
         foreach: bool | None = None,

@@ -17,7 +17,16 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from torchao8 import ops, sharding
 from torchao8.block_layout import check_block_size, fits_8bit, scale_shape
 from torchao8.optim import _clipping, _factors
-from torchao8.optim._buckets import Bucket, Group, Work, check_layout, sort_into_buckets
+from torchao8.optim._buckets import (
+    Bucket,
+    Group,
+    Work,
+    check_layout,
+    check_shard,
+    place_of,
+    rounds_param,
+    sort_into_buckets,
+)
 from torchao8.optim._checkpoint import (
     STATE_VERSION,
     Layout,
@@ -126,6 +135,7 @@ class LowPrecisionOptimizer(Optimizer):
             raise ValueError(
                 f"state_rounding: expected 'stochastic' or 'nearest', got {rounding!r}"
             )
+        check_flag("stochastic_rounding", group["stochastic_rounding"])
         if not is_int(group["seed"]) or not -(2**63) <= group["seed"] < 2**63:
             raise ValueError(f"seed: expected an int of 64 bits, got {group['seed']!r}")
         if not is_int(group["state_version"]) or group["state_version"] != STATE_VERSION:
@@ -150,8 +160,11 @@ class LowPrecisionOptimizer(Optimizer):
             if not isinstance(given, (Tensor, list, set)):
                 param_group["params"] = given = list(given)  # an iterator can be read only once
             _warn_of_misspelled(param_group, self.defaults)
-            self._check_options({**self.defaults, **plain_hints(param_group)})
-            check_params([given] if isinstance(given, Tensor) else given)
+            options = {**self.defaults, **plain_hints(param_group)}
+            self._check_options(options)
+            check_params(
+                [given] if isinstance(given, Tensor) else given, options["stochastic_rounding"]
+            )
         super().add_param_group(param_group)
         self.param_groups[-1].update(plain_hints(self.param_groups[-1]))
 
@@ -167,9 +180,10 @@ class LowPrecisionOptimizer(Optimizer):
             place = sharding.place(p, block_size)
             in_8bit = in_8bit and place is not None
             local_scale = place.scale_shape if place is not None else None
-            wrong = sharding.wrong_shard_message(p, place) if in_8bit and place else None
-            if wrong is not None:
-                raise ValueError(f"{type(self).__name__}: {describe(self, p)} {wrong}")
+            if in_8bit and place is not None:
+                check_shard(self, p, place)
+            elif rounds_param(group, p):
+                check_shard(self, p, sharding.flat_place(p))
         layout = {"step": TensorSpec(torch.float32, ())}
         if _clipping.clips(group):
             layout[_clipping.KEY] = TensorSpec(torch.float32, (_clipping.HISTORY,), _clipping.EMPTY)
@@ -202,7 +216,7 @@ class LowPrecisionOptimizer(Optimizer):
         """
         fresh = []
         for group in self.param_groups:
-            check_params(group["params"])
+            check_params(group["params"], group["stochastic_rounding"])
             for p in group["params"]:
                 if p.grad is not None:
                     check_grad(self, p)
@@ -243,10 +257,10 @@ class LowPrecisionOptimizer(Optimizer):
             if message is not None:
                 warn_caller(f"{type(self).__name__}: {describe(self, p)} {message}")
 
-    def _place(self, group: int, param: int) -> Place | None:
+    def _place(self, group: int, param: int, in_blocks: bool) -> Place | None:
         """Where the shard of a DTensor parameter lies; by its numbers, which can be traced."""
         options = self.param_groups[group]
-        return sharding.place(options["params"][param], options["block_size"])
+        return place_of(self, options, options["params"][param], in_blocks)
 
     def _shard_groups(self, numbers: tuple[_factors.Number, ...]) -> list[sharding.ShardGroup]:
         """The process groups that share parameters; by their numbers, which can be traced."""
@@ -267,7 +281,8 @@ class LowPrecisionOptimizer(Optimizer):
         Raises:
             RuntimeError: a gradient is sparse or of an unsupported dtype, or a state does not fit
                 its parameter and options (``optim_bits`` was changed, for one).
-            ValueError: a parameter put into a group after construction is of an unsupported dtype.
+            ValueError: a parameter put into a group after construction is of an unsupported dtype;
+                a float16 one under ``stochastic_rounding``; a shard that is not what it says.
         """
         loss = None
         if closure is not None:
@@ -309,6 +324,7 @@ class LowPrecisionOptimizer(Optimizer):
                 factors=[own[i] for i in bucket.numbers] if own else [],
                 block_size=group["block_size"],
                 stochastic_rounding=group["state_rounding"] == "stochastic",
+                stochastic_params=group["stochastic_rounding"],
                 seed=group["seed"],
                 shard_offsets=bucket.shard_offsets,
                 shard_row_strides=bucket.shard_row_strides,
@@ -329,12 +345,12 @@ class LowPrecisionOptimizer(Optimizer):
         """What a step does in a group."""
         names = [state.name for state in self._states(group)]
 
-        def place_of(i: int, p: DTensor) -> Place | None:
+        def place(i: int, p: DTensor, in_blocks: bool) -> Place | None:
             if torch.compiler.is_compiling():
-                return self._place(number, i)
-            return sharding.place(p, group["block_size"])
+                return self._place(number, i, in_blocks)
+            return place_of(self, group, p, in_blocks)
 
-        return sort_into_buckets(self, number, names, self._init_states, place_of)
+        return sort_into_buckets(self, number, names, self._init_states, place)
 
     def _mark_modified(self) -> None:
         """The ops tell autograd of plain parameters and of the local tensors of DTensors only."""
