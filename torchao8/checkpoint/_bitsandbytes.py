@@ -72,7 +72,7 @@ def own_options(
         raise ValueError(f"betas: expected two numbers or more of bitsandbytes, got {betas!r}")
     if "eps" not in own and saved.get("eps"):
         _refuse_class(name, "eps", "0.0", saved, "RMSprop, Adagrad or one with two states")
-    if name.startswith("Lion") and not betas[1]:
+    if "betas" in own and "eps" not in own and not betas[1]:  # Lion
         _refuse_class(name, "betas", "two numbers above 0", saved, "SGD, LARS or Adagrad")
     if "lr_decay" in own and any(betas):
         _refuse_class(name, "betas", "(0.0, 0.0)", saved, "Another class")
