@@ -83,7 +83,6 @@ betas: expected two numbers, got 0.9
 betas[0]: expected a number in [0, 1), got a tensor
 eps: expected a finite number >= 0, got -1e-08
 weight_decay: expected a finite number >= 0, got -0.1
-block_wise=False: one scale for a whole tensor is not implemented, it must be True
 is_paged=True: paged state is not implemented, it must be False""",
     )
 

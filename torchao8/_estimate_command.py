@@ -55,6 +55,12 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         default=256,
         help="elements that share a scale (%(default)s)",
     )
+    parser.add_argument(
+        "--block-wise",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="a scale for each block, or one for each tensor",
+    )
     parser.set_defaults(run=_run)
 
 
@@ -68,6 +74,7 @@ def _run(arguments: argparse.Namespace) -> int:
             dtype=_DTYPES[arguments.dtype],
             min_8bit_size=arguments.min_8bit_size,
             block_size=arguments.block_size,
+            block_wise=arguments.block_wise,
         )
         replicas = f" as {mesh[0]} replicas of {mesh[1]} shards" if len(mesh or ()) == 2 else ""
         name = "shapes" if arguments.model is None else arguments.model

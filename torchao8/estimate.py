@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from torchao8 import sharding
-from torchao8.block_layout import check_block_size, fits_8bit, scale_shape
+from torchao8.block_layout import Scales, check_block_size, fits_8bit
+from torchao8.optim._checks import check_flag
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -84,6 +85,7 @@ def estimate(
     dtype: torch.dtype | None = None,
     min_8bit_size: int = 4096,
     block_size: int = 256,
+    block_wise: bool = True,
 ) -> Estimate:
     """The memory of parameters, gradients and state of Adam, in 32 and in 8 bits.
 
@@ -102,7 +104,7 @@ def estimate(
             which FSDP2 does not take, counts as whole on every rank. None: nothing is sharded.
         dtype: float32, bfloat16 or float16, in place of the dtype of every floating-point
             parameter; shapes are float32 unless it is given.
-        min_8bit_size, block_size: as in :class:`torchao8.AdamW8bit`.
+        min_8bit_size, block_size, block_wise: as in :class:`torchao8.AdamW8bit`.
 
     Raises:
         TypeError: not a module or shapes; a mesh that is none of these.
@@ -110,6 +112,8 @@ def estimate(
             optimizers refuse; a mesh for parameters that are DTensors already.
     """
     _check_options(dtype, min_8bit_size, block_size)
+    check_flag("block_wise", block_wise)
+    scales_of = Scales(block_size, block_wise)
     tensors = list(_tensors(model_or_shapes, _mesh_shape(mesh), dtype))
     ranks = max([1, *(math.prod(t.mesh_shape) for t in tensors)])
     on_rank, once, on_all = [], [], []
@@ -117,12 +121,13 @@ def estimate(
     for t in tensors:
         reason = _reason(t, min_8bit_size, block_size)
         in_8bit = reason is None
-        elements, scales = math.prod(t.shape), math.prod(scale_shape(t.shape, block_size))
-        local_scales = _local_scales(t, block_size) if in_8bit else 0
+        elements, scales = math.prod(t.shape), math.prod(scales_of.shape(t.shape))
+        local_scales = _local_scales(t, scales_of) if in_8bit else 0
         on_rank.append(_bytes(t, in_8bit, _local(t), local_scales))
         once.append(_bytes(t, in_8bit, elements, scales))
-        shards = _shards(t)  # the ranks share each copy, but the step of a tensor lies on all
-        copies = (elements * ranks // shards, scales * ranks // shards)
+        # The ranks share each copy, but the step of a tensor, and its one scale, lie on all.
+        shards = _shards(t)
+        copies = (elements * ranks // shards, scales * ranks // (shards if block_wise else 1))
         on_all.append(_bytes(t, in_8bit, *copies, steps=ranks))
         if reason is not None and t.trainable:
             kept.setdefault(reason, []).append(t.name)
@@ -294,12 +299,12 @@ def _local(t: _Tensor) -> int:
     )
 
 
-def _local_scales(t: _Tensor, block_size: int) -> int:
+def _local_scales(t: _Tensor, scales: Scales) -> int:
     """Scales on the first rank, of a tensor that keeps its blocks."""
-    if not t.mesh_shape:
-        return math.prod(scale_shape(t.shape, block_size))
+    if not t.mesh_shape or not scales.block_wise:
+        return math.prod(scales.shape(t.shape))
     first = (0,) * len(t.mesh_shape)
-    place = sharding._place(t.shape, t.mesh_shape, first, t.placements, block_size)
+    place = sharding._place(t.shape, t.mesh_shape, first, t.placements, scales.block_size)
     assert place is not None
     return math.prod(place.scale_shape)
 

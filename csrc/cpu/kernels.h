@@ -28,6 +28,7 @@ struct BlockRun {
   bool stochastic;
   uint64_t keys[kMaxStates];
   uint64_t first_element;  // global index, for the random numbers
+  const float* extremes;   // of a whole tensor's states, in units; null: each block has its own
 };
 
 // Neighbouring elements of one tensor with 32-bit state.
@@ -35,6 +36,16 @@ struct ElementRun {
   void* param;
   const void* grad;
   float* states[kMaxStates];
+  int64_t count;
+};
+
+// Elements of a tensor with one scale, whose new states are looked at; the count is a multiple of
+// kWidest.
+struct ExtremeRun {
+  const void* param;
+  const void* grad;
+  const uint8_t* codes[kMaxStates];
+  float scales[kMaxStates];
   int64_t count;
 };
 
@@ -46,6 +57,9 @@ struct StepKernels {
   void (*blocks_bfloat16)(const Rule&, const CodecTables&, const BlockRun&);
   void (*elements_float32)(const Rule&, const ElementRun&);
   void (*elements_bfloat16)(const Rule&, const ElementRun&);
+  // The extreme element of each new state, in units; what is not usable is not to be used.
+  void (*extremes_float32)(const Rule&, const CodecTables&, const ExtremeRun&, float*);
+  void (*extremes_bfloat16)(const Rule&, const CodecTables&, const ExtremeRun&, float*);
 
   template <class T>
   auto blocks() const {

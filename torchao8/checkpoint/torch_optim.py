@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from torchao8.block_layout import Scales
 from torchao8.checkpoint._names import check_own
 from torchao8.optim import _clipping
 from torchao8.optim._checkpoint import in_32bit
@@ -64,7 +65,7 @@ def to_torch(optimizer: LowPrecisionOptimizer) -> dict[str, Any]:
             )
         for p, index in zip(live["params"], group["params"], strict=True):
             if saved["state"].get(index):
-                moments = in_32bit(p, states, optimizer.state[p], live["block_size"])
+                moments = in_32bit(p, states, optimizer.state[p], Scales.of(live))
                 state[index] = {
                     k: v.detach().clone() for k, v in moments.items() if k != _clipping.KEY
                 }
