@@ -116,7 +116,7 @@ def moment(call: Call, name: str, index: int) -> Tensor:
     codes, scale = call[f"{name}s"][index].cpu(), call[f"{name}_scales"][index].cpu()
     values = torchao8.dynamic_map(is_signed(name)).double()[codes.long()]
     if scale.numel() == 1:
-        return values * scale.double()
+        return values * scale.double().reshape(())
     return values * reference.expand_scale(scale.double(), tuple(codes.shape), call["block_size"])
 
 

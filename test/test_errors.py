@@ -69,6 +69,7 @@ block_size: expected a power of two from 64 to 2048, got 32
 block_size: expected a power of two from 64 to 2048, got 100
 block_size: expected a power of two from 64 to 2048, got 4096
 block_size: expected a power of two from 64 to 2048, got 256.0
+block_wise: expected True or False, got 0
 state_rounding: expected 'stochastic' or 'nearest', got 'up'
 seed: expected an int of 64 bits, got 0.5
 seed: expected an int of 64 bits, got 9223372036854775808

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from torchao8 import sharding
 from torchao8.block_layout import Scales, check_block_size, fits_8bit
-from torchao8.optim._checks import check_flag
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -111,8 +110,7 @@ def estimate(
         ValueError: an option or a shape out of range; a trainable parameter of a dtype that the
             optimizers refuse; a mesh for parameters that are DTensors already.
     """
-    _check_options(dtype, min_8bit_size, block_size)
-    check_flag("block_wise", block_wise)
+    _check_options(dtype, min_8bit_size, block_size, block_wise)
     scales_of = Scales(block_size, block_wise)
     tensors = list(_tensors(model_or_shapes, _mesh_shape(mesh), dtype))
     ranks = max([1, *(math.prod(t.mesh_shape) for t in tensors)])
@@ -261,7 +259,7 @@ def _replicated(dims: int) -> tuple[Placement, ...]:
     return (Replicate(),) * dims
 
 
-def _check_options(dtype: Any, min_8bit_size: Any, block_size: int) -> None:
+def _check_options(dtype: Any, min_8bit_size: Any, block_size: int, block_wise: Any) -> None:
     if dtype is not None and dtype not in PARAM_DTYPES:
         raise ValueError(
             f"dtype: expected torch.float32, torch.bfloat16 or torch.float16, got {dtype!r}"
@@ -269,6 +267,8 @@ def _check_options(dtype: Any, min_8bit_size: Any, block_size: int) -> None:
     if type(min_8bit_size) is not int or min_8bit_size < 0:
         raise ValueError(f"min_8bit_size: expected an int >= 0, got {min_8bit_size!r}")
     check_block_size(block_size)
+    if not isinstance(block_wise, bool):
+        raise ValueError(f"block_wise: expected True or False, got {block_wise!r}")
 
 
 # -- what of them lies where -----------------------------------------------------------------------
