@@ -39,12 +39,14 @@ TORCHAO8_HD float scale_of(float extreme, float unit) {
 }
 
 // The extreme element of a whole tensor as an integer, so that those of its parts are compared by
-// one maximum: magnitude first, then whether it is positive. What cannot be one is the largest.
+// one maximum: magnitude first, then whether it is positive. None is 0, as of zeros; what cannot be
+// one is the largest.
 constexpr int64_t kNoExtreme = 0xffffffff;
 template <bool kSigned>
 TORCHAO8_HD int64_t key_of_extreme(float x) {
   if (!usable<kSigned>(x)) return kNoExtreme;
-  const uint32_t u = x == 0.0f ? 0 : float_bits(x);
+  if (x == 0.0f) return 0;
+  const uint32_t u = float_bits(x);
   return int64_t(kSigned ? (u << 1) | (~u >> 31) : u);
 }
 template <bool kSigned>

@@ -15,12 +15,11 @@ namespace torchao8 {
 template <class Rule>
 class ExtremeFinder {
  public:
-  // The keys are raised to those of what is found.
+  // The keys, which are 0, are raised to those of what is found.
   void add(Item<Rule> item, int64_t* keys) {
     const int64_t elements = item.rows * item.row_length;
     item.first_cost = chunks_;
     chunks_ += Engine<Rule>::chunks(elements);
-    raise(keys, kNothing);
     items_.push_back({std::move(item), elements, keys});
   }
 
@@ -48,7 +47,6 @@ class ExtremeFinder {
   };
   static constexpr int64_t kChunk = 1024;  // elements, as Engine::chunks() has them
   static constexpr int64_t kGrainChunks = 32;
-  static constexpr float kNothing[kMaxStates] = {};
 
   static void raise(int64_t* keys, const float* found) {
     for (int s = 0; s < Rule::kStates; s++) {
