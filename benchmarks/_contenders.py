@@ -91,6 +91,14 @@ _CONTENDERS = [
         needs=STATE_8BIT,
     ),
     Contender(
+        "8bit-one-scale",
+        "torchao8.AdamW8bit(block_wise=False)",
+        "torchao8",
+        _torchao8_8bit(block_wise=False),
+        lists=(),
+        needs=STATE_8BIT,
+    ),
+    Contender(
         "8bit-avx2",
         "torchao8.AdamW8bit, AVX2",
         "torchao8",

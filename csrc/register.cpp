@@ -11,6 +11,11 @@
 // numbers a parameter, or none at all: what its gradient and what the learning rate is multiplied
 // by.
 //
+// `extremes` are given where a tensor has one scale for each state, of shape (1,), in place of one
+// for each block: int64 numbers, one a state, of what a step would make of all of the tensor. An
+// op like adam_extremes finds them, a row for each parameter; of parts of a tensor they are
+// compared by their maximum (common/block_scale.h).
+//
 // sum_squares gives an int64 row per tensor, the exact sum as a fixed-point number
 // (common/exact_sum.h), so that rows of shards can be added; norms rounds once, and takes roots.
 // lamb_update_sums gives such rows, of the updates that a step would make before a learning rate
@@ -24,12 +29,27 @@ namespace {
 // The lists of the states and their scales, in this order: all lists, then all scales.
 std::string step_schema(const char* op, const char* lists, const char* options) {
   return std::string(op) + "(Tensor(a!)[] params, Tensor[] grads, " + lists +
-         ", Tensor[] steps, Tensor[] factors, Tensor lr, Tensor? grad_scale, Tensor? found_inf, "
-         "*, " +
+         ", Tensor[] steps, Tensor[] factors, Tensor[] extremes, Tensor lr, Tensor? grad_scale, "
+         "Tensor? found_inf, *, " +
          options +
          ", int block_size=256, bool stochastic_rounding=True, bool stochastic_params=False, int "
          "seed=0, "
          "int[] shard_offsets=[], int[] shard_row_strides=[]) -> ()";
+}
+
+// Of the op that finds the extreme elements: the same lists, none of which is written to.
+std::string extremes_schema(const std::string& op, std::string lists, const char* options) {
+  for (size_t at; (at = lists.find('(')) != std::string::npos;) lists.erase(at, 4);
+  return op + "(Tensor[] params, Tensor[] grads, " + lists +
+         ", Tensor[] steps, Tensor[] factors, Tensor lr, Tensor? grad_scale, *, " + options +
+         ") -> Tensor";
+}
+
+// The two ops of a family.
+template <class Library>
+void define_family(Library& m, const std::string& name, const char* lists, const char* options) {
+  m.def(step_schema((name + "_step_").c_str(), lists, options).c_str());
+  m.def(extremes_schema(name + "_extremes", lists, options).c_str());
 }
 
 }  // namespace
@@ -41,37 +61,30 @@ STABLE_TORCH_LIBRARY(torchao8, m) {
   m.def(
       "dequantize_blockwise(Tensor codes, Tensor scale, *, int block_size=256, bool signed=True, "
       "ScalarType dtype=float) -> Tensor");
-  m.def(step_schema("adagrad_step_", "Tensor(b!)[] sums, Tensor(c!)[] sum_scales",
-                    "float lr_decay, float eps, float weight_decay, bool maximize")
-            .c_str());
-  m.def(step_schema("adam_step_",
-                    "Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-                    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] exp_avg_scales, "
-                    "Tensor(f!)[] exp_avg_sq_scales, Tensor(g!)[] max_exp_avg_sq_scales",
-                    "float beta1, float beta2, float eps, float weight_decay, "
-                    "bool decoupled_weight_decay, bool maximize")
-            .c_str());
-  m.def(step_schema("ademamix_step_",
-                    "Tensor(b!)[] exp_avg_fasts, Tensor(c!)[] exp_avg_slows, "
-                    "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] exp_avg_fast_scales, "
-                    "Tensor(f!)[] exp_avg_slow_scales, Tensor(g!)[] exp_avg_sq_scales",
-                    "float beta1, float beta2, float beta3, float alpha, float t_alpha, "
-                    "float t_beta3, float eps, float weight_decay, bool maximize")
-            .c_str());
-  m.def(step_schema("lion_step_", "Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_scales",
-                    "float beta1, float beta2, float weight_decay, bool maximize")
-            .c_str());
-  m.def(step_schema("rmsprop_step_",
-                    "Tensor(b!)[] square_avgs, Tensor(c!)[] grad_avgs, "
-                    "Tensor(d!)[] momentum_buffers, Tensor(e!)[] square_avg_scales, "
-                    "Tensor(f!)[] grad_avg_scales, Tensor(g!)[] momentum_buffer_scales",
-                    "float alpha, float eps, float weight_decay, float momentum, bool maximize")
-            .c_str());
-  m.def(step_schema("sgd_step_",
-                    "Tensor(b!)[] momentum_buffers, Tensor(c!)[] momentum_buffer_scales",
-                    "float momentum, float dampening, float weight_decay, bool nesterov, "
-                    "bool rate_in_buffer, bool maximize")
-            .c_str());
+  define_family(m, "adagrad", "Tensor(b!)[] sums, Tensor(c!)[] sum_scales",
+                "float lr_decay, float eps, float weight_decay, bool maximize");
+  define_family(m, "adam",
+                "Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+                "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] exp_avg_scales, "
+                "Tensor(f!)[] exp_avg_sq_scales, Tensor(g!)[] max_exp_avg_sq_scales",
+                "float beta1, float beta2, float eps, float weight_decay, "
+                "bool decoupled_weight_decay, bool maximize");
+  define_family(m, "ademamix",
+                "Tensor(b!)[] exp_avg_fasts, Tensor(c!)[] exp_avg_slows, "
+                "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] exp_avg_fast_scales, "
+                "Tensor(f!)[] exp_avg_slow_scales, Tensor(g!)[] exp_avg_sq_scales",
+                "float beta1, float beta2, float beta3, float alpha, float t_alpha, "
+                "float t_beta3, float eps, float weight_decay, bool maximize");
+  define_family(m, "lion", "Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_scales",
+                "float beta1, float beta2, float weight_decay, bool maximize");
+  define_family(m, "rmsprop",
+                "Tensor(b!)[] square_avgs, Tensor(c!)[] grad_avgs, "
+                "Tensor(d!)[] momentum_buffers, Tensor(e!)[] square_avg_scales, "
+                "Tensor(f!)[] grad_avg_scales, Tensor(g!)[] momentum_buffer_scales",
+                "float alpha, float eps, float weight_decay, float momentum, bool maximize");
+  define_family(m, "sgd", "Tensor(b!)[] momentum_buffers, Tensor(c!)[] momentum_buffer_scales",
+                "float momentum, float dampening, float weight_decay, bool nesterov, "
+                "bool rate_in_buffer, bool maximize");
   m.def(
       "clip_factors_(Tensor(a!)[] histories, Tensor norms, Tensor[] steps, Tensor? found_inf, "
       "int percentile) -> Tensor");
@@ -79,7 +92,7 @@ STABLE_TORCH_LIBRARY(torchao8, m) {
       "lamb_update_sums(Tensor[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, "
       "Tensor[] exp_avg_scales, Tensor[] exp_avg_sq_scales, Tensor[] steps, Tensor[] factors, "
       "Tensor? grad_scale, *, float beta1, float beta2, float eps, float weight_decay, "
-      "bool maximize, int block_size=256) -> Tensor");
+      "bool maximize, int block_size=256, bool block_wise=True) -> Tensor");
   m.def(
       "lars_trust_ratios(Tensor param_norms, Tensor grad_norms, float trust_coefficient, "
       "float weight_decay) -> Tensor");

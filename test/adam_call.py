@@ -35,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "stochastic_params": False,
     "seed": 0,
     "factors": [],
+    "extremes": [],
     "shard_offsets": [],
     "shard_row_strides": [],
 }
@@ -51,6 +52,7 @@ def new_call(
     device: str = "cpu",
     state_bits: int = 8,
     amsgrad: bool = False,
+    one_scale: bool = False,
     step: int | Sequence[int] = 0,
     lr: float = 0.01,
     lr_dtype: torch.dtype = torch.float32,
@@ -58,7 +60,8 @@ def new_call(
 ) -> Call:
     """Arguments with the state of parameters that have not been stepped, whatever ``step`` says.
 
-    Parameters and gradients that lie on the device are taken as they are.
+    Parameters and gradients that lie on the device are taken as they are. With one scale for all of
+    a tensor, ``extremes`` is None: found at each :func:`run`.
     """
     assert set(options) <= set(DEFAULTS) | {"grad_scale", "found_inf"}, options
     options = {**DEFAULTS, "grad_scale": None, "found_inf": None, **options}
@@ -74,6 +77,8 @@ def new_call(
         **{name: [] for name in STATE_LISTS},
         **options,
     }
+    if one_scale and state_bits == 8:
+        call["extremes"] = None
     for name in MOMENTS[: 3 if amsgrad else 2]:
         for p in params:
             if state_bits == 32:
@@ -82,6 +87,7 @@ def new_call(
             zero = 127 if is_signed(name) else 0
             codes = torch.full(p.shape, zero, dtype=torch.uint8, device=device)
             shape = reference.scale_shape(tuple(p.shape), options["block_size"])
+            shape = (1,) if one_scale else shape
             call[f"{name}s"].append(codes)
             call[f"{name}_scales"].append(torch.zeros(shape, device=device))
     return call
@@ -92,9 +98,14 @@ def set_moment(call: Call, name: str, index: int, value: Tensor) -> None:
     if not call[f"{name}_scales"]:
         call[f"{name}s"][index].copy_(value)
         return
-    codes, scale = torchao8.quantize_blockwise(
-        value, block_size=call["block_size"], signed=is_signed(name)
-    )
+    signed, shape = is_signed(name), value.shape
+    if call["extremes"] is None:
+        codes, scale = reference.quantize(value.flatten(), max(value.numel(), 1), signed)
+        codes, scale = codes.view(shape), scale if value.numel() else torch.zeros(1)
+    else:
+        codes, scale = torchao8.quantize_blockwise(
+            value, block_size=call["block_size"], signed=signed
+        )
     call[f"{name}s"][index].copy_(codes)
     call[f"{name}_scales"][index].copy_(scale)
 
@@ -105,6 +116,8 @@ def moment(call: Call, name: str, index: int) -> Tensor:
         return call[f"{name}s"][index].cpu().double()
     codes, scale = call[f"{name}s"][index].cpu(), call[f"{name}_scales"][index].cpu()
     values = torchao8.dynamic_map(is_signed(name)).double()[codes.long()]
+    if scale.numel() == 1:
+        return values * scale.double().reshape(())
     return values * reference.expand_scale(scale.double(), tuple(codes.shape), call["block_size"])
 
 
@@ -162,8 +175,17 @@ def moved(call: Call, device: str, numbers_too: bool = True) -> Call:
     return {name: move(name, value) for name, value in call.items()}
 
 
+def extremes(call: Call) -> list[Tensor]:
+    """What a step with one scale a tensor must know before."""
+    names = ("params", "grads", "steps", "factors", "lr", "grad_scale", *STATE_LISTS, "beta1",
+             "beta2", "eps", "weight_decay", "decoupled_weight_decay", "maximize")  # fmt: skip
+    found = torch.ops.torchao8.adam_extremes(**{name: call[name] for name in names})
+    return list(found.unbind())
+
+
 def run(call: Call) -> Call:
-    torch.ops.torchao8.adam_step_(**call)
+    found = extremes(call) if call["extremes"] is None else call["extremes"]
+    torch.ops.torchao8.adam_step_(**{**call, "extremes": found})
     ops.count_step_(call["steps"], call["found_inf"])
     return call
 

@@ -202,6 +202,7 @@ BAD_OPTIONS: tuple[tuple[Options, type[Exception]], ...] = (
     ({"block_size": 100}, ValueError),
     ({"block_size": 4096}, ValueError),
     ({"block_size": 256.0}, ValueError),
+    ({"block_wise": 0}, ValueError),
     ({"state_rounding": "up"}, ValueError),
     ({"maximize": 1}, ValueError),
     ({"stochastic_rounding": 1}, ValueError),
@@ -268,10 +269,7 @@ BAD_OF_RULE: dict[str, tuple[Options, ...]] = {
 }
 
 # They stand in the signatures, as in those of bitsandbytes.
-LATER_OPTIONS: tuple[Options, ...] = (
-    {"block_wise": False},
-    {"is_paged": True},
-)
+LATER_OPTIONS: tuple[Options, ...] = ({"is_paged": True},)
 
 
 def every_optimizer() -> pytest.MarkDecorator:

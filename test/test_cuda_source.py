@@ -177,10 +177,42 @@ MUTANTS = {
         " &&\n           smallest_less_1 >= (uint32_t(lowest_) << 23) - 1",
         "",
     ),
+    "extremes of the last tensor taken for this one": (
+        "one_scale.cuh",
+        "    found = Extremes<Rule>();\n",
+        "",
+    ),
+    "the extremes of a warp's last tensor lost": (
+        "one_scale.cuh",
+        "for_each_unit(table, shared.window, finder);\n  finder.finish();",
+        "for_each_unit(table, shared.window, finder);",
+    ),
+    "extremes of elements that are not usable": (
+        "one_scale.cuh",
+        "if (all_of_warp(good)) {",
+        "if (all_of_warp(good) || true) {",
+    ),
+    "extremes of the first tensor": (
+        "one_scale.cuh",
+        "return extreme_of_key<kSigned>(extremes[s]);",
+        "return extreme_of_key<kSigned>(extremes[0]);",
+    ),
+    "reciprocals out of their range, with one scale": (
+        "one_scale.cuh",
+        "unit < entry.fast_units && prepared.is_bounded",
+        "unit < entry.fast_units",
+    ),
+    "scales written though found_inf": (
+        "one_scale.cuh",
+        "if (i >= table.count || table.numbers.found_inf.get() != 0) return;",
+        "if (i >= table.count) return;",
+    ),
+    "one scale without its unit": ("one_scale.cuh", "prepared.rule.unit[s]);", "1.0f);"),
     "limbs that are not canonical": ("warp_sum.cuh", "make_canonical(sums + row * kLimbs)", ""),
 }
 CHECKS = {  # of the others: check_step.cpp
     "lamb.cuh": "check_lamb.cpp",
+    "one_scale.cuh": "check_one_scale.cpp",
     "sums.cuh": "check_sums.cpp",
     "warp_sum.cuh": "check_sums.cpp",
 }
@@ -204,7 +236,9 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     ]
 
 
-@pytest.mark.parametrize("check", ["check_lamb.cpp", "check_step.cpp", "check_sums.cpp"])
+@pytest.mark.parametrize(
+    "check", ["check_lamb.cpp", "check_one_scale.cpp", "check_step.cpp", "check_sums.cpp"]
+)
 def test_the_kernels_give_the_bits_of_the_cpu(
     oracle: list[Path], tmp_path: Path, check: str
 ) -> None:
@@ -319,9 +353,11 @@ def test_the_kernels_compile_and_take_no_stack(arch: str, compiled: dict[str, Co
     found = list(resources(report))
     of_blocks = [name for name, _ in found if "11step_blocks" in name]
     of_elements = [name for name, _ in found if "13step_elements" in name]
+    of_one_scale = [name for name, _ in found if "14step_one_scale" in name]
     # Thirteen rules with states and one without, three dtypes and bfloat16 rounded stochastically,
     # and three ways for blocks to lie.
     assert (len(of_blocks), len(of_elements)) == (13 * 4 * 3, 14 * 4)
+    assert len(of_one_scale) == 13 * 4
     assert [(name, numbers) for name, numbers in found if any(numbers)] == []
 
 

@@ -68,6 +68,7 @@ block_size: expected a power of two from 64 to 2048, got 32
 block_size: expected a power of two from 64 to 2048, got 100
 block_size: expected a power of two from 64 to 2048, got 4096
 block_size: expected a power of two from 64 to 2048, got 256.0
+block_wise: expected True or False, got 0
 state_rounding: expected 'stochastic' or 'nearest', got 'up'
 maximize: expected True or False, got 1
 stochastic_rounding: expected True or False, got 1
@@ -84,7 +85,6 @@ betas: expected two numbers, got 0.9
 betas[0]: expected a number in [0, 1), got a tensor
 eps: expected a finite number >= 0, got -1e-08
 weight_decay: expected a finite number >= 0, got -0.1
-block_wise=False: one scale for a whole tensor is not implemented, it must be True
 is_paged=True: paged state is not implemented, it must be False""",
     )
 

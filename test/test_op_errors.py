@@ -17,12 +17,12 @@ def call_arguments(quantized: bool) -> dict[str, Any]:
         "grads": [torch.randn_like(p) for p in params],
         "steps": [torch.tensor(4.0) for _ in params],
         "factors": [torch.ones(2, dtype=torch.float64) for _ in params],
+        "extremes": [],
     }
-    scales = [(3, 2), (3,)]
     for name, zero in (("exp_avg", 127), ("exp_avg_sq", 0)):
         if quantized:
             lists[f"{name}s"] = [torch.full(p.shape, zero, dtype=torch.uint8) for p in params]
-            lists[f"{name}_scales"] = [torch.zeros(s) for s in scales]
+            lists[f"{name}_scales"] = scales_of_blocks()
         else:
             lists[f"{name}s"] = [torch.zeros(p.shape) for p in params]
             lists[f"{name}_scales"] = []
@@ -30,6 +30,17 @@ def call_arguments(quantized: bool) -> dict[str, Any]:
                "decoupled_weight_decay": True, "maximize": False}  # fmt: skip
     return {**lists, "max_exp_avg_sqs": [], "max_exp_avg_sq_scales": [], "lr": torch.tensor(0.1),
             "grad_scale": None, "found_inf": None, **options}  # fmt: skip
+
+
+def scales_of_blocks() -> list[Tensor]:
+    return [torch.zeros(s) for s in ((3, 2), (3,))]
+
+
+def one_scale(arguments: dict[str, Any]) -> list[Tensor]:
+    """Gives the states one scale each, and returns extremes that fit."""
+    for name in ("exp_avg_scales", "exp_avg_sq_scales"):
+        arguments[name] = [torch.zeros(1) for _ in arguments[name]]
+    return [torch.ones(2, dtype=torch.int64) for _ in arguments["params"]]
 
 
 def put(
@@ -75,6 +86,17 @@ BAD_CALLS: dict[str, Callable[[dict[str, Any]], None]] = {
     "factors in float": put("factors", lambda: torch.ones(2)),
     "factor of one": put("factors", lambda: torch.ones(1, dtype=torch.float64)),
     "factors not contiguous": put("factors", lambda: torch.ones(4, dtype=torch.float64)[::2]),
+    "extremes shorter": lambda a: a.update(extremes=one_scale(a)[:1]),
+    "extremes in int32": lambda a: a.update(extremes=[t.int() for t in one_scale(a)]),
+    "extremes of one state": lambda a: a.update(extremes=[t[:1] for t in one_scale(a)]),
+    "extremes not contiguous": lambda a: a.update(
+        extremes=[t.repeat_interleave(2)[::2] for t in one_scale(a)]
+    ),
+    "extremes above 32 bits": lambda a: a.update(extremes=[t + 2**32 for t in one_scale(a)]),
+    "extremes and a scale a block": lambda a: a.update(
+        extremes=one_scale(a), exp_avg_scales=scales_of_blocks()
+    ),
+    "one scale without extremes": lambda a: (one_scale(a), None)[1],
     "lr of two": put("lr", lambda: torch.zeros(2), None),
     "lr an integer": put("lr", lambda: torch.tensor(1), None),
     "lr NaN": put("lr", lambda: torch.tensor(torch.nan, device="cpu"), None),
@@ -159,6 +181,19 @@ factor of one: adam_step_: factors[1] must have shape [2] (of the gradient and o
     rate), got [1]
 factors not contiguous: adam_step_: factors[1] must be contiguous, got strides [2] for shape
     [2]
+extremes shorter: adam_step_: extremes must have 2 elements (none, or one per parameter), got
+    1
+extremes in int32: adam_step_: extremes[0] must be int64, got int32
+extremes of one state: adam_step_: extremes[0] must have shape [2] (one for each state), got
+    [1]
+extremes not contiguous: adam_step_: extremes[0] must be contiguous, got strides [2] for shape
+    [2]
+extremes above 32 bits: adam_step_: extremes[0] must hold numbers from 0 to 2^32 - 1, got
+    4294967297
+extremes and a scale a block: adam_step_: exp_avg_scales[0] must have shape [1] (one scale for
+    the tensor), got [3, 2]
+one scale without extremes: adam_step_: exp_avg_scales[0] must have shape [3, 2] (one scale
+    per block of a row), got [1]
 lr of two: adam_step_: lr must have one element, got shape [2]
 lr an integer: adam_step_: lr must be float32 or float64, got int64
 lr NaN: adam_step_: lr must be finite, got nan

@@ -78,18 +78,19 @@ def check_stored(
     *,
     signed: bool,
     stochastic: bool,
+    block_size: int = 256,
 ) -> None:
     """A stored state is the oracle's, but for float32 rounding and that of its format."""
     if name in state:
         assert ((state[name].double() - want).abs() <= error + 1e-44).all()
         return
     codes, scale = state[f"{name}_codes"].long(), state[f"{name}_scale"]
-    want_scale = reference.block_scale(want, 256)
+    want_scale = reference.block_scale(want, block_size)
     # Which of two elements that differ by rounding alone is the extreme one is anybody's guess, and
     # with it the sign of the scale: the magnitudes must agree, and an element must be at 1.0.
-    block_error = reference.block_scale(error, 256)
+    block_error = reference.block_scale(error, block_size)
     assert ((scale.abs() - want_scale.abs()).abs() <= block_error).all()
-    per_element = reference.expand_scale(scale.double(), tuple(codes.shape), 256)
+    per_element = reference.expand_scale(scale.double(), tuple(codes.shape), block_size)
     codebook = reference.dynamic_map(signed)
     decoded = codebook[codes] * per_element
     if not stochastic:

@@ -174,6 +174,7 @@ def step_calls(draw: st.DrawFn) -> Call:
     offsets = [draw(st.integers(0, 2**40)) for _ in shapes] if draw(st.booleans()) else []
     call = new_call(
         params, grads, state_bits=state_bits, amsgrad=draw(st.booleans()),
+        one_scale=draw(st.booleans()),
         step=[draw(st.sampled_from([0, 1, 10, 12345])) for _ in shapes],
         lr=draw(st.sampled_from([0.0, 1e-3, 0.3])), beta1=draw(BETAS), beta2=draw(BETAS),
         eps=draw(st.sampled_from([0.0, 1e-8, 0.1])),
@@ -304,9 +305,11 @@ def large_call(state_bits: int, **options: Any) -> Call:
 
 
 @every_path
-@pytest.mark.parametrize("state_bits", [8, 32])
-def test_threads_and_grouping(workers: Workers, path: str, state_bits: int) -> None:
-    call = large_call(state_bits, amsgrad=True)
+@pytest.mark.parametrize(("state_bits", "one_scale"), [(8, False), (8, True), (32, False)], ids=str)
+def test_threads_and_grouping(
+    workers: Workers, path: str, state_bits: int, one_scale: bool
+) -> None:
+    call = large_call(state_bits, amsgrad=True, one_scale=one_scale)
     worker = workers.get(path)
     want = worker("adam", call, 2, False, threads=1)
     for threads in (2, 3):
@@ -332,8 +335,8 @@ def test_codec_threads(workers: Workers, path: str) -> None:
 
 
 @every_path
-@pytest.mark.parametrize("state_bits", [8, 32])
-def test_flushed_denormals(workers: Workers, path: str, state_bits: int) -> None:
+@pytest.mark.parametrize(("state_bits", "one_scale"), [(8, False), (8, True), (32, False)], ids=str)
+def test_flushed_denormals(workers: Workers, path: str, state_bits: int, one_scale: bool) -> None:
     """torch.set_flush_denormal(True) holds for the thread that called it, and so must not matter:
     neither for one call nor for a process that starts with it and builds its tables then."""
     worker, flushed = workers.get(path), workers.get(None, flush_denormal=True)
@@ -342,7 +345,10 @@ def test_flushed_denormals(workers: Workers, path: str, state_bits: int) -> None
     for exponent, dtype in [(-62, torch.float32), (-65, torch.bfloat16), (-10, torch.float16)]:
         params = [floats(s, -128, 0.0, rng).to(dtype) for s in shapes]
         grads = [floats(s, exponent, 0.0, rng).to(dtype) for s in shapes]
-        call = new_call(params, grads, state_bits=state_bits, lr=2.0**-100, weight_decay=0.1)
+        call = new_call(
+            params, grads, state_bits=state_bits, one_scale=one_scale, lr=2.0**-100,
+            weight_decay=0.1,
+        )  # fmt: skip
         want = worker("adam", call, 3, False, threads=2)
         for threads in (1, 2):
             got = worker("adam", call, 3, False, threads=threads, flush_denormal=True)

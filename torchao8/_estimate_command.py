@@ -58,6 +58,12 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         help="elements that share a scale (%(default)s)",
     )
     parser.add_argument(
+        "--block-wise",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="a scale for each block, or one for each tensor",
+    )
+    parser.add_argument(
         "--optimizer", choices=RULES, default="AdamW", help="with 32 and with 8 bits (%(default)s)"
     )
     parser.add_argument("--amsgrad", action="store_true", help="of Adam and AdamW: one more state")
@@ -80,8 +86,9 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 
 def _run(arguments: argparse.Namespace) -> int:
     shapes = arguments.shapes if arguments.model is None else MODELS[arguments.model]
-    names = ("optimizer", "min_8bit_size", "block_size", "amsgrad", "centered", "momentum")
-    options = {name: getattr(arguments, name) for name in (*names, "percentile_clipping")}
+    layout = ("min_8bit_size", "block_size", "block_wise")
+    of_rule = ("optimizer", "amsgrad", "centered", "momentum", "percentile_clipping")
+    options = {name: getattr(arguments, name) for name in (*layout, *of_rule)}
     tables = []
     for mesh in arguments.mesh:
         try:

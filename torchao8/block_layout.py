@@ -7,7 +7,8 @@ devices.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 MIN_BLOCK_SIZE = 64
 MAX_BLOCK_SIZE = 2048
@@ -53,6 +54,22 @@ def scale_shape(shape: Sequence[int], block_size: int) -> tuple[int, ...]:
     blocks = -(-row_length(shape, block_size) // block_size)
     leading = tuple(shape[: row_start(shape, block_size)]) if len(shape) >= 2 else ()
     return (*leading, blocks)
+
+
+class Scales(NamedTuple):
+    """Which elements share a scale: those of a block or, not ``block_wise``, of a whole tensor."""
+
+    block_size: int
+    block_wise: bool = True
+
+    @staticmethod
+    def of(group: Mapping[str, Any]) -> "Scales":
+        """As the options of a parameter group have it."""
+        return Scales(group["block_size"], group["block_wise"])
+
+    def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the scales of a tensor of this (global) shape."""
+        return scale_shape(shape, self.block_size) if self.block_wise else (1,)
 
 
 def fits_8bit(shape: Sequence[int], block_size: int, min_8bit_size: int) -> bool:

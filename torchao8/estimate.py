@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torchao8 import sharding
-from torchao8.block_layout import check_block_size, fits_8bit, scale_shape
+from torchao8.block_layout import Scales, check_block_size, fits_8bit
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -100,6 +100,7 @@ def estimate(
     optimizer: str = "AdamW",
     min_8bit_size: int = 4096,
     block_size: int = 256,
+    block_wise: bool = True,
     amsgrad: bool = False,
     centered: bool = False,
     momentum: float = 0,
@@ -125,7 +126,7 @@ def estimate(
             parameter; shapes are float32 unless it is given.
         optimizer: the name of a class of this library, with 8bit at its end or without: both are
             told.
-        min_8bit_size, block_size: as in :class:`torchao8.AdamW8bit`.
+        min_8bit_size, block_size, block_wise: as in :class:`torchao8.AdamW8bit`.
         amsgrad, centered, momentum, percentile_clipping: of the optimizer, if it has them: they
             add states, each in its way.
 
@@ -135,7 +136,8 @@ def estimate(
             of range; a trainable parameter of a dtype that the optimizers refuse; a mesh for
             parameters that are DTensors already.
     """
-    _check_options(dtype, min_8bit_size, block_size)
+    _check_options(dtype, min_8bit_size, block_size, block_wise)
+    scales_of = Scales(block_size, block_wise)
     options = {"amsgrad": amsgrad, "centered": centered, "momentum": momentum}
     name, states = _rule(optimizer, options)
     per_tensor = STEP + NORMS * _clips(percentile_clipping)
@@ -146,13 +148,14 @@ def estimate(
     for t in tensors:
         reason = _reason(t, min_8bit_size, block_size)
         in_8bit = reason is None
-        elements, scales = math.prod(t.shape), math.prod(scale_shape(t.shape, block_size))
-        local_scales = _local_scales(t, block_size) if in_8bit else 0
+        elements, scales = math.prod(t.shape), math.prod(scales_of.shape(t.shape))
+        local_scales = _local_scales(t, scales_of) if in_8bit else 0
         state = _StateBytes(states, in_8bit, per_tensor)
         on_rank.append(_bytes(t, state, _local(t), local_scales))
         once.append(_bytes(t, state, elements, scales))
-        shards = _shards(t)  # the ranks share each copy, but the step of a tensor lies on all
-        copies = (elements * ranks // shards, scales * ranks // shards)
+        # The ranks share each copy, but the step of a tensor, and its one scale, lie on all.
+        shards = _shards(t)
+        copies = (elements * ranks // shards, scales * ranks // (shards if block_wise else 1))
         on_all.append(_bytes(t, state, *copies, ranks=ranks))
         if reason is not None and t.trainable and states:
             kept.setdefault(reason, []).append(t.name)
@@ -322,7 +325,7 @@ def _clips(percentile: Any) -> bool:
     return percentile < 100
 
 
-def _check_options(dtype: Any, min_8bit_size: Any, block_size: int) -> None:
+def _check_options(dtype: Any, min_8bit_size: Any, block_size: int, block_wise: Any) -> None:
     if dtype is not None and dtype not in PARAM_DTYPES:
         raise ValueError(
             f"dtype: expected torch.float32, torch.bfloat16 or torch.float16, got {dtype!r}"
@@ -330,6 +333,8 @@ def _check_options(dtype: Any, min_8bit_size: Any, block_size: int) -> None:
     if type(min_8bit_size) is not int or min_8bit_size < 0:
         raise ValueError(f"min_8bit_size: expected an int >= 0, got {min_8bit_size!r}")
     check_block_size(block_size)
+    if not isinstance(block_wise, bool):
+        raise ValueError(f"block_wise: expected True or False, got {block_wise!r}")
 
 
 # -- what of them lies where -----------------------------------------------------------------------
@@ -360,12 +365,12 @@ def _local(t: _Tensor) -> int:
     )
 
 
-def _local_scales(t: _Tensor, block_size: int) -> int:
+def _local_scales(t: _Tensor, scales: Scales) -> int:
     """Scales on the first rank, of a tensor that keeps its blocks."""
-    if not t.mesh_shape:
-        return math.prod(scale_shape(t.shape, block_size))
+    if not t.mesh_shape or not scales.block_wise:
+        return math.prod(scales.shape(t.shape))
     first = (0,) * len(t.mesh_shape)
-    place = sharding._place(t.shape, t.mesh_shape, first, t.placements, block_size)
+    place = sharding._place(t.shape, t.mesh_shape, first, t.placements, scales.block_size)
     assert place is not None
     return math.prod(place.scale_shape)
 

@@ -6,6 +6,7 @@ torch's dispatcher under ``torch.ops.torchao8``.
 
 import importlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,8 @@ STEP_OPS = (
     "sgd_step_",
 )
 _STEP_OPS = {op: getattr(torch.ops.torchao8, op).default for op in STEP_OPS}
+# What each of them has to know before a step of tensors with one scale.
+_EXTREMES_OPS = {op: op.replace("_step_", "_extremes") for op in STEP_OPS}
 _count_step_ = torch.ops.torchao8.count_step_.default
 _sum_squares = torch.ops.torchao8.sum_squares.default
 _lamb_update_sums = torch.ops.torchao8.lamb_update_sums.default
@@ -128,9 +131,11 @@ def step_(
     steps: list[Tensor],
     lr: Tensor,
     grad_scale: Tensor | None,
+    factors: list[Tensor],
+    extremes: list[Tensor],
     found_inf: Tensor | None,
+    /,
     *,
-    factors: Sequence[Tensor] = (),
     block_size: int = 256,
     stochastic_rounding: bool = True,
     stochastic_params: bool = False,
@@ -156,9 +161,13 @@ def step_(
         lr: 0-d, float32 or float64, on the device of the parameters or on the CPU. The optimizers
             make a float64 tensor of a number, and the dtype matters to the last bit.
         grad_scale: a number to divide the gradients by; none where None.
-        found_inf: where it is not 0, nothing changes at all.
         factors: none, or for each parameter float64 of shape (2,), finite and not negative: what
             its gradient and what the learning rate is multiplied by.
+        extremes: none, or for each parameter int64 of shape (number of states,), by which its
+            states have one scale each, of shape (1,): rows of :func:`extremes` of the same
+            arguments. Entries that are parts of one tensor have the same scales and the same
+            extremes, the largest of their rows. Those of other arguments give wrong codes.
+        found_inf: where it is not 0, nothing changes at all.
         stochastic_rounding, stochastic_params: how states, and how bfloat16 parameters are
             rounded: stochastically, or to nearest. float32 parameters are not, and float16 ones
             are refused.
@@ -177,7 +186,8 @@ def step_(
         *values,
         *scales,
         steps,
-        list(factors),
+        factors,
+        extremes,
         lr,
         grad_scale,
         found_inf,
@@ -190,6 +200,40 @@ def step_(
         **options,
     )
     mark_modified(params)
+
+
+def extremes(
+    op: str,
+    params: list[Tensor],
+    grads: list[Tensor],
+    values: Sequence[list[Tensor]],
+    scales: Sequence[list[Tensor]],
+    steps: list[Tensor],
+    lr: Tensor,
+    grad_scale: Tensor | None,
+    factors: list[Tensor],
+    /,
+    **options: float | bool,
+) -> Tensor:
+    """The element of largest magnitude of each state that a step would make, with its sign.
+
+    What a step of tensors with one scale has to know before it writes its first code.
+
+    Args:
+        op: of :data:`STEP_OPS`.
+        params, grads, values, scales, steps, lr, grad_scale, factors, options: as in
+            :func:`step_`; 8-bit state with scales of shape (1,).
+
+    Returns:
+        int64 of shape (len(params), number of states), from 0 to 2^32 - 1. Of rows of parts of a
+        tensor, the row of the whole is the maximum.
+
+    Raises:
+        RuntimeError: an argument does not fit the others.
+    """
+    find = getattr(torch.ops.torchao8, _EXTREMES_OPS[op]).default
+    found: Tensor = find(params, grads, *values, *scales, steps, factors, lr, grad_scale, **options)
+    return found
 
 
 def count_step_(steps: list[Tensor], found_inf: Tensor | None) -> None:
@@ -243,6 +287,7 @@ def lamb_update_sums(
     *,
     factors: Sequence[Tensor] = (),
     block_size: int = 256,
+    block_wise: bool = True,
     **options: float | bool,
 ) -> Tensor:
     """The exact sums of squares of the updates that LAMB would make, which is looked at only.
@@ -253,6 +298,7 @@ def lamb_update_sums(
     Args:
         params, grads, values, scales, steps, grad_scale, factors, block_size: as in :func:`step_`;
             of ``factors`` only those of gradients count.
+        block_wise: False where 8-bit states have one scale each, of shape (1,).
         options: beta1, beta2, eps, weight_decay and maximize.
 
     Returns:
@@ -270,6 +316,7 @@ def lamb_update_sums(
         list(factors),
         grad_scale,
         block_size=block_size,
+        block_wise=block_wise,
         **options,
     )
     return sums
@@ -333,8 +380,18 @@ def _fake_step(op: str) -> None:
         _check_devices(op, "params", params, *others)
 
 
+def _fake_extremes(op: str) -> None:
+    @torch.library.register_fake(f"torchao8::{op}")
+    def _(params: list[Tensor], *others: Any, **options: object) -> Tensor:
+        _check_devices(op, "params", params, *others)
+        values_and_scales = others[1:-4]  # grads; steps, factors, lr and grad_scale
+        states = sum(bool(states) for states in values_and_scales[: len(values_and_scales) // 2])
+        return torch.empty(len(params), states, dtype=torch.int64, device=params[0].device)
+
+
 for _op in STEP_OPS:
     _fake_step(_op)
+    _fake_extremes(_EXTREMES_OPS[_op])
 
 
 @torch.library.register_fake("torchao8::count_step_")

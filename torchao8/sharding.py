@@ -355,7 +355,7 @@ def _shards(placement: Placement) -> int | None:
     return placement.dim  # type: ignore[attr-defined]
 
 
-# -- sums over a whole parameter -------------------------------------------------------------------
+# -- sums and maxima over a whole parameter --------------------------------------------------------
 
 
 # The name of a process group (a type of its own in newer versions of torch, a str in all), and the
@@ -387,18 +387,38 @@ def sum_rows(rows: Tensor, groups: Sequence[ShardGroup]) -> Tensor:
         rows: int64, the first dimension that of the parameters.
         groups: of :func:`shard_groups`.
     """
+    return _reduce_rows(rows, groups, "sum")
+
+
+def largest_rows(rows: Tensor, groups: Sequence[ShardGroup]) -> Tensor:
+    """The same with the largest of each number in place of the sum."""
+    return _reduce_rows(rows, groups, "max")
+
+
+def _reduce_rows(rows: Tensor, groups: Sequence[ShardGroup], how: str) -> Tensor:
     from torch.distributed._functional_collectives import all_reduce
 
     for name, members in groups:
         if len(members) == len(rows):
-            rows = all_reduce(rows, "sum", name)
+            rows = all_reduce(rows, how, name)
             continue
         parts = list(rows.unbind())
-        summed = all_reduce(torch.stack([parts[i] for i in members]), "sum", name)
-        for i, part in zip(members, summed.unbind(), strict=True):
+        reduced = all_reduce(torch.stack([parts[i] for i in members]), how, name)
+        for i, part in zip(members, reduced.unbind(), strict=True):
             parts[i] = part
         rows = torch.stack(parts)
     return rows
+
+
+def largest_over_shards(p: DTensor, numbers: Tensor) -> Tensor:
+    """The largest of each number, of those that the ranks with other parts of ``p`` have."""
+    import torch.distributed as dist
+
+    if p.device_mesh.get_coordinate() is not None:
+        for dim, placement in enumerate(p.placements):
+            if _shards(placement) is not None:
+                dist.all_reduce(numbers, dist.ReduceOp.MAX, group=p.device_mesh.get_group(dim))
+    return numbers
 
 
 # -- tensors that lie as a parameter does ----------------------------------------------------------

@@ -31,4 +31,28 @@ TORCHAO8_HD bool has_scale(float extreme, float unit) {
   return within(extreme) && within(extreme * unit) && usable<kSigned>(extreme);
 }
 
+// The scale to store for an extreme element: zero where it counts as zero, NaN where it is none.
+template <bool kSigned>
+TORCHAO8_HD float scale_of(float extreme, float unit) {
+  if (has_scale<kSigned>(extreme, unit)) return extreme * unit;
+  return usable<kSigned>(extreme) && usable<true>(extreme * unit) ? 0.0f : bits_float(0x7fc00000u);
+}
+
+// The extreme element of a whole tensor as an integer, so that those of its parts are compared by
+// one maximum: magnitude first, then whether it is positive. None is 0, as of zeros; what cannot be
+// one is the largest.
+constexpr int64_t kNoExtreme = 0xffffffff;
+template <bool kSigned>
+TORCHAO8_HD int64_t key_of_extreme(float x) {
+  if (!usable<kSigned>(x)) return kNoExtreme;
+  if (x == 0.0f) return 0;
+  const uint32_t u = float_bits(x);
+  return int64_t(kSigned ? (u << 1) | (~u >> 31) : u);
+}
+template <bool kSigned>
+TORCHAO8_HD float extreme_of_key(int64_t key) {
+  const uint32_t u = uint32_t(key);
+  return bits_float(kSigned ? (u >> 1) | (~u << 31) : u);
+}
+
 }  // namespace torchao8

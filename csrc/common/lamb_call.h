@@ -16,13 +16,13 @@ struct LambCall {
   LambCall(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
            const TensorList& exp_avg_sqs, const TensorList& exp_avg_scales,
            const TensorList& exp_avg_sq_scales, const TensorList& steps, const TensorList& factors,
-           int64_t block_size, const Place& place)
+           int64_t block_size, bool block_wise, const Place& place)
       : values{&exp_avgs, &exp_avg_sqs, &none},
         scales{&exp_avg_scales, &exp_avg_sq_scales, &none},
         present(values, scales),
-        call{LambFamily::kOp, params,      grads,      steps, factors, present.lists,
-             present.states,  present.has, block_size, false, false,   0,
-             no_shards,       no_shards,   place} {
+        call{LambFamily::kOp, params,      grads,      steps, factors, none, present.lists,
+             present.states,  present.has, block_size, false, false,   0,    no_shards,
+             no_shards,       place,       !block_wise} {
     check_block_size(LambFamily::kOp, block_size);
   }
   LambCall(const LambCall&) = delete;

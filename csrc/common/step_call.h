@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common/block_layout.h"
+#include "common/block_scale.h"
 #include "common/checks.h"
 #include "common/numbers.h"
 #include "rules/rule.h"
@@ -25,7 +26,7 @@ struct StateLists {
 // The arguments as they came.
 struct StepCall {
   const char* op;
-  const TensorList &params, &grads, &steps, &factors;
+  const TensorList &params, &grads, &steps, &factors, &extremes;
   std::vector<StateLists> lists;   // of all states of the family
   std::vector<StateLists> states;  // of those that the call has
   const bool* has;
@@ -35,6 +36,7 @@ struct StepCall {
   int64_t seed;
   const std::vector<int64_t>&shard_offsets, &shard_row_strides;
   Place place;
+  bool one_scale;  // of 8-bit state: for a tensor, in place of one for each block
 
   bool quantized() const {
     return !params.empty() && !states.empty() &&
@@ -76,6 +78,11 @@ inline void check_lengths(const StepCall& call) {
   for (const StateLists& state : call.states)
     check_length(call.op, state.name, *state.values, n, why);
   const bool quantized = call.quantized();
+  if (!call.extremes.empty()) {
+    const std::string first = call.states.empty() ? "" : call.states[0].name + "[0] ";
+    check_length(call.op, "extremes", call.extremes, quantized ? n : 0,
+                 quantized ? "none, or one per parameter" : "none, " + first + "not being uint8");
+  }
   for (size_t s = 0; s < call.lists.size(); s++) {
     const StateLists& state = call.lists[s];
     const std::string first = call.states.empty() ? "" : call.states[0].name + "[0]";
@@ -105,7 +112,9 @@ inline void check_state(const StepCall& call, const StateLists& state, int64_t i
   const Tensor& u = (*state.scales)[i];
   check_place(scale, u, call.place);
   check_dtype(scale, u, ScalarType::Float);
-  check_shape(scale, u, layout.scale_shape, "one scale per block of a row");
+  const std::vector<int64_t> one = {1};
+  check_shape(scale, u, call.one_scale ? one : layout.scale_shape,
+              call.one_scale ? "one scale for the tensor" : "one scale per block of a row");
   check_contiguous(scale, u);
 }
 
@@ -123,6 +132,14 @@ inline void check_parameter(const StepCall& call, int64_t i) {
   check_no_overlap(param, call.params[i]);
   check_step(step, call.steps[i], call.place);
   if (!call.factors.empty()) check_factors({call.op, "factors", i}, call.factors[i], call.place);
+  if (!call.extremes.empty()) {
+    const Argument extremes{call.op, "extremes", i};
+    const std::vector<int64_t> shape = {int64_t(call.states.size())};
+    check_place(extremes, call.extremes[i], call.place);
+    check_dtype(extremes, call.extremes[i], ScalarType::Long);
+    check_shape(extremes, call.extremes[i], shape, "one for each state");
+    check_contiguous(extremes, call.extremes[i]);
+  }
   const BlockLayout layout = block_layout(call.params[i].sizes(), call.block_size);
   for (const StateLists& state : call.states) check_state(call, state, i, layout);
 }
@@ -136,8 +153,16 @@ inline void check_call(const StepCall& call) {
     check_distinct(call.op, state.name.c_str(), *state.values);
 }
 
+// Of extremes on the CPU, the numbers that they hold.
+inline void check_extreme_values(const Argument& a, const Tensor& extremes) {
+  const int64_t* values = extremes.const_data_ptr<int64_t>();
+  for (int64_t s = 0; s < extremes.numel(); s++)
+    TORCHAO8_CHECK(values[s] >= 0 && values[s] <= kNoExtreme, a.text(),
+                   " must hold numbers from 0 to 2^32 - 1, got ", values[s]);
+}
+
 template <class Family>
-void check_options(const typename Family::Options& o) {
+void check_options(const typename Family::Options& o, const char* op = Family::kOp) {
   for (const auto& argument : Family::kNumbers) {
     const double value = o.*argument.value;
     const char* wanted = nullptr;
@@ -152,10 +177,10 @@ void check_options(const typename Family::Options& o) {
         if (!std::isfinite(value)) wanted = "be finite";
         break;
     }
-    TORCHAO8_CHECK(!wanted, Family::kOp, ": ", argument.name, " must ", wanted, ", got ", value);
+    TORCHAO8_CHECK(!wanted, op, ": ", argument.name, " must ", wanted, ", got ", value);
   }
-  TORCHAO8_CHECK(std::isfinite(o.lr), Family::kOp, ": lr must be finite, got ", o.lr);
-  TORCHAO8_CHECK(o.grad_scale > 0 && std::isfinite(o.grad_scale), Family::kOp,
+  TORCHAO8_CHECK(std::isfinite(o.lr), op, ": lr must be finite, got ", o.lr);
+  TORCHAO8_CHECK(o.grad_scale > 0 && std::isfinite(o.grad_scale), op,
                  ": grad_scale must be positive and finite, got ", o.grad_scale);
 }
 

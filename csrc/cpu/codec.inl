@@ -15,7 +15,7 @@ TORCHAO8_HD float final_scale(float extreme, float unit, int length, uint8_t* co
   if (has_scale<kSigned>(extreme, unit)) return extreme * unit;
   if (kEncoded && extreme == 0.0f && usable<kSigned>(extreme)) return 0.0f;
   clear_codes<kSigned>(codes, length);
-  return usable<kSigned>(extreme) && usable<true>(extreme * unit) ? 0.0f : bits_float(0x7fc00000u);
+  return scale_of<kSigned>(extreme, unit);
 }
 
 // Below, n is any length: what does not fill a vector is padded with zeros.

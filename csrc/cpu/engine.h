@@ -41,7 +41,9 @@ struct Item {
   float* scales[kMaxStates] = {};
   float* states[kMaxStates] = {};
   uint64_t keys[kMaxStates] = {}, param_key = 0;
-  bool rounds_param = false;  // stochastically
+  bool rounds_param = false;        // stochastically
+  bool one_scale = false;           // for all blocks, which are encoded with
+  float extremes[kMaxStates] = {};  // these extreme elements, in units
   int64_t rows = 1, row_length = 0, units_per_row = 0;
   int64_t shard_offset = 0, row_stride = 0;  // global index of the first element; between rows
   int64_t run_length = 0;                    // of 32-bit state: elements of what is a row then
@@ -59,6 +61,7 @@ class Engine {
   Engine(int64_t block_size, bool stochastic) : block_size_(block_size), stochastic_(stochastic) {}
 
   void add(Item<Rule> item) {
+    if (item.one_scale) with_one_scale_.push_back(item);  // a part of a tensor may be empty
     if (item.units() == 0) return;
     const bool blocks = item.codes[0] != nullptr;
     const int64_t unit = blocks ? block_size_ : kChunk;
@@ -88,12 +91,23 @@ class Engine {
     });
   }
 
+  // Of tensors with one scale, when all of their blocks have been stepped with the old one.
+  void write_scales() const {
+    for (const Item<Rule>& item : with_one_scale_) {
+      for (int s = 0; s < Rule::kStates; s++) {
+        *item.scales[s] = Rule::kSigned[s] ? scale_of<true>(item.extremes[s], item.rule.unit[s])
+                                           : scale_of<false>(item.extremes[s], item.rule.unit[s]);
+      }
+    }
+  }
+
   static int64_t chunks(int64_t count) { return (count + kChunk - 1) / kChunk; }
 
  private:
-  static constexpr int64_t kChunk = 1024;       // elements of 32-bit state in a unit of work
-  static constexpr int64_t kUnitOverhead = 64;  // what a unit costs beside its elements
-  static constexpr int64_t kGrain = 32768;      // less work than this is not worth a thread
+  static constexpr int64_t kChunk = 1024;        // elements of 32-bit state in a unit of work
+  static constexpr int64_t kUnitOverhead = 64;   // what a unit costs beside its elements
+  static constexpr int64_t kRunOfOneScale = 64;  // blocks
+  static constexpr int64_t kGrain = 32768;       // less work than this is not worth a thread
 
   static int64_t units_before(const Item<Rule>& item, int64_t cost) {
     const int64_t inside = std::max<int64_t>(0, cost - item.first_cost);
@@ -112,6 +126,8 @@ class Engine {
         count = seamless ? last - first : std::min(last - first, whole - column);
         length = block_size_;
       }
+      float one_scale[kMaxStates][kRunOfOneScale];
+      if (item.one_scale) count = std::min(count, kRunOfOneScale);
       BlockRun run = {};
       run.blocks = count;
       run.length = int(length);
@@ -124,7 +140,12 @@ class Engine {
         run.codes[s] = item.codes[s] + begin;
         run.scales[s] = item.scales[s] + first;
         run.keys[s] = item.keys[s];
+        if (!item.one_scale) continue;
+        // A copy for each block, as the kernels read and write scales; write_scales() is to come.
+        run.scales[s] = one_scale[s];
+        std::fill_n(run.scales[s], count, *item.scales[s]);
       }
+      if (item.one_scale) run.extremes = item.extremes;
       if (item.direct() && length % kWidest == 0) {
         run.param = item.param.at(begin);
         run.grad = item.grad.at(begin);
@@ -241,7 +262,7 @@ class Engine {
   const CodecTables& tables_ = codec_tables();
   const CodecKernels& codec_ = codec_kernels();
   const StepKernels<Rule>& kernels_ = step_kernels<Rule>();
-  std::vector<Item<Rule>> items_;
+  std::vector<Item<Rule>> items_, with_one_scale_;
   int64_t total_cost_ = 0;
 };
 

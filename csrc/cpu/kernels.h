@@ -28,6 +28,7 @@ struct BlockRun {
   bool stochastic, rounds_param;  // stochastically: states; the parameter, which is bfloat16
   uint64_t keys[kMaxStates], param_key;
   uint64_t first_element;  // global index, for the random numbers
+  const float* extremes;   // of a whole tensor's states, in units; null: each block has its own
 };
 
 // Neighbouring elements of one tensor with 32-bit state.
@@ -40,6 +41,16 @@ struct ElementRun {
   uint64_t param_key, first_element;
 };
 
+// Elements of a tensor with one scale, whose new states are looked at; the count is a multiple of
+// kWidest.
+struct ExtremeRun {
+  const void* param;
+  const void* grad;
+  const uint8_t* codes[kMaxStates];
+  float scales[kMaxStates];
+  int64_t count;
+};
+
 // param and grad have one type: float32 or bfloat16. What else there is comes converted. A rule
 // without states has no kernels for blocks.
 template <class Rule>
@@ -48,6 +59,9 @@ struct StepKernels {
   void (*blocks_bfloat16)(const Rule&, const CodecTables&, const BlockRun&);
   void (*elements_float32)(const Rule&, const ElementRun&);
   void (*elements_bfloat16)(const Rule&, const ElementRun&);
+  // The extreme element of each new state, in units; what is not usable is not to be used.
+  void (*extremes_float32)(const Rule&, const CodecTables&, const ExtremeRun&, float*);
+  void (*extremes_bfloat16)(const Rule&, const CodecTables&, const ExtremeRun&, float*);
 
   template <class T>
   auto blocks() const {

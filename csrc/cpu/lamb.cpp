@@ -68,7 +68,7 @@ class Measurer {
       run.length = padded;
       for (int s = 0; s < LambRule::kStates; s++) {
         run.codes[s] = item.codes[s] + begin;
-        run.scales[s] = item.scales[s] + unit;
+        run.scales[s] = item.scales[s] + (item.one_scale ? 0 : unit);
         if (padded == length) continue;
         std::memcpy(codes[s], run.codes[s], size_t(length));
         std::memset(codes[s] + length, 0, size_t(padded - length));
@@ -107,11 +107,12 @@ Tensor lamb_update_sums_cpu(TensorList params, TensorList grads, TensorList exp_
                             TensorList exp_avg_sqs, TensorList exp_avg_scales,
                             TensorList exp_avg_sq_scales, TensorList steps, TensorList factors,
                             std::optional<Tensor> grad_scale, double beta1, double beta2,
-                            double eps, double weight_decay, bool maximize, int64_t block_size) {
+                            double eps, double weight_decay, bool maximize, int64_t block_size,
+                            bool block_wise) {
   const char* op = LambFamily::kOp;
   TORCHAO8_CHECK(!params.empty(), op, ": params must not be empty");
   const LambCall lamb(params, grads, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales,
-                      steps, factors, block_size, kCpu);
+                      steps, factors, block_size, block_wise, kCpu);
   const StepCall& call = lamb.call;
   const DefaultFloatingPoint guard;
   AdamOptions options = {{1, grad_scale ? read_scalar({op, "grad_scale"}, *grad_scale) : 1},

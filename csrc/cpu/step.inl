@@ -199,14 +199,18 @@ struct Moments {
   }
 
   template <bool kStochastic>
-  TORCHAO8_HD void finish(Plan<N>& plan, const uint64_t* keys) const {
+  TORCHAO8_HD void finish(Plan<N>& plan, const BlockRun& run) const {
     bool good = !nan.found();
     for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
       plan.extreme[s] =
           Rule::kSigned[s] ? extreme_signed[s].result() : extreme_unsigned[s].result();
+      if (run.extremes) {  // the block's own one has told whether its elements are usable
+        good = good && usable<Rule::kSigned[s]>(plan.extreme[s]);
+        plan.extreme[s] = run.extremes[s];
+      }
       plan.inverse[s] = inverse_of<Rule::kSigned[s]>(plan.extreme[s]);
       if constexpr (kStochastic && Rule::kStochastic[s]) {
-        plan.random[s].start(keys[s], block.first_element);
+        plan.random[s].start(run.keys[s], block.first_element);
       }
       // decay: the stored scale may overflow in units, or be none at all
       good = good && usable<Rule::kSigned[s]>(scale[s]) && usable<true>(rule.decay[s]) &&
@@ -356,7 +360,7 @@ void step_blocks(const Rule& rule, const CodecTables& tables, const BlockRun& ru
 
   First head(rule, tables, block, ring, 0);
   for (int i = 0; i < length; i += kWidth) head(i);
-  head.template finish<kStochastic>(plans[0], run.keys);
+  head.template finish<kStochastic>(plans[0], run);
   for (int64_t k = 0; k + 1 < run.blocks; k++) {
     const int now = int(k & 1);
     Block<Rule, T> next = block;
@@ -374,7 +378,7 @@ void step_blocks(const Rule& rule, const CodecTables& tables, const BlockRun& ru
       for (int i = 0; i < length; i += kWidth) first(i);
       pipeline.full = false;
     }
-    first.template finish<kStochastic>(plans[!now], run.keys);
+    first.template finish<kStochastic>(plans[!now], run);
     block = next;
   }
   const int now = int((run.blocks - 1) & 1);
@@ -480,13 +484,65 @@ void step_elements(const Rule& rule, const ElementRun& run) {
   step_vectors<Rule, T>(r, run, 0, run.count, write);
 }
 
+// The first pass alone, over a tensor with one scale: the extreme elements. An element that is not
+// usable counts with its old state, which it keeps.
+template <class Rule, class T>
+void find_extremes(const Rule& r, const CodecTables& tables, const ExtremeRun& run, float* found) {
+  constexpr int N = Rule::kStates;
+  const Decoder<true> decode_signed(tables);
+  const Decoder<false> decode_unsigned(tables);
+  const T *param = static_cast<const T*>(run.param), *grad = static_cast<const T*>(run.grad);
+  const Rule rule = r.with_scales(run.scales);
+  Extreme<true> extreme_signed[N];
+  Extreme<false> extreme_unsigned[N];
+  NanFinder nan[N];  // of a scale that is none
+  for (int64_t i = 0; i < run.count; i += kWidth) {
+    if constexpr (kWidth > 1) {
+      prefetch(grad + i + kAhead);
+      if constexpr (Rule::kMomentsNeedParam) prefetch(param + i + kAhead);
+      for (int s = 0; s < N; s++) prefetch(run.codes[s] + i + kAhead);
+    }
+    F old[N], values[Rule::kValues], p(0.0f);
+    for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
+      if constexpr (Rule::kSigned[s]) {
+        old[s] = decode_signed(run.codes[s] + i);
+      } else {
+        old[s] = decode_unsigned(run.codes[s] + i);
+      }
+      values[s] = old[s];
+    });
+    if constexpr (Rule::kMomentsNeedParam) p = load(param + i);
+    rule.template moments<true>(p, load(grad + i), values);
+    const Mask good = all_in_range<Rule>(values);
+    for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
+      const F v = select(good, values[s], old[s] * F(run.scales[s] / rule.unit[s]));
+      if constexpr (Rule::kSigned[s]) {
+        extreme_signed[s].add(v);
+        nan[s].add(v);
+      } else {
+        extreme_unsigned[s].add(v);
+      }
+    });
+  }
+  for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
+    if constexpr (Rule::kSigned[s]) {
+      found[s] = nan[s].found() ? bits_float(0x7fc00000u) : extreme_signed[s].result();
+    } else {
+      found[s] = extreme_unsigned[s].result();
+    }
+  });
+}
+
 template <class Rule>
 constexpr StepKernels<Rule> make_step_kernels() {
-  StepKernels<Rule> kernels = {nullptr, nullptr, step_elements<Rule, float>,
-                               step_elements<Rule, BFloat16>};
+  StepKernels<Rule> kernels = {
+      nullptr, nullptr, step_elements<Rule, float>, step_elements<Rule, BFloat16>,
+      nullptr, nullptr};
   if constexpr (Rule::kStates > 0) {
     kernels.blocks_float32 = step_blocks_of<Rule, float>;
     kernels.blocks_bfloat16 = step_blocks_of<Rule, BFloat16>;
+    kernels.extremes_float32 = find_extremes<Rule, float>;
+    kernels.extremes_bfloat16 = find_extremes<Rule, BFloat16>;
   }
   return kernels;
 }

@@ -11,6 +11,7 @@
 
 #include "common/step_call.h"
 #include "cpu/engine.h"
+#include "cpu/extremes.h"
 
 namespace torchao8 {
 
@@ -47,7 +48,12 @@ Item<Rule> make_item(const StepCall& call, int64_t i) {
   item.row_length = item.row_stride = layout.row_length;
   item.units_per_row = layout.blocks_per_row;
   if (sharded) item.row_stride = call.shard_row_strides[i];
+  item.one_scale = call.one_scale;
   for (int s = 0; s < Rule::kStates; s++) {
+    if (!call.extremes.empty()) {
+      const int64_t key = call.extremes[i].template const_data_ptr<int64_t>()[s];
+      item.extremes[s] = Rule::kSigned[s] ? extreme_of_key<true>(key) : extreme_of_key<false>(key);
+    }
     item.codes[s] = (*call.states[s].values)[i].template mutable_data_ptr<uint8_t>();
     item.scales[s] = (*call.states[s].scales)[i].template mutable_data_ptr<float>();
   }
@@ -77,6 +83,23 @@ void step_all(const StepCall& call, const typename Rule::Options& options) {
     engine.add(std::move(item));
   }
   engine.run();
+  engine.write_scales();
+}
+
+// A row for each parameter: the keys of the extreme elements of its new states.
+template <class Rule>
+Tensor find_extremes(const StepCall& call, const typename Rule::Options& options) {
+  Tensor keys = new_extremes(call);
+  ExtremeFinder<Rule> finder;
+  for (size_t i = 0; i < call.params.size(); i++) {
+    Item<Rule> item = make_item<Rule>(call, int64_t(i));
+    typename Rule::Options own = options;
+    if (!call.factors.empty()) own.multiply(call.factors[i].const_data_ptr<double>());
+    item.rule = Rule::at_step(own, int64_t(*call.steps[i].const_data_ptr<float>()) + 1, true);
+    finder.add(std::move(item), keys.mutable_data_ptr<int64_t>() + int64_t(i) * Rule::kStates);
+  }
+  finder.run();
+  return keys;
 }
 
 // The op's function. Its lists of states and its own arguments are those of the family.
@@ -88,10 +111,11 @@ struct StepOpOf<Family, std::index_sequence<S...>, Types<Arguments...>> {
   using List = TensorList;
 
   static void run(TensorList params, TensorList grads, List<S>... values, List<S>... scales,
-                  TensorList steps, TensorList factors, Tensor lr, std::optional<Tensor> grad_scale,
-                  std::optional<Tensor> found_inf, Arguments... arguments, int64_t block_size,
-                  bool stochastic_rounding, bool stochastic_params, int64_t seed,
-                  std::vector<int64_t> shard_offsets, std::vector<int64_t> shard_row_strides) {
+                  TensorList steps, TensorList factors, TensorList extremes, Tensor lr,
+                  std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+                  Arguments... arguments, int64_t block_size, bool stochastic_rounding,
+                  bool stochastic_params, int64_t seed, std::vector<int64_t> shard_offsets,
+                  std::vector<int64_t> shard_row_strides) {
     const TensorList *value_lists[] = {&values...}, *scale_lists[] = {&scales...};
     const PresentStates<Family> present(value_lists, scale_lists);
     const StepCall call{Family::kOp,
@@ -99,6 +123,7 @@ struct StepOpOf<Family, std::index_sequence<S...>, Types<Arguments...>> {
                         grads,
                         steps,
                         factors,
+                        extremes,
                         present.lists,
                         present.states,
                         present.has,
@@ -108,7 +133,8 @@ struct StepOpOf<Family, std::index_sequence<S...>, Types<Arguments...>> {
                         seed,
                         shard_offsets,
                         shard_row_strides,
-                        kCpu};
+                        kCpu,
+                        !extremes.empty()};
     check_block_size(Family::kOp, block_size);
     const DefaultFloatingPoint guard;
     const CommonOptions common = {
@@ -121,9 +147,38 @@ struct StepOpOf<Family, std::index_sequence<S...>, Types<Arguments...>> {
       check_count({Family::kOp, "steps", int64_t(i)}, steps[i]);
     for (size_t i = 0; i < factors.size(); i++)
       check_factor_values({Family::kOp, "factors", int64_t(i)}, factors[i]);
+    for (size_t i = 0; i < extremes.size(); i++)
+      check_extreme_values({Family::kOp, "extremes", int64_t(i)}, extremes[i]);
     if (found_inf && read_scalar({Family::kOp, "found_inf"}, *found_inf) != 0) return;
     Family::choose(options, present.has, grad_scale.has_value() || !factors.empty(),
                    [&](auto rule) { step_all<typename decltype(rule)::type>(call, options); });
+  }
+
+  // The op that looks at a step with one scale a tensor before it is made.
+  static Tensor extremes(TensorList params, TensorList grads, List<S>... values, List<S>... scales,
+                         TensorList steps, TensorList factors, Tensor lr,
+                         std::optional<Tensor> grad_scale, Arguments... arguments) {
+    const char* op = Family::kExtremesOp;
+    const TensorList *value_lists[] = {&values...}, *scale_lists[] = {&scales...};
+    const ExtremesCall<Family> wanted(params, grads, value_lists, scale_lists, steps, factors,
+                                      kCpu);
+    const StepCall& call = wanted.call;
+    const DefaultFloatingPoint guard;
+    const CommonOptions common = {read_scalar({op, "lr"}, lr),
+                                  grad_scale ? read_scalar({op, "grad_scale"}, *grad_scale) : 1};
+    const typename Family::Options options = {common, arguments...};
+    check_options<Family>(options, op);
+    wanted.check();
+    for (size_t i = 0; i < steps.size(); i++) check_count({op, "steps", int64_t(i)}, steps[i]);
+    for (size_t i = 0; i < factors.size(); i++)
+      check_factor_values({op, "factors", int64_t(i)}, factors[i]);
+    std::optional<Tensor> keys;
+    Family::choose(options, wanted.present.has, grad_scale.has_value() || !factors.empty(),
+                   [&](auto rule) {
+                     using Rule = typename decltype(rule)::type;
+                     if constexpr (Rule::kStates > 0) keys = find_extremes<Rule>(call, options);
+                   });
+    return *keys;
   }
 };
 template <class Family>

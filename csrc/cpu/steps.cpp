@@ -12,6 +12,7 @@ namespace {
 template <class Family, class Library>
 void implement(Library& m) {
   m.impl(Family::kOp, TORCH_BOX(&torchao8::StepOp<Family>::run));
+  m.impl(Family::kExtremesOp, TORCH_BOX(&torchao8::StepOp<Family>::extremes));
 }
 
 }  // namespace

@@ -42,6 +42,11 @@ struct BlockPlace {
                    e.row_stride) {}
 };
 
+// Whether the magnitude of a float, or of NaN the bits, is not above that of another one.
+TORCHAO8_HD bool is_within(float x, float extreme) {
+  return (float_bits(x) & 0x7fffffffu) <= (float_bits(extreme) & 0x7fffffffu);
+}
+
 // A block's extreme element. Of floats, the largest as a signed integer is the largest positive
 // one, the largest as an unsigned integer the negative one of largest magnitude, if there is one.
 template <bool kSigned>
@@ -53,6 +58,15 @@ struct Extreme {
     const uint32_t u = float_bits(x);
     if (kSigned && int32_t(u) > positive) positive = int32_t(u);
     if (u > negative) negative = u;
+  }
+  // Whether all that this lane has added can be in a state.
+  TORCHAO8_HD bool is_usable() const {
+    const uint32_t most = float_bits(kOverflow);
+    return kSigned ? uint32_t(positive) < most && (negative & 0x7fffffffu) < most : negative < most;
+  }
+  TORCHAO8_HD void add_all_of(const Extreme& other) {
+    if (other.positive > positive) positive = other.positive;
+    if (other.negative > negative) negative = other.negative;
   }
   // Of all that the lanes of the block have added. The positive one in a tie; NaN, or a negative
   // number in an unsigned state, if there is one.
@@ -77,6 +91,20 @@ struct Extremes {
     } else {
       of_unsigned[s].add(x);
     }
+  }
+  template <class S>
+  TORCHAO8_HD bool is_usable(S s) const {
+    if constexpr (Rule::kSigned[s]) {
+      return of_signed[s].is_usable();
+    } else {
+      return of_unsigned[s].is_usable();
+    }
+  }
+  TORCHAO8_HD void add_all_of(const Extremes& other) {
+    for_each_state<Rule::kStates>([&](auto s) {
+      of_signed[s].add_all_of(other.of_signed[s]);
+      of_unsigned[s].add_all_of(other.of_unsigned[s]);
+    });
   }
   template <class S>
   __device__ __forceinline__ float result(S s, int lanes) const {

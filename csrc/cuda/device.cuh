@@ -58,6 +58,9 @@ __device__ __forceinline__ uint32_t sum_of_lanes(uint32_t x) {
 __device__ __forceinline__ void add_atomically(int64_t* to, int64_t x) {
   atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(x));
 }
+__device__ __forceinline__ void raise_atomically(int64_t* to, int64_t x) {  // neither is negative
+  atomicMax(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(x));
+}
 __device__ __forceinline__ double root_of_double(double x) {
   return __dsqrt_rn(x);
 }

@@ -17,7 +17,8 @@ struct LaneElements {
   uint2 codes[N];
   float values[Rule::kValues][kPerLane];
 
-  __device__ __forceinline__ void load(const BlockEntry<N>& entry, int64_t at, bool with_param) {
+  template <class Entry>
+  __device__ __forceinline__ void load(const Entry& entry, int64_t at, bool with_param) {
     for_each_state<N>(
         [&](auto s) { codes[s] = *reinterpret_cast<const uint2*>(entry.codes[s] + at); });
     grad.load(static_cast<const T*>(entry.grad) + at);
@@ -134,29 +135,41 @@ struct RandomsAhead {
 };
 
 // What the lanes of a block share.
-template <class Rule>
+template <class Rule, class Entry>
 struct BlockScales {
   static constexpr int N = Rule::kStates;
   float scale[N], extreme[N], inverse[N];
 
-  TORCHAO8_HD void load(const BlockEntry<N>& entry, uint32_t block) {
-    for_each_state<N>([&](auto s) { scale[s] = entry.scales[s][block]; });
+  TORCHAO8_HD void load(const Entry& entry, uint32_t block) {
+    for_each_state<N>([&](auto s) {
+      scale[s] = entry.scales[s][Entry::kOneScale ? 0 : block];
+      if constexpr (Entry::kOneScale) extreme[s] = entry.template extreme<Rule::kSigned[s]>(s);
+    });
   }
   // Whether no element needs more than the fast path does.
   __device__ __forceinline__ bool finish(const Rule& rule, const Extremes<Rule>& extremes,
                                          int lanes) {
     bool good = true;
     for_each_state<N>([&](auto s) {
-      extreme[s] = extremes.result(s, lanes);
+      const float own = extremes.result(s, lanes);
+      if constexpr (Entry::kOneScale) {
+        // Its elements are usable, and none is above that of the tensor.
+        good = good && usable<Rule::kSigned[s]>(own) && is_within(own, extreme[s]);
+      } else {
+        extreme[s] = own;
+      }
       inverse[s] = extreme[s] == 0 ? 0.0f : bounded_reciprocal(extreme[s]);
       good = good && usable<Rule::kSigned[s]>(scale[s]) && usable<true>(rule.decay[s]) &&
              (has_scale<Rule::kSigned[s]>(extreme[s], rule.unit[s]) || extreme[s] == 0);
     });
     return all_of_warp(good);
   }
-  TORCHAO8_HD void store(const Rule& rule, const BlockEntry<N>& entry, uint32_t block) const {
-    for_each_state<N>(
-        [&](auto s) { entry.scales[s][block] = (Real(extreme[s]) * Real(rule.unit[s])).x; });
+  // One scale is written when all blocks have been stepped with the old one.
+  TORCHAO8_HD void store(const Rule& rule, const Entry& entry, uint32_t block) const {
+    if constexpr (!Entry::kOneScale) {
+      for_each_state<N>(
+          [&](auto s) { entry.scales[s][block] = (Real(extreme[s]) * Real(rule.unit[s])).x; });
+    }
   }
 };
 
@@ -191,9 +204,9 @@ struct LanePlace {
 };
 
 // The blocks of a unit, of up to kSpan elements together. False: nothing has been written.
-template <class Rule, class T, bool kOneBlock, bool kRounds>
-__device__ __forceinline__ bool step_span(const BlockEntry<Rule::kStates>& entry,
-                                          const Prepared<Rule>& prepared, const Tables& tables,
+template <class Rule, class T, bool kOneBlock, bool kRounds, class Entry>
+__device__ __forceinline__ bool step_span(const Entry& entry, const Prepared<Rule>& prepared,
+                                          const Tables& tables,
                                           RandomsAhead<Rule, kRounds>& randoms, int& turn,
                                           int log_of_block, bool stochastic, uint32_t unit,
                                           int lane) {
@@ -205,7 +218,7 @@ __device__ __forceinline__ bool step_span(const BlockEntry<Rule::kStates>& entry
     return BlockPlace(entry, 1 << log_of_block, block).first_element;
   };
   LaneElements<Rule, T> elements;
-  BlockScales<Rule> scales;
+  BlockScales<Rule, Entry> scales;
   scales.load(entry, place.block);
   elements.load(entry, place.at, true);
   warp_barrier();  // every lane has read before any writes; and the loads stay up here
@@ -255,7 +268,7 @@ __device__ __forceinline__ bool step_long_block(const BlockEntry<Rule::kStates>&
                                                 int lane) {
   constexpr int N = Rule::kStates;
   const BlockPlace place(entry, block_size, block);
-  BlockScales<Rule> scales;
+  BlockScales<Rule, BlockEntry<N>> scales;
   scales.load(entry, block);
   const Rule rule = prepared.rule.with_scales(scales.scale);
   Extremes<Rule> extremes;

@@ -24,6 +24,7 @@ void measure_blocks_of(const Step<LambRule>& step, int64_t* sums) {
     Entry entry = {};
     static_cast<BlockEntry<LambRule::kStates>&>(entry) = block_entry(step, i);
     entry.row = uint32_t(i);
+    entry.one_scale = call.one_scale;
     filler.add(entry);
   }
   filler.flush();
@@ -50,12 +51,13 @@ Tensor lamb_update_sums_cuda(TensorList params, TensorList grads, TensorList exp
                              TensorList exp_avg_sqs, TensorList exp_avg_scales,
                              TensorList exp_avg_sq_scales, TensorList steps, TensorList factors,
                              std::optional<Tensor> grad_scale, double beta1, double beta2,
-                             double eps, double weight_decay, bool maximize, int64_t block_size) {
+                             double eps, double weight_decay, bool maximize, int64_t block_size,
+                             bool block_wise) {
   const char* op = LambFamily::kOp;
   TORCHAO8_CHECK(!params.empty(), op, ": params must not be empty");
   const Place place = place_of({op, "params", 0}, params[0]);
   const LambCall lamb(params, grads, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales,
-                      steps, factors, block_size, place);
+                      steps, factors, block_size, block_wise, place);
   const StepCall& call = lamb.call;
   const Scalar scale = scalar_argument({op, "grad_scale"}, grad_scale, 1, place);
   const AdamOptions options = {

@@ -11,7 +11,8 @@ namespace torchao8::cuda {
 
 template <class Entry>
 struct Measured : Entry {
-  uint32_t row;  // of the sums
+  uint32_t row;    // of the sums
+  bool one_scale;  // of all blocks
 };
 
 // The sum of a warp, which goes to the row of the entry that it comes from.
@@ -82,7 +83,7 @@ struct BlockMeasurer {
                                           uint32_t block) {
     const BlockPlace place(entry, block_size, block);
     float scale[N];
-    for_each_state<N>([&](auto s) { scale[s] = entry.scales[s][block]; });
+    for_each_state<N>([&](auto s) { scale[s] = entry.scales[s][entry.one_scale ? 0 : block]; });
     const Rule rule = prepared.rule.with_scales(scale);
 #pragma unroll 1
     for (int i = lane; i < place.length + lane; i += kLanes) {  // all lanes as often

@@ -11,14 +11,14 @@ namespace torchao8::cuda {
 // Any block; kRounds: with bfloat16 parameters rounded stochastically. A lane takes every 32nd
 // element, computes the moments once for the extremes and again to use them; only the lane itself
 // reads what it writes.
-template <class Rule, bool kRounds>
-__device__ __noinline__ void slow_block(const BlockEntry<Rule::kStates>& entry,
-                                        const Prepared<Rule>& prepared, const Tables& tables,
-                                        int block_size, bool stochastic, uint32_t block, int lane) {
+template <class Rule, bool kRounds, class Entry>
+__device__ __noinline__ void slow_block(const Entry& entry, const Prepared<Rule>& prepared,
+                                        const Tables& tables, int block_size, bool stochastic,
+                                        uint32_t block, int lane) {
   constexpr int N = Rule::kStates;
   const BlockPlace place(entry, block_size, block);
   float scale[N];
-  for_each_state<N>([&](auto s) { scale[s] = entry.scales[s][block]; });
+  for_each_state<N>([&](auto s) { scale[s] = entry.scales[s][Entry::kOneScale ? 0 : block]; });
   const Rule rule = prepared.rule.with_scales(scale);
 
   // The new values; whether the element is updated.
@@ -43,7 +43,12 @@ __device__ __noinline__ void slow_block(const BlockEntry<Rule::kStates>& entry,
   };
 
   float extreme[N], inverse[N];
-  {
+  if constexpr (Entry::kOneScale) {
+    for_each_state<N>([&](auto s) {
+      extreme[s] = entry.template extreme<Rule::kSigned[s]>(s);
+      inverse[s] = inverse_of<Rule::kSigned[s]>(extreme[s]);
+    });
+  } else {
     Extremes<Rule> extremes;
     for (int i = lane; i < place.length; i += kLanes) {
       float values[Rule::kValues];
@@ -81,6 +86,9 @@ __device__ __noinline__ void slow_block(const BlockEntry<Rule::kStates>& entry,
     for_each_state<N>([&](auto s) {
       constexpr bool is_stochastic = Rule::kStochastic[s];
       uint32_t code = zero_code<Rule::kSigned[s]>();
+      if constexpr (Entry::kOneScale) {  // of the tensor's extreme element: no table is left
+        if (!is_within(values[s], extreme[s])) values[s] = extreme[s];
+      }
       if (encodes[s] && is_stochastic && stochastic) {
         code = encode_stochastic<Rule::kSigned[s]>(tables, values[s], inverse[s],
                                                    one_to_two(random[s](uint32_t(i))));
@@ -90,7 +98,7 @@ __device__ __noinline__ void slow_block(const BlockEntry<Rule::kStates>& entry,
       entry.codes[s][at] = uint8_t(code);
     });
   }
-  if (lane == 0) {
+  if (!Entry::kOneScale && lane == 0) {
     for_each_state<N>([&](auto s) {
       const float product = extreme[s] * rule.unit[s];
       const bool finite = usable<Rule::kSigned[s]>(extreme[s]) && usable<true>(product);

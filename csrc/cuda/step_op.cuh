@@ -14,9 +14,9 @@
 #include <optional>
 #include <vector>
 
-#include "common/step_call.h"
+#include "common/extremes_call.h"
 #include "cuda/launch.h"
-#include "cuda/step.cuh"
+#include "cuda/one_scale.cuh"
 #include "cuda/tables.cuh"
 
 namespace torchao8::cuda {
@@ -172,9 +172,90 @@ void step_elements_of(const Step<Rule>& step) {
   filler.flush();
 }
 
+// Fills a table with an entry for each parameter, and launches it.
+template <class Entry, class Rule, class Launch, class MakeEntry>
+void launch_tables(const Step<Rule>& step, Launch launch, MakeEntry make_entry) {
+  Filler<Rule, Entry, Launch> filler(step.numbers, int(step.call.block_size), step.call.stochastic,
+                                     launch);
+  for (size_t i = 0; i < step.call.params.size(); i++) filler.add(make_entry(i));
+  filler.flush();
+}
+
+template <class Rule, class T, bool kRounds>
+void step_one_scale_of(const Step<Rule>& step) {
+  constexpr int N = Rule::kStates;
+  using Blocks = OneScaleEntry<N>;
+  using Scales = ScalesEntry<N>;
+  const StepCall& call = step.call;
+  const Tables* tables = tables_on(step.launcher);
+  launch_tables<Blocks>(
+      step,
+      [&](const Table<Rule, Blocks>& table) {
+        step.launcher.launch_over(table.units, step_one_scale<Rule, T, kRounds>,
+                                  sizeof(SharedOfBlocks<Rule, kRounds>), table, tables);
+      },
+      [&](size_t i) {
+        Blocks entry = {};
+        static_cast<BlockEntry<N>&>(entry) = block_entry(step, i);
+        entry.extremes = call.extremes[i].template const_data_ptr<int64_t>();
+        return entry;
+      });
+  launch_tables<Scales>(
+      step,
+      [&](const Table<Rule, Scales>& table) {
+        step.launcher.launch(write_scales<Rule>, blocks_of_rows(call.op, table.count), 0, table);
+      },
+      [&](size_t i) {
+        Scales entry = {};
+        static_cast<Places&>(entry) = places_of(step, i);
+        for (int s = 0; s < N; s++)
+          entry.scales[s] = (*call.states[s].scales)[i].template mutable_data_ptr<float>();
+        entry.extremes = call.extremes[i].template const_data_ptr<int64_t>();
+        return entry;
+      });
+}
+
+template <class Rule, class T>
+void find_extremes_of(const Step<Rule>& step, int64_t* keys) {
+  constexpr int N = Rule::kStates;
+  using Entry = ExtremesEntry<N>;
+  const Tables* tables = tables_on(step.launcher);
+  launch_tables<Entry>(
+      step,
+      [&](const Table<Rule, Entry>& table) {
+        step.launcher.launch_over(table.units, find_extremes<Rule, T>,
+                                  sizeof(SharedOfExtremes<Rule>), table, tables);
+      },
+      [&](size_t i) {
+        Entry entry = {};
+        static_cast<Places&>(entry) = places_of(step, i);
+        for (int s = 0; s < N; s++) {
+          entry.codes[s] = (*step.call.states[s].values)[i].template mutable_data_ptr<uint8_t>();
+          entry.scales[s] = (*step.call.states[s].scales)[i].template mutable_data_ptr<float>();
+        }
+        entry.keys = keys + int64_t(i) * N;
+        entry.count = step.call.params[i].numel();
+        entry.finish(type_of(step));
+        return entry;
+      });
+}
+
+template <class Rule>
+void find_extremes_of(const Step<Rule>& step, int64_t* keys) {
+  switch (type_of(step)) {
+    case FloatType::kFloat32:
+      return find_extremes_of<Rule, float>(step, keys);
+    case FloatType::kBFloat16:
+      return find_extremes_of<Rule, BFloat16>(step, keys);
+    case FloatType::kFloat16:
+      return find_extremes_of<Rule, Half>(step, keys);
+  }
+}
+
 template <class Rule, class T, bool kRounds = false>
 void step_all_of(const Step<Rule>& step) {
   if constexpr (Rule::kStates > 0) {
+    if (step.call.one_scale) return step_one_scale_of<Rule, T, kRounds>(step);
     if (step.call.quantized()) return step_blocks_of<Rule, T, kRounds>(step);
   }
   step_elements_of<Rule, T, kRounds>(step);
@@ -209,10 +290,11 @@ struct StepOpOf<Family, std::index_sequence<S...>, Types<Arguments...>> {
   using List = TensorList;
 
   static void run(TensorList params, TensorList grads, List<S>... values, List<S>... scales,
-                  TensorList steps, TensorList factors, Tensor lr, std::optional<Tensor> grad_scale,
-                  std::optional<Tensor> found_inf, Arguments... arguments, int64_t block_size,
-                  bool stochastic_rounding, bool stochastic_params, int64_t seed,
-                  std::vector<int64_t> shard_offsets, std::vector<int64_t> shard_row_strides) {
+                  TensorList steps, TensorList factors, TensorList extremes, Tensor lr,
+                  std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+                  Arguments... arguments, int64_t block_size, bool stochastic_rounding,
+                  bool stochastic_params, int64_t seed, std::vector<int64_t> shard_offsets,
+                  std::vector<int64_t> shard_row_strides) {
     if (params.empty()) return;
     const char* op = Family::kOp;
     const Place place = place_of({op, "params", 0}, params[0]);
@@ -223,6 +305,7 @@ struct StepOpOf<Family, std::index_sequence<S...>, Types<Arguments...>> {
                         grads,
                         steps,
                         factors,
+                        extremes,
                         present.lists,
                         present.states,
                         present.has,
@@ -232,7 +315,8 @@ struct StepOpOf<Family, std::index_sequence<S...>, Types<Arguments...>> {
                         seed,
                         shard_offsets,
                         shard_row_strides,
-                        place};
+                        place,
+                        !extremes.empty()};
     check_block_size(op, block_size);
     const Scalar lr_number = scalar_argument({op, "lr"}, lr, 0, place);
     const Scalar scale = scalar_argument({op, "grad_scale"}, grad_scale, 1, place);
@@ -258,6 +342,46 @@ struct StepOpOf<Family, std::index_sequence<S...>, Types<Arguments...>> {
                           dense_grads,
                           rounds_params(call)});
         });
+  }
+
+  // The op that looks at a step with one scale a tensor before it is made.
+  static Tensor extremes(TensorList params, TensorList grads, List<S>... values, List<S>... scales,
+                         TensorList steps, TensorList factors, Tensor lr,
+                         std::optional<Tensor> grad_scale, Arguments... arguments) {
+    const char* op = Family::kExtremesOp;
+    TORCHAO8_CHECK(!params.empty(), op, ": params must not be empty");
+    const Place place = place_of({op, "params", 0}, params[0]);
+    const TensorList *value_lists[] = {&values...}, *scale_lists[] = {&scales...};
+    const ExtremesCall<Family> wanted(params, grads, value_lists, scale_lists, steps, factors,
+                                      place);
+    const StepCall& call = wanted.call;
+    const Scalar lr_number = scalar_argument({op, "lr"}, lr, 0, place);
+    const Scalar scale = scalar_argument({op, "grad_scale"}, grad_scale, 1, place);
+    const CommonOptions common = {lr_number.place ? 0 : lr_number.value,
+                                  scale.place ? 1 : scale.value};
+    const typename Family::Options options = {common, arguments...};
+    check_options<Family>(options, op);
+    wanted.check();
+
+    const Launcher launcher(op, place.index);
+    std::vector<Dense> dense_params, dense_grads;
+    for (const Tensor& param : params) dense_params.emplace_back(param);
+    for (const Tensor& grad : grads) dense_grads.emplace_back(grad);
+    Tensor found = new_extremes(call);
+    int64_t* const keys = found.mutable_data_ptr<int64_t>();
+    Family::choose(
+        options, wanted.present.has, grad_scale.has_value() || !factors.empty(), [&](auto type) {
+          using Rule = typename decltype(type)::type;
+          if constexpr (Rule::kStates > 0) {
+            find_extremes_of<Rule>({call,
+                                    launcher,
+                                    {options, lr_number, scale, {nullptr, 0, false}, 0, true},
+                                    dense_params,
+                                    dense_grads},
+                                   keys);
+          }
+        });
+    return found;
   }
 };
 template <class Family>

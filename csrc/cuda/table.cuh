@@ -77,6 +77,7 @@ constexpr int kSlots = N > 0 ? N : 1;
 // Of 8-bit state. A unit is a block, or the neighbouring blocks of a row that fill a warp.
 template <int N>
 struct BlockEntry : Places {
+  static constexpr bool kOneScale = false;
   uint8_t* codes[N];
   float* scales[N];
   int64_t rows, row_length, row_stride;

@@ -67,6 +67,7 @@ struct AdagradRule {
 
 struct AdagradFamily {
   static constexpr const char* kOp = "adagrad_step_";
+  static constexpr const char* kExtremesOp = "adagrad_extremes";
   static constexpr const char* kStates[] = {"sum"};
   static constexpr bool kOptional[] = {false};
   using Options = AdagradOptions;

@@ -95,6 +95,7 @@ struct AdamRule {
 
 struct AdamFamily {
   static constexpr const char* kOp = "adam_step_";
+  static constexpr const char* kExtremesOp = "adam_extremes";
   static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
   static constexpr bool kOptional[] = {false, false, true};
   using Options = AdamOptions;

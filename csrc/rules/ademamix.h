@@ -114,6 +114,7 @@ struct AdemamixRule {
 
 struct AdemamixFamily {
   static constexpr const char* kOp = "ademamix_step_";
+  static constexpr const char* kExtremesOp = "ademamix_extremes";
   static constexpr const char* kStates[] = {"exp_avg_fast", "exp_avg_slow", "exp_avg_sq"};
   static constexpr bool kOptional[] = {false, false, false};
   using Options = AdemamixOptions;

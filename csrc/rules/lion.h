@@ -70,6 +70,7 @@ struct LionRule {
 
 struct LionFamily {
   static constexpr const char* kOp = "lion_step_";
+  static constexpr const char* kExtremesOp = "lion_extremes";
   static constexpr const char* kStates[] = {"exp_avg"};
   static constexpr bool kOptional[] = {false};
   using Options = LionOptions;

@@ -104,6 +104,7 @@ struct RmspropRule {
 
 struct RmspropFamily {
   static constexpr const char* kOp = "rmsprop_step_";
+  static constexpr const char* kExtremesOp = "rmsprop_extremes";
   static constexpr const char* kStates[] = {"square_avg", "grad_avg", "momentum_buffer"};
   static constexpr bool kOptional[] = {false, true, true};
   using Options = RmspropOptions;

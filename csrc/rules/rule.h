@@ -26,6 +26,7 @@
 //
 // A family is the set of rules that one op chooses from. It has
 //     kOp             the op's name
+//     kExtremesOp     that of the op which finds the extreme elements of the new states
 //     kStates         the names of the states; the op's lists are <name>s and <name>_scales. Those
 //     kOptional[s]    may be empty
 //     Options         whose own members are the op's own arguments, in the order of its schema, of

@@ -78,6 +78,7 @@ struct SgdRule {
 
 struct SgdFamily {
   static constexpr const char* kOp = "sgd_step_";
+  static constexpr const char* kExtremesOp = "sgd_extremes";
   static constexpr const char* kStates[] = {"momentum_buffer"};
   static constexpr bool kOptional[] = {true};
   using Options = SgdOptions;

@@ -78,7 +78,7 @@ void measure(std::vector<TensorOf>& tensors, const cuda::Numbers<LambRule>& numb
 }
 
 std::vector<int64_t> cuda_sums(std::vector<TensorOf>& tensors, const AdamOptions& options,
-                               bool scaled, int block_size, unsigned blocks) {
+                               bool scaled, int block_size, unsigned blocks, bool one_scale) {
   std::vector<int64_t> sums(tensors.size() * kLimbs);
   const float grad_scale = float(options.grad_scale);
   const auto numbers = numbers_of(options, grad_scale, scaled);
@@ -94,6 +94,7 @@ std::vector<int64_t> cuda_sums(std::vector<TensorOf>& tensors, const AdamOptions
         e.codes[s] = t.code_place(s);
         e.scales[s] = t.scales[s].data();
       }
+      e.one_scale = one_scale;
       e.rows = t.shape.rows;
       e.row_length = e.row_stride = t.shape.columns;
       e.blocks_per_row = uint32_t(t.blocks_per_row(block_size));
@@ -115,8 +116,8 @@ std::vector<int64_t> cuda_sums(std::vector<TensorOf>& tensors, const AdamOptions
   return sums;
 }
 
-std::vector<int64_t> cpu_sums(TensorOf& t, const AdamOptions& options, bool scaled,
-                              int block_size) {
+std::vector<int64_t> cpu_sums(TensorOf& t, const AdamOptions& options, bool scaled, int block_size,
+                              bool one_scale) {
   AdamOptions own = options;
   if (t.has_factors) own.multiply(t.factors);
   const LambRule rule = LambRule::at_step(own, int64_t(t.step) + 1, scaled);
@@ -140,7 +141,7 @@ std::vector<int64_t> cpu_sums(TensorOf& t, const AdamOptions& options, bool scal
         run.length = int(n);
         for (int s = 0; s < N; s++) {
           run.codes[s] = t.code_place(s) + begin;
-          run.scales[s] = &t.scales[s][size_t(block)];
+          run.scales[s] = &t.scales[s][one_scale ? 0 : size_t(block)];
         }
         kernels.block(rule, codec_tables(), run, updates.data());
       } else {
@@ -158,7 +159,7 @@ std::vector<int64_t> cpu_sums(TensorOf& t, const AdamOptions& options, bool scal
   return {sum->limbs, sum->limbs + kLimbs};
 }
 
-void check(FloatType type, bool scaled, int block_size, unsigned blocks) {
+void check(FloatType type, bool scaled, int block_size, unsigned blocks, bool one_scale = false) {
   std::mt19937 random(3);
   std::vector<TensorOf> tensors;
   int number = 0;
@@ -173,9 +174,10 @@ void check(FloatType type, bool scaled, int block_size, unsigned blocks) {
   options.weight_decay = 0.1;
   options.decoupled = true;
   options.grad_scale = 4;
-  const std::vector<int64_t> got = cuda_sums(tensors, options, scaled, block_size, blocks);
+  const std::vector<int64_t> got =
+      cuda_sums(tensors, options, scaled, block_size, blocks, one_scale);
   for (size_t i = 0; i < tensors.size(); i++) {
-    const std::vector<int64_t> want = cpu_sums(tensors[i], options, scaled, block_size);
+    const std::vector<int64_t> want = cpu_sums(tensors[i], options, scaled, block_size, one_scale);
     if (std::equal(want.begin(), want.end(), &got[i * kLimbs])) continue;
     failures++;
     std::printf("type %d, %s of %d, %u blocks: tensor %zu of %ld elements differs\n", int(type),
@@ -189,6 +191,7 @@ int main() {
   for (unsigned blocks : {1u, 3u}) {
     check(FloatType::kFloat32, true, 256, blocks);
     check(FloatType::kFloat32, false, 256, blocks);
+    check(FloatType::kFloat32, true, 256, blocks, true);
   }
 #ifndef QUICK
   check(FloatType::kBFloat16, true, 256, 3);

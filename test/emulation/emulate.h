@@ -203,6 +203,9 @@ inline uint32_t sum_of_lanes(uint32_t x) {
 inline void add_atomically(int64_t* to, int64_t x) {
   *to += x;
 }
+inline void raise_atomically(int64_t* to, int64_t x) {
+  *to = std::max(*to, x);
+}
 inline double root_of_double(double x) {
   return std::sqrt(x);
 }

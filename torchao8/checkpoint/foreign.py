@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from torchao8 import ops
-from torchao8.block_layout import row_length, scale_shape
+from torchao8.block_layout import Scales, row_length
 from torchao8.checkpoint._bitsandbytes import (
     NESTED,
     is_bitsandbytes,
@@ -51,6 +51,7 @@ def to_own(
     shape: Sequence[int],
     states: Sequence[StateSpec],
     block_size: int,
+    block_wise: bool = True,
 ) -> dict[str, Any] | None:
     """The state of one parameter, saved by another library, under the keys of this one.
 
@@ -66,14 +67,14 @@ def to_own(
         saved: the entry of the parameter in the ``state`` of the state dict.
         shape: of the whole parameter, were it sharded.
         states: what the optimizer keeps, in the order of bitsandbytes: averages, then squares.
-        block_size: of the optimizer.
+        block_size, block_wise: of the optimizer.
 
     Returns:
         None if there is nothing to convert: state of this library, or float32 state of torch.optim,
         checked or not. Otherwise ``step``, a 0-d float32 tensor, and of all states either
         ``<name>_codes`` (uint8 of the given shape) and ``<name>_scale`` (float32 of the shape
-        ``scale_shape(shape, block_size)``) or ``<name>``, float32 of the given shape; on the device
-        of the saved tensors, and contiguous.
+        ``Scales(block_size, block_wise).shape(shape)``) or ``<name>``, float32 of the given shape;
+        on the device of the saved tensors, and contiguous.
 
         8 bits come back where all states are 8-bit, in our map, and in blocks that are ours. Codes
         and scales are then the saved ones, and may share memory with them. A second moment that
@@ -95,12 +96,13 @@ def to_own(
         moments = read_torchao(label, saved, shape, states)
     own: dict[str, Any] = {"step": checked_step(label, saved)}
     quantized = {k: m for k, m in moments.items() if isinstance(m, Quantized)}
+    scales = Scales(block_size, block_wise)
     if len(quantized) == len(states) and all(
-        _is_ours(quantized[s.name], s.signed, shape, block_size) for s in states
+        _is_ours(quantized[s.name], s.signed, shape, scales) for s in states
     ):
         for name, moment in quantized.items():
             own[f"{name}_codes"] = moment.codes
-            own[f"{name}_scale"] = moment.scale.reshape(scale_shape(shape, block_size))
+            own[f"{name}_scale"] = moment.scale.reshape(scales.shape(shape))
         return own
     for name, m in moments.items():
         own[name] = m.dequantize() if isinstance(m, Quantized) else m
@@ -137,9 +139,12 @@ def _widened(saved: Mapping[str, Any], states: Sequence[StateSpec]) -> dict[str,
     return {**saved, **narrow} if narrow else None
 
 
-def _is_ours(moment: Quantized, signed: bool, shape: Sequence[int], block_size: int) -> bool:
+def _is_ours(moment: Quantized, signed: bool, shape: Sequence[int], scales: Scales) -> bool:
     """Whether the codes and scales mean the same here."""
-    if moment.block_size != block_size or not _same_blocks(shape, block_size):
+    if scales.block_wise:
+        if moment.block_size != scales.block_size or not _same_blocks(shape, scales.block_size):
+            return False
+    elif moment.scale.numel() != 1:
         return False
     ours = ops.dynamic_map(signed).to(moment.map.device)
     return bool(((moment.map - ours).abs() <= _MAP_TOLERANCE).all())

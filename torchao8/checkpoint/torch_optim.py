@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from torchao8.block_layout import Scales
 from torchao8.checkpoint._names import check_own
 from torchao8.optim import _clipping
 from torchao8.optim._checkpoint import in_32bit
@@ -100,7 +101,7 @@ def _state(
         if torch_cls is not torch.optim.Adagrad:
             return {}
         own = {key: spec.empty(p) for key, spec in optimizer._layout(group, p).items()}
-    states = in_32bit(p, optimizer._states(group), own, group["block_size"])
+    states = in_32bit(p, optimizer._states(group), own, Scales.of(group))
     theirs = {k: v.detach().clone() for k, v in states.items() if k != _clipping.KEY}
     if states is not own:
         optimizer._mend_decoded(theirs)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchao8 import sharding
-from torchao8.block_layout import fits_8bit, scale_shape
+from torchao8.block_layout import Scales, fits_8bit
 from torchao8.optim import _clipping
 from torchao8.optim._checks import NO_FLOAT16, check_grad, describe, is_readable_grad
 from torchao8.sharding import Place
@@ -47,8 +47,9 @@ class Work(NamedTuple):
 
     Attributes:
         number, group: of the parameter group.
-        buckets: the op calls. A parameter whose shard on this rank is empty is in none of them, and
-            one may be there in several pieces.
+        buckets: the op calls. A parameter whose shard on this rank is empty is in none of them
+            (but for one with a single scale, which is there as an empty piece), and one may be
+            there in several pieces.
         numbers: of the parameters in the group.
         params: as they are in the group.
         grads: what lies on this rank.
@@ -105,15 +106,24 @@ class Columns:
         grad: Tensor,
         step: Tensor,
         states: list[Tensor],
+        quantized: bool,
+        block_wise: bool,
     ) -> None:
         """Adds what lies on this rank, if anything does: first all codes or values, then scales.
 
         In 32 bits there are no blocks, and where a parameter is not rounded stochastically (no
-        place) nothing depends on where an element lies.
+        place) nothing depends on where an element lies. Not block-wise, a rank where nothing lies
+        still has the scales, and steps them.
         """
+        half = len(states) // 2
         if place is None:
             if p.numel():
                 self.add(number, p, grad, step, *states)
+        elif not place.runs and quantized and not block_wise:
+            p, grad, codes = p.reshape(0), grad.reshape(0), [t.reshape(0) for t in states[:half]]
+            self.add(number, p, grad, step, *codes, *states[half:])
+            self.offsets.append(0)
+            self.strides.append(0)
         elif place.whole:
             for run in place.runs:
                 self.add(number, p, grad, step, *states)
@@ -121,13 +131,14 @@ class Columns:
                 self.strides.append(run.stride)
         else:
             # As matrices, whose rows are those of the global tensor whatever the local shape.
-            values = len(states) // 2 if place.blocks else len(states)
-            widths = [place.row] * values + [place.blocks] * (len(states) - values)
-            rows = [t.view(-1, width) for t, width in zip(states, widths, strict=True)]
+            values = half if quantized else len(states)
+            codes = [t.view(-1, place.row) for t in states[:values]]
+            scales = [t.view(-1, place.blocks) if block_wise else t for t in states[values:]]
             p, grad = p.view(-1, place.row), grad.reshape(-1, place.row)
             for run in place.runs:
                 a, b = run.first, run.last
-                self.add(number, p[a:b], grad[a:b], step, *(t[a:b] for t in rows))
+                self.add(number, p[a:b], grad[a:b], step, *(t[a:b] for t in codes))
+                self.tensors += [t[a:b] if block_wise else t for t in scales]
                 self.offsets.append(run.offset)
                 self.strides.append(run.stride)
 
@@ -208,9 +219,10 @@ def sort_into_buckets(
         if not quantized:
             place = place_of(i, p, False) if rounds else None
         kind = (quantized, p_local.device, p.dtype, grad.dtype, place is not None)
-        parts = [t.to_local() for t in states]
+        parts = [sharding.local(t) for t in states]
         columns = kinds.setdefault(kind, Columns())
-        columns.add_shard(where, place, p_local, grad, step, parts)
+        block_wise = group["block_wise"]
+        columns.add_shard(where, place, p_local, grad, step, parts, quantized, block_wise)
     work.buckets.extend(made.bucket(names, kind[0]) for kind, made in kinds.items() if made.tensors)
     return work
 
@@ -258,19 +270,20 @@ def check_layout(
         and (scale is not None or fits_8bit(p.shape, block_size, least))
     )
     if wants_8bit != (scale is not None) or (
-        scale is not None and scale.shape != _cached_scale_shape(p.shape, block_size)
+        scale is not None and scale.shape != _cached_scale_shape(p.shape, Scales.of(group))
     ):
         has = "32-bit state" if scale is None else f"8-bit state, scales {list(scale.shape)}"
         raise RuntimeError(
             f"{type(optimizer).__name__}: {describe(optimizer, p)} already has {has}, but its "
             f"group now says optim_bits={group['optim_bits']}, min_8bit_size={least}, "
-            f"block_size={block_size}. Set them back, or build a new optimizer."
+            f"block_size={block_size}, block_wise={group['block_wise']}. Set them back, or build a "
+            "new optimizer."
         )
 
 
 @functools.cache
-def _cached_scale_shape(shape: torch.Size, block_size: int) -> tuple[int, ...]:
-    return scale_shape(shape, block_size)
+def _cached_scale_shape(shape: torch.Size, scales: Scales) -> tuple[int, ...]:
+    return scales.shape(shape)
 
 
 def _keys_message(optimizer: Optimizer, p: Tensor, keys: list[str]) -> str:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from torchao8 import ops
-from torchao8.block_layout import scale_shape
+from torchao8.block_layout import MAX_BLOCK_SIZE, Scales
 from torchao8.optim import _clipping
 from torchao8.optim._checks import kind
 from torchao8.sharding import (
     cut_out,
     is_dtensor,
     is_placed_as,
+    largest_over_shards,
     like,
     local,
     place,
@@ -103,7 +104,7 @@ def check_form(
     layout: Layout,
     states: Sequence[State],
     saved: dict[str, Any],
-    saved_block_size: int,
+    saved_scales: Scales,
 ) -> bool:
     """Whether saved state of ``p`` needs a conversion, after all checks that look at no value.
 
@@ -113,13 +114,13 @@ def check_form(
         label: names the parameter in messages.
         layout: what the state is to be.
         saved: plain tensors of the whole, or DTensors where ``p`` is one.
-        saved_block_size: of the state, if it is 8-bit state.
+        saved_scales: of the state, if it is 8-bit state.
 
     Raises:
         ValueError: other keys; a value that is no tensor or of another dtype or shape.
     """
     in_8bit = _is_8bit(states, saved)
-    form = _form(layout, states, in_8bit, saved_block_size)
+    form = _form(layout, states, in_8bit, saved_scales)
     if set(saved) != set(form):
         raise ValueError(
             f"state of {label}: expected the keys {list(layout)}, got {list(saved)}"
@@ -174,14 +175,17 @@ def _is_8bit(states: Sequence[State], keys: Collection[str]) -> bool:
     return any(f"{state.name}_codes" in keys for state in states)
 
 
-def _form(layout: Layout, states: Sequence[State], in_8bit: bool, block_size: int) -> Layout:
+def _form(layout: Layout, states: Sequence[State], in_8bit: bool, scales: Scales) -> Layout:
     """The layout of the same state in 8 or 32 bits; without what this rank has of it."""
     form = {key: layout[key] for key in BESIDE_STATES if key in layout}
     for state in states:
         shape = next(layout[key].shape for key in _keys(state, _is_8bit(states, layout)))
-        scales = scale_shape(shape, block_size)
+        of_scales = scales.shape(shape)
         new = (
-            (TensorSpec(torch.uint8, shape), TensorSpec(torch.float32, scales, signed=state.signed))
+            (
+                TensorSpec(torch.uint8, shape),
+                TensorSpec(torch.float32, of_scales, signed=state.signed),
+            )
             if in_8bit
             else (TensorSpec(torch.float32, shape, signed=state.signed),)
         )
@@ -277,14 +281,15 @@ def convert(
     layout: Layout,
     states: Sequence[State],
     saved: dict[str, Any],
-    block_size: int,
-    saved_block_size: int,
+    scales: Scales,
+    saved_scales: Scales,
 ) -> dict[str, Tensor]:
     """What this rank holds of saved state after its conversion, through float32.
 
     8 bits become 32 without loss, 32 become 8 rounded to nearest, and other blocks both. Sharded
     state is converted where it lies if it is placed as ``p`` and in whole blocks; if not, it is
-    gathered, a collective, a parameter at a time.
+    gathered, a collective, a parameter at a time. One scale for all of a sharded parameter is a
+    collective as well.
 
     Args:
         saved: of a form that :func:`check_form` has let pass.
@@ -293,35 +298,55 @@ def convert(
         ValueError: a number that no step could have left; after the collectives.
     """
     in_8bit, saved_in_8bit = _is_8bit(states, layout), _is_8bit(states, saved)
-    form = _form(layout, states, saved_in_8bit, saved_block_size)
+    form = _form(layout, states, saved_in_8bit, saved_scales)
     keys = [key for key in form if key not in BESIDE_STATES]
+    sharded_keys = [k for k in keys if saved_scales.block_wise or not k.endswith("_scale")]
     here = is_dtensor(p) and all(
-        is_dtensor(saved[key]) and is_placed_as(p, saved[key]) for key in keys
+        is_dtensor(saved[key]) and is_placed_as(p, saved[key]) for key in sharded_keys
     )
     if here and is_dtensor(p):
-        used = ((block_size, in_8bit), (saved_block_size, saved_in_8bit))
-        here = all(place(p, size) is not None for size, is_used in used if is_used)
+        used = ((scales, in_8bit), (saved_scales, saved_in_8bit))
+        here = all(
+            place(p, each.block_size) is not None
+            for each, is_used in used
+            if is_used and each.block_wise
+        )
     step = _step_tensor(saved["step"])
-    values = {key: local(saved[key]) if here else _whole(saved[key]).detach() for key in keys}
-    for key, value in values.items():
-        _check_values(label, key, form[key], value)
+    values = {
+        key: local(saved[key]) if here and key in sharded_keys else _whole(saved[key]).detach()
+        for key in keys
+    }
     parts, sharded = {"step": step}, p if here else None
     if _clipping.KEY in form:
         parts[_clipping.KEY] = _whole(saved[_clipping.KEY]).detach()
-    for state in states:
-        new: tuple[Tensor, ...] = tuple(values[key] for key in _keys(state, saved_in_8bit))
-        if saved_in_8bit:
-            codes, scale = new
-            new = (_dequantize(sharded, codes, scale, saved_block_size, state.signed),)
+    moments: list[Tensor] = []
+    extremes = [torch.zeros(1) for _ in states]
+    refusal: ValueError | None = None
+    try:
+        for key, value in values.items():
+            _check_values(label, key, form[key], value)
+        for state in states:
+            first, *others = (values[key] for key in _keys(state, saved_in_8bit))
+            for scale in others:
+                first = _dequantize(sharded, first, scale, saved_scales, state.signed)
+            moments.append(first)
+    except ValueError as error:
+        refusal = error  # not yet: the other ranks are about to talk
+    if in_8bit and not scales.block_wise:
+        extremes = _extreme_elements(sharded, moments, len(states), local(p).device)
+    if refusal is not None:
+        raise refusal
+    for state, moment, extreme in zip(states, moments, extremes, strict=True):
+        new: tuple[Tensor, ...] = (moment,)
         if in_8bit:
-            new = _quantize(sharded, new[0], block_size, state.signed)
+            new = _quantize(sharded, moment, scales, state.signed, extreme)
         for key, value in zip(_keys(state, in_8bit), new, strict=True):
             parts[key] = value if here else _part(p, layout[key], value)
     return parts
 
 
 def in_32bit(
-    p: Tensor, states: Sequence[State], saved: dict[str, Any], block_size: int
+    p: Tensor, states: Sequence[State], saved: dict[str, Any], scales: Scales
 ) -> dict[str, Any]:
     """The state of a parameter in 32 bits, sharded as it is; ``saved`` itself where it is so."""
     if not _is_8bit(states, saved):
@@ -329,30 +354,34 @@ def in_32bit(
     converted = {key: saved[key] for key in BESIDE_STATES if key in saved}
     for state in states:
         codes, scale = (local(saved[key]) for key in _keys(state, True))
-        converted[state.name] = like(
-            p, _dequantize(p, codes, scale, block_size, state.signed), p.shape
-        )
+        converted[state.name] = like(p, _dequantize(p, codes, scale, scales, state.signed), p.shape)
     return converted
 
 
 def _dequantize(
-    p: Tensor | None, codes: Tensor, scale: Tensor, block_size: int, signed: bool
+    p: Tensor | None, codes: Tensor, scale: Tensor, scales: Scales, signed: bool
 ) -> Tensor:
     """The numbers that codes stand for: all of them, or what this rank holds of those of ``p``."""
-    shape = codes.shape
-    if is_dtensor(p):  # as matrices, whose rows are those of the whole
+    shape, block_size = codes.shape, scales.block_size
+    if codes.numel() == 0:
+        return torch.empty(shape, dtype=torch.float32, device=codes.device)
+    if not scales.block_wise:
+        codes, scale = codes.reshape(-1), scale.to(codes.device)
+        scale = scale.expand(-(-len(codes) // block_size)).contiguous()
+    elif is_dtensor(p):  # as matrices, whose rows are those of the whole
         where = place(p, block_size)
         assert where is not None  # or it would have no codes
-        if codes.numel() == 0:
-            return torch.empty(shape, dtype=torch.float32, device=codes.device)
         codes, scale = codes.reshape(-1, where.row), scale.reshape(-1, where.blocks)
     return ops.dequantize_blockwise(codes, scale, block_size=block_size, signed=signed).view(shape)
 
 
 def _quantize(
-    p: Tensor | None, moment: Tensor, block_size: int, signed: bool
+    p: Tensor | None, moment: Tensor, scales: Scales, signed: bool, extreme: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The reverse of :func:`_dequantize`."""
+    """The reverse of :func:`_dequantize`; the extreme is that of one scale for the tensor."""
+    block_size = scales.block_size
+    if not scales.block_wise:
+        return _quantize_with(moment, extreme, signed)
     if not is_dtensor(p):
         return ops.quantize_blockwise(moment, block_size=block_size, signed=signed)
     where = place(p, block_size)
@@ -360,6 +389,37 @@ def _quantize(
     rows = moment.reshape(-1, where.row) if moment.numel() else moment.new_empty(0, 1)
     codes, scale = ops.quantize_blockwise(rows, block_size=block_size, signed=signed)
     return codes.view(moment.shape), scale.view(where.scale_shape)
+
+
+def _extreme_elements(
+    p: Tensor | None, moments: Sequence[Tensor], count: int, device: torch.device
+) -> list[Tensor]:
+    """The element of largest magnitude of each of so many moments, with its sign, as of blocks.
+
+    A collective where these are what this rank holds of those of ``p``. One that was refused, and
+    is missing, counts as nothing.
+    """
+    ends = torch.zeros(count, 2, device=device)  # the largest, and the largest of the negated
+    for i, moment in enumerate(moments):
+        if moment.numel():
+            ends[i] = torch.stack((moment.max(), -moment.min()))
+    ends = ends.nan_to_num().clamp_min(0)
+    if is_dtensor(p):
+        ends = largest_over_shards(p, ends)
+    return list(torch.where(ends[:, 0] >= ends[:, 1], ends[:, 0], -ends[:, 1])[:, None])
+
+
+def _quantize_with(moment: Tensor, extreme: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """Nearest codes at one scale. No element is above it, so that any block of which it is the
+    first element has it for its scale."""
+    others = MAX_BLOCK_SIZE - 1
+    rows = max(1, -(-moment.numel() // others))
+    values = moment.new_zeros(rows * others)
+    values[: moment.numel()] = moment.reshape(-1)
+    blocks = torch.cat((extreme.to(moment.device).expand(rows, 1), values.view(rows, others)), 1)
+    codes, scale = ops.quantize_blockwise(blocks, block_size=MAX_BLOCK_SIZE, signed=signed)
+    codes = codes[:, 1:].reshape(-1)[: moment.numel()]
+    return codes.view(moment.shape).contiguous(), scale[0].clone()
 
 
 def _keys(state: State, in_8bit: bool) -> tuple[str, ...]:

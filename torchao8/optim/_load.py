@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchao8 import sharding
-from torchao8.block_layout import check_block_size
+from torchao8.block_layout import Scales, check_block_size
 from torchao8.checkpoint import foreign
 from torchao8.optim import _clipping
 from torchao8.optim._buckets import Group
 from torchao8.optim._checkpoint import Layout, State, check_form, convert, parts_of, seal
-from torchao8.optim._checks import check_params, describe, warn_caller
+from torchao8.optim._checks import check_flag, check_params, describe, warn_caller
 
 if TYPE_CHECKING:
     from torchao8.optim.base import LowPrecisionOptimizer
@@ -80,8 +80,8 @@ class _Plan(NamedTuple):
     layout: Layout
     states: tuple[State, ...]
     values: dict[str, Any]
-    block_size: int
-    saved_block_size: int
+    scales: Scales
+    saved_scales: Scales
     converts: bool
 
 
@@ -126,13 +126,18 @@ class _Loading:
             if group["stochastic_rounding"]:
                 check_params(live["params"], True)
             self.groups.append(group)
-            block_size = saved.get("block_size", group["block_size"])
-            check_block_size(block_size)
+            # What another library wrote comes in the blocks of the optimizer.
+            block_wise = "state_version" in saved or group["block_wise"]
+            saved_scales = Scales(
+                saved.get("block_size", group["block_size"]), saved.get("block_wise", block_wise)
+            )
+            check_block_size(saved_scales.block_size)
+            check_flag("block_wise", saved_scales.block_wise)
             for p, saved_id in zip(live["params"], saved["params"], strict=True):
                 if self._has_state(p, saved_id):
                     if "state_version" not in saved:
                         self._read_foreign(group, p, saved_id)
-                    self._plan(group, p, saved_id, block_size)
+                    self._plan(group, p, saved_id, saved_scales)
         known = {saved_id for group in self.saved_groups for saved_id in group["params"]}
         stray = [key for key in self.state if key not in known]
         if stray:
@@ -186,7 +191,7 @@ class _Loading:
     def _read_foreign(self, group: Group, p: Tensor, saved_id: Any) -> None:
         values, states = self.state[saved_id], self.optimizer._states(group)
         label = describe(self.optimizer, p)
-        own = foreign.to_own(label, values, p.shape, states, group["block_size"])
+        own = foreign.to_own(label, values, p.shape, states, *Scales.of(group))
         if own is not None:
             self.authors.add(foreign.who_wrote(values) or "torch.optim")
             self.state[saved_id] = own
@@ -196,31 +201,31 @@ class _Loading:
                 history = torch.full((_clipping.HISTORY,), _clipping.EMPTY)
             self.state[saved_id] = {**self.state[saved_id], _clipping.KEY: history}
 
-    def _plan(self, group: Group, p: Tensor, saved_id: Any, saved_block_size: int) -> None:
+    def _plan(self, group: Group, p: Tensor, saved_id: Any, saved_scales: Scales) -> None:
         values, states = self.state[saved_id], self.optimizer._states(group)
         label, layout = describe(self.optimizer, p), self.optimizer._layout(group, p)
-        converts = check_form(label, p, layout, states, values, saved_block_size)
-        block_size = group["block_size"]
+        converts = check_form(label, p, layout, states, values, saved_scales)
+        scales = Scales.of(group)
         if converts:
             was_8bit, is_8bit = (any(k.endswith("_codes") for k in ks) for ks in (values, layout))
             how = (
                 "in 8 bits, and is kept in 32 from here on"
                 if not is_8bit
                 else "with another block_size, and is rounded anew"
+                if was_8bit and saved_scales.block_wise == scales.block_wise
+                else "with another block_wise, and is rounded anew"
                 if was_8bit
                 else "in 32 bits, and is rounded to 8"
             )
             self.converted.setdefault(how, []).append(label)
-        plan = _Plan(
-            saved_id, label, p, layout, states, values, block_size, saved_block_size, converts
-        )
+        plan = _Plan(saved_id, label, p, layout, states, values, scales, saved_scales, converts)
         self.plans.append(plan)
 
     def _converted(self, plan: _Plan) -> dict[str, Tensor]:
-        _, label, p, layout, states, values, block_size, saved_block_size, converts = plan
+        _, label, p, layout, states, values, scales, saved_scales, converts = plan
         if not converts:
             return parts_of(p, layout, values)
-        parts = convert(label, p, layout, states, values, block_size, saved_block_size)
+        parts = convert(label, p, layout, states, values, scales, saved_scales)
         self.optimizer._mend_decoded(parts)
         return parts
 
@@ -233,7 +238,7 @@ class _Loading:
             others = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
             warn_caller(
                 f"{name}: the state of {labels[0]}{others} was saved {how}, as optim_bits, "
-                "min_8bit_size, block_size or the sharding ask for here"
+                "min_8bit_size, block_size, block_wise or the sharding ask for here"
             )
         decays = any(
             g["weight_decay"] and not g.get("decoupled_weight_decay", True) for g in self.groups

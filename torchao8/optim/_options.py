@@ -46,7 +46,9 @@ class CommonOptions(TypedDict, total=False):
             parameter's last 100, in ascending order, to that norm; 100 is off. As in bitsandbytes
             up to 0.45, but for the norm of the whole parameter where it is sharded. To be decided
             before the first step.
-        block_wise: must be True.
+        block_wise: False gives each 8-bit state of a parameter one scale in place of one a block,
+            as bitsandbytes up to 0.45 could: coarser, and a step reads everything twice.
+            ``block_size`` then only says which parameters keep 8 bits and how they are rounded.
         is_paged: must be False.
     """
 

@@ -90,6 +90,9 @@ class Adam(_Adam):
             parameter's last 100, in ascending order, to that norm; 100 is off. As in bitsandbytes
             up to 0.45, but for the norm of the whole parameter where it is sharded. To be decided
             before the first step.
+        block_wise: False gives each 8-bit state of a parameter one scale in place of one a block,
+            as bitsandbytes up to 0.45 could: coarser, and a step reads everything twice.
+            ``block_size`` then only says which parameters keep 8 bits and how they are rounded.
         decoupled_weight_decay: decay as :class:`AdamW` does.
 
     Raises:
@@ -118,6 +121,7 @@ class Adam(_Adam):
         stochastic_rounding: bool = False,
         seed: int = 0,
         percentile_clipping: int = 100,
+        block_wise: bool = True,
         decoupled_weight_decay: bool = False,
     ) -> None:
         options = _options(locals(), decoupled_weight_decay=decoupled_weight_decay)
@@ -154,6 +158,7 @@ class AdamW(_Adam):
         stochastic_rounding: bool = False,
         seed: int = 0,
         percentile_clipping: int = 100,
+        block_wise: bool = True,
     ) -> None:
         super().__init__(params, _options(locals(), decoupled_weight_decay=True))
 
@@ -166,7 +171,6 @@ class Adam8bit(_Adam):
     <https://arxiv.org/abs/2110.02861>`_. Arguments and errors are those of :class:`Adam`, and
 
     Args:
-        block_wise: must be True.
         is_paged: must be False.
     """
 

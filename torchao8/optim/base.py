@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from torchao8 import ops, sharding
-from torchao8.block_layout import check_block_size, fits_8bit, scale_shape
-from torchao8.optim import _clipping, _factors
+from torchao8.block_layout import Scales, check_block_size, fits_8bit
+from torchao8.optim import _clipping, _extremes, _factors
 from torchao8.optim._buckets import (
     Bucket,
     Group,
@@ -53,9 +53,22 @@ if TYPE_CHECKING:
 # Options of every optimizer that have one value so far, and what the others would be.
 FIXED = {
     "differentiable": (False, "a step that autograd records"),
-    "block_wise": (True, "one scale for a whole tensor"),
     "is_paged": (False, "paged state"),
 }
+
+# What ops.step_ and ops.extremes begin with: the op, params, grads, values, scales, steps, lr,
+# grad_scale and factors.
+_Shared = tuple[
+    str,
+    list[Tensor],
+    list[Tensor],
+    list[list[Tensor]],
+    list[list[Tensor]],
+    list[Tensor],
+    Tensor,
+    Tensor | None,
+    list[Tensor],
+]
 
 
 class LowPrecisionOptimizer(Optimizer):
@@ -73,7 +86,12 @@ class LowPrecisionOptimizer(Optimizer):
 
     # The options that a checkpoint does not replace: they say where the bytes of the state lie. A
     # checkpoint that was laid out otherwise is refused, not taken over.
-    _own_options: tuple[str, ...] = ("optim_bits", "min_8bit_size", "block_size")
+    _own_options: tuple[str, ...] = (
+        "optim_bits",
+        "min_8bit_size",
+        "block_size",
+        "block_wise",
+    )
     _told_of_no_gradient = False
     # Of torchao8.ops.STEP_OPS, and the states in the order of its lists.
     _op: str
@@ -130,6 +148,7 @@ class LowPrecisionOptimizer(Optimizer):
         if not is_int(group["min_8bit_size"]) or group["min_8bit_size"] < 0:
             raise ValueError(f"min_8bit_size: expected an int >= 0, got {group['min_8bit_size']!r}")
         check_block_size(group["block_size"])
+        check_flag("block_wise", group["block_wise"])
         rounding = group["state_rounding"]
         if rounding not in ("stochastic", "nearest"):
             raise ValueError(
@@ -172,14 +191,15 @@ class LowPrecisionOptimizer(Optimizer):
 
     def _layout(self, group: Group, p: Tensor) -> Layout:
         """Every key of ``state[p]`` under the options of its group, and what stands there."""
-        shape, block_size = tuple(p.shape), group["block_size"]
+        shape, block_size, scales = tuple(p.shape), group["block_size"], Scales.of(group)
         in_8bit = group["optim_bits"] == 8 and fits_8bit(shape, block_size, group["min_8bit_size"])
         place, local_shape, local_scale = None, None, None
         if is_dtensor(p):
             local_shape = tuple(sharding.local(p).shape)
             place = sharding.place(p, block_size)
             in_8bit = in_8bit and place is not None
-            local_scale = place.scale_shape if place is not None else None
+            if place is not None and scales.block_wise:
+                local_scale = place.scale_shape
             if in_8bit and place is not None:
                 check_shard(self, p, place)
             elif rounds_param(group, p):
@@ -187,26 +207,27 @@ class LowPrecisionOptimizer(Optimizer):
         layout = {"step": TensorSpec(torch.float32, ())}
         if _clipping.clips(group):
             layout[_clipping.KEY] = TensorSpec(torch.float32, (_clipping.HISTORY,), _clipping.EMPTY)
-        if sharding.is_flattened(p) and self._needs_norms(group):
+        if sharding.is_flattened(p) and self._needs_the_whole(group):
             raise ValueError(
                 f"{type(self).__name__}: {describe(self, p)} was flattened by FSDP1, which does "
-                "not tell where the shards of a parameter are; clipping by percentiles and trust "
-                "ratios need the norm of all of it. Shard with fully_shard (FSDP2)"
+                "not tell where the shards of a parameter are; clipping by percentiles, trust "
+                "ratios and block_wise=False need all of it. Shard with fully_shard (FSDP2)"
             )
         for name, signed, initial in self._states(group):
             if in_8bit:
                 code = 255 if initial else 127 if signed else 0  # 1.0 or 0.0, times the scale
-                scales = scale_shape(shape, block_size)
                 layout[f"{name}_codes"] = TensorSpec(torch.uint8, shape, code, local_shape)
                 layout[f"{name}_scale"] = TensorSpec(
-                    torch.float32, scales, initial, local_scale, signed
+                    torch.float32, scales.shape(shape), initial, local_scale, signed
                 )
             else:
                 layout[name] = TensorSpec(torch.float32, shape, initial, local_shape, signed)
         return layout
 
-    def _needs_norms(self, group: Group) -> bool:
-        return _clipping.clips(group) or self._has_trust_ratios(group)
+    def _needs_the_whole(self, group: Group) -> bool:
+        """Whether a step needs to know something of all of a parameter."""
+        one_scale = group["optim_bits"] == 8 and not group["block_wise"]
+        return one_scale or _clipping.clips(group) or self._has_trust_ratios(group)
 
     def _init_states(self) -> None:
         """Gives state to every parameter that lacks it, or, if anything is refused, to none.
@@ -304,32 +325,7 @@ class LowPrecisionOptimizer(Optimizer):
             self._has_trust_ratios, self._trust_ratios, self._update_sums, self._shard_groups
         )
         factors = _factors.factors_of(rule, works, grad_scale, found_inf)
-        calls = [
-            (lr, work.group, bucket, own)
-            for lr, work, own in zip(rates, works, factors, strict=True)
-            for bucket in work.buckets
-        ]
-        for lr, group, bucket, own in calls:
-            device = bucket.params[0].device
-            ops.step_(
-                self._op,
-                bucket.params,
-                bucket.grads,
-                [bucket.values.get(name, []) for name in self._op_states],
-                [bucket.scales.get(name, []) for name in self._op_states],
-                bucket.steps,
-                lr if lr.is_cpu else _to_device(lr, device),  # a number on the CPU goes anywhere
-                _to_device(grad_scale, device),
-                _to_device(found_inf, device),
-                factors=[own[i] for i in bucket.numbers] if own else [],
-                block_size=group["block_size"],
-                stochastic_rounding=group["state_rounding"] == "stochastic",
-                stochastic_params=group["stochastic_rounding"],
-                seed=group["seed"],
-                shard_offsets=bucket.shard_offsets,
-                shard_row_strides=bucket.shard_row_strides,
-                **self._op_options(group),
-            )
+        self._call_ops(works, rates, factors, grad_scale, found_inf)
         steps: dict[torch.device, list[Tensor]] = {}
         for work in works:
             for step in work.steps:
@@ -340,6 +336,49 @@ class LowPrecisionOptimizer(Optimizer):
             ops.count_step_(made, _to_device(found_inf, device))
         self._mark_modified()
         return loss
+
+    def _call_ops(
+        self,
+        works: list[Work],
+        rates: list[Tensor],
+        factors: list[list[Tensor]],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Steps the tensors of all buckets."""
+
+        def shared(i: int, bucket: Bucket) -> _Shared:
+            device, lr = bucket.params[0].device, rates[i]
+            return (
+                self._op,
+                bucket.params,
+                bucket.grads,
+                [bucket.values.get(name, []) for name in self._op_states],
+                [bucket.scales.get(name, []) for name in self._op_states],
+                bucket.steps,
+                lr if lr.is_cpu else _to_device(lr, device),  # a number on the CPU goes anywhere
+                _to_device(grad_scale, device),
+                [factors[i][k] for k in bucket.numbers] if factors[i] else [],
+            )
+
+        def find(i: int, bucket: Bucket) -> Tensor:
+            return ops.extremes(*shared(i, bucket), **self._op_options(works[i].group))
+
+        extremes = _extremes.extremes_of(find, works, self._shard_groups)
+        calls = [(i, work.group, bucket) for i, work in enumerate(works) for bucket in work.buckets]
+        for i, group, bucket in calls:
+            ops.step_(
+                *shared(i, bucket),
+                [extremes[i][k] for k in bucket.numbers if k in extremes[i]],
+                _to_device(found_inf, bucket.params[0].device),
+                block_size=group["block_size"],
+                stochastic_rounding=group["state_rounding"] == "stochastic",
+                stochastic_params=group["stochastic_rounding"],
+                seed=group["seed"],
+                shard_offsets=bucket.shard_offsets,
+                shard_row_strides=bucket.shard_row_strides,
+                **self._op_options(group),
+            )
 
     def _work(self, number: int, group: Group) -> Work:
         """What a step does in a group."""
@@ -373,17 +412,18 @@ class LowPrecisionOptimizer(Optimizer):
             for p, key in zip(group["params"], packed["params"], strict=True):
                 if sharding.is_flattened(p) and key in result["state"]:
                     saved = result["state"][key]
-                    result["state"][key] = in_32bit(p, states, saved, group["block_size"])
+                    result["state"][key] = in_32bit(p, states, saved, Scales.of(group))
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint, or raises and changes nothing.
 
         As in ``torch.optim``, the options of the checkpoint replace those of the groups, except
-        those that lay out the state (``optim_bits``, ``min_8bit_size``, ``block_size``). State
-        tensors keep their bytes. They move to the device of their parameter; those that are there
-        already are taken over, not copied. State that was saved in another precision than the
-        parameter keeps here, or in other blocks, is converted, and one warning says so.
+        those that lay out the state (``optim_bits``, ``min_8bit_size``, ``block_size``,
+        ``block_wise``). State tensors keep their bytes. They move to the device of their parameter;
+        those that are there already are taken over, not copied. State that was saved in another
+        precision than the parameter keeps here, or in other blocks, is converted, and one warning
+        says so.
 
         Where parameters are DTensors this is a collective: all ranks load, or all raise. Their
         state may come as DTensors or, on every rank, as the whole plain tensors.

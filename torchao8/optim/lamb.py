@@ -110,6 +110,7 @@ class LAMB(LowPrecisionOptimizer):
             grad_scale,
             factors=factors,
             block_size=group["block_size"],
+            block_wise=group["block_wise"],
             **_rule_options(group),
         )
 

@@ -1,0 +1,207 @@
+// Tensors with one scale for each 8-bit state: the pass that finds the extreme elements of their
+// new states, the step, and the scales, which are written when all blocks have been stepped.
+#pragma once
+
+#include "cuda/step.cuh"
+
+namespace torchao8::cuda {
+
+// ---- the extreme elements ----------------------------------------------------------------------
+
+// A unit is a chunk of elements, in their order in memory.
+template <int N>
+struct ExtremesEntry : Places {
+  uint8_t* codes[N];
+  float* scales[N];
+  int64_t* keys;  // of the tensor, one a state; 0 at first
+  int64_t count;
+  bool fast;  // follows from the others
+
+  int64_t units() const { return (count + kChunk - 1) / kChunk; }
+
+  void finish(FloatType type) {
+    fast = this->fits(type, kPerLane);
+    for (int s = 0; s < N; s++) fast = fast && is_aligned(codes[s], kPerLane);
+  }
+};
+
+// What the lanes of a warp find goes to the entry that it comes from.
+template <class Rule, class T>
+struct ExtremesFinder {
+  static constexpr int N = Rule::kStates;
+  using Entry = ExtremesEntry<N>;
+  const Tables& tables;
+  int lane;
+  int64_t* keys;  // of the entry at work; none before the first
+  Extremes<Rule> found;
+
+  __device__ __forceinline__ void enter(const Entry& entry, const Prepared<Rule>&) {
+    finish();
+    keys = entry.keys;
+    found = Extremes<Rule>();
+  }
+  __device__ __forceinline__ void finish() const {
+    if (!keys) return;
+    for_each_state<N>([&](auto s) {
+      const int64_t key = key_of_extreme<Rule::kSigned[s]>(found.result(s, kLanes));
+      if (lane == 0) raise_atomically(&keys[s], key);
+    });
+  }
+
+  __device__ __forceinline__ bool operator()(const Entry& entry, const Prepared<Rule>& prepared,
+                                             uint32_t unit) {
+    const int64_t begin = int64_t(unit) * kChunk;
+    const int64_t end = begin + kChunk < entry.count ? begin + kChunk : entry.count;
+    float scale[N];
+    for_each_state<N>([&](auto s) { scale[s] = entry.scales[s][0]; });
+    const Rule rule = prepared.rule.with_scales(scale);
+    if (entry.fast && begin + kChunk <= entry.count) {
+      Extremes<Rule> extremes;
+#pragma unroll 1
+      for (int64_t at = begin + lane * kPerLane; at < end; at += kSpan) {
+        LaneElements<Rule, T> elements;
+        elements.load(entry, at, Rule::kMomentsNeedParam);
+        elements.find_moments(rule, tables);
+        elements.add_to(extremes);
+      }
+      bool good = true;
+      for_each_state<N>([&](auto s) { good = good && extremes.is_usable(s); });
+      if (all_of_warp(good)) {
+        found.add_all_of(extremes);
+        return true;
+      }
+    }
+#pragma unroll 1
+    for (int64_t at = begin + lane; at < end; at += kLanes) add(entry, rule, scale, at);
+    return true;
+  }
+
+  // An element that is not usable counts with its old state, which it keeps.
+  __device__ __forceinline__ void add(const Entry& entry, const Rule& rule, const float* scale,
+                                      int64_t at) {
+    float old[N];
+    Real x[Rule::kValues], p(0.0f);
+    for_each_state<N>([&](auto s) {
+      old[s] = decode<Rule::kSigned[s]>(tables, entry.codes[s][at]);
+      x[s] = Real(old[s]);
+    });
+    if constexpr (Rule::kMomentsNeedParam) p = Real(load_as(entry.param_type, entry.param, at));
+    rule.template moments<true>(p, Real(load_as(entry.grad_type, entry.grad, at)), x);
+    bool good = true;
+    for_each_state<N>([&](auto s) { good = good && usable<Rule::kSigned[s]>(x[s].x); });
+    for_each_state<N>([&](auto s) {
+      found.add(s, good ? x[s].x : (Real(old[s]) * Real(scale[s] / rule.unit[s])).x);
+    });
+  }
+};
+
+template <class Rule>
+struct SharedOfExtremes {
+  Tables tables;
+  Prepared<Rule> window[kWindow];
+};
+
+// T: the type that fast entries have.
+template <class Rule, class T>
+__global__ void __launch_bounds__(kThreads, 2)
+    find_extremes(const __grid_constant__ Table<Rule, ExtremesEntry<Rule::kStates>> table,
+                  const Tables* source) {
+  static_assert(sizeof table + sizeof source <= kArgumentBytes);
+  static_assert(sizeof(SharedOfExtremes<Rule>) <= 48 << 10);  // that a kernel has unasked
+  TORCHAO8_SHARED(SharedOfExtremes<Rule>, shared);
+  copy_tables(shared.tables, *source);  // for_each_unit has the barrier
+  ExtremesFinder<Rule, T> finder = {shared.tables, int(threadIdx.x % kLanes), nullptr, {}};
+  for_each_unit(table, shared.window, finder);
+  finder.finish();
+}
+
+// ---- the step ----------------------------------------------------------------------------------
+
+template <int N>
+struct OneScaleEntry : BlockEntry<N> {
+  static constexpr bool kOneScale = true;
+  const int64_t* extremes;  // keys, one a state
+
+  template <bool kSigned>
+  TORCHAO8_HD float extreme(int s) const {
+    return extreme_of_key<kSigned>(extremes[s]);
+  }
+};
+
+// Blocks of a span are what is fast: they only say which random numbers an element gets.
+template <class Rule, class T, bool kRounds>
+struct OneScaleWorker {
+  static constexpr int N = Rule::kStates;
+  using Entry = OneScaleEntry<N>;
+  const Tables& tables;
+  RandomsAhead<Rule, kRounds>& randoms;
+  int lane, block_size, log_of_block;
+  bool stochastic;
+  int turn;
+
+  __device__ __forceinline__ void enter(const Entry&, const Prepared<Rule>&) { turn = kLanes; }
+  __device__ __forceinline__ bool operator()(const Entry& entry, const Prepared<Rule>& prepared,
+                                             uint32_t unit) {
+    if (block_size == kSpan && unit < entry.fast_units && prepared.is_bounded &&
+        step_span<Rule, T, true, kRounds>(entry, prepared, tables, randoms, turn, log_of_block,
+                                          stochastic, unit, lane))
+      return true;
+    const uint32_t per_unit = block_size < kSpan ? uint32_t(kSpan / block_size) : 1;
+    const uint32_t row = unit / entry.units_per_row;
+    const uint32_t column = (unit - row * entry.units_per_row) * per_unit;
+    for (uint32_t i = 0; i < per_unit && column + i < entry.blocks_per_row; i++)
+      slow_block<Rule, kRounds>(entry, prepared, tables, block_size, stochastic,
+                                row * entry.blocks_per_row + column + i, lane);
+    return false;  // keeping anything across the call would take a stack
+  }
+};
+
+// T: the type that fast entries have; kRounds: as in step_blocks.
+template <class Rule, class T, bool kRounds>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor -
+                                                (Rule::kStates > 2 || Rule::kMomentsNeedParam))
+    step_one_scale(const __grid_constant__ Table<Rule, OneScaleEntry<Rule::kStates>> table,
+                   const Tables* source) {
+  static_assert(sizeof table + sizeof source <= kArgumentBytes);
+  if (table.numbers.found_inf.get() != 0) return;
+  using Shared = SharedOfBlocks<Rule, kRounds>;
+  TORCHAO8_SHARED(Shared, shared);
+  copy_tables(shared.tables, *source);  // for_each_unit has the barrier
+  OneScaleWorker<Rule, T, kRounds> worker = {shared.tables,
+                                             shared.randoms[threadIdx.x / kLanes],
+                                             int(threadIdx.x % kLanes),
+                                             table.block_size,
+                                             table.log_of_block,
+                                             table.stochastic,
+                                             0};
+  for_each_unit(table, shared.window, worker);
+}
+
+// ---- the scales --------------------------------------------------------------------------------
+
+// A unit is a tensor, or a part of one: an empty one has scales too.
+template <int N>
+struct ScalesEntry : Places {
+  float* scales[N];
+  const int64_t* extremes;
+  int64_t units() const { return 1; }
+};
+
+// One thread a tensor, when all of its blocks have been stepped with the old scales.
+template <class Rule>
+__global__ void __launch_bounds__(kThreads)
+    write_scales(const __grid_constant__ Table<Rule, ScalesEntry<Rule::kStates>> table) {
+  static_assert(sizeof table <= kArgumentBytes);
+  const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
+  if (i >= table.count || table.numbers.found_inf.get() != 0) return;
+  const auto& entry = table.entries[i];
+  Prepared<Rule> prepared;
+  prepared.set(table.numbers, entry);
+  for_each_state<Rule::kStates>([&](auto s) {
+    constexpr bool is_signed = Rule::kSigned[s];
+    entry.scales[s][0] =
+        scale_of<is_signed>(extreme_of_key<is_signed>(entry.extremes[s]), prepared.rule.unit[s]);
+  });
+}
+
+}  // namespace torchao8::cuda
