@@ -87,6 +87,7 @@ class Adam(_Adam):
             parameter's last 100, in ascending order, to that norm; 100 is off. As in bitsandbytes
             up to 0.45, but for the norm of the whole parameter where it is sharded. To be decided
             before the first step.
+        is_paged, page_dir: where state lies, see :class:`torchao8.optim.CommonOptions`.
         decoupled_weight_decay: decay as :class:`AdamW` does.
 
     Raises:
@@ -114,6 +115,8 @@ class Adam(_Adam):
         state_rounding: str = "stochastic",
         seed: int = 0,
         percentile_clipping: int = 100,
+        is_paged: bool | None = None,
+        page_dir: str = "",
         decoupled_weight_decay: bool = False,
     ) -> None:
         options = _options(locals(), decoupled_weight_decay=decoupled_weight_decay)
@@ -149,6 +152,8 @@ class AdamW(_Adam):
         state_rounding: str = "stochastic",
         seed: int = 0,
         percentile_clipping: int = 100,
+        is_paged: bool | None = None,
+        page_dir: str = "",
     ) -> None:
         super().__init__(params, _options(locals(), decoupled_weight_decay=True))
 
@@ -162,7 +167,6 @@ class Adam8bit(_Adam):
 
     Args:
         block_wise: must be True.
-        is_paged: must be False.
     """
 
     def __init__(
@@ -177,8 +181,9 @@ class Adam8bit(_Adam):
         min_8bit_size: int = 4096,
         percentile_clipping: int = 100,
         block_wise: bool = True,
-        is_paged: bool = False,
+        is_paged: bool | None = None,
         *,
+        page_dir: str = "",
         block_size: int = 256,
         state_rounding: str = "stochastic",
         seed: int = 0,
@@ -209,8 +214,9 @@ class AdamW8bit(_Adam):
         min_8bit_size: int = 4096,
         percentile_clipping: int = 100,
         block_wise: bool = True,
-        is_paged: bool = False,
+        is_paged: bool | None = None,
         *,
+        page_dir: str = "",
         block_size: int = 256,
         state_rounding: str = "stochastic",
         seed: int = 0,
@@ -221,3 +227,27 @@ class AdamW8bit(_Adam):
         fused: bool | None = None,
     ) -> None:
         super().__init__(params, _options(locals(), decoupled_weight_decay=True))
+
+
+class PagedAdam(Adam):
+    """:class:`Adam` with paged state: the default of ``is_paged`` is True."""
+
+    _paged = True
+
+
+class PagedAdam8bit(Adam8bit):
+    """:class:`Adam8bit` with paged state: the default of ``is_paged`` is True."""
+
+    _paged = True
+
+
+class PagedAdamW(AdamW):
+    """:class:`AdamW` with paged state: the default of ``is_paged`` is True."""
+
+    _paged = True
+
+
+class PagedAdamW8bit(AdamW8bit):
+    """:class:`AdamW8bit` with paged state: the default of ``is_paged`` is True."""
+
+    _paged = True

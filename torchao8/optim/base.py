@@ -16,7 +16,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from torchao8 import ops, sharding
 from torchao8.block_layout import check_block_size, fits_8bit, scale_shape
-from torchao8.optim import _clipping, _factors
+from torchao8.optim import _clipping, _factors, _paging
 from torchao8.optim._buckets import Bucket, Group, Work, check_layout, sort_into_buckets
 from torchao8.optim._checkpoint import (
     STATE_VERSION,
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 FIXED = {
     "differentiable": (False, "a step that autograd records"),
     "block_wise": (True, "one scale for a whole tensor"),
-    "is_paged": (False, "paged state"),
 }
 
 
@@ -63,7 +62,15 @@ class LowPrecisionOptimizer(Optimizer):
 
     # The options that a checkpoint does not replace: they say where the bytes of the state lie. A
     # checkpoint that was laid out otherwise is refused, not taken over.
-    _own_options: tuple[str, ...] = ("optim_bits", "min_8bit_size", "block_size")
+    _own_options: tuple[str, ...] = (
+        "optim_bits",
+        "min_8bit_size",
+        "block_size",
+        "is_paged",
+        "page_dir",
+    )
+    # Whether state is paged unless is_paged says otherwise.
+    _paged = False
     _told_of_no_gradient = False
     # Of torchao8.ops.STEP_OPS, and the states in the order of its lists.
     _op: str
@@ -72,6 +79,8 @@ class LowPrecisionOptimizer(Optimizer):
     def __init__(self, params: ParamsT, options: Group) -> None:
         fixed = {name: value for name, (value, _) in FIXED.items()}
         defaults = plain_hints({**fixed, **options, "state_version": STATE_VERSION})
+        if defaults["is_paged"] is None:
+            defaults["is_paged"] = self._paged
         self._check_options(defaults)
         super().__init__(params, defaults)
         _run_when_traced(type(self))
@@ -106,6 +115,7 @@ class LowPrecisionOptimizer(Optimizer):
                     f"{name}={group[name]!r}: {other} is not implemented, it must be {value!r}"
                 )
         _clipping.check_percentile(group["percentile_clipping"])
+        _paging.check_options(group)
         check_number("lr", group["lr"], tensor=True)
         if not is_int(group["optim_bits"]) or group["optim_bits"] not in (8, 32):
             raise ValueError(f"optim_bits: expected 8 or 32, got {group['optim_bits']!r}")
@@ -141,7 +151,9 @@ class LowPrecisionOptimizer(Optimizer):
             if not isinstance(given, (Tensor, list, set)):
                 param_group["params"] = given = list(given)  # an iterator can be read only once
             _warn_of_misspelled(param_group, self.defaults)
-            self._check_options({**self.defaults, **plain_hints(param_group)})
+            merged = {**self.defaults, **plain_hints(param_group)}
+            self._check_options(merged)
+            _paging.check_folder(merged)
             check_params([given] if isinstance(given, Tensor) else given)
         super().add_param_group(param_group)
         self.param_groups[-1].update(plain_hints(self.param_groups[-1]))
@@ -170,16 +182,19 @@ class LowPrecisionOptimizer(Optimizer):
                 "not tell where the shards of a parameter are; clipping by percentiles and trust "
                 "ratios need the norm of all of it. Shard with fully_shard (FSDP2)"
             )
+        pages = _paging.folder_of(group, p)
         for name, signed, initial in self._states(group):
             if in_8bit:
                 code = 255 if initial else 127 if signed else 0  # 1.0 or 0.0, times the scale
                 scales = scale_shape(shape, block_size)
-                layout[f"{name}_codes"] = TensorSpec(torch.uint8, shape, code, local_shape)
+                layout[f"{name}_codes"] = TensorSpec(
+                    torch.uint8, shape, code, local_shape, pages=pages
+                )
                 layout[f"{name}_scale"] = TensorSpec(
-                    torch.float32, scales, initial, local_scale, signed
+                    torch.float32, scales, initial, local_scale, signed, pages
                 )
             else:
-                layout[name] = TensorSpec(torch.float32, shape, initial, local_shape, signed)
+                layout[name] = TensorSpec(torch.float32, shape, initial, local_shape, signed, pages)
         return layout
 
     def _needs_norms(self, group: Group) -> bool:
@@ -202,8 +217,8 @@ class LowPrecisionOptimizer(Optimizer):
                 elif p.requires_grad or p.grad is not None:
                     self._warn_of_cut_row(group, p)
                     fresh.append((p, self._layout(group, p)))
-        for p, layout in fresh:
-            self.state[p] = {key: spec.empty(p) for key, spec in layout.items()}
+        for (p, _), state in zip(fresh, _paging.new_states(fresh), strict=True):
+            self.state[p] = state
 
     def _warn_of_no_gradient(self) -> None:
         """Once: training that does nothing looks like training."""
@@ -221,9 +236,13 @@ class LowPrecisionOptimizer(Optimizer):
         """Raises RuntimeError if an option was changed after it had laid out the state of ``p``."""
         states = self._states(group)
         if states:  # what has none has no format either
-            scale = self.state[p].get(f"{states[0].name}_scale")
+            name = states[0].name
+            scale = self.state[p].get(f"{name}_scale")
             keeps_blocks = not is_dtensor(p) or sharding.keeps_blocks(p, group["block_size"])
             check_layout(self, group, p, scale, keeps_blocks)
+            first = self.state[p].get(name if scale is None else f"{name}_codes")
+            if first is not None:
+                _paging.check_place(self, group, p, sharding.local(first))
 
     def _warn_of_cut_row(self, group: Group, p: Tensor) -> None:
         """Says which parameter keeps 32 bits for the way it is sharded, and what to do."""
@@ -259,6 +278,7 @@ class LowPrecisionOptimizer(Optimizer):
             RuntimeError: a gradient is sparse or of an unsupported dtype, or a state does not fit
                 its parameter and options (``optim_bits`` was changed, for one).
             ValueError: a parameter put into a group after construction is of an unsupported dtype.
+            OSError: no space for paged state, at the first step.
         """
         loss = None
         if closure is not None:
@@ -281,12 +301,14 @@ class LowPrecisionOptimizer(Optimizer):
         )
         factors = _factors.factors_of(rule, works, grad_scale, found_inf)
         calls = [
-            (lr, work.group, bucket, own)
+            (lr, work, bucket, own)
             for lr, work, own in zip(rates, works, factors, strict=True)
             for bucket in work.buckets
         ]
-        for lr, group, bucket, own in calls:
-            device = bucket.params[0].device
+        ahead = _paging.pages_ahead([(work, bucket) for _, work, bucket, _ in calls])
+        for (lr, work, bucket, own), pages in zip(calls, ahead, strict=True):
+            group, device = work.group, bucket.params[0].device
+            ops.prefetch_pages_(pages, bucket.params[0])
             ops.step_(
                 self._op,
                 bucket.params,
@@ -355,9 +377,10 @@ class LowPrecisionOptimizer(Optimizer):
         """Loads a checkpoint, or raises and changes nothing.
 
         As in ``torch.optim``, the options of the checkpoint replace those of the groups, except
-        those that lay out the state (``optim_bits``, ``min_8bit_size``, ``block_size``). State
-        tensors keep their bytes. They move to the device of their parameter; those that are there
-        already are taken over, not copied. State that was saved in another precision than the
+        those that lay out the state (``optim_bits``, ``min_8bit_size``, ``block_size``,
+        ``is_paged``, ``page_dir``). State tensors keep their bytes. They move to the device of
+        their parameter, and to paged memory where it is paged; those that are there already are
+        taken over, not copied. State that was saved in another precision than the
         parameter keeps here, or in other blocks, is converted, and one warning says so.
 
         Where parameters are DTensors this is a collective: all ranks load, or all raise. Their
@@ -370,6 +393,7 @@ class LowPrecisionOptimizer(Optimizer):
             ValueError: groups of another number or size, an option out of range, a state_version
                 that is not known, or a state whose keys, dtypes, shapes or values are not those of
                 the parameter.
+            OSError: no space for state that is to be paged.
         """
         if not isinstance(cast(object, state_dict), dict):
             seal_state_dict(self, state_dict)  # refuses it, and has the other ranks do so as well
@@ -384,6 +408,9 @@ class LowPrecisionOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         unseal(state["state"])
         super().__setstate__(state)
+        for group in (self.defaults, *self.param_groups):
+            group.setdefault("page_dir", "")  # pickles of before it have none
+        _paging.move_states(self.param_groups, self.state)
         _run_when_traced(type(self))
         self.__dict__.setdefault("_step_supports_amp_scaling", bool(self.defaults["fused"]))
 
