@@ -209,6 +209,10 @@ BAD_OPTIONS: tuple[tuple[Options, type[Exception]], ...] = (
     ({"percentile_clipping": 0}, ValueError),
     ({"percentile_clipping": 101}, ValueError),
     ({"percentile_clipping": 5.0}, ValueError),
+    ({"is_paged": "yes"}, ValueError),
+    ({"page_dir": "."}, ValueError),
+    ({"is_paged": True, "page_dir": b"."}, ValueError),
+    ({"is_paged": True, "page_dir": "no such folder"}, ValueError),
 )
 
 # And those that a rule has.
@@ -266,10 +270,7 @@ BAD_OF_RULE: dict[str, tuple[Options, ...]] = {
 }
 
 # They stand in the signatures, as in those of bitsandbytes.
-LATER_OPTIONS: tuple[Options, ...] = (
-    {"block_wise": False},
-    {"is_paged": True},
-)
+LATER_OPTIONS: tuple[Options, ...] = ({"block_wise": False},)
 
 
 def every_optimizer() -> pytest.MarkDecorator:

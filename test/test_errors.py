@@ -76,6 +76,10 @@ differentiable=True: a step that autograd records is not implemented, it must be
 percentile_clipping: expected an int from 1 to 100, which is off, got 0
 percentile_clipping: expected an int from 1 to 100, which is off, got 101
 percentile_clipping: expected an int from 1 to 100, which is off, got 5.0
+is_paged: expected True or False, got 'yes'
+page_dir: expected '', as is_paged is False, got '.'
+page_dir: expected a str, got b'.'
+page_dir: expected a folder that can be written to, got 'no such folder'
 betas[0]: expected a number in [0, 1), got 1.0
 betas[1]: expected a number in [0, 1), got -0.1
 betas[1]: expected a number in [0, 1), got nan
@@ -83,8 +87,7 @@ betas: expected two numbers, got 0.9
 betas[0]: expected a number in [0, 1), got a tensor
 eps: expected a finite number >= 0, got -1e-08
 weight_decay: expected a finite number >= 0, got -0.1
-block_wise=False: one scale for a whole tensor is not implemented, it must be True
-is_paged=True: paged state is not implemented, it must be False""",
+block_wise=False: one scale for a whole tensor is not implemented, it must be True""",
     )
 
 
@@ -168,7 +171,7 @@ def test_options_are_refused_wherever_they_come_from(
     assert all_bits(optimizer) == before_all
 
     # Options that lay out the state are not taken from a checkpoint.
-    if not set(options) & {"optim_bits", "min_8bit_size", "block_size"}:
+    if not set(options) & {"optim_bits", "min_8bit_size", "block_size", "is_paged", "page_dir"}:
         saved = copy.deepcopy(optimizer.state_dict())
         saved["param_groups"][0].update(options)
         saved["state"][0]["step"] += 5

@@ -293,7 +293,9 @@ def rooms_for(
     seen: set[int] = set()
 
     def is_there(p: Tensor, spec: TensorSpec, value: Any) -> bool:
-        if not isinstance(value, Tensor) or (is_dtensor(value) and not is_placed_as(p, value)):
+        if not isinstance(value, Tensor):
+            return False
+        if is_dtensor(value) and not (is_dtensor(p) and is_placed_as(p, value)):
             return False
         part = local(value)
         known = part.data_ptr() in seen  # one tensor twice, which no step could write to
