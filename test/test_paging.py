@@ -1,118 +1,42 @@
-"""Paged state: the bits of other state, in files that leave nothing behind, and a disk that is full.
+"""Paged state: the bits of other state, in files that leave nothing behind."""
 
-The sizes lie around 100,000 elements, from which on state is paged.
-"""
-
-import copy
 import ctypes
-import errno
-import gc
-import io
 import mmap
 import os
 import pickle
 import re
 import signal
-import subprocess
-import sys
-import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import (
-    all_bits,
-    assert_same_training,
-    bits,
-    make_params,
-    set_grads,
-    through_file,
-    train,
+from helpers import all_bits, assert_same_training, bits, make_params, set_grads
+from optim_table import OptimizerCase
+from paged import (
+    PAGED,
+    ROOT,
+    SHAPES,
+    adam,
+    assert_paged,
+    every_family,
+    folders,
+    held,
+    mapping_of,
+    needs_proc,
+    paged,
+    params_of,
+    run_python,
+    trained,
 )
-from optim_table import OPTIMIZERS, OptimizerCase
-from ranks import run_ranks
-from sharded import Weights, distributed_param, gathered, step_with
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
-from torch.optim import Optimizer
 
 import torchao8
 from torchao8 import ops
 from torchao8.optim import _paging
-
-ROOT = Path(__file__).resolve().parent.parent
-# Of these the third to fifth are paged: matrices of rows that are a multiple of the block and not,
-# and a vector.
-SHAPES = ((300, 333), (64, 70), (400, 250), (200, 512), (100_001,), ())
-PAGED = (2, 3, 4)
-
-needs_proc = pytest.mark.skipif(
-    not Path("/proc/self/maps").exists(), reason="no /proc/self/maps, as Linux has it"
-)
-needs_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available(),
-    reason="no GPU that this torch can use: run `make gpu` on a machine with one, and with nvcc",
-)
-
-
-def every_family() -> pytest.MarkDecorator:
-    """Runs a test over the classes of the table, each of which has a paged form."""
-    return pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda c: f"Paged{c.cls.__name__}")
-
-
-def paged(case: OptimizerCase, params: Any, **options: Any) -> Any:
-    cls = getattr(torchao8, f"Paged{case.cls.__name__}")
-    return cls(params, **{**case.base, **options})
-
-
-def adam(cls: Any = torchao8.PagedAdamW8bit, device: str = "cpu", **options: Any) -> Any:
-    return cls(make_params(shapes=SHAPES, device=device), **{"lr": 0.01, "seed": 3, **options})
-
-
-def params_of(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def trained(optimizer: Any, steps: Sequence[int] = range(2)) -> Any:
-    train(optimizer, params_of(optimizer), steps)
-    return optimizer
-
-
-def folders(optimizer: Optimizer) -> list[dict[str, str | None]]:
-    """Of each parameter, where each tensor of its state lies; None in ordinary memory."""
-    return [
-        {k: _paging.found_in(v) for k, v in optimizer.state[p].items()}
-        for p in params_of(optimizer)
-    ]
-
-
-def assert_paged(optimizer: Optimizer, folder: str = "", of: Sequence[int] = PAGED) -> None:
-    """All states of these parameters, and no other tensor of state."""
-    for i, found in enumerate(folders(optimizer)):
-        for key, where in found.items():
-            assert where == (folder if i in of and key != "step" else None), (i, key)
-
-
-def mapping_of(address: int) -> str:
-    """The line of /proc/self/maps."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        first, last = (int(n, 16) for n in line.split()[0].split("-"))
-        if first <= address < last:
-            return line
-    raise AssertionError("not mapped")
-
-
-def held() -> tuple[int, int]:
-    """File descriptors, and mapped files without a name."""
-    gc.collect()
-    maps = Path("/proc/self/maps").read_text().splitlines()
-    nameless = [line for line in maps if re.search(r"rw-s .* \(deleted\)$", line)]
-    return len(os.listdir("/proc/self/fd")), len(nameless)
-
 
 # -- the classes -----------------------------------------------------------------------------------
 
@@ -142,7 +66,7 @@ def test_a_paged_class(case: OptimizerCase) -> None:
     cls, name = type(optimizer), case.cls.__name__
     assert cls.__bases__ == (case.cls,)
     assert (cls.__name__, cls.__module__) == (f"Paged{name}", case.cls.__module__)
-    assert cls.__doc__ and f":class:`{name}`" in cls.__doc__
+    assert f":class:`{name}`" in str(cls.__doc__)
     assert getattr(torchao8.optim, cls.__name__) is cls is pickle.loads(pickle.dumps(cls))
     assert {f"Paged{name}"} <= set(torchao8.__all__) & set(torchao8.optim.__all__)
     plain = case.make(make_params(shapes=SHAPES))
@@ -233,12 +157,6 @@ train(optimizer, params, range(1))
 print(os.listdir({folder!r}), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-
-
-def run_python(script: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, **options)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
@@ -336,7 +254,7 @@ def test_each_call_has_the_pages_of_the_next_on_their_way(monkeypatch: pytest.Mo
         prefetch(tensors, now)
 
     def seen_step(params: Any, grads: Any, *lists: Any, **options: Any) -> None:
-        seen.append(("step", [t.data_ptr() for ts in lists[:4] for t in ts]))
+        seen.append(("step", [t.data_ptr() for ts in lists[:6] for t in ts]))
         step["adam_step_"](params, grads, *lists, **options)
 
     optimizer = trained(torchao8.PagedAdam8bit(make_params(shapes=[(200, 512)] * 3 + [(64, 70)])))
@@ -353,7 +271,7 @@ def test_each_call_has_the_pages_of_the_next_on_their_way(monkeypatch: pytest.Mo
         ("prefetch", 0), ("prefetch", 1), ("step", 0), ("prefetch", 2), ("step", 1),
         ("prefetch", None), ("step", 2),
     ]  # fmt: skip
-    assert seen[7][0] == "step" and len(seen) == 8
+    assert [kind for kind, _ in seen[7:]] == ["step"]
 
 
 def test_the_op_that_prefetches(device: str) -> None:
@@ -365,155 +283,6 @@ def test_the_op_that_prefetches(device: str) -> None:
     op([torch.ones(0, device=device)], now)
     with pytest.raises(RuntimeError, match=r"prefetch_pages_: pages\[1\] must be contiguous"):
         op([pages[0], torch.ones(3, 2, device=device).t()], now)
-
-
-# -- a disk that is full ---------------------------------------------------------------------------
-
-
-def full_disk(file: int, offset: int, size: int) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def test_a_full_disk_at_the_first_step_changes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And the step is made once there is space. The group that has no paged state waits as well."""
-    groups = [
-        {"params": make_params(shapes=SHAPES), "is_paged": False},
-        {"params": make_params(shapes=SHAPES), "page_dir": str(tmp_path)},
-    ]
-    optimizer = torchao8.PagedLAMB8bit(groups, percentile_clipping=50)
-    set_grads(params_of(optimizer), 0)
-    before = all_bits(optimizer)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "posix_fallocate", full_disk, raising=False)
-        for _ in range(2):
-            with pytest.raises(OSError) as info:
-                optimizer.step()
-            assert info.value.errno == errno.ENOSPC
-    assert re.search(
-        r"No space left on device: no file of [\d,]+ bytes for paged state in "
-        rf"'{re.escape(str(tmp_path))}', [\d,]+ are free; nothing has changed. "
-        "Choose another folder with page_dir=, or make room",
-        str(info.value),
-    )
-    assert all_bits(optimizer) == before
-    assert not any(optimizer.state.values())
-    assert list(tmp_path.iterdir()) == []
-    optimizer.step()
-    assert all(float(state["step"]) == 1 for state in optimizer.state.values())
-
-
-def test_a_full_disk_at_a_load_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    saved = through_file(trained(adam(torchao8.AdamW8bit), range(3)).state_dict())
-    in_32bit = through_file(trained(adam(torchao8.AdamW), range(3)).state_dict())
-    for state_dict in (saved, in_32bit):  # the second is converted
-        optimizer = trained(adam(), range(1))
-        before = all_bits(optimizer)
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "posix_fallocate", full_disk, raising=False)
-            with pytest.raises(OSError, match="No space left on device"):
-                optimizer.load_state_dict(state_dict)
-            assert all_bits(optimizer) == before
-            with pytest.raises(OSError, match="No space left on device"):
-                copy.deepcopy(optimizer)
-        assert_paged(optimizer)
-        trained(optimizer, range(1, 2))
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[tuple[str, Callable[[str], None]]]:
-    """A file system of 1 MiB, and how to give it another size."""
-    folder = str(tmp_path / "disk")
-    os.mkdir(folder)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True)
-    except OSError as error:
-        pytest.skip(f"no mount: {error}")
-    if done.returncode:
-        pytest.skip(f"only root, with the rights to, can mount a small disk: {done.stderr.strip()}")
-
-    def resize(size: str) -> None:
-        subprocess.run(["mount", "-o", f"remount,size={size}", folder], check=True)
-
-    try:
-        yield folder, resize
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
-
-
-def test_a_disk_that_is_really_full(small_disk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With space reserved, and where zeros must be written for it."""
-    folder, resize = small_disk
-    for can_reserve in (True, False):
-        if not can_reserve:
-            monkeypatch.delattr(os, "posix_fallocate")
-        resize("512k")
-        optimizer = adam(page_dir=folder)  # of 603,000 bytes of paged state
-        set_grads(params_of(optimizer), 0)
-        before = all_bits(optimizer)
-        with pytest.raises(OSError, match="No space left on device: no file of"):
-            optimizer.step()
-        assert all_bits(optimizer) == before
-        assert os.statvfs(folder).f_bavail == os.statvfs(folder).f_blocks  # nothing half-made
-        resize("1m")
-        trained(optimizer)
-        saved = optimizer.state_dict()["state"]
-        plain = trained(adam(torchao8.AdamW8bit))
-        assert_same_training(optimizer, plain)
-        before = all_bits(optimizer)
-        with pytest.raises(OSError, match="No space left on device: no file of"):
-            optimizer.load_state_dict(trained(plain).state_dict())  # no room for both
-        assert all_bits(optimizer) == before
-        del optimizer, saved
-        gc.collect()
-
-
-TOO_LARGE = """
-import resource, sys
-sys.path.insert(0, {tests!r})
-import torchao8
-from helpers import all_bits, make_params, set_grads
-params = make_params(shapes=[(400, 500)])
-optimizer = torchao8.PagedAdam8bit(params)
-set_grads(params, 0)
-before = all_bits(optimizer)
-limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
-try:
-    optimizer.step()
-except OSError as error:
-    print(type(error).__name__, "no file of" in str(error), all_bits(optimizer) == before)
-resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-optimizer.step()
-print(float(optimizer.state[params[0]]["step"]))
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="no limits of a process on this system")
-def test_a_limit_on_the_size_of_files() -> None:
-    result = run_python(TOO_LARGE.format(tests=str(ROOT / "test")))
-    assert result.stdout == "OSError True True\n1.0\n", result.stderr
-
-
-@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EINVAL, None])
-def test_a_file_system_that_cannot_reserve(
-    number: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Or a platform that cannot ask for it: zeros are written, and the bits are the same."""
-
-    def cannot(file: int, offset: int, size: int) -> None:
-        assert number is not None
-        raise OSError(number, os.strerror(number))
-
-    if number is None:
-        monkeypatch.delattr(os, "posix_fallocate", raising=False)
-    else:
-        monkeypatch.setattr(os, "posix_fallocate", cannot, raising=False)
-    optimizer = trained(adam())
-    assert_paged(optimizer)
-    assert_same_training(optimizer, trained(adam(torchao8.AdamW8bit)))
 
 
 # -- options ---------------------------------------------------------------------------------------
@@ -597,134 +366,6 @@ def test_another_device_than_can_be_paged() -> None:
         optimizer.step()
 
 
-# -- checkpoints and copies ------------------------------------------------------------------------
-
-
-@every_family()
-def test_checkpoints_go_both_ways(case: OptimizerCase) -> None:
-    """Byte for byte, and what is loaded lies where the optimizer keeps it."""
-
-    def make(is_paged: bool) -> Any:
-        params = make_params(shapes=SHAPES)
-        return paged(case, params, seed=4) if is_paged else case.make(params, seed=4)
-
-    saved = {is_paged: trained(make(is_paged)) for is_paged in (True, False)}
-    files = {}
-    for is_paged, optimizer in saved.items():
-        file = io.BytesIO()
-        torch.save(optimizer.state_dict(), file)
-        files[is_paged] = file.getbuffer().nbytes
-    assert files[True] == pytest.approx(files[False], abs=2000)  # names of storages, alignment
-    for of, to in ((True, False), (False, True), (True, True)):
-        optimizer = make(to)
-        for p, q in zip(params_of(optimizer), params_of(saved[of]), strict=True):
-            p.data.copy_(q)
-        optimizer.load_state_dict(through_file(saved[of].state_dict()))
-        assert_paged(optimizer, of=PAGED if to else ())
-        assert [group["is_paged"] for group in optimizer.param_groups] == [to]
-        assert_same_training(optimizer, saved[of])
-        trained(optimizer, range(2, 4))
-        other = copy.deepcopy(saved[of])
-        assert_same_training(optimizer, trained(other, range(2, 4)))
-
-
-def test_live_state_of_another_optimizer(tmp_path: Path) -> None:
-    """Paged state is taken over, as other state is, where it lies in the right place already, and
-    moved where it does not."""
-    first = trained(adam())
-    for cls, options, is_shared in (
-        (torchao8.PagedAdamW8bit, {}, True),
-        (torchao8.PagedAdamW8bit, {"page_dir": str(tmp_path)}, False),
-        (torchao8.AdamW8bit, {}, False),
-    ):
-        second = adam(cls, **options)
-        second.load_state_dict(first.state_dict())
-        of = PAGED if cls is torchao8.PagedAdamW8bit else ()
-        assert_paged(second, options.get("page_dir", ""), of=of)
-        for i in PAGED:
-            a, b = (o.state[params_of(o)[i]]["exp_avg_codes"] for o in (first, second))
-            assert (a.data_ptr() == b.data_ptr()) == is_shared
-            assert torch.equal(a, b)
-
-
-def test_one_tensor_twice_in_a_checkpoint() -> None:
-    """Each gets memory of its own, in pages."""
-    optimizer = trained(adam())
-    saved = optimizer.state_dict()
-    state = saved["state"][2]
-    for twice in (state["exp_avg_codes"], state["exp_avg_codes"].clone()):
-        saved["state"][2] = {**state, "exp_avg_codes": twice, "exp_avg_sq_codes": twice}
-        optimizer.load_state_dict(saved)
-        assert_paged(optimizer)
-        new = optimizer.state[params_of(optimizer)[2]]
-        assert new["exp_avg_codes"].data_ptr() != new["exp_avg_sq_codes"].data_ptr()
-        assert bits(new["exp_avg_codes"]) == bits(new["exp_avg_sq_codes"]) == bits(twice)
-
-
-@needs_proc
-def test_a_checkpoint_that_is_refused_leaves_no_pages() -> None:
-    optimizer = trained(adam())
-    saved = through_file(optimizer.state_dict())
-    saved["state"][4]["exp_avg_scale"][0] = torch.nan
-    before, memory = all_bits(optimizer), held()
-    with pytest.raises(ValueError, match="expected finite numbers"):
-        optimizer.load_state_dict(saved)
-    assert all_bits(optimizer) == before
-    assert held() == memory
-
-
-def test_old_checkpoints_and_pickles_have_no_such_options(tmp_path: Path) -> None:
-    optimizer = trained(adam(page_dir=str(tmp_path)))
-    saved = through_file(optimizer.state_dict())
-    for group in saved["param_groups"]:
-        del group["is_paged"], group["page_dir"]
-    optimizer.load_state_dict(saved)
-    assert_paged(optimizer, str(tmp_path))
-    plain = trained(adam(torchao8.AdamW8bit))
-    old = plain.__getstate__()
-    for group in (old["defaults"], *old["param_groups"]):
-        del group["page_dir"]
-    again = pickle.loads(pickle.dumps(plain))
-    trained(again)
-    assert again.param_groups[0]["page_dir"] == again.defaults["page_dir"] == ""
-
-
-def by_pickle(optimizer: Any) -> Any:
-    return pickle.loads(pickle.dumps(optimizer))
-
-
-def by_file(optimizer: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(optimizer, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, by_pickle, by_file])
-def test_copies_are_paged_and_apart(duplicate: Callable[[Any], Any], tmp_path: Path) -> None:
-    optimizer = trained(adam(page_dir=str(tmp_path)))
-    before = all_bits(optimizer)
-    other = duplicate(optimizer)
-    assert_paged(other, str(tmp_path))
-    trained(other, range(2, 4))
-    assert all_bits(optimizer)["states"] == before["states"]
-    assert_same_training(other, trained(optimizer, range(2, 4)))
-
-
-def test_safetensors(tmp_path: Path) -> None:
-    pytest.importorskip("safetensors", reason="no safetensors: pip install safetensors")
-    from torchao8.checkpoint import load_safetensors, save_safetensors
-
-    optimizer = trained(adam())
-    save_safetensors(optimizer, tmp_path / "file.safetensors")
-    other = adam()
-    for p, q in zip(params_of(other), params_of(optimizer), strict=True):
-        p.data.copy_(q)
-    load_safetensors(other, tmp_path / "file.safetensors")
-    assert_paged(other)
-    assert_same_training(other, optimizer)
-
-
 # -- torch.compile ---------------------------------------------------------------------------------
 
 
@@ -759,147 +400,3 @@ def test_compiled_code_has_no_clone(monkeypatch: pytest.MonkeyPatch) -> None:
         assert copying not in body
     calls = re.findall(r"torch.ops.torchao8.(prefetch_pages_|adam_step_).default\(", body)
     assert calls == ["prefetch_pages_", *["prefetch_pages_", "adam_step_"] * 2, "adam_step_"]
-
-
-# -- sharded ---------------------------------------------------------------------------------------
-
-SHARDED = ((500, 256), (333, 301), (40, 70), (7, 20_000))
-
-
-def sharded_worker(rank: int, world_size: int, folder: str) -> dict[str, Any]:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard
-
-    mesh = init_device_mesh("cpu", (world_size,))
-
-    def make(cls: Any, **options: Any) -> Any:
-        params = [
-            distributed_param(p, mesh, [Shard(0)]) for p in Weights(shapes=SHARDED).parameters()
-        ]
-        return cls(params, lr=0.01, **options)
-
-    def where(optimizer: Any) -> list[str | None]:
-        states = (optimizer.state[p] for p in params_of(optimizer))
-        return [_paging.found_in(s["exp_avg_codes"].to_local()) for s in states]
-
-    optimizer, plain = make(torchao8.PagedAdamW8bit), make(torchao8.AdamW8bit)
-    for each in (optimizer, plain):
-        step_with(each, range(2))
-    result = {"same": gathered(optimizer) == gathered(plain), "where": where(optimizer)}
-    again = make(torchao8.PagedAdamW8bit, page_dir=folder)
-    for p, q in zip(params_of(again), params_of(plain), strict=True):
-        p.data.copy_(q.data)
-    again.load_state_dict(plain.state_dict())
-    for each in (again, plain):
-        step_with(each, range(2, 4))
-    result |= {"loaded": gathered(again) == gathered(plain), "where loaded": where(again)}
-    other = copy.deepcopy(again)
-    result |= {"copied": gathered(other) == gathered(plain), "where copied": where(other)}
-    before = gathered(again)
-    if rank == 0:
-        os.posix_fallocate = full_disk
-    try:
-        again.load_state_dict(plain.state_dict())
-    except (OSError, ValueError) as error:
-        result["refused"] = str(error)
-    result["unchanged"] = gathered(again) == before
-    return result
-
-
-@pytest.mark.skipif(
-    not torch.distributed.is_available(), reason="this torch is built without torch.distributed"
-)
-def test_two_ranks(tmp_path: Path) -> None:
-    """What is paged follows from whole parameters; a rank without space speaks for all of them.
-
-    The second and the last one have less than 100,000 elements on a rank; the last has an uneven
-    shard.
-    """
-    first, second = run_ranks(2, sharded_worker, str(tmp_path))
-    assert "No space left on device" in first.pop("refused")
-    assert "another rank refused" in second.pop("refused")
-    folder = str(tmp_path)
-    for result in (first, second):
-        assert result == {
-            "same": True,
-            "where": ["", "", None, ""],
-            "loaded": True,
-            "where loaded": [folder, folder, None, folder],
-            "copied": True,
-            "where copied": [folder, folder, None, folder],
-            "unchanged": True,
-        }
-
-
-# -- on a GPU --------------------------------------------------------------------------------------
-
-
-@needs_gpu
-@every_family()
-def test_a_gpu_gives_the_bits_of_the_cpu(
-    case: OptimizerCase, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of some MB of managed memory; the GPU that runs the tests has more than that free."""
-    monkeypatch.setattr(_paging, "PIECE", 1 << 17)
-    on_cpu, on_gpu = (
-        trained(paged(case, make_params(shapes=SHAPES, device=device)), range(3))
-        for device in ("cpu", "cuda")
-    )
-    assert_paged(on_gpu)
-    assert_same_training(on_gpu, on_cpu)
-    states = on_gpu.state[params_of(on_gpu)[2]].values()
-    assert all(value.is_cuda for value in states)
-
-
-@needs_gpu
-def test_managed_memory_goes_with_the_optimizer() -> None:
-    """Of at most a quarter of what is free."""
-    free, _ = torch.cuda.mem_get_info()
-    rows = min(free // 4 // (2 * 4096), 16384)
-    p = torch.nn.Parameter(torch.ones(rows, 1024, device="cuda"))
-    p.grad = torch.ones_like(p)
-    allocated = torch.cuda.memory_allocated()
-    optimizer = torchao8.PagedAdam([p])
-    for _ in range(2):
-        optimizer.step()
-    assert torch.cuda.memory_allocated() - allocated < 1 << 20  # torch's own memory has no state
-    torch.cuda.synchronize()
-    in_use, _ = torch.cuda.mem_get_info()
-    del optimizer
-    gc.collect()
-    assert not _paging.any_pages()
-    assert torch.cuda.mem_get_info()[0] - in_use > rows * 4096
-
-
-@needs_gpu
-def test_a_captured_step_replays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It fetches its pages by itself; state that was loaded since is another graph's."""
-    monkeypatch.setattr(_paging, "PIECE", 1 << 17)
-    captured, eager = (adam(device="cuda", lr=torch.tensor(0.01, device="cuda")) for _ in range(2))
-    for optimizer in (captured, eager):
-        trained(optimizer, range(1))
-    for _ in range(2):
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured.step()
-        for _ in range(3):
-            graph.replay()
-            eager.step()
-            assert_same_training(captured, eager)
-        captured.load_state_dict(copy.deepcopy(captured.state_dict()))
-        assert_paged(captured)
-
-
-@needs_gpu
-def test_a_folder_has_no_use_on_a_gpu(tmp_path: Path) -> None:
-    optimizer = adam(device="cuda", page_dir=str(tmp_path))
-    set_grads(params_of(optimizer), 0)
-    with pytest.raises(ValueError, match="page_dir: expected '', as parameters are on cuda:0"):
-        optimizer.step()
-    assert not any(optimizer.state.values())
-
-
-@needs_gpu
-def test_more_managed_memory_than_there_can_be() -> None:
-    with pytest.raises(RuntimeError, match="allocate_managed: size must be above 0, got -1"):
-        ops.allocate_managed(torch.device("cuda"), -1)
