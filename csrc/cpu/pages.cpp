@@ -12,14 +12,32 @@ namespace torchao8 {
 namespace {
 
 constexpr const char* kOp = "prefetch_pages_";
+constexpr size_t kRun = 4096;  // pages at a time
+
+#if defined(__unix__) || defined(__APPLE__)
+// Whether all of it is in memory: asking costs a tenth of the advice, which looks at each page too.
+bool is_resident(void* begin, size_t bytes, size_t page) {
+#if defined(__linux__)
+  std::vector<unsigned char> pages((bytes + page - 1) / page);
+  if (mincore(begin, bytes, pages.data()) != 0) return false;
+  return std::all_of(pages.begin(), pages.end(), [](unsigned char p) { return p & 1; });
+#else
+  return false;
+#endif
+}
+#endif
 
 // Advice, which may be ignored: so are its errors. It begins at the border of a page.
 void read_ahead(const Tensor& t) {
 #if defined(__unix__) || defined(__APPLE__)
-  static const auto page = uintptr_t(sysconf(_SC_PAGESIZE));
+  static const auto page = size_t(sysconf(_SC_PAGESIZE));
   const auto first = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-  const uintptr_t begin = first / page * page, end = first + size_t(t.numel()) * t.element_size();
-  if (begin < end) posix_madvise(reinterpret_cast<void*>(begin), end - begin, POSIX_MADV_WILLNEED);
+  const uintptr_t end = first + size_t(t.numel()) * t.element_size();
+  for (uintptr_t begin = first / page * page; begin < end; begin += kRun * page) {
+    const size_t bytes = std::min<size_t>(end - begin, kRun * page);
+    void* const run = reinterpret_cast<void*>(begin);
+    if (!is_resident(run, bytes, page)) posix_madvise(run, bytes, POSIX_MADV_WILLNEED);
+  }
 #endif
 }
 
