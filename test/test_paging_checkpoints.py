@@ -161,8 +161,8 @@ def test_safetensors(tmp_path: Path) -> None:
 @pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this torch is built without torch.distributed"
 )
-def test_distributed_checkpoints(tmp_path: Path) -> None:
-    """``dcp.load`` reads into the pages that are there; ``load_dcp`` reads beside them."""
+def test_distributed_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``dcp.load`` reads into the pages that are there, ``load_dcp`` into others, not into RAM."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import state_dict as dcp_state
 
@@ -192,7 +192,18 @@ def test_distributed_checkpoints(tmp_path: Path) -> None:
     assert before <= after
 
     model, optimizer = new_run(torchao8.PagedAdamW8bit)
+    moved: list[Any] = []
+    rooms_for = _paging.rooms_for
+
+    def seen_rooms_for(wanted: Any) -> Any:
+        rooms = rooms_for(wanted)
+        moved.extend(rooms)
+        return rooms
+
+    monkeypatch.setattr(_paging, "rooms_for", seen_rooms_for)
     load_dcp(model, optimizer, tmp_path, no_dist=True)
+    assert moved
+    assert not any(moved)
     assert_paged(optimizer)
     assert all_bits(optimizer)["states"] == states
 

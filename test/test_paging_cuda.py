@@ -62,7 +62,7 @@ def test_managed_memory_goes_with_the_optimizer() -> None:
 
 
 def test_training_goes_on_where_memory_is_short() -> None:
-    """1 GiB of state, and half of that left for it on the card. The bits stay the same."""
+    """1 GiB of state, and less than that left for it on the card. The bits stay the same."""
     free, _ = torch.cuda.mem_get_info()
     if free < 4096 * MIB:
         pytest.skip(f"4 GiB must be free on the GPU, {free / 2**30:.1f} are")
@@ -86,7 +86,7 @@ def test_training_goes_on_where_memory_is_short() -> None:
     assert_paged(optimizer, of=range(16))
     torch.cuda.synchronize()
     left = torch.cuda.mem_get_info()[0] + 1024 * MIB  # with what the driver can move out
-    filler = torch.empty(left - 512 * MIB, dtype=torch.uint8, device="cuda")
+    filler = torch.empty(left - 768 * MIB, dtype=torch.uint8, device="cuda")
     for _ in range(2):
         optimizer.step()
     torch.cuda.synchronize()

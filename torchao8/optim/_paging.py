@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 # Elements of a parameter from which on its state is paged. As for min_8bit_size they are those of
 # the whole parameter, so that what is paged does not depend on the number of ranks.
 LEAST = 100_000
-# Bytes of state that one op call updates while the next ones are on their way. A GPU gets them in
-# milliseconds, next to which the launch of a kernel is nothing.
-PIECE = 1 << 26
+# Bytes of state that one op call updates while the next ones are on their way. Two of them must fit
+# beside everything else; but where nothing has to come, each call costs its threads a meeting.
+PIECE = 1 << 28
 # A file system that cannot reserve space says one of these; zeros are written there.
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
@@ -316,6 +316,27 @@ def rooms_for(
     return [{k: next(parts) for k in ks} for ks in keys]
 
 
+def paged_rooms(rooms: dict[str, Any], owners: dict[str, tuple[Tensor, str]]) -> dict[str, Tensor]:
+    """Paged memory in place of tensors to read state into, which nothing has touched yet.
+
+    Args:
+        owners: the parameters of some of them, and the folders where their state is to lie.
+
+    Raises:
+        OSError, ValueError, RuntimeError: as :func:`allocate`.
+    """
+    found = {
+        name: (p, _spec_of(rooms[name], folder))
+        for name, (p, folder) in owners.items()
+        if isinstance(rooms[name], Tensor) and is_dtensor(rooms[name]) == is_dtensor(p)
+    }
+    parts = _allocate_for(list(found.values()))
+    return {
+        name: spec.place(p, part)
+        for (name, (p, spec)), part in zip(found.items(), parts, strict=True)
+    }
+
+
 def move_in(parts: dict[str, Tensor], rooms: dict[str, Tensor]) -> None:
     """Brings state into its rooms, in place; what does not fit is left for others to refuse."""
     for key, room in rooms.items():
@@ -385,7 +406,9 @@ def pages_ahead(calls: Sequence[tuple[Work, Bucket]]) -> list[list[list[Tensor]]
     """What to hand to :func:`torchao8.ops.prefetch_pages_` before each call, one after the other.
 
     Before its first call a device is asked for the pages of that one, and before each call for
-    those of the next: then these are on their way while the call is at work.
+    those of the next: then these are on their way while the call is at work. A step of Adam8bit on
+    256 MiB of state, all of it put out to a disk before, took 2.3 s that way and 3.6 s without
+    (medians of 8, on a machine that others used as well).
     """
     plan: list[list[list[Tensor]]] = [[] for _ in calls]
     if not any(work.group["is_paged"] for work, _ in calls):
