@@ -1,12 +1,15 @@
 """Paged state: the bits of other state, in files that leave nothing behind."""
 
 import ctypes
+import gc
 import mmap
 import os
 import pickle
 import re
 import signal
+import struct
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ from torch._inductor.utils import run_and_get_code
 import torchao8
 from torchao8 import ops
 from torchao8.optim import _paging
+from torchao8.optim._foreign_memory import tensor_on
 
 # -- the classes -----------------------------------------------------------------------------------
 
@@ -242,6 +246,36 @@ def test_pages_come_ahead_of_the_step() -> None:
         time.sleep(0.01)
     assert resident_pages(state) == every
     assert bits(state) == expected
+
+
+def test_a_tensor_on_memory_of_another_owner() -> None:
+    """As managed memory gets into torch: no copy, and the owner lives as long as a tensor of it."""
+
+    class Owner:
+        values = (ctypes.c_ubyte * 5000)(*range(100))
+
+    owner = Owner()
+    gone = weakref.ref(owner)
+    start = ctypes.addressof(owner.values)
+    tensor = tensor_on(owner, start + 8, 4000, torch.device("cpu"))
+    del owner
+    assert (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape)) == (
+        start + 8,
+        torch.uint8,
+        (4000,),
+    )
+    assert tensor.untyped_storage().nbytes() == 4000
+    assert tensor[:3].tolist() == [8, 9, 10]
+    view = tensor.view(torch.float32).view(10, 100)
+    del tensor
+    view.fill_(1.5)
+    gc.collect()
+    owner = gone()
+    assert owner is not None
+    assert bytes(owner.values[8:12]) == struct.pack("f", 1.5)
+    del owner, view
+    gc.collect()
+    assert gone() is None
 
 
 def test_each_call_has_the_pages_of_the_next_on_their_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,8 @@ constexpr const char* kOp = "prefetch_pages_";
 constexpr size_t kRun = 4096;  // pages at a time
 
 #if defined(__unix__) || defined(__APPLE__)
-// Whether all of it is in memory: asking costs a tenth of the advice, which looks at each page too.
+// Whether all of it is in memory: asking costs little next to the advice, which also looks at each
+// page.
 bool is_resident(void* begin, size_t bytes, size_t page) {
 #if defined(__linux__)
   std::vector<unsigned char> pages((bytes + page - 1) / page);

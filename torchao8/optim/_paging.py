@@ -28,6 +28,7 @@ from torch import Tensor
 from torchao8 import ops
 from torchao8.optim._checkpoint import BESIDE_STATES, TensorSpec
 from torchao8.optim._checks import check_flag, describe
+from torchao8.optim._foreign_memory import tensor_on
 from torchao8.sharding import is_dtensor, is_placed_as, local
 
 if TYPE_CHECKING:
@@ -184,26 +185,7 @@ class _ManagedMemory:
         self._free.atexit = False  # the driver has its own end
 
     def tensor(self, offset: int, size: int) -> Tensor:
-        part = _ManagedPart(self, offset, size)
-        tensor = torch.as_tensor(part, device=self.device)
-        tensor.zero_()
-        return tensor
-
-
-class _ManagedPart:
-    """As torch takes memory that it did not allocate: the tensor keeps this, and this the memory.
-
-    A blob with a deleter would be the way of the stable ABI, which has it from torch 2.11 on.
-    """
-
-    def __init__(self, memory: _ManagedMemory, offset: int, size: int) -> None:
-        self.memory = memory
-        self.__cuda_array_interface__ = {
-            "shape": (size,),
-            "typestr": "|u1",
-            "data": (memory.address + offset, False),
-            "version": 3,
-        }
+        return tensor_on(self, self.address + offset, size, self.device).zero_()
 
 
 Pages = _MappedFile | _ManagedMemory
