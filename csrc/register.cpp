@@ -18,6 +18,8 @@
 //
 // sum_squares gives an int64 row per tensor, the exact sum as a fixed-point number
 // (common/exact_sum.h), so that rows of shards can be added; norms rounds once, and takes roots.
+// prefetch_pages_ asks for paged memory ahead of the op that wants it; no value changes, but a
+// compiler must keep it, in its place. allocate_managed and free_managed are of CUDA alone.
 // lamb_update_sums gives such rows, of the updates that a step would make before a learning rate
 // multiplies them. clip_factors_ and lars_trust_ratios are Python, in torchao8/optim.
 #include <torch/csrc/stable/library.h>
@@ -99,5 +101,8 @@ STABLE_TORCH_LIBRARY(torchao8, m) {
   m.def("count_step_(Tensor(a!)[] steps, Tensor? found_inf) -> ()");
   m.def("sum_squares(Tensor[] tensors) -> Tensor");
   m.def("norms(Tensor sums) -> Tensor");
+  m.def("prefetch_pages_(Tensor(a!)[] pages, Tensor now) -> ()");
+  m.def("allocate_managed(Tensor like, int size) -> int");
+  m.def("free_managed(Tensor like, int address) -> ()");
   m.def("cpu_capability() -> int");
 }

@@ -212,6 +212,10 @@ BAD_OPTIONS: tuple[tuple[Options, type[Exception]], ...] = (
     ({"percentile_clipping": 0}, ValueError),
     ({"percentile_clipping": 101}, ValueError),
     ({"percentile_clipping": 5.0}, ValueError),
+    ({"is_paged": "yes"}, ValueError),
+    ({"page_dir": "."}, ValueError),
+    ({"is_paged": True, "page_dir": b"."}, ValueError),
+    ({"is_paged": True, "page_dir": "no such folder"}, ValueError),
 )
 
 # And those that a rule has.
@@ -267,9 +271,6 @@ BAD_OF_RULE: dict[str, tuple[Options, ...]] = {
         {"nesterov": True, "dampening": 0.1},
     ),
 }
-
-# They stand in the signatures, as in those of bitsandbytes.
-LATER_OPTIONS: tuple[Options, ...] = ({"is_paged": True},)
 
 
 def every_optimizer() -> pytest.MarkDecorator:

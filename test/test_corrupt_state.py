@@ -176,7 +176,7 @@ def test_one_tensor_twice_is_refused(device: str) -> None:
         {"betas": (1.0, 0.9)},
         {"block_size": 64},
         {"state_rounding": "up"},
-        {"is_paged": True},
+        {"is_paged": "yes"},
         {"maximize": "no"},
     ],
 )

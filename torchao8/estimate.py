@@ -70,6 +70,8 @@ class Estimate:
             element and a float32 step count a tensor. ``torch.optim.AdamW`` keeps the same for
             float32 parameters, and moments of the parameter's own width for narrower ones.
         state_8bit: of the class with 8-bit state, as :class:`torchao8.AdamW8bit`, on that rank.
+            Paged state has as many bytes, but for the rest of each tensor's last page, and they may
+            be elsewhere.
         checkpoint_32bit, checkpoint_8bit: the optimizer's state dict, every element once.
         total: summed over all ranks, replicas included.
         kept_32bit: the names of parameters that keep 32-bit state in an 8-bit optimizer, by reason.

@@ -53,6 +53,9 @@ _count_step_ = torch.ops.torchao8.count_step_.default
 _sum_squares = torch.ops.torchao8.sum_squares.default
 _lamb_update_sums = torch.ops.torchao8.lamb_update_sums.default
 _norms = torch.ops.torchao8.norms.default
+_prefetch_pages_ = torch.ops.torchao8.prefetch_pages_.default
+_allocate_managed = torch.ops.torchao8.allocate_managed.default
+_free_managed = torch.ops.torchao8.free_managed.default
 
 # Integers that an exact sum of squares consists of.
 SUM_LIMBS = 18
@@ -339,6 +342,37 @@ def norms(sums: Tensor) -> Tensor:
     return result
 
 
+def prefetch_pages_(pages: Sequence[list[Tensor]], now: Tensor) -> None:
+    """Asks for the pages of tensors that are wanted soon, one list after the other.
+
+    On a GPU the current stream waits until those of the list before are there. Then, when all that
+    is queued on it by now is done, the next ones are brought by a stream of their own: for each
+    call, the pages of the call after it. While a stream is captured nothing is done.
+
+    Args:
+        pages: paged state, on the device of ``now``; what is not paged is left alone. No value
+            changes: that the op says it writes to them has a compiler keep it, in its place.
+        now: a tensor of the call that comes next.
+    """
+    for tensors in pages:
+        _prefetch_pages_(tensors, now)
+
+
+def allocate_managed(device: torch.device, size: int) -> int:
+    """The address of new memory that CUDA moves between a GPU and the host, as they touch it.
+
+    Raises:
+        RuntimeError: not a GPU, one that cannot page, or no memory.
+    """
+    address: int = _allocate_managed(torch.empty(0, dtype=torch.uint8, device=device), size)
+    return address
+
+
+def free_managed(address: int, device: torch.device) -> None:
+    """Frees what :func:`allocate_managed` has given, when the GPU is done with it."""
+    _free_managed(torch.empty(0, dtype=torch.uint8, device=device), address)
+
+
 def cpu_capability() -> str:
     """The CPU code in use: "avx512", "avx2" or "scalar". TORCHAO8_CPU=<one of them> forces one."""
     return ("scalar", "avx2", "avx512")[torch.ops.torchao8.cpu_capability.default()]
@@ -397,6 +431,11 @@ for _op in STEP_OPS:
 @torch.library.register_fake("torchao8::count_step_")
 def _(steps: list[Tensor], found_inf: Tensor | None) -> None:
     _check_devices("count_step_", "steps", steps)
+
+
+@torch.library.register_fake("torchao8::prefetch_pages_")
+def _(pages: list[Tensor], now: Tensor) -> None:
+    _check_devices("prefetch_pages_", "pages", [*pages, now])
 
 
 @torch.library.register_fake("torchao8::sum_squares")

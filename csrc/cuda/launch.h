@@ -73,6 +73,8 @@ class Launcher {
     launch(kernel, unsigned(std::min(wanted, held)), shared_bytes, arguments...);
   }
 
+  cudaStream_t stream() const { return stream_; }
+
   void check(cudaError_t error) const { check_cuda(error, op_, device_); }
 
  private:

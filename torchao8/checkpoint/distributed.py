@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torchao8 import sharding
 from torchao8.block_layout import scale_shape
 from torchao8.checkpoint._names import check_own, names_of
+from torchao8.optim import _paging
+from torchao8.optim._checkpoint import BESIDE_STATES
 from torchao8.optim._load import all_or_none
 
 if TYPE_CHECKING:
@@ -33,9 +35,10 @@ def load_dcp(
 
     ``dcp.load`` reads into the live state: what fails half-way leaves half of it changed, and
     state of another format, 32-bit where 8 bits are kept here or the reverse, cannot be read at
-    all. This reads into memory of its own, a second copy of the state on this rank while it loads,
-    and hands it to ``optimizer.load_state_dict``, which checks and converts it. So it also takes
-    what ``torch.optim.AdamW`` saved. Options that the checkpoint lacks stay as they are.
+    all. This reads into memory of its own (paged, where state is), a second copy of the state on
+    this rank while it loads, and hands it to ``optimizer.load_state_dict``, which checks and
+    converts it. So it also takes what ``torch.optim.AdamW`` saved. Options that the checkpoint
+    lacks stay as they are.
 
     Parameters go by their names, whatever their order and whatever wraps the model. A collective
     where the process group is initialized: every rank calls it.
@@ -50,7 +53,7 @@ def load_dcp(
         TypeError: no optimizer of this library.
         ValueError: no state of a parameter or no options in the checkpoint, or such that do not
             fit.
-        OSError: no such folder.
+        OSError: no such folder, or no space for paged state.
         torch.distributed.checkpoint.CheckpointException: files that are missing or damaged.
     """
     import torch.distributed as dist
@@ -82,6 +85,7 @@ def load_dcp(
         names = names_of(model, optimizer)
         groups, numbers = _groups(str(checkpoint_id), optimizer, names, options, start)
         rooms: dict[str, Any] = {}
+        owners: dict[str, tuple[Tensor, str]] = {}  # of rooms that are to be paged
         for group, live in zip(groups, optimizer.param_groups, strict=True):
             needs_state = bool(optimizer._states({**live, **group}))  # torch's SGD may keep nothing
             for p in live["params"]:
@@ -93,6 +97,11 @@ def load_dcp(
                     )
                 block_size = group.get("block_size")
                 rooms.update({k: _room(p, entry, block_size) for k, entry in entries.items()})
+                folder = _paging.folder_of(live, p)
+                if folder is not None:
+                    beside = [prefix + name for name in BESIDE_STATES]
+                    owners.update({k: (p, folder) for k in entries if k not in beside})
+        rooms.update(_paging.paged_rooms(rooms, owners))
     values = read(rooms)
     state: dict[int, dict[str, Any]] = {}
     for p, number in numbers.items():

@@ -1,14 +1,23 @@
 """The optimizers, drop-in for those of the same name in ``torch.optim`` and bitsandbytes."""
 
 from torchao8.optim._options import CommonOptions
-from torchao8.optim.adagrad import Adagrad, Adagrad8bit
-from torchao8.optim.adam import Adam, Adam8bit, AdamW, AdamW8bit
-from torchao8.optim.ademamix import AdEMAMix, AdEMAMix8bit
-from torchao8.optim.lamb import LAMB, LAMB8bit
-from torchao8.optim.lars import LARS, LARS8bit
-from torchao8.optim.lion import Lion, Lion8bit
-from torchao8.optim.rmsprop import RMSprop, RMSprop8bit
-from torchao8.optim.sgd import SGD, SGD8bit
+from torchao8.optim.adagrad import Adagrad, Adagrad8bit, PagedAdagrad, PagedAdagrad8bit
+from torchao8.optim.adam import (
+    Adam,
+    Adam8bit,
+    AdamW,
+    AdamW8bit,
+    PagedAdam,
+    PagedAdam8bit,
+    PagedAdamW,
+    PagedAdamW8bit,
+)
+from torchao8.optim.ademamix import AdEMAMix, AdEMAMix8bit, PagedAdEMAMix, PagedAdEMAMix8bit
+from torchao8.optim.lamb import LAMB, LAMB8bit, PagedLAMB, PagedLAMB8bit
+from torchao8.optim.lars import LARS, LARS8bit, PagedLARS, PagedLARS8bit
+from torchao8.optim.lion import Lion, Lion8bit, PagedLion, PagedLion8bit
+from torchao8.optim.rmsprop import PagedRMSprop, PagedRMSprop8bit, RMSprop, RMSprop8bit
+from torchao8.optim.sgd import SGD, PagedSGD, PagedSGD8bit, SGD8bit
 
 __all__ = [
     "LAMB",
@@ -27,6 +36,24 @@ __all__ = [
     "LARS8bit",
     "Lion",
     "Lion8bit",
+    "PagedAdEMAMix",
+    "PagedAdEMAMix8bit",
+    "PagedAdagrad",
+    "PagedAdagrad8bit",
+    "PagedAdam",
+    "PagedAdam8bit",
+    "PagedAdamW",
+    "PagedAdamW8bit",
+    "PagedLAMB",
+    "PagedLAMB8bit",
+    "PagedLARS",
+    "PagedLARS8bit",
+    "PagedLion",
+    "PagedLion8bit",
+    "PagedRMSprop",
+    "PagedRMSprop8bit",
+    "PagedSGD",
+    "PagedSGD8bit",
     "RMSprop",
     "RMSprop8bit",
     "SGD8bit",

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from torchao8 import sharding
 from torchao8.block_layout import Scales, fits_8bit
-from torchao8.optim import _clipping
+from torchao8.optim import _clipping, _paging
 from torchao8.optim._checks import NO_FLOAT16, check_grad, describe, is_readable_grad
 from torchao8.sharding import Place
 
@@ -40,6 +40,24 @@ class Bucket(NamedTuple):
     shard_offsets: list[int]
     shard_row_strides: list[int]
     numbers: list[int]
+
+    def states_of(self, i: int) -> list[Tensor]:
+        """All tensors of state of its i-th parameter."""
+        lists = (*self.values.values(), *self.scales.values())
+        return [tensors[i] for tensors in lists if tensors]
+
+    def part(self, first: int, last: int) -> Bucket:
+        """A bucket of some of its parameters, ``last`` not included."""
+        return Bucket(
+            self.params[first:last],
+            self.grads[first:last],
+            self.steps[first:last],
+            {name: tensors[first:last] for name, tensors in self.values.items()},
+            {name: tensors[first:last] for name, tensors in self.scales.items()},
+            self.shard_offsets[first:last],
+            self.shard_row_strides[first:last],
+            self.numbers[first:last],
+        )
 
 
 class Work(NamedTuple):
@@ -168,6 +186,9 @@ def sort_into_buckets(
     codes, scales = [f"{name}_codes" for name in names], [f"{name}_scale" for name in names]
     keys32, keys8 = [*beside, *names], [*beside, *codes, *scales]
     first_codes, first_scale = (codes[0], scales[0]) if names else ("", "")
+    looks_at_pages = not torch.compiler.is_compiling() and bool(
+        names and (group["is_paged"] or _paging.any_pages())
+    )
     kinds: dict[Any, Columns] = {}
     work = Work(number, group, [], [], [], [], [], [])
     for i, p in enumerate(group["params"]):
@@ -210,6 +231,8 @@ def sort_into_buckets(
         work.steps.append(step)
         work.histories.extend(tensors[1 : len(beside)])
         if not sharded:
+            if looks_at_pages:
+                _paging.check_place(optimizer, group, p, states[0])
             work.grads.append(grad)
             kind = (quantized, p.device, p.dtype, grad.dtype, False)
             kinds.setdefault(kind, Columns()).add(where, p, grad, step, *states)
@@ -220,11 +243,13 @@ def sort_into_buckets(
             place = place_of(i, p, False) if rounds else None
         kind = (quantized, p_local.device, p.dtype, grad.dtype, place is not None)
         parts = [sharding.local(t) for t in states]
+        if looks_at_pages:
+            _paging.check_place(optimizer, group, p, parts[0])
         columns = kinds.setdefault(kind, Columns())
         block_wise = group["block_wise"]
         columns.add_shard(where, place, p_local, grad, step, parts, quantized, block_wise)
     work.buckets.extend(made.bucket(names, kind[0]) for kind, made in kinds.items() if made.tensors)
-    return work
+    return _paging.pieces(work)
 
 
 def rounds_param(group: Group, p: Tensor) -> bool:

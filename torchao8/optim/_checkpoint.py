@@ -51,6 +51,7 @@ class TensorSpec(NamedTuple):
         shape: of the whole tensor.
         local_shape: of the part on this rank, where ``p`` is a DTensor and this is to be one.
         signed: whether its numbers may be negative.
+        pages: the folder of the file behind it where it is paged, "" for the temporary one.
     """
 
     dtype: torch.dtype
@@ -58,12 +59,18 @@ class TensorSpec(NamedTuple):
     fill: float = 0
     local_shape: tuple[int, ...] | None = None
     signed: bool = True
+    pages: str | None = None
+
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """Of what this rank holds."""
+        return self.shape if self.local_shape is None else self.local_shape
 
     def empty(self, p: Tensor) -> Tensor:
-        """The tensor of a parameter that has made no step yet."""
-        shape = self.shape if self.local_shape is None else self.local_shape
+        """The tensor of a parameter that has made no step yet; it is not paged."""
         device = local(p).device
-        return self.place(p, torch.full(shape, self.fill, dtype=self.dtype, device=device))
+        part = torch.full(self.part_shape, self.fill, dtype=self.dtype, device=device)
+        return self.place(p, part)
 
     def place(self, p: Tensor, part: Tensor) -> Tensor:
         """The state tensor of ``p`` whose part on this rank is given."""

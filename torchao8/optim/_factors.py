@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchao8 import ops, sharding
-from torchao8.optim import _clipping
+from torchao8.optim import _clipping, _paging
 from torchao8.optim._buckets import Bucket, Group, Work
 
 # A parameter, by the number of its group and its own there.
@@ -168,12 +168,21 @@ class _Device:
         none = torch.zeros(ops.SUM_LIMBS, dtype=torch.int64, device=clip.device)
         pairs = torch.stack((clip, torch.ones_like(clip)), 1).unbind()
         rows: list[Tensor] = []
-        for work, numbers, part in self._parts():
+        parts = self._parts()
+        calls = [
+            (work, bucket)
+            for work, _, _ in parts
+            for bucket in work.buckets
+            if bucket.params[0].device == clip.device
+        ]
+        ahead = iter(_paging.pages_ahead(calls))
+        for work, numbers, part in parts:
             mine = dict.fromkeys(numbers, none)
             own = dict(zip(numbers, pairs[part], strict=True))
             for bucket in work.buckets:
                 if bucket.params[0].device != clip.device:
                     continue
+                ops.prefetch_pages_(next(ahead), bucket.params[0])
                 factors = [own[k] for k in bucket.numbers] if self.clips else []
                 sums = self.rule.update_sums(work.group, bucket, factors, self.grad_scale)
                 for k, row in zip(bucket.numbers, sums.unbind(), strict=True):

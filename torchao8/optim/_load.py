@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torchao8 import sharding
 from torchao8.block_layout import Scales, check_block_size
 from torchao8.checkpoint import foreign
-from torchao8.optim import _clipping
+from torchao8.optim import _clipping, _paging
 from torchao8.optim._buckets import Group
 from torchao8.optim._checkpoint import Layout, State, check_form, convert, parts_of, seal
 from torchao8.optim._checks import check_flag, check_params, describe, warn_caller
@@ -37,6 +37,7 @@ def seal_state_dict(optimizer: Optimizer, state_dict: Any) -> dict[str, Any] | N
     loading = _Loading(cast("LowPrecisionOptimizer", optimizer), state_dict)
     with all_or_none(agree):
         loading.check()
+        loading.make_rooms()
     with all_or_none(agree):
         loading.convert()
         loading.seal()
@@ -89,8 +90,9 @@ class _Loading:
     """A checkpoint on its way into an optimizer.
 
     In three parts, as ranks must not part while they talk: all checks that look at no value
-    (:meth:`check`), what may be a collective (:meth:`convert`), and the look at values, which
-    differ from rank to rank (:meth:`seal`).
+    (:meth:`check`) and the memory that paged state needs (:meth:`make_rooms`), what may be a
+    collective (:meth:`convert`), and the look at values, which differ from rank to rank
+    (:meth:`seal`).
     """
 
     def __init__(self, optimizer: LowPrecisionOptimizer, state_dict: Any) -> None:
@@ -100,6 +102,7 @@ class _Loading:
         self.state: dict[Any, Any] = {}
         self.groups: list[Group] = []
         self.plans: list[_Plan] = []
+        self.rooms: list[dict[str, Tensor]] = []
         self.parts: list[dict[str, Tensor]] = []
         # What to tell of: the parameters that were converted, by how, and who wrote their state.
         self.converted: dict[str, list[str]] = {}
@@ -143,15 +146,24 @@ class _Loading:
         if stray:
             raise ValueError(f"state of {stray[0]!r}: no parameter group of the checkpoint has it")
 
+    def make_rooms(self) -> None:
+        """Reserves paged memory: a disk that is full refuses the checkpoint."""
+        wanted = [
+            (plan.p, plan.layout, {} if plan.converts else plan.values) for plan in self.plans
+        ]
+        self.rooms = _paging.rooms_for(wanted)
+
     def convert(self) -> None:
         """Brings the state into the format of the optimizer, as far as it lies on this rank.
 
         A parameter that is refused ends nothing here: the other ranks go on with the next one.
         """
         refusal: Exception | None = None
-        for plan in self.plans:
+        for plan, rooms in zip(self.plans, self.rooms, strict=True):
             try:
-                self.parts.append(self._converted(plan))
+                parts = self._converted(plan)
+                _paging.move_in(parts, rooms)
+                self.parts.append(parts)
             except ValueError as error:
                 refusal = refusal or error
         if refusal is not None:
@@ -161,9 +173,11 @@ class _Loading:
         """Checks the values on this rank."""
         seen: set[int] = set()
         for plan, parts in zip(self.plans, self.parts, strict=True):
-            # A checkpoint may hold one tensor twice, which no step could write to.
+            # A checkpoint may hold one tensor twice, which no step could write to, or paged memory
+            # for what is not paged here.
             for key, part in parts.items():
-                if part.numel() and part.data_ptr() in seen:
+                is_stray = plan.layout[key].pages is None and _paging.found_in(part) is not None
+                if part.numel() and (part.data_ptr() in seen or is_stray):
                     parts[key] = part.clone()
                 seen.add(part.data_ptr())
             self.state[plan.saved_id] = seal(plan.label, plan.layout, parts)

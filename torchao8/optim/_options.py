@@ -18,7 +18,8 @@ COMMON: dict[str, Any] = {
     "seed": 0,
     "percentile_clipping": 100,
     "block_wise": True,
-    "is_paged": False,
+    "is_paged": None,
+    "page_dir": "",
 }
 
 
@@ -49,7 +50,12 @@ class CommonOptions(TypedDict, total=False):
         block_wise: False gives each 8-bit state of a parameter one scale in place of one a block,
             as bitsandbytes up to 0.45 could: coarser, and a step reads everything twice.
             ``block_size`` then only says which parameters keep 8 bits and how they are rounded.
-        is_paged: must be False.
+        is_paged: whether the state of parameters of 100,000 elements and more may leave the GPU, or
+            RAM, when memory is short, and comes back for each step; the default is that of the
+            class. On a GPU it lies in CUDA's managed memory, on the CPU in a file without a name,
+            mapped into memory, whose space is reserved at the first step.
+        page_dir: the folder of that file; "" is the temporary one, which may itself be in RAM. For
+            parameters on the CPU. As is_paged, to be decided before the first step.
     """
 
     maximize: bool
@@ -66,6 +72,7 @@ class CommonOptions(TypedDict, total=False):
     percentile_clipping: int
     block_wise: bool
     is_paged: bool
+    page_dir: str
 
 
 def with_common(cls: type, own: dict[str, Any], common: CommonOptions, bits: int) -> dict[str, Any]:

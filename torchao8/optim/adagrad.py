@@ -84,3 +84,15 @@ class Adagrad8bit(Adagrad):
     """:class:`Adagrad` with 8-bit state: about one byte a parameter in place of four."""
 
     _bits = 8
+
+
+class PagedAdagrad(Adagrad):
+    """:class:`Adagrad` with paged state: the default of ``is_paged`` is True."""
+
+    _paged = True
+
+
+class PagedAdagrad8bit(Adagrad8bit):
+    """:class:`Adagrad8bit` with paged state: the default of ``is_paged`` is True."""
+
+    _paged = True

@@ -93,6 +93,7 @@ class Adam(_Adam):
         block_wise: False gives each 8-bit state of a parameter one scale in place of one a block,
             as bitsandbytes up to 0.45 could: coarser, and a step reads everything twice.
             ``block_size`` then only says which parameters keep 8 bits and how they are rounded.
+        is_paged, page_dir: where state lies, see :class:`torchao8.optim.CommonOptions`.
         decoupled_weight_decay: decay as :class:`AdamW` does.
 
     Raises:
@@ -122,6 +123,8 @@ class Adam(_Adam):
         seed: int = 0,
         percentile_clipping: int = 100,
         block_wise: bool = True,
+        is_paged: bool | None = None,
+        page_dir: str = "",
         decoupled_weight_decay: bool = False,
     ) -> None:
         options = _options(locals(), decoupled_weight_decay=decoupled_weight_decay)
@@ -159,6 +162,8 @@ class AdamW(_Adam):
         seed: int = 0,
         percentile_clipping: int = 100,
         block_wise: bool = True,
+        is_paged: bool | None = None,
+        page_dir: str = "",
     ) -> None:
         super().__init__(params, _options(locals(), decoupled_weight_decay=True))
 
@@ -168,10 +173,7 @@ class Adam8bit(_Adam):
 
     Weight decay is L2, as in ``torch.optim.Adam``; the class of this name in bitsandbytes decays
     decoupled, as :class:`AdamW8bit` does. `8-bit Optimizers via Block-wise Quantization
-    <https://arxiv.org/abs/2110.02861>`_. Arguments and errors are those of :class:`Adam`, and
-
-    Args:
-        is_paged: must be False.
+    <https://arxiv.org/abs/2110.02861>`_. Arguments and errors are those of :class:`Adam`.
     """
 
     def __init__(
@@ -186,8 +188,9 @@ class Adam8bit(_Adam):
         min_8bit_size: int = 4096,
         percentile_clipping: int = 100,
         block_wise: bool = True,
-        is_paged: bool = False,
+        is_paged: bool | None = None,
         *,
+        page_dir: str = "",
         block_size: int = 256,
         state_rounding: str = "stochastic",
         stochastic_rounding: bool = False,
@@ -219,8 +222,9 @@ class AdamW8bit(_Adam):
         min_8bit_size: int = 4096,
         percentile_clipping: int = 100,
         block_wise: bool = True,
-        is_paged: bool = False,
+        is_paged: bool | None = None,
         *,
+        page_dir: str = "",
         block_size: int = 256,
         state_rounding: str = "stochastic",
         stochastic_rounding: bool = False,
@@ -232,3 +236,27 @@ class AdamW8bit(_Adam):
         fused: bool | None = None,
     ) -> None:
         super().__init__(params, _options(locals(), decoupled_weight_decay=True))
+
+
+class PagedAdam(Adam):
+    """:class:`Adam` with paged state: the default of ``is_paged`` is True."""
+
+    _paged = True
+
+
+class PagedAdam8bit(Adam8bit):
+    """:class:`Adam8bit` with paged state: the default of ``is_paged`` is True."""
+
+    _paged = True
+
+
+class PagedAdamW(AdamW):
+    """:class:`AdamW` with paged state: the default of ``is_paged`` is True."""
+
+    _paged = True
+
+
+class PagedAdamW8bit(AdamW8bit):
+    """:class:`AdamW8bit` with paged state: the default of ``is_paged`` is True."""
+
+    _paged = True

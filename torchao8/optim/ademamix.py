@@ -102,3 +102,15 @@ class AdEMAMix8bit(AdEMAMix):
     """:class:`AdEMAMix` with 8-bit state: about three bytes a parameter in place of twelve."""
 
     _bits = 8
+
+
+class PagedAdEMAMix(AdEMAMix):
+    """:class:`AdEMAMix` with paged state: the default of ``is_paged`` is True."""
+
+    _paged = True
+
+
+class PagedAdEMAMix8bit(AdEMAMix8bit):
+    """:class:`AdEMAMix8bit` with paged state: the default of ``is_paged`` is True."""
+
+    _paged = True

@@ -16,7 +16,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from torchao8 import ops, sharding
 from torchao8.block_layout import Scales, check_block_size, fits_8bit
-from torchao8.optim import _clipping, _extremes, _factors
+from torchao8.optim import _clipping, _extremes, _factors, _paging
 from torchao8.optim._buckets import (
     Bucket,
     Group,
@@ -53,7 +53,6 @@ if TYPE_CHECKING:
 # Options of every optimizer that have one value so far, and what the others would be.
 FIXED = {
     "differentiable": (False, "a step that autograd records"),
-    "is_paged": (False, "paged state"),
 }
 
 # What ops.step_ and ops.extremes begin with: the op, params, grads, values, scales, steps, lr,
@@ -91,7 +90,11 @@ class LowPrecisionOptimizer(Optimizer):
         "min_8bit_size",
         "block_size",
         "block_wise",
+        "is_paged",
+        "page_dir",
     )
+    # Whether state is paged unless is_paged says otherwise.
+    _paged = False
     _told_of_no_gradient = False
     # Of torchao8.ops.STEP_OPS, and the states in the order of its lists.
     _op: str
@@ -100,6 +103,8 @@ class LowPrecisionOptimizer(Optimizer):
     def __init__(self, params: ParamsT, options: Group) -> None:
         fixed = {name: value for name, (value, _) in FIXED.items()}
         defaults = plain_hints({**fixed, **options, "state_version": STATE_VERSION})
+        if defaults["is_paged"] is None:
+            defaults["is_paged"] = self._paged
         self._check_options(defaults)
         super().__init__(params, defaults)
         _run_when_traced(type(self))
@@ -142,6 +147,7 @@ class LowPrecisionOptimizer(Optimizer):
                 )
         check_flag("maximize", group["maximize"])
         _clipping.check_percentile(group["percentile_clipping"])
+        _paging.check_options(group)
         check_number("lr", group["lr"], tensor=True)
         if not is_int(group["optim_bits"]) or group["optim_bits"] not in (8, 32):
             raise ValueError(f"optim_bits: expected 8 or 32, got {group['optim_bits']!r}")
@@ -181,6 +187,7 @@ class LowPrecisionOptimizer(Optimizer):
             _warn_of_misspelled(param_group, self.defaults)
             options = {**self.defaults, **plain_hints(param_group)}
             self._check_options(options)
+            _paging.check_folder(options)
             check_params(
                 [given] if isinstance(given, Tensor) else given, options["stochastic_rounding"]
             )
@@ -213,15 +220,19 @@ class LowPrecisionOptimizer(Optimizer):
                 "not tell where the shards of a parameter are; clipping by percentiles, trust "
                 "ratios and block_wise=False need all of it. Shard with fully_shard (FSDP2)"
             )
+        pages = _paging.folder_of(group, p)
         for name, signed, initial in self._states(group):
             if in_8bit:
                 code = 255 if initial else 127 if signed else 0  # 1.0 or 0.0, times the scale
-                layout[f"{name}_codes"] = TensorSpec(torch.uint8, shape, code, local_shape)
+                layout[f"{name}_codes"] = TensorSpec(
+                    torch.uint8, shape, code, local_shape, pages=pages
+                )
+                of_scale = pages if scales.block_wise else None  # one number is not worth a page
                 layout[f"{name}_scale"] = TensorSpec(
-                    torch.float32, scales.shape(shape), initial, local_scale, signed
+                    torch.float32, scales.shape(shape), initial, local_scale, signed, of_scale
                 )
             else:
-                layout[name] = TensorSpec(torch.float32, shape, initial, local_shape, signed)
+                layout[name] = TensorSpec(torch.float32, shape, initial, local_shape, signed, pages)
         return layout
 
     def _needs_the_whole(self, group: Group) -> bool:
@@ -246,8 +257,8 @@ class LowPrecisionOptimizer(Optimizer):
                 elif p.requires_grad or p.grad is not None:
                     self._warn_of_cut_row(group, p)
                     fresh.append((p, self._layout(group, p)))
-        for p, layout in fresh:
-            self.state[p] = {key: spec.empty(p) for key, spec in layout.items()}
+        for (p, _), state in zip(fresh, _paging.new_states(fresh), strict=True):
+            self.state[p] = state
 
     def _warn_of_no_gradient(self) -> None:
         """Once: training that does nothing looks like training."""
@@ -265,9 +276,13 @@ class LowPrecisionOptimizer(Optimizer):
         """Raises RuntimeError if an option was changed after it had laid out the state of ``p``."""
         states = self._states(group)
         if states:  # what has none has no format either
-            scale = self.state[p].get(f"{states[0].name}_scale")
+            name = states[0].name
+            scale = self.state[p].get(f"{name}_scale")
             keeps_blocks = not is_dtensor(p) or sharding.keeps_blocks(p, group["block_size"])
             check_layout(self, group, p, scale, keeps_blocks)
+            first = self.state[p].get(name if scale is None else f"{name}_codes")
+            if first is not None:
+                _paging.check_place(self, group, p, sharding.local(first))
 
     def _warn_of_cut_row(self, group: Group, p: Tensor) -> None:
         """Says which parameter keeps 32 bits for the way it is sharded, and what to do."""
@@ -304,6 +319,7 @@ class LowPrecisionOptimizer(Optimizer):
                 its parameter and options (``optim_bits`` was changed, for one).
             ValueError: a parameter put into a group after construction is of an unsupported dtype;
                 a float16 one under ``stochastic_rounding``; a shard that is not what it says.
+            OSError: no space for paged state, at the first step.
         """
         loss = None
         if closure is not None:
@@ -365,8 +381,11 @@ class LowPrecisionOptimizer(Optimizer):
             return ops.extremes(*shared(i, bucket), **self._op_options(works[i].group))
 
         extremes = _extremes.extremes_of(find, works, self._shard_groups)
-        calls = [(i, work.group, bucket) for i, work in enumerate(works) for bucket in work.buckets]
-        for i, group, bucket in calls:
+        calls = [(i, work, bucket) for i, work in enumerate(works) for bucket in work.buckets]
+        ahead = _paging.pages_ahead([(work, bucket) for _, work, bucket in calls])
+        for (i, work, bucket), pages in zip(calls, ahead, strict=True):
+            group = work.group
+            ops.prefetch_pages_(pages, bucket.params[0])
             ops.step_(
                 *shared(i, bucket),
                 [extremes[i][k] for k in bucket.numbers if k in extremes[i]],
@@ -420,10 +439,10 @@ class LowPrecisionOptimizer(Optimizer):
 
         As in ``torch.optim``, the options of the checkpoint replace those of the groups, except
         those that lay out the state (``optim_bits``, ``min_8bit_size``, ``block_size``,
-        ``block_wise``). State tensors keep their bytes. They move to the device of their parameter;
-        those that are there already are taken over, not copied. State that was saved in another
-        precision than the parameter keeps here, or in other blocks, is converted, and one warning
-        says so.
+        ``block_wise``, ``is_paged``, ``page_dir``). State tensors keep their bytes. They move to
+        the device of their parameter, and to paged memory where it is paged; those that are there
+        already are taken over, not copied. State that was saved in another precision than the
+        parameter keeps here, or in other blocks, is converted, and one warning says so.
 
         Where parameters are DTensors this is a collective: all ranks load, or all raise. Their
         state may come as DTensors or, on every rank, as the whole plain tensors.
@@ -435,6 +454,7 @@ class LowPrecisionOptimizer(Optimizer):
             ValueError: groups of another number or size, an option out of range, a state_version
                 that is not known, or a state whose keys, dtypes, shapes or values are not those of
                 the parameter.
+            OSError: no space for state that is to be paged.
         """
         if not isinstance(cast(object, state_dict), dict):
             seal_state_dict(self, state_dict)  # refuses it, and has the other ranks do so as well
@@ -449,6 +469,9 @@ class LowPrecisionOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         unseal(state["state"])
         super().__setstate__(state)
+        for group in (self.defaults, *self.param_groups):
+            group.setdefault("page_dir", "")  # pickles of before it have none
+        _paging.move_states(self.param_groups, self.state)
         _run_when_traced(type(self))
         self.__dict__.setdefault("_step_supports_amp_scaling", bool(self.defaults["fused"]))
 

@@ -121,6 +121,18 @@ class LAMB8bit(LAMB):
     _bits = 8
 
 
+class PagedLAMB(LAMB):
+    """:class:`LAMB` with paged state: the default of ``is_paged`` is True."""
+
+    _paged = True
+
+
+class PagedLAMB8bit(LAMB8bit):
+    """:class:`LAMB8bit` with paged state: the default of ``is_paged`` is True."""
+
+    _paged = True
+
+
 def _rule_options(group: Group) -> dict[str, float | bool]:
     beta1, beta2 = group["betas"]
     names = ("eps", "weight_decay", "maximize")

@@ -123,6 +123,18 @@ class LARS8bit(LARS):
     _bits = 8
 
 
+class PagedLARS(LARS):
+    """:class:`LARS` with paged state: the default of ``is_paged`` is True."""
+
+    _paged = True
+
+
+class PagedLARS8bit(LARS8bit):
+    """:class:`LARS8bit` with paged state: the default of ``is_paged`` is True."""
+
+    _paged = True
+
+
 def lars_trust_ratios(
     param_norms: Tensor, grad_norms: Tensor, trust_coefficient: float, weight_decay: float
 ) -> Tensor:

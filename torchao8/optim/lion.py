@@ -76,3 +76,15 @@ class Lion8bit(Lion):
     """:class:`Lion` with 8-bit state: about one byte a parameter in place of four."""
 
     _bits = 8
+
+
+class PagedLion(Lion):
+    """:class:`Lion` with paged state: the default of ``is_paged`` is True."""
+
+    _paged = True
+
+
+class PagedLion8bit(Lion8bit):
+    """:class:`Lion8bit` with paged state: the default of ``is_paged`` is True."""
+
+    _paged = True

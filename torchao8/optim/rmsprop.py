@@ -109,3 +109,15 @@ class RMSprop8bit(RMSprop):
     """:class:`RMSprop` with 8-bit state: about one byte a parameter and state in place of four."""
 
     _bits = 8
+
+
+class PagedRMSprop(RMSprop):
+    """:class:`RMSprop` with paged state: the default of ``is_paged`` is True."""
+
+    _paged = True
+
+
+class PagedRMSprop8bit(RMSprop8bit):
+    """:class:`RMSprop8bit` with paged state: the default of ``is_paged`` is True."""
+
+    _paged = True

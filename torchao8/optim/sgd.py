@@ -92,3 +92,15 @@ class SGD8bit(SGD):
     """:class:`SGD` with 8-bit momentum: about one byte a parameter in place of four."""
 
     _bits = 8
+
+
+class PagedSGD(SGD):
+    """:class:`SGD` with paged state: the default of ``is_paged`` is True."""
+
+    _paged = True
+
+
+class PagedSGD8bit(SGD8bit):
+    """:class:`SGD8bit` with paged state: the default of ``is_paged`` is True."""
+
+    _paged = True
