@@ -113,16 +113,20 @@ def test_same_bits_for_every_option(options: dict[str, Any], state_bits: int) ->
 
 
 @pytest.mark.parametrize("block_size", [64, 256, 512])
-@pytest.mark.parametrize("state_bits", [8, 32])
+@pytest.mark.parametrize(("state_bits", "one_scale"), [(8, False), (8, True), (32, False)], ids=str)
 @pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_parameters_rounded_stochastically(
-    grad_dtype: torch.dtype, state_bits: int, block_size: int
+    grad_dtype: torch.dtype, state_bits: int, one_scale: bool, block_size: int
 ) -> None:
     """Of whole tensors, and of shards whose rows lie apart."""
     shapes = [*ALIGNED, (3, 300), (5, 17), (9, 251), (), (1,)]
     params, grads = tensors(torch.bfloat16, shapes), tensors(grad_dtype, shapes)
-    options = {"state_bits": state_bits, "block_size": block_size, "stochastic_params": True}
-    call = live_state(new_call(params, grads, **options))
+    call = live_state(
+        new_call(
+            params, grads, state_bits=state_bits, one_scale=one_scale, block_size=block_size,
+            stochastic_params=True,
+        )
+    )  # fmt: skip
     assert_steps_alike(copy_call(call))
     call["shard_offsets"] = [1000 * i + 77 * (i % 3) for i in range(len(shapes))]
     call["shard_row_strides"] = [20_000 + i for i in range(len(shapes))]

@@ -202,6 +202,11 @@ MUTANTS = {
         "unit < entry.fast_units && prepared.is_bounded",
         "unit < entry.fast_units",
     ),
+    "a bad block's parameters rounded to nearest, with one scale": (
+        "one_scale.cuh",
+        "slow_block<Rule, kRounds>(entry",
+        "slow_block<Rule, false>(entry",
+    ),
     "scales written though found_inf": (
         "one_scale.cuh",
         "if (i >= table.count || table.numbers.found_inf.get() != 0) return;",

@@ -151,6 +151,14 @@ def expected_params(call: Call) -> list[Tensor]:
 SHAPES = [(1,), (7,), (8,), (9,), (255,), (256,), (257,), (1031,), (3, 300), (2, 3, 70), (5, 17),
           (9, 513), (), (0, 4), (2, 512), (300, 1)]  # fmt: skip
 LAYOUTS = ["contiguous", "odd offset", "transposed", "gaps"]
+STATES: list[dict[str, Any]] = [
+    {"state_bits": 8, "one_scale": False},
+    {"state_bits": 8, "one_scale": True},
+    {"state_bits": 32, "one_scale": False},
+]
+every_state = pytest.mark.parametrize(
+    ("state_bits", "one_scale"), [tuple(state.values()) for state in STATES], ids=str
+)
 SPECIAL = [math.nan, math.inf, -math.inf, 0.0, -0.0, BF16_MAX, -BF16_MAX, 1e-39, 1e30]
 
 
@@ -173,15 +181,21 @@ def mixed_call(layout: str, grad_dtype: torch.dtype, **options: Any) -> Call:
 @every_path
 @pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("state_bits", [8, 32])
+@every_state
 def test_the_numbers_are_those_of_the_hash(
-    workers: Workers, path: str, state_bits: int, layout: str, grad_dtype: torch.dtype
+    workers: Workers,
+    path: str,
+    state_bits: int,
+    one_scale: bool,
+    layout: str,
+    grad_dtype: torch.dtype,
 ) -> None:
     """On each path, for blocks of several sizes, whole tensors and shards."""
     worker = workers.get(path)
     for seed, block_size, amsgrad in [(0, 256, False), (-5, 64, True), (2**40, 512, False)]:
         options = {"seed": seed, "block_size": block_size, "amsgrad": amsgrad,
-                   "state_bits": state_bits, "stochastic_rounding": amsgrad}  # fmt: skip
+                   "state_bits": state_bits, "one_scale": one_scale,
+                   "stochastic_rounding": amsgrad}  # fmt: skip
         call = mixed_call(layout, grad_dtype, **options)
         if seed:
             call["shard_offsets"] = [1000 * i + 77 * (i % 3) for i in range(len(SHAPES))]
@@ -196,8 +210,8 @@ def test_the_numbers_are_those_of_the_hash(
 
 
 def test_the_numbers_on_every_device(device: str) -> None:
-    for state_bits in (8, 32):
-        call = mixed_call("contiguous", torch.bfloat16, state_bits=state_bits, device=device)
+    for state in STATES:
+        call = mixed_call("contiguous", torch.bfloat16, device=device, **state)
         want = [x.where(~x.isnan(), math.nan) for x in expected_params(call)]
         run(call)
         got = [p.cpu().where(~p.cpu().isnan(), math.nan) for p in call["params"]]
@@ -206,8 +220,8 @@ def test_the_numbers_on_every_device(device: str) -> None:
 
 def test_states_do_not_see_it(device: str) -> None:
     """Moments are those of the same parameters rounded to nearest; in float32 nothing changes."""
-    for state_bits in (8, 32):
-        call = mixed_call("contiguous", torch.bfloat16, state_bits=state_bits, device=device)
+    for state in STATES:
+        call = mixed_call("contiguous", torch.bfloat16, device=device, **state)
         nearest = copy_call(call) | {"stochastic_params": False}
         run(call)
         run(nearest)
@@ -220,9 +234,11 @@ def test_states_do_not_see_it(device: str) -> None:
 
 
 @every_path
-@pytest.mark.parametrize("state_bits", [8, 32])
-def test_threads_and_grouping(workers: Workers, path: str, state_bits: int) -> None:
-    call = large_call(state_bits)
+@every_state
+def test_threads_and_grouping(
+    workers: Workers, path: str, state_bits: int, one_scale: bool
+) -> None:
+    call = large_call(state_bits, one_scale=one_scale)
     call["params"] = [p.to(torch.bfloat16) for p in call["params"]]
     call["stochastic_params"] = True
     worker = workers.get(path)

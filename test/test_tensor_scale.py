@@ -5,6 +5,7 @@ import math
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import reference
@@ -47,8 +48,10 @@ from torch.distributed.tensor import Replicate, Shard
 import torchao8
 from torchao8 import AdamW, AdamW8bit
 from torchao8.checkpoint import load_dcp, load_safetensors, save_safetensors, to_torch
+from torchao8.optim import _paging
 from torchao8.optim.base import LowPrecisionOptimizer
 
+STEP_OP = "torchao8::adam_step_"
 ONE_SCALE: Options = {"optim_bits": 8, "min_8bit_size": SMALL, "block_wise": False}
 
 
@@ -302,6 +305,7 @@ def _fsdp_against_unsharded(rank: int, world_size: int, mesh_shape: tuple[int, .
     for i, case in enumerate(OPTIMIZERS):
         dtype = (torch.float32, torch.bfloat16)[i % 3 % 2]
         options = {**SHARDED, **case.known({"amsgrad": True, "percentile_clipping": 30})}
+        options["stochastic_rounding"] = dtype == torch.bfloat16
         ends = []
         for m in (mesh, None):
             params = groups_of(fsdp_weights(m, dtype).parameters(), m is not None)
@@ -352,6 +356,34 @@ def _placed_against_unsharded(rank: int, world_size: int) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_same_bits_for_pieces_and_compiled() -> None:
     run_ranks(4, _placed_against_unsharded)
+
+
+def _pieces_in_one_call(rank: int, world_size: int) -> None:
+    """With paged state, where op calls are as small as they can be, and parameters in bfloat16."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    with mock.patch.object(_paging, "PIECE", 1):
+        for options in ({"is_paged": True}, {"is_paged": True, "stochastic_rounding": True}):
+            ends = []
+            params = make_params(torch.bfloat16, [shape for shape, _ in PLACEMENTS])
+            for sharded in (True, False):
+                own = [
+                    distributed_param(p, mesh, placements)
+                    if sharded
+                    else torch.nn.Parameter(p.detach().clone())
+                    for p, (_, placements) in zip(params, PLACEMENTS, strict=True)
+                ]
+                optimizer = AdamW8bit(own, **{**SHARDED, **options})
+                with torch.profiler.profile() as profile:
+                    step_with(optimizer, range(3))
+                ends.append(gathered(optimizer))
+                calls = sum(e.count for e in profile.key_averages() if e.key == STEP_OP)
+                assert calls == 3 * len(PLACEMENTS)
+            assert ends[0] == ends[1]
+
+
+def test_pieces_that_share_a_scale_are_stepped_together() -> None:
+    """The first of several calls would leave the new scale to the others, whose codes are old."""
+    run_ranks(4, _pieces_in_one_call)
 
 
 def _calls_of_a_step(rank: int, world_size: int) -> int:

@@ -14,8 +14,9 @@
 namespace torchao8::cuda {
 
 inline void check_cuda(cudaError_t error, const char* op, int32_t device) {
-  TORCHAO8_CHECK(error == cudaSuccess, op, ": CUDA error on cuda:", device, ": ",
-                 cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // it is told of here, and not by the next launch
+  refuse(op, ": CUDA error on cuda:", device, ": ", cudaGetErrorString(error));
 }
 
 // Where a call takes place: where the first tensor of its arguments is.

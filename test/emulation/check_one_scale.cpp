@@ -22,8 +22,9 @@ int failures = 0;
 const cuda::Tables kTables = cuda::make_tables();
 constexpr uint64_t kSeed = 11;
 
+// type: that of the launch.
 struct Case {
-  FloatType type, grad_type;
+  FloatType type, param_type, grad_type;
   int block_size;
   bool stochastic;
 };
@@ -35,11 +36,11 @@ Rule rule_of(const TensorOf& t, const typename Rule::Options& options) {
   return Rule::at_step(own, int64_t(t.step) + 1, true);
 }
 
-// ---- the CPU
-// -------------------------------------------------------------------------------------
+// ---- the CPU ------------------------------------------------------------------------------------
 
+// rounds: bfloat16 parameters, stochastically.
 template <class Rule>
-void cpu_step(TensorOf& t, const typename Rule::Options& options, const Case& c,
+void cpu_step(TensorOf& t, const typename Rule::Options& options, const Case& c, bool rounds,
               std::vector<int64_t>& keys) {
   constexpr int N = Rule::kStates;
   const Rule rule = rule_of<Rule>(t, options);
@@ -68,6 +69,7 @@ void cpu_step(TensorOf& t, const typename Rule::Options& options, const Case& c,
   }
   const int64_t per_row = t.blocks_per_row(c.block_size);
   const int64_t stride = t.shape.row_stride ? t.shape.row_stride : t.shape.columns;
+  const uint64_t param_key = random_key(kSeed, uint64_t(t.step) + 1, kParamStream);
   for (int64_t block = 0; block < t.shape.rows * per_row; block++) {
     const int64_t row = block / per_row, column = block % per_row * c.block_size;
     const int64_t begin = row * t.shape.columns + column;
@@ -87,16 +89,24 @@ void cpu_step(TensorOf& t, const typename Rule::Options& options, const Case& c,
       run.keys[s] = random_key(kSeed, uint64_t(t.step) + 1, uint64_t(s));
     }
     kernels.blocks_float32(rule, codec_tables(), run);
+    BlockRandom random;
+    random.start(param_key, run.first_element);
+    for (int i = 0; i < run.length; i++) {
+      const float updated = p[size_t(begin + i)];
+      if (rounds && t.param_type == FloatType::kBFloat16) {
+        reinterpret_cast<BFloat16*>(param)[begin + i] = to_bfloat16(updated, random(uint32_t(i)));
+      } else {
+        cuda::store_as(t.param_type, param, begin + i, updated);
+      }
+    }
   }
-  for (int64_t i = 0; i < t.count(); i++) cuda::store_as(t.param_type, param, i, p[size_t(i)]);
   for (int s = 0; s < N; s++) {
     t.scales[s][0] = Rule::kSigned[s] ? scale_of<true>(extremes[s], rule.unit[s])
                                       : scale_of<false>(extremes[s], rule.unit[s]);
   }
 }
 
-// ---- the kernels
-// ---------------------------------------------------------------------------------
+// ---- the kernels --------------------------------------------------------------------------------
 
 // As the op does: numbers on the device, which the kernels read.
 struct OnDevice {
@@ -142,7 +152,7 @@ void launch(std::vector<TensorOf>& tensors, const cuda::Numbers<Rule>& numbers, 
   filler.flush();
 }
 
-template <class Rule, class T>
+template <class Rule, class T, bool kRounds>
 void cuda_step(std::vector<TensorOf>& tensors, const typename Rule::Options& options, const Case& c,
                float found_inf, std::vector<int64_t>& keys) {
   constexpr int N = Rule::kStates;
@@ -163,7 +173,7 @@ void cuda_step(std::vector<TensorOf>& tensors, const typename Rule::Options& opt
   launch<Rule, Steps>(
       tensors, numbers, c, 3,
       [&](const cuda::Table<Rule, Steps>& table) {
-        cuda::step_one_scale<Rule, T>(table, &kTables);
+        cuda::step_one_scale<Rule, T, kRounds>(table, &kTables);
       },
       [&](Steps& e, size_t i) {
         TensorOf& t = tensors[i];
@@ -183,8 +193,7 @@ void cuda_step(std::vector<TensorOf>& tensors, const typename Rule::Options& opt
       [&](Scales& e, size_t i) { e.extremes = &keys[i * N]; });
 }
 
-// ---- the comparison
-// ------------------------------------------------------------------------------
+// ---- the comparison -----------------------------------------------------------------------------
 
 template <class V>
 int64_t differences(const V& a, const V& b) {
@@ -194,12 +203,12 @@ int64_t differences(const V& a, const V& b) {
   return n;
 }
 
-template <class Rule, class T>
+template <class Rule, class T, bool kRounds = false>
 void check(const char* name, const typename Rule::Options& base, const Case& c) {
   std::mt19937 random(5);
   std::vector<TensorOf> gpu;
   const auto add = [&](const Shape& shape) {
-    TensorOf t = make_tensor<Rule>(shape, c.type, c.grad_type, c.block_size, random);
+    TensorOf t = make_tensor<Rule>(shape, c.param_type, c.grad_type, c.block_size, random);
     for (int s = 0; s < Rule::kStates; s++) t.scales[s].assign(1, 0.0f);
     t.step = float(gpu.size() % 7);
     t.has_factors = gpu.size() % 3 != 0;
@@ -220,9 +229,9 @@ void check(const char* name, const typename Rule::Options& base, const Case& c) 
     }
     const float found_inf = step == 2 ? 1.0f : 0.0f;
     std::vector<int64_t> keys, want;
-    cuda_step<Rule, T>(gpu, options, c, found_inf, keys);
+    cuda_step<Rule, T, kRounds>(gpu, options, c, found_inf, keys);
     if (found_inf == 0) {
-      for (TensorOf& t : cpu) cpu_step<Rule>(t, options, c, want);
+      for (TensorOf& t : cpu) cpu_step<Rule>(t, options, c, kRounds, want);
     }
     int64_t n = found_inf == 0 ? differences(keys, want) : 0, of_tensors = 0;
     for (size_t i = 0; i < gpu.size(); i++) {
@@ -236,9 +245,10 @@ void check(const char* name, const typename Rule::Options& base, const Case& c) 
     }
     if (n + of_tensors == 0) continue;
     failures++;
-    std::printf("%s, types %d and %d, blocks of %d, %s, step %d: %ld extremes, %ld others differ\n",
-                name, int(c.type), int(c.grad_type), c.block_size,
-                c.stochastic ? "stochastic" : "nearest", step, long(n), long(of_tensors));
+    std::printf(
+        "%s, types %d and %d, blocks of %d, %s%s, step %d: %ld extremes, %ld others differ\n", name,
+        int(c.param_type), int(c.grad_type), c.block_size, c.stochastic ? "stochastic" : "nearest",
+        kRounds ? ", parameters too" : "", step, long(n), long(of_tensors));
   }
 }
 
@@ -254,16 +264,22 @@ int main() {
   adam.grad_scale = 1;
   adam.decoupled = true;
   using Adamw = AdamRule<false, true>;
-  check<Adamw, float>("AdamW", adam, {f32, f32, 256, true});
-  check<Adamw, float>("AdamW", adam, {f32, f32, 64, false});
+  check<Adamw, float>("AdamW", adam, {f32, f32, f32, 256, true});
+  check<Adamw, float>("AdamW", adam, {f32, f32, f32, 64, false});
+  check<Adamw, BFloat16, true>("AdamW", adam, {bf16, bf16, bf16, 256, true});
 #ifndef QUICK
-  check<Adamw, BFloat16>("AdamW", adam, {bf16, bf16, 256, false});
-  check<Adamw, Half>("AdamW", adam, {f16, f16, 256, true});
-  check<Adamw, BFloat16>("AdamW", adam, {bf16, f32, 1024, true});
+  check<Adamw, BFloat16>("AdamW", adam, {bf16, bf16, bf16, 256, false});
+  check<Adamw, Half>("AdamW", adam, {f16, f16, f16, 256, true});
+  check<Adamw, BFloat16>("AdamW", adam, {bf16, bf16, f32, 1024, true});
+  check<Adamw, BFloat16, true>("AdamW", adam, {bf16, bf16, bf16, 256, false});
+  check<Adamw, BFloat16, true>("AdamW", adam, {bf16, bf16, bf16, 64, true});
+  check<Adamw, BFloat16, true>("AdamW", adam, {bf16, bf16, bf16, 1024, true});
+  check<Adamw, BFloat16, true>("AdamW", adam, {bf16, bf16, f32, 256, true});
+  check<Adamw, BFloat16, true>("AdamW", adam, {bf16, f32, f32, 256, true});
   adam.decoupled = false;
   adam.grad_scale = 4;
   adam.eps = 0;
-  check<AdamRule<true, false>, float>("Adam, amsgrad", adam, {f32, f32, 256, true});
+  check<AdamRule<true, false>, float>("Adam, amsgrad", adam, {f32, f32, f32, 256, true});
   AdemamixOptions ademamix = {};
   ademamix.beta1 = 0.9;
   ademamix.beta2 = 0.999;
@@ -272,20 +288,21 @@ int main() {
   ademamix.t_alpha = ademamix.t_beta3 = 5;
   ademamix.eps = 1e-8;
   ademamix.grad_scale = 4;
-  check<AdemamixRule, float>("AdEMAMix", ademamix, {f32, f32, 256, true});
+  check<AdemamixRule, float>("AdEMAMix", ademamix, {f32, f32, f32, 256, true});
   LionOptions lion = {};
   lion.beta1 = 0.9;
   lion.beta2 = 0.99;
   lion.weight_decay = 0.1;
   lion.grad_scale = 4;
   lion.maximize = true;
-  check<LionRule, BFloat16>("Lion", lion, {bf16, bf16, 256, false});
+  check<LionRule, BFloat16>("Lion", lion, {bf16, bf16, bf16, 256, false});
+  check<LionRule, BFloat16, true>("Lion", lion, {bf16, bf16, bf16, 256, true});
   SgdOptions sgd = {};
   sgd.momentum = 0.9;
   sgd.weight_decay = 0.1;
   sgd.grad_scale = 4;
   sgd.rate_in_buffer = true;
-  check<SgdRule<true, true>, float>("LARS", sgd, {f32, f32, 256, false});
+  check<SgdRule<true, true>, float>("LARS", sgd, {f32, f32, f32, 256, false});
 #endif
   std::printf("%d configurations differ\n", failures);
   return failures != 0;

@@ -367,7 +367,8 @@ def _allocate_for(wanted: Sequence[tuple[Tensor, TensorSpec]]) -> list[Tensor]:
 def pieces(work: Work) -> Work:
     """The same work, in op calls of about :data:`PIECE` bytes of state where that is paged.
 
-    Which tensors share a call changes no bit.
+    Which tensors share a call changes no bit. But parts of a tensor with one scale are stepped by
+    the same call, which writes the new scale when all of them are done with the old one.
     """
     if not work.group["is_paged"]:
         return work
@@ -376,7 +377,9 @@ def pieces(work: Work) -> Work:
         first, held = 0, 0
         for i in range(len(bucket.params)):
             size = sum(t.numel() * t.dtype.itemsize for t in bucket.states_of(i))
-            if held and held + size > PIECE:
+            goes_on = i > 0 and bucket.numbers[i] == bucket.numbers[i - 1]
+            is_tied = goes_on and not work.group["block_wise"]
+            if held and held + size > PIECE and not is_tied:
                 buckets.append(bucket.part(first, i))
                 first, held = i, 0
             held += size
