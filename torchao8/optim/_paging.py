@@ -367,16 +367,19 @@ def _allocate_for(wanted: Sequence[tuple[Tensor, TensorSpec]]) -> list[Tensor]:
 def pieces(work: Work) -> Work:
     """The same work, in op calls of about :data:`PIECE` bytes of state where that is paged.
 
-    Which tensors share a call changes no bit.
+    Which tensors share a call changes no bit, but for parts of one parameter with one scale: the
+    call that has the first of them writes the scale by which all are still to be decoded.
     """
     if not work.group["is_paged"]:
         return work
+    block_wise = work.group["block_wise"]
     buckets: list[Bucket] = []
     for bucket in work.buckets:
         first, held = 0, 0
         for i in range(len(bucket.params)):
             size = sum(t.numel() * t.dtype.itemsize for t in bucket.states_of(i))
-            if held and held + size > PIECE:
+            goes_on = i > first and bucket.numbers[i] == bucket.numbers[i - 1]
+            if held and held + size > PIECE and (block_wise or not goes_on):
                 buckets.append(bucket.part(first, i))
                 first, held = i, 0
             held += size
