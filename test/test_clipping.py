@@ -122,6 +122,24 @@ def test_found_inf_leaves_the_history(device: str) -> None:
     assert all_bits(optimizer)["states"] == before
 
 
+@pytest.mark.parametrize("which", ["lr", "grad_scale"])
+def test_a_number_that_is_refused_leaves_everything(which: str) -> None:
+    """Of the second group: neither the histories nor the first group have moved."""
+    params = make_params()
+    groups = [{"params": params[:3]}, {"params": params[3:], "lr": torch.tensor(1e-3)}]
+    optimizer: Any = torchao8.AdamW8bit(groups, percentile_clipping=20, min_8bit_size=SMALL)
+    train(optimizer, params, range(2))
+    set_grads(params, 7)
+    if which == "lr":
+        optimizer.param_groups[1]["lr"].fill_(math.inf)
+    else:
+        optimizer.grad_scale = torch.tensor(0.0)
+    before = all_bits(optimizer)
+    with pytest.raises(RuntimeError, match=f"AdamW8bit: {which} must be "):
+        optimizer.step()
+    assert all_bits(optimizer) == before
+
+
 def test_norms_are_those_of_unscaled_gradients() -> None:
     ends = []
     for scale in (1.0, 1024.0):

@@ -99,6 +99,7 @@ CASES: list[tuple[Any, torch.dtype, dict[str, Any]]] = [
     (ALL, torch.bfloat16, {"min_8bit_size": SMALL}),
     (ALL, torch.float16, {"min_8bit_size": 0, "block_size": 64}),
     (ALL, torch.float32, {"min_8bit_size": 1, "block_size": 2048}),
+    (ALL, torch.bfloat16, {"min_8bit_size": 0, "block_wise": False}),
 ]
 
 
@@ -127,11 +128,13 @@ def test_the_family(name: str) -> None:
     known = {option: more[option] for option in RULES[name][1]}
     singles: list[dict[str, Any]] = [{option: value} for option, value in known.items()]
     model = model_of(((70, 300), (5000,), (7,), ()))
-    for options in ({}, *singles, {**known, "percentile_clipping": 5, "min_8bit_size": SMALL}):
+    clipped = {**known, "percentile_clipping": 5, "min_8bit_size": SMALL}
+    for options in ({}, *singles, clipped, {**known, "block_wise": False}):
         expected = measured(model, name, **options)
         estimated = estimate(model, optimizer=name, **options)
         assert fields(estimated) == expected
-        assert (estimated.optimizer, estimate([], optimizer=f"{name}8bit").optimizer) == (name,) * 2
+        for each in (name, f"{name}8bit", f"Paged{name}", f"Paged{name}8bit"):
+            assert estimate([], optimizer=each).optimizer == estimated.optimizer == name
         stateless = expected["state_8bit"] == expected["state_32bit"]
         assert stateless == (name in ("LARS", "SGD") and not options)
         # What has no state does not keep any in 32 bits.
@@ -158,7 +161,7 @@ def test_32_bit_state_is_that_of_torch() -> None:
 
 def test_defaults_are_those_of_the_optimizer() -> None:
     ours, theirs = (inspect.signature(f).parameters for f in (estimate, torchao8.AdamW8bit))
-    for name in ("min_8bit_size", "block_size"):
+    for name in ("min_8bit_size", "block_size", "block_wise", "percentile_clipping"):
         assert ours[name].default == theirs[name].default
     assert PARAM_DTYPES == _checks.PARAM_DTYPES
 

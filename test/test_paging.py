@@ -308,6 +308,28 @@ def test_each_call_has_the_pages_of_the_next_on_their_way(monkeypatch: pytest.Mo
     assert [kind for kind, _ in seen[7:]] == ["step"]
 
 
+def test_the_look_at_one_scale_has_its_pages_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes through all of the state ahead of the step."""
+    seen: list[str] = []
+    prefetch, extremes = ops._prefetch_pages_, ops.extremes
+
+    def seen_prefetch(tensors: list[Tensor], now: Tensor) -> None:
+        seen.append("prefetch")
+        prefetch(tensors, now)
+
+    def seen_extremes(*arguments: Any, **options: Any) -> Tensor:
+        seen.append("look")
+        return extremes(*arguments, **options)
+
+    params = make_params(shapes=[(200, 512)] * 2)
+    optimizer = trained(torchao8.PagedAdam8bit(params, block_wise=False))
+    monkeypatch.setattr(_paging, "PIECE", 1)
+    monkeypatch.setattr(ops, "_prefetch_pages_", seen_prefetch)
+    monkeypatch.setattr(ops, "extremes", seen_extremes)
+    optimizer.step()
+    assert seen == ["prefetch", "prefetch", "look", "look", *["prefetch"] * 2]
+
+
 def test_the_op_that_prefetches(device: str) -> None:
     op = torch.ops.torchao8.prefetch_pages_.default
     pages = [torch.ones(1000, device=device), torch.ones(3, dtype=torch.uint8, device=device)[1:]]

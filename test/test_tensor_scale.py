@@ -335,8 +335,8 @@ PLACEMENTS = (
 
 def _placed_against_unsharded(rank: int, world_size: int) -> None:
     mesh = init_device_mesh("cpu", (2, 2))
+    _paging.LEAST = _paging.PIECE = 1  # as many calls as there may be
     for compiled in (False, True):
-        torch._dynamo.reset()
         ends = []
         params = make_params(shapes=[shape for shape, _ in PLACEMENTS])
         for sharded in (True, False):
@@ -346,7 +346,7 @@ def _placed_against_unsharded(rank: int, world_size: int) -> None:
                 else torch.nn.Parameter(p.detach().clone())
                 for p, (_, placements) in zip(params, PLACEMENTS, strict=True)
             ]
-            optimizer = AdamW8bit(own, **SHARDED)
+            optimizer = AdamW8bit(own, **SHARDED, is_paged=compiled and sharded)
             step = torch.compile(optimizer.step, backend="aot_eager", fullgraph=True)
             step_with(optimizer, range(3), step if compiled and sharded else None)
             ends.append(gathered(optimizer))
@@ -354,7 +354,8 @@ def _placed_against_unsharded(rank: int, world_size: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_same_bits_for_pieces_and_compiled() -> None:
+def test_same_bits_for_pieces_and_for_compiled_paged_ones() -> None:
+    """Pieces have one scale, which no call may write before another one has read it."""
     run_ranks(4, _placed_against_unsharded)
 
 

@@ -55,6 +55,21 @@ def test_what_has_no_norm_is_stepped_without_a_ratio(case: OptimizerCase, device
 
 
 @every_trusting()
+def test_a_gradient_of_next_to_nothing_makes_nothing_infinite(
+    case: OptimizerCase, device: str
+) -> None:
+    """The ratio that would give it an update of the usual size is no float32: it has a bound."""
+    for tiny in (1e-40, 1e-45):
+        (p,) = make_params(shapes=[(40, 300)], device=device)
+        before = p.detach().clone()
+        optimizer = case.make([p], lr=10.0, weight_decay=0.0, optim_bits=case.optim_bits)
+        p.grad = torch.full_like(p, tiny)
+        optimizer.step()
+        assert p.isfinite().all()
+        assert (p.detach() - before).abs().max() < 0.01
+
+
+@every_trusting()
 def test_bad_elements_have_no_part_in_the_ratio(case: OptimizerCase, device: str) -> None:
     """Neither of the gradient nor of the parameter; the others are stepped as if it were zero."""
     ends = []

@@ -126,8 +126,8 @@ def estimate(
             which FSDP2 does not take, counts as whole on every rank. None: nothing is sharded.
         dtype: float32, bfloat16 or float16, in place of the dtype of every floating-point
             parameter; shapes are float32 unless it is given.
-        optimizer: the name of a class of this library, with 8bit at its end or without: both are
-            told.
+        optimizer: the name of a class of this library. With 8bit at its end or without, both are
+            told; and with Paged before it, the same.
         min_8bit_size, block_size, block_wise: as in :class:`torchao8.AdamW8bit`.
         amsgrad, centered, momentum, percentile_clipping: of the optimizer, if it has them: they
             add states, each in its way.
@@ -303,7 +303,9 @@ def _replicated(dims: int) -> tuple[Placement, ...]:
 
 def _rule(optimizer: Any, options: Mapping[str, Any]) -> tuple[str, int]:
     """The name of the class with 32-bit state, and the number of states."""
-    name = optimizer.removesuffix("8bit") if isinstance(optimizer, str) else None
+    name = None
+    if isinstance(optimizer, str):
+        name = optimizer.removeprefix("Paged").removesuffix("8bit")
     if name not in RULES:
         raise ValueError(f"optimizer: expected one of {', '.join(RULES)}, got {optimizer!r}")
     states, more = RULES[name]

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from torchao8 import sharding
+from torchao8 import ops, sharding
+from torchao8.optim import _paging
 from torchao8.optim._buckets import Bucket, Work
 from torchao8.optim._factors import Member, Number
 
@@ -30,13 +31,19 @@ def extremes_of(
     A collective where parameters are sharded. Those with a scale for each block have none.
     """
     found: dict[Member, Tensor] = {}
-    for i, work in enumerate(works):
-        for bucket in work.buckets if not work.group["block_wise"] else []:
-            if not any(bucket.scales.values()):
-                continue  # 32-bit state
-            for k, row in zip(bucket.numbers, find(i, bucket).unbind(), strict=True):
-                of_others = found.get((i, k))
-                found[i, k] = row if of_others is None else torch.maximum(row, of_others)
+    calls = [
+        (i, work, bucket)
+        for i, work in enumerate(works)
+        if not work.group["block_wise"]
+        for bucket in work.buckets
+        if any(bucket.scales.values())  # or it is 32-bit state
+    ]
+    ahead = _paging.pages_ahead([(work, bucket) for _, work, bucket in calls])
+    for (i, _, bucket), pages in zip(calls, ahead, strict=True):
+        ops.prefetch_pages_(pages, bucket.params[0])
+        for k, row in zip(bucket.numbers, find(i, bucket).unbind(), strict=True):
+            of_others = found.get((i, k))
+            found[i, k] = row if of_others is None else torch.maximum(row, of_others)
     for device in dict.fromkeys(row.device for row in found.values()):
         members = sorted(member for member, row in found.items() if row.device == device)
         if any(sharding.is_dtensor(works[i].params[k]) for i, k in members):

@@ -18,6 +18,10 @@ from torchao8 import ops, sharding
 from torchao8.optim import _clipping, _paging
 from torchao8.optim._buckets import Bucket, Group, Work
 
+# Of a trust ratio: a learning rate times much more is no float32 any more, and a gradient of next
+# to nothing, whose update is a finite one, would make its parameter infinite.
+LARGEST_RATIO = 2.0**100
+
 # A parameter, by the number of its group and its own there.
 Number = tuple[int, int]
 # A parameter, by the index of its work and its own there.
@@ -153,14 +157,13 @@ class _Device:
         return torch.cat(clip)
 
     def _ratios(self, param_norms: Tensor, norms: Tensor) -> Tensor:
-        return torch.cat(
-            [
-                self.rule.trust_ratios(work.group, param_norms[part], norms[part])
-                if self.rule.has_trust_ratios(work.group)
-                else torch.ones_like(norms[part])
-                for work, _, part in self._parts()
-            ]
-        )
+        ratios = [
+            self.rule.trust_ratios(work.group, param_norms[part], norms[part])
+            if self.rule.has_trust_ratios(work.group)
+            else torch.ones_like(norms[part])
+            for work, _, part in self._parts()
+        ]
+        return torch.cat(ratios).clamp(max=LARGEST_RATIO)
 
     def _update_sums(self, clip: Tensor) -> Tensor:
         """A row for each member, of what this rank has of it."""

@@ -372,13 +372,14 @@ def pieces(work: Work) -> Work:
     """
     if not work.group["is_paged"]:
         return work
+    block_wise = work.group["block_wise"]
     buckets: list[Bucket] = []
     for bucket in work.buckets:
         first, held = 0, 0
         for i in range(len(bucket.params)):
             size = sum(t.numel() * t.dtype.itemsize for t in bucket.states_of(i))
             goes_on = i > 0 and bucket.numbers[i] == bucket.numbers[i - 1]
-            is_tied = goes_on and not work.group["block_wise"]
+            is_tied = goes_on and not block_wise
             if held and held + size > PIECE and not is_tied:
                 buckets.append(bucket.part(first, i))
                 first, held = i, 0

@@ -7,6 +7,7 @@ the op of its update rule. Nothing in this file knows a rule.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -54,6 +55,9 @@ if TYPE_CHECKING:
 FIXED = {
     "differentiable": (False, "a step that autograd records"),
 }
+
+# Options that pickles of earlier versions lack, and what they meant there.
+_NEWER = {"page_dir": "", "stochastic_rounding": False}
 
 # What ops.step_ and ops.extremes begin with: the op, params, grads, values, scales, steps, lr,
 # grad_scale and factors.
@@ -337,6 +341,8 @@ class LowPrecisionOptimizer(Optimizer):
         # Only now: what is refused in one group leaves all of them as they were.
         grad_scale = _plain(getattr(self, "grad_scale", None))
         found_inf = _plain(getattr(self, "found_inf", None))
+        if not torch.compiler.is_compiling():
+            self._check_numbers(works, rates, grad_scale)
         rule = _factors.Rule(
             self._has_trust_ratios, self._trust_ratios, self._update_sums, self._shard_groups
         )
@@ -352,6 +358,22 @@ class LowPrecisionOptimizer(Optimizer):
             ops.count_step_(made, _to_device(found_inf, device))
         self._mark_modified()
         return loss
+
+    def _check_numbers(
+        self, works: list[Work], rates: list[Tensor], grad_scale: Tensor | None
+    ) -> None:
+        """Raises RuntimeError for a number on the CPU that an op would refuse, after other calls
+        had gone through and norms had been taken into histories."""
+        name = type(self).__name__
+        if not any(work.params for work in works):
+            return
+        for work, lr in zip(works, rates, strict=True):
+            if work.params and lr.is_cpu and not math.isfinite(lr):
+                raise RuntimeError(f"{name}: lr must be finite, got {float(lr)}")
+        if grad_scale is not None and grad_scale.is_cpu and not 0 < float(grad_scale) < math.inf:
+            raise RuntimeError(
+                f"{name}: grad_scale must be positive and finite, got {float(grad_scale)}"
+            )
 
     def _call_ops(
         self,
@@ -470,7 +492,8 @@ class LowPrecisionOptimizer(Optimizer):
         unseal(state["state"])
         super().__setstate__(state)
         for group in (self.defaults, *self.param_groups):
-            group.setdefault("page_dir", "")  # pickles of before it have none
+            for name, value in _NEWER.items():
+                group.setdefault(name, value)
         _paging.move_states(self.param_groups, self.state)
         _run_when_traced(type(self))
         self.__dict__.setdefault("_step_supports_amp_scaling", bool(self.defaults["fused"]))

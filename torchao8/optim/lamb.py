@@ -32,8 +32,8 @@ class LAMB(LowPrecisionOptimizer):
     <https://arxiv.org/abs/1904.00962>`_, algorithm 2, with the identity for its phi; weight decay
     is decoupled and is part of the ratio. |w| and |u| are 2-norms over the whole parameter, also
     where it is sharded, and leave out elements that are not finite. Where w or u is 0, the ratio is
-    1. A pass over parameters, gradients and states, which writes nothing, measures u before the
-    step: a step of LAMB reads all of them twice.
+    1, and it is 2^100 at most. A pass over parameters, gradients and states, which writes nothing,
+    measures u before the step: a step of LAMB reads all of them twice.
 
     The class of this name in bitsandbytes is another one: its ratio is at most 1 (``max_unorm``),
     and is computed without the weight decay.

@@ -30,8 +30,8 @@ class LARS(LowPrecisionOptimizer):
     `Large Batch Training of Convolutional Networks <https://arxiv.org/abs/1708.03888>`_, algorithm
     1; weight decay is L2 and is part of the ratio. |w| and |g| are 2-norms over the whole
     parameter, also where it is sharded, and leave out elements that are not finite. Where w is 0,
-    or the denominator is, the ratio is 1. The norms take one more pass over parameters and
-    gradients.
+    or the denominator is, the ratio is 1, and it is 2^100 at most. The norms take one more pass
+    over parameters and gradients.
 
     The class of this name in bitsandbytes is another one: it bounds the norm of the update by
     ``max_unorm`` times that of the parameter.
