@@ -207,6 +207,11 @@ MUTANTS = {
         "slow_block<Rule, kRounds>(entry",
         "slow_block<Rule, false>(entry",
     ),
+    "random numbers of the last tensor taken for this one, with one scale": (
+        "one_scale.cuh",
+        "const Prepared<Rule>&) { turn = kLanes; }",
+        "const Prepared<Rule>&) {}",
+    ),
     "scales written though found_inf": (
         "one_scale.cuh",
         "if (i >= table.count || table.numbers.found_inf.get() != 0) return;",

@@ -216,6 +216,7 @@ void check(const char* name, const typename Rule::Options& base, const Case& c) 
     gpu.push_back(t);
   };
   for (const Shape& shape : kShapes) add(shape);
+  if (kRounds && Rule::kStates == 2 && c.block_size == cuda::kSpan && c.stochastic) add(kMany);
   for (int i = 0; i < kTinyOnes; i++) add(kTiny);
   std::vector<TensorOf> cpu = gpu;
   for (int step = 1; step <= 4; step++) {
