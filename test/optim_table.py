@@ -188,6 +188,8 @@ OPTIMIZERS = (
     ),
 )
 
+OF_8_BITS = tuple(case for case in OPTIMIZERS if case.optim_bits == 8)
+
 # Options that every optimizer refuses, with the type of the error.
 BAD_OPTIONS: tuple[tuple[Options, type[Exception]], ...] = (
     ({"lr": -1e-3}, ValueError),
@@ -278,20 +280,29 @@ def every_optimizer() -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.cls.__name__)
 
 
+def every_8bit() -> pytest.MarkDecorator:
+    """The same over the classes with 8-bit state: for tests that say optim_bits themselves, where
+    the others would be the same again, and for those that compile, where they nearly are."""
+    return pytest.mark.parametrize("case", OF_8_BITS, ids=lambda case: case.cls.__name__)
+
+
 def every_adam() -> pytest.MarkDecorator:
     """The same over the classes of Adam."""
     return pytest.mark.parametrize("case", ADAMS, ids=lambda case: case.cls.__name__)
 
 
-def every_option_set(of_torch: bool = False) -> pytest.MarkDecorator:
+def every_option_set(
+    of_torch: bool = False, cases: tuple[OptimizerCase, ...] = OPTIMIZERS
+) -> pytest.MarkDecorator:
     """Runs a test over each set of options of each optimizer: ``case`` and ``options``.
 
     Args:
         of_torch: only where torch.optim has the class.
+        cases: the optimizers.
     """
 
     def pairs() -> Iterator[Any]:
-        for case in OPTIMIZERS:
+        for case in cases:
             if of_torch and case.torch_cls is None:
                 continue
             for options in case.options:

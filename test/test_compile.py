@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import SHAPES, SMALL, all_bits, assert_same_training, make_params, set_grads
-from optim_table import OptimizerCase, every_adam, every_optimizer
+from optim_table import OptimizerCase, every_8bit, every_adam, every_optimizer
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
@@ -72,8 +72,7 @@ def both_step(
 
 
 @every_optimizer()
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+@pytest.mark.parametrize(("backend", "dynamic"), [("inductor", None), ("aot_eager", True)])
 def test_one_graph_and_the_bits_of_eager(
     case: OptimizerCase, dynamic: bool | None, backend: str, device: str
 ) -> None:
@@ -100,7 +99,7 @@ def test_options(case: OptimizerCase, options: dict[str, Any], device: str) -> N
     assert step.graphs == 1
 
 
-@every_optimizer()
+@every_8bit()
 @pytest.mark.parametrize("lr", ["tensor", "number"])
 def test_generated_code_has_no_clone(case: OptimizerCase, lr: str, device: str) -> None:
     """The ops get the inputs of the graph: nothing is allocated, copied or written back but for the
@@ -134,7 +133,7 @@ def test_generated_code_has_no_clone(case: OptimizerCase, lr: str, device: str) 
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")
-@every_optimizer()
+@every_8bit()
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_a_tensor_lr_never_recompiles(
     case: OptimizerCase, dynamic: bool | None, device: str
@@ -191,7 +190,7 @@ def test_a_float_lr_recompiles_no_more_than_in_torch(
     assert step.graphs <= 2
 
 
-@every_optimizer()
+@every_8bit()
 def test_late_first_gradient(case: OptimizerCase, device: str) -> None:
     """One more graph when gradients come that were not there before; the states are there."""
     compiled, eager, step = compiled_and_eager(case, device)
@@ -205,7 +204,7 @@ def test_late_first_gradient(case: OptimizerCase, device: str) -> None:
     assert float(compiled.state[params_of(compiled)[0]]["step"]) == 2
 
 
-@every_optimizer()
+@every_8bit()
 def test_groups_and_dtypes(case: OptimizerCase, device: str) -> None:
     """Groups of their own options, bfloat16 parameters, and a group that comes later."""
 
@@ -230,7 +229,7 @@ def test_groups_and_dtypes(case: OptimizerCase, device: str) -> None:
     assert step.graphs == 2
 
 
-@every_optimizer()
+@every_8bit()
 def test_a_checkpoint_loaded_between_compiled_steps(case: OptimizerCase, device: str) -> None:
     """The new states are stepped, not those that were traced."""
     compiled, eager, step = compiled_and_eager(case, device)

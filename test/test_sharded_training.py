@@ -58,14 +58,14 @@ def _fsdp_against_unsharded(rank: int, world_size: int, mesh_shape: tuple[int, .
                 for m in (mesh, None):
                     params = groups_of(fsdp_weights(m, dtype).parameters(), m is not None)
                     optimizer = case.make(params, **OPTIONS, **options)
-                    step_with(optimizer, range(10))
+                    step_with(optimizer, range(4))
                     ends.append(gathered(optimizer))
                 assert ends[0] == ends[1], (case.cls, dtype, options)
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_same_bits_at_every_world_size(world_size: int) -> None:
-    """FSDP2 with uneven rows and ranks without rows, ten steps, stochastic rounding."""
+    """FSDP2 with uneven rows and ranks without rows, four steps, stochastic rounding."""
     run_ranks(world_size, _fsdp_against_unsharded, (world_size,))
 
 

@@ -2,7 +2,8 @@
 
 As the optimizers of bitsandbytes up to 0.45 did it: a parameter keeps the norms of its last 100
 gradients, and one that is larger than the p-th of them, in ascending order and counted from 0, is
-scaled down to that.
+scaled down to that. Norms of 0 before any other are left out: they come of state that torch makes
+for a checkpoint, or of a factor whose partner starts at 0, and would bound what follows by 0.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torchao8.optim._checks import is_int
 HISTORY = 100
 # Of ``optimizer.state[p]``: float32, one number for each of the last steps.
 KEY = "grad_norms"
-# Where there was no gradient yet. The next norm goes into all such places.
+# Where there was no gradient yet. The next norm above 0 goes into all such places.
 EMPTY = -1.0
 OFF = 100
 
@@ -61,9 +62,10 @@ def clip_factors_(
     # No norm is infinite, but float32 ends earlier than float64.
     current = norms.clamp(max=_LARGEST).to(torch.float32).unsqueeze(1)
     slot = (torch.stack(steps) + 1).remainder(HISTORY).unsqueeze(1)
-    is_new = (before < 0) | (torch.arange(HISTORY, device=slot.device) == slot)
-    after = torch.where(is_new, current, before)
-    limit = after.sort(dim=1).values[:, percentile : percentile + 1]
+    is_empty = before < 0
+    is_new = is_empty | (torch.arange(HISTORY, device=slot.device) == slot)
+    after = torch.where(is_new & ~(is_empty & (current == 0)), current, before)
+    limit = after.sort(dim=1).values[:, percentile : percentile + 1].clamp_min(0)
     factors = torch.where(current > limit, limit.double() / current.double(), 1.0)
     if found_inf is not None:
         after = torch.where(found_inf != 0, before, after)

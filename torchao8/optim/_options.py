@@ -45,8 +45,8 @@ class CommonOptions(TypedDict, total=False):
         seed: of the stochastic rounding. The same seed, step and gradients give the same bits.
         percentile_clipping: p scales a gradient down whose norm is larger than the p-th of its
             parameter's last 100, in ascending order, to that norm; 100 is off. As in bitsandbytes
-            up to 0.45, but for the norm of the whole parameter where it is sharded. To be decided
-            before the first step.
+            up to 0.45, but for the norm of the whole parameter where it is sharded, and for zeros
+            before any other norm, which do not count. To be decided before the first step.
         block_wise: False gives each 8-bit state of a parameter one scale in place of one a block,
             as bitsandbytes up to 0.45 could: coarser, and a step reads everything twice.
             ``block_size`` then only says which parameters keep 8 bits and how they are rounded.
