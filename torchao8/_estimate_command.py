@@ -4,7 +4,7 @@ import argparse
 import math
 
 from torchao8.block_layout import check_block_size
-from torchao8.estimate import PARAM_DTYPES, RULES, estimate
+from torchao8.estimate import PARAM_DTYPES, RULES, bare_name, estimate
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -64,7 +64,11 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         help="a scale for each block, or one for each tensor",
     )
     parser.add_argument(
-        "--optimizer", choices=RULES, default="AdamW", help="with 32 and with 8 bits (%(default)s)"
+        "--optimizer",
+        type=bare_name,
+        choices=RULES,
+        default="AdamW",
+        help="with 32 and with 8 bits (%(default)s)",
     )
     parser.add_argument("--amsgrad", action="store_true", help="of Adam and AdamW: one more state")
     parser.add_argument("--centered", action="store_true", help="of RMSprop: one more state")

@@ -301,11 +301,14 @@ def _replicated(dims: int) -> tuple[Placement, ...]:
     return (Replicate(),) * dims
 
 
+def bare_name(optimizer: str) -> str:
+    """The name of the class with resident 32-bit state, of any class of that rule."""
+    return optimizer.removeprefix("Paged").removesuffix("8bit")
+
+
 def _rule(optimizer: Any, options: Mapping[str, Any]) -> tuple[str, int]:
     """The name of the class with 32-bit state, and the number of states."""
-    name = None
-    if isinstance(optimizer, str):
-        name = optimizer.removeprefix("Paged").removesuffix("8bit")
+    name = bare_name(optimizer) if isinstance(optimizer, str) else None
     if name not in RULES:
         raise ValueError(f"optimizer: expected one of {', '.join(RULES)}, got {optimizer!r}")
     states, more = RULES[name]
@@ -316,7 +319,7 @@ def _rule(optimizer: Any, options: Mapping[str, Any]) -> tuple[str, int]:
         if option != "momentum" and not isinstance(value, bool):
             raise ValueError(f"{option}: expected True or False, got {value!r}")
         if value and option not in more:
-            raise ValueError(f"{option}: {name} has no such option, expected {type(value)()!r}")
+            raise ValueError(f"{option}: {name} has no such option, leave it out")
         states += bool(value)
     return name, states
 

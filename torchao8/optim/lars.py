@@ -33,6 +33,9 @@ class LARS(LowPrecisionOptimizer):
     or the denominator is, the ratio is 1, and it is 2^100 at most. The norms take one more pass
     over parameters and gradients.
 
+    A step moves a parameter by about lr * trust_coefficient of its norm, so that lr is far above
+    what SGD wants.
+
     The class of this name in bitsandbytes is another one: it bounds the norm of the update by
     ``max_unorm`` times that of the parameter.
 
