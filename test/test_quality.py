@@ -247,7 +247,7 @@ def test_family_table() -> None:
     assert rows["Adam"]["8-bit"] == "2.1100 ± 0.1000"
     assert rows["Adam"]["8-bit - 32-bit"] == "+0.0100 ± 0.0000"
     verdicts = {name: row["within spread"] for name, row in rows.items()}
-    others = dict.fromkeys(("AdEMAMix", "Adagrad", "RMSprop"), "yes")
+    others = dict.fromkeys(("AdEMAMix", "Adagrad", "LAMB", "LARS", "RMSprop"), "yes")
     assert verdicts == {"Adam": "yes", "AdamW": "", "Lion": "no", "SGD": "no", **others}
     assert rows["AdamW"]["8-bit"] == rows["AdamW"]["8-bit - 32-bit"] == ""
     assert rows["Lion"]["torch.optim"] == ""
