@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import hypothesis
 import pytest
 import torch
-from helpers import DEVICES
+from helpers import DEVICES, reset_compiler
 
 # The same examples at every run, so that a failure in CI is one that anybody can see again. The
 # first example of a test may compile or build a table: no deadline.
@@ -46,6 +46,6 @@ def assert_expected_inline() -> Callable[[str, str], None]:
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
     """No compiled code and no count of recompilations from another test."""
-    torch._dynamo.reset()
+    reset_compiler()
     yield
-    torch._dynamo.reset()
+    reset_compiler()

@@ -100,6 +100,19 @@ def assert_same_training(a: Optimizer, b: Optimizer) -> None:
     assert left["states"] == right["states"]
 
 
+def reset_compiler() -> None:
+    """Dynamo's reset, and what it misses.
+
+    Dynamo has one variable for every None, True and False, and where it traces ``p.grad`` that is
+    None it writes into it where it was read (torch 2.13, TensorVariable.var_getattr). A function
+    compiled later that returns None is then told to read it there too: "'model' not in
+    cell_and_freevars".
+    """
+    torch._dynamo.reset()
+    for value in (None, True, False):
+        torch._dynamo.variables.ConstantVariable.create(value).source = None
+
+
 def report(lines: Iterable[str]) -> str:
     """Messages as a text of a width that fits in here."""
     return "\n".join(textwrap.fill(line, 94, subsequent_indent="    ") for line in lines)

@@ -12,6 +12,7 @@ from helpers import (
     assert_same_training,
     bits,
     make_params,
+    reset_compiler,
     set_grads,
     through_file,
     train,
@@ -97,7 +98,7 @@ def test_resuming_gives_the_same_bits(case: OptimizerCase, compiled: bool) -> No
     others = [torch.nn.Parameter(p.detach().clone()) for p in params]
     resumed = case.make(others, **OPTIONS)
     resumed.load_state_dict(through_file(optimizer.state_dict()))
-    torch._dynamo.reset()
+    reset_compiler()
     step = torch.compile(resumed.step, fullgraph=True) if compiled else resumed.step
     for seed in range(3, 6):
         train(optimizer, params, [seed], scale=0.3 * seed)
@@ -291,7 +292,7 @@ def _sharded(rank: int, world_size: int, mesh_shape: tuple[int, ...]) -> int:
             optimizer = torchao8.AdamW8bit(params, seed=3, **OPTIONS)
             step: Any = optimizer.step
             if compiled and m is not None:
-                torch._dynamo.reset()
+                reset_compiler()
                 step = torch.compile(optimizer.step, fullgraph=True)
             with torch.profiler.profile() as profile:
                 step_with(optimizer, range(4), step)

@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SHAPES, SMALL, all_bits, assert_same_training, make_params, set_grads
+from helpers import (
+    SHAPES,
+    SMALL,
+    all_bits,
+    assert_same_training,
+    make_params,
+    reset_compiler,
+    set_grads,
+)
 from optim_table import OptimizerCase, every_8bit, every_adam, every_optimizer
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -156,7 +164,7 @@ def test_a_tensor_lr_never_recompiles(
 
 def graphs_of_a_schedule(optimizer: Optimizer, dynamic: bool | None) -> int:
     """Graphs compiled for ten steps with ten values of a float lr."""
-    torch._dynamo.reset()
+    reset_compiler()
     # torch.optim breaks the graph on purpose, so fullgraph is no option for it.
     step = Compiled(optimizer.step, dynamic=dynamic)
     for seed in range(10):
@@ -181,7 +189,7 @@ def test_a_float_lr_recompiles_no_more_than_in_torch(
     assert ours <= theirs
     assert ours <= 2
 
-    torch._dynamo.reset()
+    reset_compiler()
     compiled, eager, step = compiled_and_eager(case, device, dynamic)
     for seed in range(5):
         for optimizer in (compiled, eager):
