@@ -25,6 +25,7 @@ from adam_call import (
     new_call,
     run,
 )
+from codec_reference import thresholds
 from helpers import DEVICES, bits
 from path_worker import Worker
 from torch import Tensor
@@ -247,6 +248,19 @@ def test_codec(
     assert one("quantize", x, options) == other("quantize", x, options)
     options = {**options, "dtype": dtype}
     assert one("dequantize", codes, scale, options) == other("dequantize", codes, scale, options)
+
+
+@every_vector_path
+@pytest.mark.parametrize("signed", [False, True])
+def test_codec_around_thresholds(workers: Workers, path: str, signed: bool) -> None:
+    """Forty floats on either side of each, where a path that is only nearly exact would differ."""
+    steps = torch.arange(-40, 41, dtype=torch.int32)
+    y = (thresholds(signed).view(torch.int32)[:, None] + steps).view(torch.float32).clamp_max(1)
+    y = torch.cat([y, -y]) if signed else y
+    x = torch.cat([torch.ones(len(y), 1), y], 1)  # each row a block, with a scale of 1
+    options = {"block_size": 128, "signed": signed}
+    one, other = workers.get(path), workers.get("scalar")
+    assert one("quantize", x, options) == other("quantize", x, options)
 
 
 # -- a GPU -------------------------------------------------------------------------------------

@@ -15,10 +15,27 @@ struct DecodeLines {
   alignas(64) float b[16];
 };
 
+// Nearest rounding without the words' gather. In the decade whose codes' kk have f bits,
+//     z = y * slope + 8/9 = (kk + 1/2) / 2^(f-1)
+// lies between 1 and 2, and kk is the top f bits of its significand. Decades begin at the exact
+// thresholds. Within one, z decides but where it is within kNearTie units in its last place, 2^-23,
+// of the next kk, which is left to the words: the rounding of slope, sum and codebook moves z by no
+// more than three.
+constexpr int kNearTie = 4;
+struct NearestLines {
+  // Of two binades, [2^(2j-31), 2^(2j-29)), where j is bits(y) >> 24 modulo 16: the bits of the
+  // decade in which they begin. Twice, for a look-up in each half of a register.
+  alignas(32) uint8_t bits[32] = {};
+  alignas(32) float next_start[8];  // of the decade with one bit more, by bits modulo 8
+  alignas(32) float slope[8];       // by bits modulo 8
+  float floor;                      // what is smaller has the code of this
+};
+
 struct CodecTables {
   float map[2][256];  // [signed][code]: the codebook
   DecodeLines decode[2];
   PositionLines position[2];
+  NearestLines nearest_lines[2];
   alignas(64) uint32_t nearest[2][kAllCells] = {};
 
   CodecTables();

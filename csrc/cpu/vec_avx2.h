@@ -1,50 +1,154 @@
-// Eight floats in an AVX register (AVX2, FMA, F16C: Haswell and later, Zen and later). Included
+// Sixteen floats in two AVX registers (AVX2, FMA, F16C: Haswell and later, Zen and later). Included
 // inside a region compiled for that target: see isa_avx2.cpp. The arithmetic is that of
 // vec_scalar.h.
+//
+// Two, so that an instruction has the other one's beside it, which does not wait for its result,
+// and so that codes are packed and stored sixteen at a time.
 #pragma once
 
 namespace torchao8::avx2 {
 
-constexpr int kWidth = 8;
+constexpr int kWidth = 16;
 
 struct F {
-  __m256 x;
+  __m256 low, high;
   TORCHAO8_HD F() {}
-  TORCHAO8_HD F(__m256 v) : x(v) {}
-  TORCHAO8_HD explicit F(float v) : x(_mm256_set1_ps(v)) {}
+  TORCHAO8_HD F(__m256 l, __m256 h) : low(l), high(h) {}
+  TORCHAO8_HD explicit F(float v) : low(_mm256_set1_ps(v)), high(low) {}
 };
+struct I {
+  __m256i low, high;
+};
+
 TORCHAO8_HD F operator*(F a, F b) {
-  return _mm256_mul_ps(a.x, b.x);
+  return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
 }
 TORCHAO8_HD F operator+(F a, F b) {
-  return _mm256_add_ps(a.x, b.x);
+  return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
 }
 TORCHAO8_HD F operator-(F a, F b) {
-  return _mm256_sub_ps(a.x, b.x);
+  return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)};
+}
+TORCHAO8_HD F operator&(F a, F b) {
+  return {_mm256_and_ps(a.low, b.low), _mm256_and_ps(a.high, b.high)};
+}
+TORCHAO8_HD F operator|(F a, F b) {
+  return {_mm256_or_ps(a.low, b.low), _mm256_or_ps(a.high, b.high)};
+}
+TORCHAO8_HD F operator^(F a, F b) {
+  return {_mm256_xor_ps(a.low, b.low), _mm256_xor_ps(a.high, b.high)};
 }
 TORCHAO8_HD F fma(F a, F b, F c) {
-  return _mm256_fmadd_ps(a.x, b.x, c.x);
+  return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
 TORCHAO8_HD F sqrt(F a) {
-  return _mm256_sqrt_ps(a.x);
+  return {_mm256_sqrt_ps(a.low), _mm256_sqrt_ps(a.high)};
 }
 TORCHAO8_HD F reciprocal(F a) {
-  return _mm256_div_ps(_mm256_set1_ps(1.0f), a.x);
+  const __m256 one = _mm256_set1_ps(1.0f);
+  return {_mm256_div_ps(one, a.low), _mm256_div_ps(one, a.high)};
 }
+// Where one is NaN, the second.
 TORCHAO8_HD F max(F a, F b) {
-  return _mm256_max_ps(a.x, b.x);
+  return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)};
+}
+TORCHAO8_HD F min(F a, F b) {
+  return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)};
+}
+template <int kPredicate>
+TORCHAO8_HD F compare(F a, F b) {
+  return {_mm256_cmp_ps(a.low, b.low, kPredicate), _mm256_cmp_ps(a.high, b.high, kPredicate)};
+}
+TORCHAO8_HD F magnitude(F a) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_andnot_ps(sign, a.low), _mm256_andnot_ps(sign, a.high)};
 }
 TORCHAO8_HD F sign(F a) {
-  const __m256 nonzero = _mm256_cmp_ps(a.x, _mm256_setzero_ps(), _CMP_NEQ_OQ);
-  const __m256 x = _mm256_or_ps(_mm256_and_ps(a.x, _mm256_set1_ps(-0.0f)), _mm256_set1_ps(1.0f));
-  return _mm256_and_ps(nonzero, x);
+  return compare<_CMP_NEQ_OQ>(a, F(0.0f)) & ((a & F(-0.0f)) | F(1.0f));
 }
-TORCHAO8_HD __m256i bits(F a) {
-  return _mm256_castps_si256(a.x);
+
+// Integers, in dwords.
+// Of one number. As a float it is broadcast from memory by a load; as an integer GCC would move it
+// through a general register and a permutation port.
+TORCHAO8_HD I all_lanes(uint32_t x) {
+  const __m256i v = _mm256_castps_si256(_mm256_set1_ps(bits_float(x)));
+  return {v, v};
 }
-TORCHAO8_HD F from_bits(__m256i a) {
-  return _mm256_castsi256_ps(a);
+TORCHAO8_HD I bits(F a) {
+  return {_mm256_castps_si256(a.low), _mm256_castps_si256(a.high)};
 }
+TORCHAO8_HD F from_bits(I a) {
+  return {_mm256_castsi256_ps(a.low), _mm256_castsi256_ps(a.high)};
+}
+TORCHAO8_HD I operator+(I a, I b) {
+  return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
+}
+TORCHAO8_HD I operator-(I a, I b) {
+  return {_mm256_sub_epi32(a.low, b.low), _mm256_sub_epi32(a.high, b.high)};
+}
+TORCHAO8_HD I operator&(I a, I b) {
+  return {_mm256_and_si256(a.low, b.low), _mm256_and_si256(a.high, b.high)};
+}
+TORCHAO8_HD I operator|(I a, I b) {
+  return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)};
+}
+TORCHAO8_HD I operator^(I a, I b) {
+  return {_mm256_xor_si256(a.low, b.low), _mm256_xor_si256(a.high, b.high)};
+}
+TORCHAO8_HD I operator<<(I a, int n) {
+  return {_mm256_slli_epi32(a.low, n), _mm256_slli_epi32(a.high, n)};
+}
+TORCHAO8_HD I operator>>(I a, int n) {  // of unsigned numbers
+  return {_mm256_srli_epi32(a.low, n), _mm256_srli_epi32(a.high, n)};
+}
+// By 0 to 31; by more, everything is shifted out.
+TORCHAO8_HD I operator<<(I a, I n) {
+  return {_mm256_sllv_epi32(a.low, n.low), _mm256_sllv_epi32(a.high, n.high)};
+}
+TORCHAO8_HD I operator>>(I a, I n) {
+  return {_mm256_srlv_epi32(a.low, n.low), _mm256_srlv_epi32(a.high, n.high)};
+}
+TORCHAO8_HD I with_sign(I a, I b) {  // a times 1, 0 or -1, as b is
+  return {_mm256_sign_epi32(a.low, b.low), _mm256_sign_epi32(a.high, b.high)};
+}
+TORCHAO8_HD I equal(I a, I b) {
+  return {_mm256_cmpeq_epi32(a.low, b.low), _mm256_cmpeq_epi32(a.high, b.high)};
+}
+TORCHAO8_HD I min(I a, I b) {  // of unsigned numbers
+  return {_mm256_min_epu32(a.low, b.low), _mm256_min_epu32(a.high, b.high)};
+}
+TORCHAO8_HD I max(I a, I b) {
+  return {_mm256_max_epu32(a.low, b.low), _mm256_max_epu32(a.high, b.high)};
+}
+TORCHAO8_HD I truncate(F a) {
+  return {_mm256_cvttps_epi32(a.low), _mm256_cvttps_epi32(a.high)};
+}
+
+// A look-up in 8 floats by the low three bits of an index, and in 16 bytes, twice the same 16, by
+// the low four bits of each byte of one.
+struct Table8 {
+  __m256 values;
+  TORCHAO8_HD explicit Table8(const float* x) : values(_mm256_loadu_ps(x)) {}
+  TORCHAO8_HD F operator()(I i) const {
+    __m256 v = values;
+#if defined(__GNUC__) && !defined(__clang__)
+    // In a register: with the table in memory, which GCC prefers, the instruction takes twice as
+    // long on Zen 3.
+    asm("" : "+x"(v));
+#endif
+    const __m256i w = _mm256_castps_si256(v);
+    return from_bits(
+        {_mm256_permutevar8x32_epi32(w, i.low), _mm256_permutevar8x32_epi32(w, i.high)});
+  }
+};
+struct Table16 {
+  __m256i values;
+  TORCHAO8_HD explicit Table16(const uint8_t* x)
+      : values(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))) {}
+  TORCHAO8_HD I operator()(I i) const {
+    return {_mm256_shuffle_epi8(values, i.low), _mm256_shuffle_epi8(values, i.high)};
+  }
+};
 
 // Four doubles, for sums.
 constexpr int kDoubles = 4;
@@ -70,89 +174,101 @@ TORCHAO8_HD void store_doubles(double* x, Doubles v) {
   _mm256_store_pd(x, v.x);
 }
 
-// The high halves of eight dwords, and the bytes of eight numbers below 256.
-TORCHAO8_HD void store_high_halves(void* to, __m256i x) {
-  const __m256i order = _mm256_broadcastsi128_si256(
-      _mm_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1));
-  x = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(x, order), 0x08);
-  _mm_storeu_si128(static_cast<__m128i*>(to), _mm256_castsi256_si128(x));
+TORCHAO8_HD I load_integers(const void* x) {
+  const __m256i* p = static_cast<const __m256i*>(x);
+  return {_mm256_loadu_si256(p), _mm256_loadu_si256(p + 1)};
 }
-TORCHAO8_HD void store_bytes(uint8_t* to, __m256i x) {
-  const __m256i order = _mm256_broadcastsi128_si256(
-      _mm_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
-  x = _mm256_shuffle_epi8(x, order);
-  x = _mm256_permutevar8x32_epi32(x, _mm256_setr_epi32(0, 4, 1, 1, 1, 1, 1, 1));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(x));
+// The low halves of dwords, which are below 2^16.
+TORCHAO8_HD __m256i pack_words(I x) {
+  return _mm256_permute4x64_epi64(_mm256_packus_epi32(x.low, x.high), 0xd8);
+}
+// The low bytes of dwords, which are at most 255; what is negative becomes 0.
+TORCHAO8_HD void store_bytes(uint8_t* to, I x) {
+  __m256i packed = _mm256_packs_epi32(x.low, x.high);
+  packed = _mm256_packus_epi16(packed, packed);
+  packed = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 0, 0, 0, 0));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
 }
 
 TORCHAO8_HD F load(const float* x) {
-  return _mm256_loadu_ps(x);
+  return {_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)};
 }
 TORCHAO8_HD void store(float* x, F v) {
-  _mm256_storeu_ps(x, v.x);
+  _mm256_storeu_ps(x, v.low);
+  _mm256_storeu_ps(x + 8, v.high);
 }
 TORCHAO8_HD F load(const BFloat16* x) {
-  const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
-  return from_bits(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+  const __m128i* p = reinterpret_cast<const __m128i*>(x);
+  const I words = {_mm256_cvtepu16_epi32(_mm_loadu_si128(p)),
+                   _mm256_cvtepu16_epi32(_mm_loadu_si128(p + 1))};
+  return from_bits(words << 16);
 }
-TORCHAO8_HD __m256i round_to_bfloat16(__m256i u) {  // in the high halves
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-  return _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+TORCHAO8_HD I round_to_bfloat16(I u) {  // in the high halves
+  return u + all_lanes(0x7fff) + (u >> 16 & all_lanes(1));
+}
+TORCHAO8_HD void store_high_halves(BFloat16* x, I r) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), pack_words(r >> 16));
+}
+TORCHAO8_HD I or_quiet(F v, I rounded) {  // NaN stays NaN
+  const F nan = compare<_CMP_UNORD_Q>(v, v);
+  const I quiet = bits(v) | all_lanes(0x400000);
+  return {_mm256_blendv_epi8(rounded.low, quiet.low, _mm256_castps_si256(nan.low)),
+          _mm256_blendv_epi8(rounded.high, quiet.high, _mm256_castps_si256(nan.high))};
 }
 TORCHAO8_HD void store(BFloat16* x, F v) {
-  const __m256i quiet = _mm256_or_si256(bits(v), _mm256_set1_epi32(0x400000));
-  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v.x, v.x, _CMP_UNORD_Q));
-  const __m256i r = _mm256_blendv_epi8(round_to_bfloat16(bits(v)), quiet, nan);
-  store_high_halves(x, r);
+  store_high_halves(x, or_quiet(v, round_to_bfloat16(bits(v))));
 }
 // For values that are not NaN, or one that came from memory as bfloat16, which rounding leaves
 // alone.
 TORCHAO8_HD void store_quiet(BFloat16* x, F v) {
-  const __m256i r = round_to_bfloat16(bits(v));
-  store_high_halves(x, r);
+  store_high_halves(x, round_to_bfloat16(bits(v)));
 }
 TORCHAO8_HD void store_quiet(float* x, F v) {
   store(x, v);
 }
 
 // The random numbers of F's elements; stores that round stochastically by them.
-using Hashes = __m256i;
+using Hashes = I;
 TORCHAO8_HD Hashes load_hashes(const uint32_t* x) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+  return load_integers(x);
 }
-TORCHAO8_HD __m256i round_to_bfloat16(__m256i u, Hashes h) {  // in the high halves
-  return _mm256_add_epi32(u, _mm256_srli_epi32(h, 16));
+TORCHAO8_HD I round_to_bfloat16(I u, Hashes h) {  // in the high halves
+  return u + (h >> 16);
 }
 TORCHAO8_HD void store(BFloat16* x, F v, Hashes h) {
-  const __m256i quiet = _mm256_or_si256(bits(v), _mm256_set1_epi32(0x400000));
-  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v.x, v.x, _CMP_UNORD_Q));
-  store_high_halves(x, _mm256_blendv_epi8(round_to_bfloat16(bits(v), h), quiet, nan));
+  store_high_halves(x, or_quiet(v, round_to_bfloat16(bits(v), h)));
 }
 TORCHAO8_HD void store_quiet(BFloat16* x, F v, Hashes h) {
   store_high_halves(x, round_to_bfloat16(bits(v), h));
 }
 TORCHAO8_HD F load(const Half* x) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+  const __m128i* p = reinterpret_cast<const __m128i*>(x);
+  return {_mm256_cvtph_ps(_mm_loadu_si128(p)), _mm256_cvtph_ps(_mm_loadu_si128(p + 1))};
 }
 TORCHAO8_HD void store(Half* x, F v) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm256_cvtps_ph(v.x, _MM_FROUND_TO_NEAREST_INT));
+  __m128i* p = reinterpret_cast<__m128i*>(x);
+  _mm_storeu_si128(p, _mm256_cvtps_ph(v.low, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(p + 1, _mm256_cvtps_ph(v.high, _MM_FROUND_TO_NEAREST_INT));
 }
 
-using Mask = __m256;
+using Mask = F;
 template <bool kSigned>
 TORCHAO8_HD Mask in_range(F v) {
-  __m256i u = kSigned ? _mm256_and_si256(bits(v), _mm256_set1_epi32(0x7fffffff)) : bits(v);
-  u = _mm256_min_epu32(u, _mm256_set1_epi32(0x7fffffff));  // the comparison is a signed one
-  return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(0x7e800000), u));
+  I u = kSigned ? bits(magnitude(v)) : min(bits(v), all_lanes(0x7fffffff));  // compared as signed
+  const __m256i end = _mm256_set1_epi32(0x7e800000);
+  return from_bits({_mm256_cmpgt_epi32(end, u.low), _mm256_cmpgt_epi32(end, u.high)});
 }
 TORCHAO8_HD Mask both(Mask a, Mask b) {
-  return _mm256_and_ps(a, b);
+  return a & b;
+}
+TORCHAO8_HD bool any(I a) {  // of masks
+  return _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_or_si256(a.low, a.high))) != 0;
 }
 TORCHAO8_HD bool all(Mask a) {
-  return _mm256_movemask_ps(a) == 0xff;
+  return _mm256_movemask_ps(_mm256_and_ps(a.low, a.high)) == 0xff;
 }
 TORCHAO8_HD F select(Mask m, F yes, F no) {
-  return _mm256_blendv_ps(no.x, yes.x, m);
+  return {_mm256_blendv_ps(no.low, yes.low, m.low), _mm256_blendv_ps(no.high, yes.high, m.high)};
 }
 
 TORCHAO8_HD float reduce_max(__m256 v) {
@@ -166,24 +282,27 @@ template <bool kSigned>
 struct Extreme;
 template <>
 struct Extreme<true> {
-  __m256 high, negated_low;
-  TORCHAO8_HD Extreme() : high(_mm256_setzero_ps()), negated_low(_mm256_setzero_ps()) {}
+  F high, low;
+  TORCHAO8_HD Extreme() : high(0.0f), low(0.0f) {}
   TORCHAO8_HD void add(F v) {
-    high = _mm256_max_ps(v.x, high);
-    negated_low = _mm256_max_ps(_mm256_xor_ps(v.x, _mm256_set1_ps(-0.0f)), negated_low);
+    high = max(v, high);
+    low = min(v, low);
   }
   TORCHAO8_HD float result() const {
-    const float h = reduce_max(high), l = reduce_max(negated_low);
+    const float h = reduce_max(_mm256_max_ps(high.low, high.high));
+    const __m256 negated = _mm256_xor_ps(_mm256_min_ps(low.low, low.high), _mm256_set1_ps(-0.0f));
+    const float l = reduce_max(negated);
     return l > h ? -l : h;
   }
 };
 template <>
 struct Extreme<false> {
-  __m256i high;
-  TORCHAO8_HD Extreme() : high(_mm256_setzero_si256()) {}
-  TORCHAO8_HD void add(F v) { high = _mm256_max_epu32(high, bits(v)); }
+  I high;
+  TORCHAO8_HD Extreme() : high(all_lanes(0)) {}
+  TORCHAO8_HD void add(F v) { high = max(high, bits(v)); }
   TORCHAO8_HD float result() const {
-    __m128i x = _mm_max_epu32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+    const __m256i h = _mm256_max_epu32(high.low, high.high);
+    __m128i x = _mm_max_epu32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
     x = _mm_max_epu32(x, _mm_shuffle_epi32(x, 0x4e));
     x = _mm_max_epu32(x, _mm_shuffle_epi32(x, 0xb1));
     return bits_float(uint32_t(_mm_cvtsi128_si32(x)));
@@ -192,45 +311,82 @@ struct Extreme<false> {
 
 template <bool kSigned>
 struct Decoder {
-  __m256 a, b;
+  Table8 a, b;
   TORCHAO8_HD explicit Decoder(const CodecTables& t)
-      : a(_mm256_load_ps(t.decode[kSigned].a)), b(_mm256_load_ps(t.decode[kSigned].b)) {}
+      : a(t.decode[kSigned].a), b(t.decode[kSigned].b) {}
 
   // As in vec_avx512.h; the tables' period is 8.
   TORCHAO8_HD F operator()(const uint8_t* codes) const {
-    const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
-    const __m256i magic = _mm256_set1_epi32(kSigned ? 0x4c000000 : 0x4b800000);
-    const __m256 raw = _mm256_castsi256_ps(_mm256_or_si256(_mm256_cvtepu8_epi32(eight), magic));
-    const __m256 k = _mm256_sub_ps(raw, _mm256_set1_ps(kSigned ? 33554940.0f : 16777214.0f));
-    const __m256i exponent = _mm256_srli_epi32(_mm256_castps_si256(k), 23);
-    __m256 offset = _mm256_permutevar8x32_ps(b, exponent);
-    if constexpr (kSigned) offset = _mm256_xor_ps(offset, _mm256_and_ps(k, _mm256_set1_ps(-0.0f)));
-    return _mm256_fmadd_ps(_mm256_permutevar8x32_ps(a, exponent), k, offset);
+    const __m128i* p = reinterpret_cast<const __m128i*>(codes);
+    const __m128i* q = reinterpret_cast<const __m128i*>(codes + 8);
+    const I c = {_mm256_cvtepu8_epi32(_mm_loadl_epi64(p)),
+                 _mm256_cvtepu8_epi32(_mm_loadl_epi64(q))};
+    const F raw = from_bits(c | all_lanes(kSigned ? 0x4c000000 : 0x4b800000));
+    const F k = raw - F(kSigned ? 33554940.0f : 16777214.0f);
+    const I exponent = bits(k) >> 23;
+    F offset = b(exponent);
+    if constexpr (kSigned) offset = offset ^ (k & F(-0.0f));
+    return fma(a(exponent), k, offset);
   }
 };
 
+// By the lines of codec_tables.h: a gather takes longer than all of it, the more so where it is
+// slowed down for the sake of security.
 template <bool kSigned>
 struct NearestEncoder {
+  // What is this far above 1 after kNearTie has been added may be on the wrong side of a tie: in
+  // units of the longest significand, which has 7 bits below the first one, unsigned 8.
+  static constexpr uint32_t kTies = (2 * kNearTie << (kSigned ? 7 : 8)) - 1;
   const uint32_t* words;
-  TORCHAO8_HD explicit NearestEncoder(const CodecTables& t) : words(t.nearest[kSigned]) {}
+  Table16 decade_bits;
+  Table8 next_start, slope;
+  F floor;
+  TORCHAO8_HD explicit NearestEncoder(const CodecTables& t)
+      : words(t.nearest[kSigned]),
+        decade_bits(t.nearest_lines[kSigned].bits),
+        next_start(t.nearest_lines[kSigned].next_start),
+        slope(t.nearest_lines[kSigned].slope),
+        floor(t.nearest_lines[kSigned].floor) {}
+
+  TORCHAO8_HD I look_up(F y) const {
+    const int* const table = reinterpret_cast<const int*>(words);
+    const I cell = bits(y) >> 16;
+    const I sum = bits(y) + I{_mm256_i32gather_epi32(table, cell.low, 4),
+                              _mm256_i32gather_epi32(table, cell.high, 4)};
+    const I code = {_mm256_srai_epi32(sum.low, 16), _mm256_srai_epi32(sum.high, 16)};
+    return kSigned ? I{_mm256_abs_epi32(code.low), _mm256_abs_epi32(code.high)} : code;
+  }
 
   TORCHAO8_HD void operator()(F x, float inverse, uint8_t* codes) const {
     const F y = x * F(inverse);
-    const __m256i cell = _mm256_srli_epi32(bits(y), 16);
-    const __m256i word = _mm256_i32gather_epi32(reinterpret_cast<const int*>(words), cell, 4);
-    __m256i code = _mm256_srai_epi32(_mm256_add_epi32(word, bits(y)), 16);
+    const F floored = max(kSigned ? magnitude(y) : y, floor);
+    const I guess = decade_bits(bits(floored) >> 24);  // too low by at most one
+    const I length = guess - bits(compare<_CMP_GE_OQ>(floored, next_start(guess)));
+    const float ulp = 0x1p-23f;
+    F z = fma(floored, slope(length), F(float(8.0 / 9) + kNearTie * ulp));
+    z = min(z, F(2 - ulp));
+    const I significand = bits(z) & all_lanes(0xffffff);
+    const I kk = significand >> (all_lanes(24) - length);
+    I code;
     if constexpr (kSigned) {
-      code = _mm256_abs_epi32(code);
+      code = with_sign(kk, bits(y)) + all_lanes(kZeroCodeSigned);  // -1 is stored as 0
     } else {
-      code = _mm256_andnot_si256(_mm256_cmpeq_epi32(bits(x), _mm256_setzero_si256()), code);
+      code = kk - all_lanes(1);
     }
+    const I rest = (significand << length) & all_lanes(0xffffff);
+    const I near_tie = equal(min(rest, all_lanes(kTies)), rest);
+    if (__builtin_expect(any(near_tie), 0)) code = look_up(y);
+    // Zero stays zero: where x is not zero, its bits are a number above any code it can have.
+    if constexpr (!kSigned) code = min(code, bits(x));
     store_bytes(codes, code);
   }
 };
 
-// The hashes of 8 neighbouring elements, the first one's number being a multiple of 8.
+// The hashes of 16 neighbouring elements, two times 8, the first one's number being a multiple
+// of 8.
 struct RandomStream {
-  __m256i h, difference;
+  I h;
+  __m256i difference;
   TORCHAO8_HD void start(BlockRandom r, uint32_t first = 0) {
     r = r.from(first / 8);
     const __m256i t = _mm256_load_si256(reinterpret_cast<const __m256i*>(kLaneFactors.t));
@@ -238,67 +394,60 @@ struct RandomStream {
       return _mm256_add_epi32(_mm256_set1_epi32(int(a)),
                               _mm256_mullo_epi32(_mm256_set1_epi32(int(b)), t));
     };
-    h = line(r.c0, r.c1);
-    difference = line(r.c2, r.c3);
+    const __m256i step = line(r.c2, r.c3);
+    h.low = line(r.c0, r.c1);
+    h.high = _mm256_add_epi32(h.low, step);
+    difference = _mm256_slli_epi32(step, 1);
   }
   TORCHAO8_HD Hashes next_hashes() {
-    const __m256i now = h;
-    h = _mm256_add_epi32(h, difference);
+    const I now = h;
+    h = h + I{difference, difference};
     return now;
   }
   TORCHAO8_HD F next() {
-    const __m256i random = _mm256_and_si256(next_hashes(), _mm256_set1_epi32(int(kRandomMask)));
-    return from_bits(_mm256_or_si256(random, _mm256_set1_epi32(int(kOneBits))));
+    return from_bits((next_hashes() & all_lanes(kRandomMask)) | all_lanes(kOneBits));
   }
 };
 
 template <bool kSigned>
 struct StochasticEncoder {
-  __m256 floor, next_start, a, b, c;
-  TORCHAO8_HD explicit StochasticEncoder(const CodecTables& tables) {
-    const PositionLines& t = tables.position[kSigned];
-    // Signed: below it, 2^-23, all is class 0; it only keeps the guess from being negative.
-    floor = _mm256_set1_ps(kSigned ? 0x1p-23f : t.floor);
-    next_start = _mm256_loadu_ps(t.start + 1);
-    a = _mm256_load_ps(t.a);
-    b = _mm256_load_ps(t.b);
-    c = _mm256_load_ps(t.c);
-  }
+  F floor;
+  Table8 next_start, a, b, c;
+  TORCHAO8_HD explicit StochasticEncoder(const CodecTables& t)
+      // Signed: below it, 2^-23, all is class 0; it only keeps the guess from being negative.
+      : floor(kSigned ? 0x1p-23f : t.position[kSigned].floor),
+        next_start(t.position[kSigned].start + 1),
+        a(t.position[kSigned].a),
+        b(t.position[kSigned].b),
+        c(t.position[kSigned].c) {}
 
   TORCHAO8_HD void operator()(F x, float inverse, F one_to_two, uint8_t* codes) const {
-    __m256 y, floored;
+    F y, floored;
     if constexpr (kSigned) {
-      const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x.x);
-      y = fma(F(magnitude), F(std::fabs(inverse)), F(kPositionBias)).x;
-      floored = max(F(y), F(floor)).x;
+      y = fma(magnitude(x), F(std::fabs(inverse)), F(kPositionBias));
+      floored = max(y, floor);
     } else {
-      y = floored = max(fma(x, F(inverse), F(kPositionBias)), F(floor)).x;
+      y = floored = max(fma(x, F(inverse), F(kPositionBias)), floor);
     }
     // The bits of a float are its base-2 logarithm, scaled, up to 0.086 too low. The class guessed
     // from them is the right one or the one below.
-    const __m256 log2 = _mm256_cvtepi32_ps(_mm256_castps_si256(floored));
-    const __m256i guess = _mm256_cvttps_epi32(
-        _mm256_fmadd_ps(log2, _mm256_set1_ps(3.5885572e-8f), _mm256_set1_ps(-31.230809f)));
-    const __m256 above = _mm256_cmp_ps(y, _mm256_permutevar8x32_ps(next_start, guess), _CMP_GE_OQ);
-    const __m256i d = _mm256_sub_epi32(guess, _mm256_castps_si256(above));
-    const __m256 line =
-        _mm256_fmadd_ps(y, _mm256_permutevar8x32_ps(a, d), _mm256_permutevar8x32_ps(b, d));
-    const __m256 gap =
-        _mm256_fmadd_ps(line, _mm256_set1_ps(kGapSlope), _mm256_permutevar8x32_ps(c, d));
-    const F position = F(_mm256_min_ps(gap, line)) + one_to_two;
-    const __m256i kk = _mm256_cvttps_epi32(position.x);
+    const I u = bits(floored);
+    const F log2 = {_mm256_cvtepi32_ps(u.low), _mm256_cvtepi32_ps(u.high)};
+    const I guess = truncate(fma(log2, F(3.5885572e-8f), F(-31.230809f)));
+    const I d = guess - bits(compare<_CMP_GE_OQ>(y, next_start(guess)));
+    const F line = fma(y, a(d), b(d));
+    const F gap = fma(line, F(kGapSlope), c(d));
+    const I kk = truncate(min(gap, line) + one_to_two);
+    I code;
     if constexpr (kSigned) {
-      const __m256i minus = _mm256_srai_epi32(
-          _mm256_xor_si256(bits(x), _mm256_set1_epi32(int(float_bits(inverse)))), 31);
-      const __m256i magnitude =
-          _mm256_min_epi32(kk, _mm256_add_epi32(_mm256_set1_epi32(128), minus));
-      store_bytes(codes,
-                  _mm256_add_epi32(_mm256_set1_epi32(kZeroCodeSigned),
-                                   _mm256_sub_epi32(_mm256_xor_si256(magnitude, minus), minus)));
+      // There is no code for -1.0: its number is -1, which is stored as 0.
+      const I sign = (bits(x) ^ all_lanes(float_bits(inverse))) | all_lanes(1);
+      code = with_sign(kk, sign) + all_lanes(kZeroCodeSigned);
     } else {
       // Zero stays zero: where x is not zero, its bits are a number above any code it can have.
-      store_bytes(codes, _mm256_min_epu32(kk, bits(x)));
+      code = min(kk, bits(x));
     }
+    store_bytes(codes, code);
   }
 };
 
