@@ -13,7 +13,7 @@ from optim_table import OptimizerCase, Options, every_optimizer, every_option_se
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchao8 import AdamW8bit, Lion
+from torchao8 import AdamW8bit, Lion, Lion8bit
 from torchao8.optim.base import LowPrecisionOptimizer
 
 DTYPES = [
@@ -460,3 +460,17 @@ def test_gradient_magnitudes_cover_the_map() -> None:
         if "exp_avg_sq_codes" in state
     ])  # fmt: skip
     assert codes.unique().numel() > 150
+
+
+@pytest.mark.parametrize("cls", [Lion, Lion8bit])
+def test_lion_does_not_round_lr_to_the_dtype_of_the_gradient(cls: Any, device: str) -> None:
+    """Every bfloat16 from 2^-9 to 1 is moved by lr itself, which bfloat16 would make 0.00100708."""
+    lr = 0.001
+    positive = torch.arange(0x3B00, 0x3F80, dtype=torch.int16).view(torch.bfloat16)
+    p = torch.nn.Parameter(positive.to(device, copy=True))
+    p.grad = torch.ones_like(p)
+    cls([p], lr=lr, min_8bit_size=0).step()
+    want = (positive.double() - lr).bfloat16()
+    assert torch.equal(p.detach().cpu(), want)
+    rounded = torch.tensor(lr).bfloat16().double()
+    assert not torch.equal((positive.double() - rounded).bfloat16(), want)
