@@ -464,7 +464,7 @@ def test_gradient_magnitudes_cover_the_map() -> None:
 
 @pytest.mark.parametrize("cls", [Lion, Lion8bit])
 def test_lion_does_not_round_lr_to_the_dtype_of_the_gradient(cls: Any, device: str) -> None:
-    """Every bfloat16 from 2^-9 to 1 is moved by lr itself, which bfloat16 would make 0.00100708."""
+    """Every bfloat16 from 2^-9 up to 1 moves by lr itself; bfloat16 would make it 0.00100708."""
     lr = 0.001
     positive = torch.arange(0x3B00, 0x3F80, dtype=torch.int16).view(torch.bfloat16)
     p = torch.nn.Parameter(positive.to(device, copy=True))

@@ -253,12 +253,15 @@ def test_codec(
 @every_vector_path
 @pytest.mark.parametrize("signed", [False, True])
 def test_codec_around_thresholds(workers: Workers, path: str, signed: bool) -> None:
-    """Forty floats on either side of each, where a path that is only nearly exact would differ."""
+    """Forty floats on either side of each, where a path that is only nearly exact would differ.
+
+    Each in a vector of its own: a path may take the exact way for all of one of which one needs it.
+    """
     steps = torch.arange(-40, 41, dtype=torch.int32)
     y = (thresholds(signed).view(torch.int32)[:, None] + steps).view(torch.float32).clamp_max(1)
-    y = torch.cat([y, -y]) if signed else y
-    x = torch.cat([torch.ones(len(y), 1), y], 1)  # each row a block, with a scale of 1
-    options = {"block_size": 128, "signed": signed}
+    y = (torch.cat([y, -y]) if signed else y).reshape(-1, 1)
+    x = torch.cat([torch.ones(len(y), 1), y, torch.zeros(len(y), 14)], 1)  # a row: scale 1, one y
+    options = {"block_size": 64, "signed": signed}
     one, other = workers.get(path), workers.get("scalar")
     assert one("quantize", x, options) == other("quantize", x, options)
 

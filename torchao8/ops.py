@@ -169,7 +169,8 @@ def step_(
         extremes: none, or for each parameter int64 of shape (number of states,), by which its
             states have one scale each, of shape (1,): rows of :func:`extremes` of the same
             arguments. Entries that are parts of one tensor have the same scales and the same
-            extremes, the largest of their rows. Those of other arguments give wrong codes.
+            extremes, the largest of their rows. Smaller ones give wrong codes, which differ
+            between CPU paths.
         found_inf: where it is not 0, nothing changes at all.
         stochastic_rounding, stochastic_params: how states, and how bfloat16 parameters are
             rounded: stochastically, or to nearest. float32 parameters are not, and float16 ones

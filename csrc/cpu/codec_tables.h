@@ -19,8 +19,9 @@ struct DecodeLines {
 //     z = y * slope + 8/9 = (kk + 1/2) / 2^(f-1)
 // lies between 1 and 2, and kk is the top f bits of its significand. Decades begin at the exact
 // thresholds. Within one, z decides but where it is within kNearTie units in its last place, 2^-23,
-// of the next kk, which is left to the words: the rounding of slope, sum and codebook moves z by no
-// more than three.
+// of the next kk (or, in the shorter decades, a little farther above one), which is left to the
+// words: the rounding of slope, sum and codebook moves z by no more than three. (Of all floats, by
+// less than two.)
 constexpr int kNearTie = 4;
 struct NearestLines {
   // Of two binades, [2^(2j-31), 2^(2j-29)), where j is bits(y) >> 24 modulo 16: the bits of the

@@ -267,6 +267,10 @@ TORCHAO8_HD bool any(I a) {  // of masks
 TORCHAO8_HD bool all(Mask a) {
   return _mm256_movemask_ps(_mm256_and_ps(a.low, a.high)) == 0xff;
 }
+TORCHAO8_HD I select(I m, I yes, I no) {
+  return {_mm256_blendv_epi8(no.low, yes.low, m.low),
+          _mm256_blendv_epi8(no.high, yes.high, m.high)};
+}
 TORCHAO8_HD F select(Mask m, F yes, F no) {
   return {_mm256_blendv_ps(no.low, yes.low, m.low), _mm256_blendv_ps(no.high, yes.high, m.high)};
 }
@@ -334,8 +338,9 @@ struct Decoder {
 // slowed down for the sake of security.
 template <bool kSigned>
 struct NearestEncoder {
-  // What is this far above 1 after kNearTie has been added may be on the wrong side of a tie: in
-  // units of the longest significand, which has 7 bits below the first one, unsigned 8.
+  // What lies this little above a tie, after kNearTie has been added, may belong below it. In units
+  // of what is left of z below kk, moved up by the bits of kk: the longest one but that of 1.0 has
+  // 7, unsigned 8.
   static constexpr uint32_t kTies = (2 * kNearTie << (kSigned ? 7 : 8)) - 1;
   const uint32_t* words;
   Table16 decade_bits;
@@ -375,7 +380,7 @@ struct NearestEncoder {
     }
     const I rest = (significand << length) & all_lanes(0xffffff);
     const I near_tie = equal(min(rest, all_lanes(kTies)), rest);
-    if (__builtin_expect(any(near_tie), 0)) code = look_up(y);
+    if (__builtin_expect(any(near_tie), 0)) code = select(near_tie, look_up(y), code);
     // Zero stays zero: where x is not zero, its bits are a number above any code it can have.
     if constexpr (!kSigned) code = min(code, bits(x));
     store_bytes(codes, code);

@@ -1,5 +1,5 @@
 // The vector interface at width one, in plain C++ that any compiler accepts. It is the definition:
-// vec_avx2.h and vec_avx512.h do the same arithmetic on 8 and 16 values.
+// vec_avx2.h and vec_avx512.h give the same bits, sixteen values at a time.
 #pragma once
 
 #include <cstdint>
