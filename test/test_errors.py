@@ -73,9 +73,9 @@ stochastic_rounding: expected True or False, got 1
 seed: expected an int of 64 bits, got 0.5
 seed: expected an int of 64 bits, got 9223372036854775808
 differentiable=True: a step that autograd records is not implemented, it must be False
-percentile_clipping: expected an int from 1 to 100, which is off, got 0
-percentile_clipping: expected an int from 1 to 100, which is off, got 101
-percentile_clipping: expected an int from 1 to 100, which is off, got 5.0
+percentile_clipping: expected an int from 1 to 99, or 100 for off, got 0
+percentile_clipping: expected an int from 1 to 99, or 100 for off, got 101
+percentile_clipping: expected an int from 1 to 99, or 100 for off, got 5.0
 is_paged: expected True or False, got 'yes'
 page_dir: expected '', as is_paged is False, got '.'
 page_dir: expected a str, got b'.'

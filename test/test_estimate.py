@@ -430,7 +430,7 @@ def test_command_with_shapes(capsys: pytest.CaptureFixture[str]) -> None:
         ("estimate --model gpt2 --amsgrad --optimizer Lion", "amsgrad: Lion has no such option"),
         ("estimate --model gpt2 --momentum 0.9", "momentum: AdamW has no such option"),
         ("estimate --model gpt2 --momentum -1", "expected a finite number >= 0, got '-1'"),
-        ("estimate --model gpt2 --percentile-clipping 0", "expected an int from 1 to 100"),
+        ("estimate --model gpt2 --percentile-clipping 0", "expected an int from 1 to 99"),
         ("estimation", "invalid choice: 'estimation'"),
     ],
 )

@@ -327,7 +327,7 @@ def _rule(optimizer: Any, options: Mapping[str, Any]) -> tuple[str, int]:
 def _clips(percentile: Any) -> bool:
     if type(percentile) is not int or not 1 <= percentile <= 100:
         raise ValueError(
-            f"percentile_clipping: expected an int from 1 to 100, which is off, got {percentile!r}"
+            f"percentile_clipping: expected an int from 1 to 99, or 100 for off, got {percentile!r}"
         )
     return percentile < 100
 

@@ -20,7 +20,7 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer: as few as there are different options.
 
-    >>> groups = torchao8.param_groups(model, patterns={"*.head.*": {"lr": 1e-4}})
+    >>> groups = torchao8.param_groups(model, patterns={"head.*": {"lr": 1e-4}})
     >>> optimizer = torchao8.AdamW8bit(groups, lr=1e-3, weight_decay=0.1)
 
     Frozen parameters are in none. A parameter that the model has in two places counts once, under

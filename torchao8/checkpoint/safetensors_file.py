@@ -417,7 +417,7 @@ def _numbers(
 
 _MISSING = (
     "safetensors files need the package safetensors, and numpy to write them: "
-    'pip install "torchao8[safetensors]"'
+    "pip install safetensors numpy"
 )
 
 

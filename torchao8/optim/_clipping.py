@@ -34,7 +34,8 @@ def check_percentile(value: Any) -> None:
     """Raises ValueError unless this is a number of the sorted norms, or 100 for no clipping."""
     if not is_int(value) or not 1 <= value <= OFF:
         raise ValueError(
-            f"percentile_clipping: expected an int from 1 to {OFF}, which is off, got {value!r}"
+            f"percentile_clipping: expected an int from 1 to {OFF - 1}, or {OFF} for off, "
+            f"got {value!r}"
         )
 
 
