@@ -1,9 +1,8 @@
 // Sixteen floats in two AVX registers (AVX2, FMA, F16C: Haswell and later, Zen and later). Included
-// inside a region compiled for that target: see isa_avx2.cpp. The arithmetic is that of
-// vec_scalar.h.
+// inside a region compiled for that target: see isa_avx2.cpp. The bits are those of vec_scalar.h.
 //
-// Two, so that an instruction has the other one's beside it, which does not wait for its result,
-// and so that codes are packed and stored sixteen at a time.
+// Two, so that every instruction has an independent twin beside it, and codes are packed and stored
+// sixteen at a time.
 #pragma once
 
 namespace torchao8::avx2 {
@@ -68,8 +67,9 @@ TORCHAO8_HD F sign(F a) {
 }
 
 // Integers, in dwords.
-// Of one number. As a float it is broadcast from memory by a load; as an integer GCC would move it
-// through a general register and a permutation port.
+
+// One number in all lanes. As a float it is broadcast from memory by a load; as an integer GCC
+// would move it through a general register and a permutation port.
 TORCHAO8_HD I all_lanes(uint32_t x) {
   const __m256i v = _mm256_castps_si256(_mm256_set1_ps(bits_float(x)));
   return {v, v};
