@@ -5,6 +5,7 @@
 #   ARGS="-k codec"       arguments for what the target runs (make gpu: the tests)
 #   BENCH_ARGS=...        of make gpu, arguments for benchmarks/step.py
 #   MAX_JOBS=4            compilations at once
+#   TEST_JOBS=4           tests at once (0: in one process, as a debugger wants it)
 # Each choice of PYTHON and TORCH has an environment of its own, .venv-<choice>.
 
 PINNED_TORCH := torch==2.13.0
@@ -12,6 +13,7 @@ TORCH ?= $(PINNED_TORCH)
 PYTHON ?= python3
 MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 export MAX_JOBS
+TEST_JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # A requirement or a path as part of a file name: torch==2.12.0 -> torch-2.12.0
@@ -42,7 +44,7 @@ CXX_FILES = $(shell find csrc test benchmarks -name '*.h' -o -name '*.inl' -o -n
 
 say = @printf '==> %s\n' '$(1)'
 
-.PHONY: help demo demo-fsdp2 choose test test-slow gpu bench lint format build wheel clean distclean FORCE
+.PHONY: help demo demo-fsdp2 choose test test-all test-slow gpu bench lint format build wheel clean distclean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -50,8 +52,9 @@ help:
 	@echo 'make demo       train a small GPT with 8-bit Adam and compare (tutorials/train_gpt.py)'
 	@echo 'make demo-fsdp2 train it sharded on 2 processes, go on with 3 (tutorials/train_fsdp2.py)'
 	@echo 'make choose     which optimizer, how many bits? a lesson (tutorials/choose_an_optimizer.py)'
-	@echo 'make test       run the tests, but for those marked slow'
-	@echo 'make test-slow  run the tests marked slow'
+	@echo 'make test       run the tests: every promise, every optimizer, in minutes'
+	@echo 'make test-all   run what make test leaves out: every combination, every mutant of the kernels'
+	@echo 'make test-slow  run the tests that take long or much memory'
 	@echo 'make gpu        build with the torch and nvcc at hand, no network; test and time on the GPU'
 	@echo 'make bench      time a step against other libraries (benchmarks/step.py)'
 	@echo 'make lint       ruff, clang-format and mypy'
@@ -76,9 +79,15 @@ choose: $(EXTENSION_READY)
 	$(call say,training a tiny GPT with several optimizers)
 	$(VPYTHON) tutorials/choose_an_optimizer.py $(ARGS)
 
+# Each process of tests computes on one thread, unless a test asks for more.
+PYTEST := OMP_NUM_THREADS=1 $(VPYTHON) -m pytest -n $(TEST_JOBS) --dist worksteal
 test: $(call tools,test demo) $(EXTENSION_READY)
 	$(call say,running the tests)
-	$(VPYTHON) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-all: $(call tools,test demo) $(EXTENSION_READY)
+	$(call say,running the tests that make test leaves out)
+	$(PYTEST) -m 'thorough and not slow' $(ARGS)
 
 test-slow: $(call tools,test demo) $(EXTENSION_READY)
 	$(call say,running the slow tests)
