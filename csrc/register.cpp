@@ -1,7 +1,8 @@
 // Every op schema of the library. The kernels are registered beside their code.
 //
 // A step op updates parameters in place by one rule (see rules/). What changes from step to step
-// (lr, steps, grad_scale, found_inf) is a tensor, so that a compiled step is traced once. Lists
+// (lr, steps, grad_scale, found_inf) is a tensor, so that a compiled step is traced once. So is the
+// rest of a rule's numbers, all in one: `numbers`, float64 in the order of its kNumbers. Lists
 // that belong together have an element per parameter; an empty list means that no parameter has it.
 // shard_offsets and shard_row_strides place a local shard in its global tensor (flat index of its
 // first element; elements between two rows, which are those of the block layout, or of 32-bit state
@@ -31,8 +32,8 @@ namespace {
 // The lists of the states and their scales, in this order: all lists, then all scales.
 std::string step_schema(const char* op, const char* lists, const char* options) {
   return std::string(op) + "(Tensor(a!)[] params, Tensor[] grads, " + lists +
-         ", Tensor[] steps, Tensor[] factors, Tensor[] extremes, Tensor lr, Tensor? grad_scale, "
-         "Tensor? found_inf, *, " +
+         ", Tensor[] steps, Tensor[] factors, Tensor[] extremes, Tensor lr, Tensor numbers, "
+         "Tensor? grad_scale, Tensor? found_inf, *, " +
          options +
          ", int block_size=256, bool stochastic_rounding=True, bool stochastic_params=False, int "
          "seed=0, "
@@ -43,8 +44,8 @@ std::string step_schema(const char* op, const char* lists, const char* options) 
 std::string extremes_schema(const std::string& op, std::string lists, const char* options) {
   for (size_t at; (at = lists.find('(')) != std::string::npos;) lists.erase(at, 4);
   return op + "(Tensor[] params, Tensor[] grads, " + lists +
-         ", Tensor[] steps, Tensor[] factors, Tensor lr, Tensor? grad_scale, *, " + options +
-         ") -> Tensor";
+         ", Tensor[] steps, Tensor[] factors, Tensor lr, Tensor numbers, Tensor? grad_scale, *, " +
+         options + ") -> Tensor";
 }
 
 // The two ops of a family.
@@ -63,41 +64,36 @@ STABLE_TORCH_LIBRARY(torchao8, m) {
   m.def(
       "dequantize_blockwise(Tensor codes, Tensor scale, *, int block_size=256, bool signed=True, "
       "ScalarType dtype=float) -> Tensor");
-  define_family(m, "adagrad", "Tensor(b!)[] sums, Tensor(c!)[] sum_scales",
-                "float lr_decay, float eps, float weight_decay, bool maximize");
+  define_family(m, "adagrad", "Tensor(b!)[] sums, Tensor(c!)[] sum_scales", "bool maximize");
   define_family(m, "adam",
                 "Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
                 "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] exp_avg_scales, "
                 "Tensor(f!)[] exp_avg_sq_scales, Tensor(g!)[] max_exp_avg_sq_scales",
-                "float beta1, float beta2, float eps, float weight_decay, "
                 "bool decoupled_weight_decay, bool maximize");
   define_family(m, "ademamix",
                 "Tensor(b!)[] exp_avg_fasts, Tensor(c!)[] exp_avg_slows, "
                 "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] exp_avg_fast_scales, "
                 "Tensor(f!)[] exp_avg_slow_scales, Tensor(g!)[] exp_avg_sq_scales",
-                "float beta1, float beta2, float beta3, float alpha, float t_alpha, "
-                "float t_beta3, float eps, float weight_decay, bool maximize");
-  define_family(m, "lion", "Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_scales",
-                "float beta1, float beta2, float weight_decay, bool maximize");
+                "bool maximize");
+  define_family(m, "lion", "Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_scales", "bool maximize");
   define_family(m, "rmsprop",
                 "Tensor(b!)[] square_avgs, Tensor(c!)[] grad_avgs, "
                 "Tensor(d!)[] momentum_buffers, Tensor(e!)[] square_avg_scales, "
                 "Tensor(f!)[] grad_avg_scales, Tensor(g!)[] momentum_buffer_scales",
-                "float alpha, float eps, float weight_decay, float momentum, bool maximize");
+                "bool maximize");
   define_family(m, "sgd", "Tensor(b!)[] momentum_buffers, Tensor(c!)[] momentum_buffer_scales",
-                "float momentum, float dampening, float weight_decay, bool nesterov, "
-                "bool rate_in_buffer, bool maximize");
+                "bool nesterov, bool rate_in_buffer, bool maximize");
   m.def(
       "clip_factors_(Tensor(a!)[] histories, Tensor norms, Tensor[] steps, Tensor? found_inf, "
-      "int percentile) -> Tensor");
+      "SymInt percentile) -> Tensor");
   m.def(
       "lamb_update_sums(Tensor[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, "
       "Tensor[] exp_avg_scales, Tensor[] exp_avg_sq_scales, Tensor[] steps, Tensor[] factors, "
-      "Tensor? grad_scale, *, float beta1, float beta2, float eps, float weight_decay, "
-      "bool maximize, int block_size=256, bool block_wise=True) -> Tensor");
+      "Tensor numbers, Tensor? grad_scale, *, bool maximize, int block_size=256, bool "
+      "block_wise=True) -> Tensor");
   m.def(
-      "lars_trust_ratios(Tensor param_norms, Tensor grad_norms, float trust_coefficient, "
-      "float weight_decay) -> Tensor");
+      "lars_trust_ratios(Tensor param_norms, Tensor grad_norms, Tensor trust_coefficient, "
+      "Tensor weight_decay) -> Tensor");
   m.def("count_step_(Tensor(a!)[] steps, Tensor? found_inf) -> ()");
   m.def("sum_squares(Tensor[] tensors) -> Tensor");
   m.def("norms(Tensor sums) -> Tensor");

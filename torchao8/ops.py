@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchao8._numbers import Number, all_numbers
 from torchao8.block_layout import scale_shape
 
 try:
@@ -37,15 +38,19 @@ if torch.version.cuda is not None:
 
 _quantize = torch.ops.torchao8.quantize_blockwise.default
 _dequantize = torch.ops.torchao8.dequantize_blockwise.default
-# An update rule each: see csrc/rules.
-STEP_OPS = (
-    "adagrad_step_",
-    "adam_step_",
-    "ademamix_step_",
-    "lion_step_",
-    "rmsprop_step_",
-    "sgd_step_",
-)
+# An update rule each, see csrc/rules: its numbers, in the order of the op's tensor of them.
+NUMBERS = {
+    "adagrad_step_": ("lr_decay", "eps", "weight_decay"),
+    "adam_step_": ("beta1", "beta2", "eps", "weight_decay"),
+    "ademamix_step_": (
+        *("beta1", "beta2", "beta3", "alpha", "t_alpha", "t_beta3"),
+        *("eps", "weight_decay"),
+    ),
+    "lion_step_": ("beta1", "beta2", "weight_decay"),
+    "rmsprop_step_": ("alpha", "eps", "weight_decay", "momentum"),
+    "sgd_step_": ("momentum", "dampening", "weight_decay"),
+}
+STEP_OPS = tuple(NUMBERS)
 _STEP_OPS = {op: getattr(torch.ops.torchao8, op).default for op in STEP_OPS}
 # What each of them has to know before a step of tensors with one scale.
 _EXTREMES_OPS = {op: op.replace("_step_", "_extremes") for op in STEP_OPS}
@@ -145,7 +150,7 @@ def step_(
     seed: int = 0,
     shard_offsets: Sequence[int] = (),
     shard_row_strides: Sequence[int] = (),
-    **options: float | bool,
+    **options: Number | bool,
 ) -> None:
     """One step of an update rule, in place, on tensors of one device and one state format.
 
@@ -179,11 +184,15 @@ def step_(
             index of the first element in the global tensor, and the elements of it from one local
             row to the next; a row of 32-bit state is the last dimension. The random numbers of
             stochastic rounding depend on them.
-        options: the op's own.
+        options: the op's own: the numbers of :data:`NUMBERS`, which may be tensors of one element
+            on the CPU or on the device of the parameters, and flags.
 
     Raises:
         RuntimeError: an argument does not fit the others; nothing has changed then.
     """
+    if not params:  # an op chooses its device by its tensors
+        return
+    numbers, flags = _numbers_and_flags(op, options, params[0].device)
     _STEP_OPS[op](
         params,
         grads,
@@ -193,6 +202,7 @@ def step_(
         factors,
         extremes,
         lr,
+        numbers,
         grad_scale,
         found_inf,
         block_size=block_size,
@@ -201,9 +211,18 @@ def step_(
         seed=seed,
         shard_offsets=shard_offsets,
         shard_row_strides=shard_row_strides,
-        **options,
+        **flags,
     )
     mark_modified(params)
+
+
+def _numbers_and_flags(
+    op: str, options: dict[str, Number | bool], device: torch.device
+) -> tuple[Tensor, dict[str, Any]]:
+    """The options of a rule as its op takes them: the numbers in one tensor, and the others."""
+    names = NUMBERS[op]
+    flags = {name: value for name, value in options.items() if name not in names}
+    return all_numbers([options[name] for name in names], device), flags
 
 
 def extremes(
@@ -217,7 +236,7 @@ def extremes(
     grad_scale: Tensor | None,
     factors: list[Tensor],
     /,
-    **options: float | bool,
+    **options: Number | bool,
 ) -> Tensor:
     """The element of largest magnitude of each state that a step would make, with its sign.
 
@@ -236,7 +255,10 @@ def extremes(
         RuntimeError: an argument does not fit the others.
     """
     find = getattr(torch.ops.torchao8, _EXTREMES_OPS[op]).default
-    found: Tensor = find(params, grads, *values, *scales, steps, factors, lr, grad_scale, **options)
+    numbers, flags = _numbers_and_flags(op, options, params[0].device)
+    found: Tensor = find(
+        params, grads, *values, *scales, steps, factors, lr, numbers, grad_scale, **flags
+    )
     return found
 
 
@@ -292,7 +314,7 @@ def lamb_update_sums(
     factors: Sequence[Tensor] = (),
     block_size: int = 256,
     block_wise: bool = True,
-    **options: float | bool,
+    **options: Number | bool,
 ) -> Tensor:
     """The exact sums of squares of the updates that LAMB would make, which is looked at only.
 
@@ -311,6 +333,7 @@ def lamb_update_sums(
     Raises:
         RuntimeError: an argument does not fit the others.
     """
+    numbers, flags = _numbers_and_flags("adam_step_", options, params[0].device)
     sums: Tensor = _lamb_update_sums(
         params,
         grads,
@@ -318,10 +341,11 @@ def lamb_update_sums(
         *scales,
         steps,
         list(factors),
+        numbers,
         grad_scale,
         block_size=block_size,
         block_wise=block_wise,
-        **options,
+        **flags,
     )
     return sums
 
@@ -419,7 +443,7 @@ def _fake_extremes(op: str) -> None:
     @torch.library.register_fake(f"torchao8::{op}")
     def _(params: list[Tensor], *others: Any, **options: object) -> Tensor:
         _check_devices(op, "params", params, *others)
-        values_and_scales = others[1:-4]  # grads; steps, factors, lr and grad_scale
+        values_and_scales = others[1:-5]  # grads; steps, factors, lr, numbers and grad_scale
         states = sum(bool(states) for states in values_and_scales[: len(values_and_scales) // 2])
         return torch.empty(len(params), states, dtype=torch.int64, device=params[0].device)
 

@@ -28,6 +28,14 @@ inline double read_number(const Tensor& t) {
                                                : double(*static_cast<const float*>(data));
 }
 
+// The numbers of a rule, in one tensor.
+inline void check_numbers(const Argument& a, const Tensor& t, int count) {
+  check_dtype(a, t, ScalarType::Double);
+  const std::vector<int64_t> shape = {count};
+  check_shape(a, t, shape, "one for each number of the rule");
+  check_contiguous(a, t);
+}
+
 inline void check_step(const Argument& a, const Tensor& step, const Place& place) {
   check_place(a, step, place);
   check_dtype(a, step, ScalarType::Float);

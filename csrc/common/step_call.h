@@ -161,9 +161,24 @@ inline void check_extreme_values(const Argument& a, const Tensor& extremes) {
                    " must hold numbers from 0 to 2^32 - 1, got ", values[s]);
 }
 
-template <class Family>
-void check_options(const typename Family::Options& o, const char* op = Family::kOp) {
-  for (const auto& argument : Family::kNumbers) {
+// The numbers and flags of a family as its options. Numbers that lie on a GPU are NaN: no rule may
+// be chosen by them here.
+template <class Options, class... Flags>
+Options make_options(const CommonOptions& common, const double* numbers, Flags... flags) {
+  static_assert(sizeof...(flags) == std::size(Options::kFlags));
+  Options options = {common};
+  double unknown[kNumberCount<Options>];
+  std::fill(std::begin(unknown), std::end(unknown), std::nan(""));
+  set_numbers(options, numbers ? numbers : unknown);
+  size_t i = 0;
+  ((options.*Options::kFlags[i++] = flags), ...);
+  return options;
+}
+
+template <class Options>
+void check_options(const char* op, const Options& o, bool numbers_are_known = true) {
+  for (const auto& argument : Options::kNumbers) {
+    if (!numbers_are_known) break;
     const double value = o.*argument.value;
     const char* wanted = nullptr;
     switch (argument.range) {

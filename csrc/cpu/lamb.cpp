@@ -106,23 +106,16 @@ class Measurer {
 Tensor lamb_update_sums_cpu(TensorList params, TensorList grads, TensorList exp_avgs,
                             TensorList exp_avg_sqs, TensorList exp_avg_scales,
                             TensorList exp_avg_sq_scales, TensorList steps, TensorList factors,
-                            std::optional<Tensor> grad_scale, double beta1, double beta2,
-                            double eps, double weight_decay, bool maximize, int64_t block_size,
-                            bool block_wise) {
+                            Tensor numbers, std::optional<Tensor> grad_scale, bool maximize,
+                            int64_t block_size, bool block_wise) {
   const char* op = LambFamily::kOp;
   TORCHAO8_CHECK(!params.empty(), op, ": params must not be empty");
   const LambCall lamb(params, grads, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales,
                       steps, factors, block_size, block_wise, kCpu);
   const StepCall& call = lamb.call;
   const DefaultFloatingPoint guard;
-  AdamOptions options = {{1, grad_scale ? read_scalar({op, "grad_scale"}, *grad_scale) : 1},
-                         beta1,
-                         beta2,
-                         eps,
-                         weight_decay,
-                         true,
-                         maximize};
-  check_options<LambFamily>(options);
+  const auto options =
+      read_options<AdamOptions>(op, std::nullopt, numbers, grad_scale, true, maximize);
   check_call(call);
   for (size_t i = 0; i < steps.size(); i++) check_count({op, "steps", int64_t(i)}, steps[i]);
   for (size_t i = 0; i < factors.size(); i++)

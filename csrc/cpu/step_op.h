@@ -21,6 +21,19 @@ inline double read_scalar(const Argument& a, const Tensor& t) {
   return read_number(t);
 }
 
+// A family's options from the arguments of a call.
+template <class Options, class... Flags>
+Options read_options(const char* op, const std::optional<Tensor>& lr, const Tensor& numbers,
+                     const std::optional<Tensor>& grad_scale, Flags... flags) {
+  check_place({op, "numbers"}, numbers, kCpu);
+  check_numbers({op, "numbers"}, numbers, kNumberCount<Options>);
+  const CommonOptions common = {lr ? read_scalar({op, "lr"}, *lr) : 1,
+                                grad_scale ? read_scalar({op, "grad_scale"}, *grad_scale) : 1};
+  const auto options = make_options<Options>(common, numbers.const_data_ptr<double>(), flags...);
+  check_options(op, options);
+  return options;
+}
+
 template <class Rule>
 Item<Rule> make_item(const StepCall& call, int64_t i) {
   Item<Rule> item;
@@ -96,24 +109,27 @@ Tensor find_extremes(const StepCall& call, const typename Rule::Options& options
     typename Rule::Options own = options;
     if (!call.factors.empty()) own.multiply(call.factors[i].const_data_ptr<double>());
     item.rule = Rule::at_step(own, int64_t(*call.steps[i].const_data_ptr<float>()) + 1, true);
-    finder.add(std::move(item), keys.mutable_data_ptr<int64_t>() + int64_t(i) * Rule::kStates);
+    finder.add(std::move(item), keys.mutable_data_ptr<int64_t>() + i * call.states.size());
   }
   finder.run();
   return keys;
 }
 
 // The op's function. Its lists of states and its own arguments are those of the family.
-template <class Family, class States, class Arguments>
+template <class Family, class States, class Flags>
 struct StepOpOf;
-template <class Family, size_t... S, class... Arguments>
-struct StepOpOf<Family, std::index_sequence<S...>, Types<Arguments...>> {
+template <class Family, size_t... S, size_t... F>
+struct StepOpOf<Family, std::index_sequence<S...>, std::index_sequence<F...>> {
   template <size_t>
   using List = TensorList;
+  template <size_t>
+  using Flag = bool;
+  using Options = typename Family::Options;
 
   static void run(TensorList params, TensorList grads, List<S>... values, List<S>... scales,
                   TensorList steps, TensorList factors, TensorList extremes, Tensor lr,
-                  std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
-                  Arguments... arguments, int64_t block_size, bool stochastic_rounding,
+                  Tensor numbers, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+                  Flag<F>... flags, int64_t block_size, bool stochastic_rounding,
                   bool stochastic_params, int64_t seed, std::vector<int64_t> shard_offsets,
                   std::vector<int64_t> shard_row_strides) {
     const TensorList *value_lists[] = {&values...}, *scale_lists[] = {&scales...};
@@ -137,11 +153,7 @@ struct StepOpOf<Family, std::index_sequence<S...>, Types<Arguments...>> {
                         !extremes.empty()};
     check_block_size(Family::kOp, block_size);
     const DefaultFloatingPoint guard;
-    const CommonOptions common = {
-        read_scalar({Family::kOp, "lr"}, lr),
-        grad_scale ? read_scalar({Family::kOp, "grad_scale"}, *grad_scale) : 1};
-    const typename Family::Options options = {common, arguments...};
-    check_options<Family>(options);
+    const auto options = read_options<Options>(Family::kOp, lr, numbers, grad_scale, flags...);
     check_call(call);
     for (size_t i = 0; i < steps.size(); i++)
       check_count({Family::kOp, "steps", int64_t(i)}, steps[i]);
@@ -156,18 +168,15 @@ struct StepOpOf<Family, std::index_sequence<S...>, Types<Arguments...>> {
 
   // The op that looks at a step with one scale a tensor before it is made.
   static Tensor extremes(TensorList params, TensorList grads, List<S>... values, List<S>... scales,
-                         TensorList steps, TensorList factors, Tensor lr,
-                         std::optional<Tensor> grad_scale, Arguments... arguments) {
+                         TensorList steps, TensorList factors, Tensor lr, Tensor numbers,
+                         std::optional<Tensor> grad_scale, Flag<F>... flags) {
     const char* op = Family::kExtremesOp;
     const TensorList *value_lists[] = {&values...}, *scale_lists[] = {&scales...};
     const ExtremesCall<Family> wanted(params, grads, value_lists, scale_lists, steps, factors,
                                       kCpu);
     const StepCall& call = wanted.call;
     const DefaultFloatingPoint guard;
-    const CommonOptions common = {read_scalar({op, "lr"}, lr),
-                                  grad_scale ? read_scalar({op, "grad_scale"}, *grad_scale) : 1};
-    const typename Family::Options options = {common, arguments...};
-    check_options<Family>(options, op);
+    const auto options = read_options<Options>(op, lr, numbers, grad_scale, flags...);
     wanted.check();
     for (size_t i = 0; i < steps.size(); i++) check_count({op, "steps", int64_t(i)}, steps[i]);
     for (size_t i = 0; i < factors.size(); i++)
@@ -183,6 +192,6 @@ struct StepOpOf<Family, std::index_sequence<S...>, Types<Arguments...>> {
 };
 template <class Family>
 using StepOp = StepOpOf<Family, std::make_index_sequence<std::size(Family::kStates)>,
-                        typename Family::Arguments>;
+                        std::make_index_sequence<std::size(Family::Options::kFlags)>>;
 
 }  // namespace torchao8

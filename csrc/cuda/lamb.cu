@@ -50,9 +50,8 @@ void measure_elements_of(const Step<LambRule>& step, int64_t* sums) {
 Tensor lamb_update_sums_cuda(TensorList params, TensorList grads, TensorList exp_avgs,
                              TensorList exp_avg_sqs, TensorList exp_avg_scales,
                              TensorList exp_avg_sq_scales, TensorList steps, TensorList factors,
-                             std::optional<Tensor> grad_scale, double beta1, double beta2,
-                             double eps, double weight_decay, bool maximize, int64_t block_size,
-                             bool block_wise) {
+                             Tensor numbers, std::optional<Tensor> grad_scale, bool maximize,
+                             int64_t block_size, bool block_wise) {
   const char* op = LambFamily::kOp;
   TORCHAO8_CHECK(!params.empty(), op, ": params must not be empty");
   const Place place = place_of({op, "params", 0}, params[0]);
@@ -60,21 +59,27 @@ Tensor lamb_update_sums_cuda(TensorList params, TensorList grads, TensorList exp
                       steps, factors, block_size, block_wise, place);
   const StepCall& call = lamb.call;
   const Scalar scale = scalar_argument({op, "grad_scale"}, grad_scale, 1, place);
-  const AdamOptions options = {
-      {1, scale.place ? 1 : scale.value}, beta1, beta2, eps, weight_decay, true, maximize};
-  check_options<LambFamily>(options);
+  const RuleNumbers rest = rule_numbers({op, "numbers"}, numbers, kNumberCount<AdamOptions>, place);
+  const CommonOptions common = {1, scale.place ? 1 : scale.value};
+  const auto options = make_options<AdamOptions>(common, rest.known, true, maximize);
+  check_options(op, options, rest.known != nullptr);
   check_call(call);
 
   const Launcher launcher(op, place.index);
   std::vector<Dense> dense_params, dense_grads;
   for (const Tensor& param : params) dense_params.emplace_back(param);
   for (const Tensor& grad : grads) dense_grads.emplace_back(grad);
-  const Step<LambRule> step = {
-      call,
-      launcher,
-      {options, {nullptr, 1, false}, scale, {nullptr, 0, false}, 0, call.quantized()},
-      dense_params,
-      dense_grads};
+  const Step<LambRule> step = {call,
+                               launcher,
+                               {options,
+                                {nullptr, 1, false},
+                                scale,
+                                {nullptr, 0, false},
+                                0,
+                                call.quantized(),
+                                rest.on_device},
+                               dense_params,
+                               dense_grads};
   Tensor sums = new_sums(params);
   int64_t* const limbs = sums.mutable_data_ptr<int64_t>();
   call.quantized() ? measure_blocks_of(step, limbs) : measure_elements_of(step, limbs);

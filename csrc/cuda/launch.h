@@ -36,6 +36,18 @@ inline Scalar scalar_argument(const Argument& a, const std::optional<Tensor>& t,
   return {t->const_data_ptr(), 0, t->scalar_type() == ScalarType::Double};
 }
 
+// The numbers of a rule: on the CPU, where they are read now, or on the device of the call.
+struct RuleNumbers {
+  const double *known, *on_device;  // one of them is null
+};
+inline RuleNumbers rule_numbers(const Argument& a, const Tensor& t, int count, const Place& place) {
+  check_numbers(a, t, count);
+  const double* data = t.const_data_ptr<double>();
+  if (t.is_cpu()) return {data, nullptr};
+  check_place(a, t, place);
+  return {nullptr, data};
+}
+
 // Of a kernel that gives a thread to each row.
 inline unsigned blocks_of_rows(const char* op, int64_t rows) {
   const int64_t blocks = (rows + kThreads - 1) / kThreads;

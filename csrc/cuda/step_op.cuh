@@ -233,7 +233,7 @@ void find_extremes_of(const Step<Rule>& step, int64_t* keys) {
           entry.codes[s] = (*step.call.states[s].values)[i].template mutable_data_ptr<uint8_t>();
           entry.scales[s] = (*step.call.states[s].scales)[i].template mutable_data_ptr<float>();
         }
-        entry.keys = keys + int64_t(i) * N;
+        entry.keys = keys + i * step.call.states.size();
         entry.count = step.call.params[i].numel();
         entry.finish(type_of(step));
         return entry;
@@ -282,17 +282,20 @@ void step_all(const Step<Rule>& step) {
 }
 
 // The op's function. Its lists of states and its own arguments are those of the family.
-template <class Family, class States, class Arguments>
+template <class Family, class States, class Flags>
 struct StepOpOf;
-template <class Family, size_t... S, class... Arguments>
-struct StepOpOf<Family, std::index_sequence<S...>, Types<Arguments...>> {
+template <class Family, size_t... S, size_t... F>
+struct StepOpOf<Family, std::index_sequence<S...>, std::index_sequence<F...>> {
   template <size_t>
   using List = TensorList;
+  template <size_t>
+  using Flag = bool;
+  using Options = typename Family::Options;
 
   static void run(TensorList params, TensorList grads, List<S>... values, List<S>... scales,
                   TensorList steps, TensorList factors, TensorList extremes, Tensor lr,
-                  std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
-                  Arguments... arguments, int64_t block_size, bool stochastic_rounding,
+                  Tensor numbers, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+                  Flag<F>... flags, int64_t block_size, bool stochastic_rounding,
                   bool stochastic_params, int64_t seed, std::vector<int64_t> shard_offsets,
                   std::vector<int64_t> shard_row_strides) {
     if (params.empty()) return;
@@ -321,11 +324,12 @@ struct StepOpOf<Family, std::index_sequence<S...>, Types<Arguments...>> {
     const Scalar lr_number = scalar_argument({op, "lr"}, lr, 0, place);
     const Scalar scale = scalar_argument({op, "grad_scale"}, grad_scale, 1, place);
     const Scalar found = scalar_argument({op, "found_inf"}, found_inf, 0, place);
+    const RuleNumbers rest = rule_numbers({op, "numbers"}, numbers, kNumberCount<Options>, place);
     // What is on the device, nobody looks at here.
     const CommonOptions common = {lr_number.place ? 0 : lr_number.value,
                                   scale.place ? 1 : scale.value};
-    const typename Family::Options options = {common, arguments...};
-    check_options<Family>(options);
+    const auto options = make_options<Options>(common, rest.known, flags...);
+    check_options(op, options, rest.known != nullptr);
     check_call(call);
 
     const Launcher launcher(op, place.index);
@@ -335,19 +339,20 @@ struct StepOpOf<Family, std::index_sequence<S...>, Types<Arguments...>> {
     Family::choose(
         options, present.has, grad_scale.has_value() || !factors.empty(), [&](auto type) {
           using Rule = typename decltype(type)::type;
-          step_all<Rule>({call,
-                          launcher,
-                          {options, lr_number, scale, found, uint64_t(seed), call.quantized()},
-                          dense_params,
-                          dense_grads,
-                          rounds_params(call)});
+          step_all<Rule>(
+              {call,
+               launcher,
+               {options, lr_number, scale, found, uint64_t(seed), call.quantized(), rest.on_device},
+               dense_params,
+               dense_grads,
+               rounds_params(call)});
         });
   }
 
   // The op that looks at a step with one scale a tensor before it is made.
   static Tensor extremes(TensorList params, TensorList grads, List<S>... values, List<S>... scales,
-                         TensorList steps, TensorList factors, Tensor lr,
-                         std::optional<Tensor> grad_scale, Arguments... arguments) {
+                         TensorList steps, TensorList factors, Tensor lr, Tensor numbers,
+                         std::optional<Tensor> grad_scale, Flag<F>... flags) {
     const char* op = Family::kExtremesOp;
     TORCHAO8_CHECK(!params.empty(), op, ": params must not be empty");
     const Place place = place_of({op, "params", 0}, params[0]);
@@ -357,10 +362,11 @@ struct StepOpOf<Family, std::index_sequence<S...>, Types<Arguments...>> {
     const StepCall& call = wanted.call;
     const Scalar lr_number = scalar_argument({op, "lr"}, lr, 0, place);
     const Scalar scale = scalar_argument({op, "grad_scale"}, grad_scale, 1, place);
+    const RuleNumbers rest = rule_numbers({op, "numbers"}, numbers, kNumberCount<Options>, place);
     const CommonOptions common = {lr_number.place ? 0 : lr_number.value,
                                   scale.place ? 1 : scale.value};
-    const typename Family::Options options = {common, arguments...};
-    check_options<Family>(options, op);
+    const auto options = make_options<Options>(common, rest.known, flags...);
+    check_options(op, options, rest.known != nullptr);
     wanted.check();
 
     const Launcher launcher(op, place.index);
@@ -373,12 +379,13 @@ struct StepOpOf<Family, std::index_sequence<S...>, Types<Arguments...>> {
         options, wanted.present.has, grad_scale.has_value() || !factors.empty(), [&](auto type) {
           using Rule = typename decltype(type)::type;
           if constexpr (Rule::kStates > 0) {
-            find_extremes_of<Rule>({call,
-                                    launcher,
-                                    {options, lr_number, scale, {nullptr, 0, false}, 0, true},
-                                    dense_params,
-                                    dense_grads},
-                                   keys);
+            find_extremes_of<Rule>(
+                {call,
+                 launcher,
+                 {options, lr_number, scale, {nullptr, 0, false}, 0, true, rest.on_device},
+                 dense_params,
+                 dense_grads},
+                keys);
           }
         });
     return found;
@@ -386,6 +393,6 @@ struct StepOpOf<Family, std::index_sequence<S...>, Types<Arguments...>> {
 };
 template <class Family>
 using StepOp = StepOpOf<Family, std::make_index_sequence<std::size(Family::kStates)>,
-                        typename Family::Arguments>;
+                        std::make_index_sequence<std::size(Family::Options::kFlags)>>;
 
 }  // namespace torchao8::cuda

@@ -31,10 +31,11 @@ struct Scalar {
 // device, so that the host waits for nothing and a graph of the step can be replayed.
 template <class Rule>
 struct Numbers {
-  typename Rule::Options options;  // but for lr and grad_scale
+  typename Rule::Options options;  // but for lr and grad_scale, and what `rest` holds
   Scalar lr, grad_scale, found_inf;
   uint64_t seed;
   bool scaled_state;
+  const double* rest = nullptr;  // where the numbers of the options lie, if the host has not
 };
 
 TORCHAO8_HD bool is_aligned(const void* p, size_t bytes) {
@@ -190,6 +191,7 @@ struct Prepared {
 
   TORCHAO8_HD void set(Numbers<Rule> numbers, const Places& places) {
     const int64_t step = int64_t(*places.step) + 1;
+    if (numbers.rest) set_numbers(numbers.options, numbers.rest);
     numbers.options.lr = numbers.lr.get();
     numbers.options.grad_scale = numbers.grad_scale.get();
     if (places.factors) numbers.options.multiply(places.factors);

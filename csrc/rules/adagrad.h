@@ -10,6 +10,12 @@ namespace torchao8 {
 struct AdagradOptions : CommonOptions {
   double lr_decay, eps, weight_decay;
   bool maximize;
+
+  static constexpr NumberArgument<AdagradOptions> kNumbers[] = {
+      {"lr_decay", &AdagradOptions::lr_decay, Range::kNotNegative},
+      {"eps", &AdagradOptions::eps, Range::kNotNegative},
+      {"weight_decay", &AdagradOptions::weight_decay, Range::kNotNegative}};
+  static constexpr bool AdagradOptions::* kFlags[] = {&AdagradOptions::maximize};
 };
 
 struct AdagradRule {
@@ -71,11 +77,6 @@ struct AdagradFamily {
   static constexpr const char* kStates[] = {"sum"};
   static constexpr bool kOptional[] = {false};
   using Options = AdagradOptions;
-  using Arguments = Types<double, double, double, bool>;
-  static constexpr NumberArgument<Options> kNumbers[] = {
-      {"lr_decay", &Options::lr_decay, Range::kNotNegative},
-      {"eps", &Options::eps, Range::kNotNegative},
-      {"weight_decay", &Options::weight_decay, Range::kNotNegative}};
 
   template <class Visit>
   static void choose(const Options&, const bool*, bool, Visit visit) {

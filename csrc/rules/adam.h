@@ -12,6 +12,13 @@ struct AdamOptions : CommonOptions {
   double beta1, beta2, eps, weight_decay;
   bool decoupled;  // of weight decay: AdamW's kind
   bool maximize;
+
+  static constexpr NumberArgument<AdamOptions> kNumbers[] = {
+      {"beta1", &AdamOptions::beta1, Range::kDecayRate},
+      {"beta2", &AdamOptions::beta2, Range::kDecayRate},
+      {"eps", &AdamOptions::eps, Range::kNotNegative},
+      {"weight_decay", &AdamOptions::weight_decay, Range::kNotNegative}};
+  static constexpr bool AdamOptions::* kFlags[] = {&AdamOptions::decoupled, &AdamOptions::maximize};
 };
 
 // kPlainGradient: the gradient goes into the moments as it comes. Else it is scaled, negated or has
@@ -99,12 +106,6 @@ struct AdamFamily {
   static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
   static constexpr bool kOptional[] = {false, false, true};
   using Options = AdamOptions;
-  using Arguments = Types<double, double, double, double, bool, bool>;
-  static constexpr NumberArgument<Options> kNumbers[] = {
-      {"beta1", &Options::beta1, Range::kDecayRate},
-      {"beta2", &Options::beta2, Range::kDecayRate},
-      {"eps", &Options::eps, Range::kNotNegative},
-      {"weight_decay", &Options::weight_decay, Range::kNotNegative}};
 
   template <class Visit>
   static void choose(const Options& o, const bool* has, bool scaled_gradient, Visit visit) {

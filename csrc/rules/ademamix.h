@@ -10,6 +10,17 @@ namespace torchao8 {
 struct AdemamixOptions : CommonOptions {
   double beta1, beta2, beta3, alpha, t_alpha, t_beta3, eps, weight_decay;
   bool maximize;
+
+  static constexpr NumberArgument<AdemamixOptions> kNumbers[] = {
+      {"beta1", &AdemamixOptions::beta1, Range::kDecayRate},
+      {"beta2", &AdemamixOptions::beta2, Range::kDecayRate},
+      {"beta3", &AdemamixOptions::beta3, Range::kDecayRate},
+      {"alpha", &AdemamixOptions::alpha, Range::kNotNegative},
+      {"t_alpha", &AdemamixOptions::t_alpha, Range::kNotNegative},
+      {"t_beta3", &AdemamixOptions::t_beta3, Range::kNotNegative},
+      {"eps", &AdemamixOptions::eps, Range::kNotNegative},
+      {"weight_decay", &AdemamixOptions::weight_decay, Range::kNotNegative}};
+  static constexpr bool AdemamixOptions::* kFlags[] = {&AdemamixOptions::maximize};
 };
 
 // Of a number in (0, 1), and e to the power of one that is not positive. By series of IEEE
@@ -118,16 +129,6 @@ struct AdemamixFamily {
   static constexpr const char* kStates[] = {"exp_avg_fast", "exp_avg_slow", "exp_avg_sq"};
   static constexpr bool kOptional[] = {false, false, false};
   using Options = AdemamixOptions;
-  using Arguments = Types<double, double, double, double, double, double, double, double, bool>;
-  static constexpr NumberArgument<Options> kNumbers[] = {
-      {"beta1", &Options::beta1, Range::kDecayRate},
-      {"beta2", &Options::beta2, Range::kDecayRate},
-      {"beta3", &Options::beta3, Range::kDecayRate},
-      {"alpha", &Options::alpha, Range::kNotNegative},
-      {"t_alpha", &Options::t_alpha, Range::kNotNegative},
-      {"t_beta3", &Options::t_beta3, Range::kNotNegative},
-      {"eps", &Options::eps, Range::kNotNegative},
-      {"weight_decay", &Options::weight_decay, Range::kNotNegative}};
 
   template <class Visit>
   static void choose(const Options&, const bool*, bool, Visit visit) {

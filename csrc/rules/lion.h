@@ -10,6 +10,12 @@ namespace torchao8 {
 struct LionOptions : CommonOptions {
   double beta1, beta2, weight_decay;
   bool maximize;
+
+  static constexpr NumberArgument<LionOptions> kNumbers[] = {
+      {"beta1", &LionOptions::beta1, Range::kDecayRate},
+      {"beta2", &LionOptions::beta2, Range::kDecayRate},
+      {"weight_decay", &LionOptions::weight_decay, Range::kNotNegative}};
+  static constexpr bool LionOptions::* kFlags[] = {&LionOptions::maximize};
 };
 
 struct LionRule {
@@ -74,11 +80,6 @@ struct LionFamily {
   static constexpr const char* kStates[] = {"exp_avg"};
   static constexpr bool kOptional[] = {false};
   using Options = LionOptions;
-  using Arguments = Types<double, double, double, bool>;
-  static constexpr NumberArgument<Options> kNumbers[] = {
-      {"beta1", &Options::beta1, Range::kDecayRate},
-      {"beta2", &Options::beta2, Range::kDecayRate},
-      {"weight_decay", &Options::weight_decay, Range::kNotNegative}};
 
   template <class Visit>
   static void choose(const Options&, const bool*, bool, Visit visit) {

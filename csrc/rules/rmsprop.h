@@ -10,6 +10,13 @@ namespace torchao8 {
 struct RmspropOptions : CommonOptions {
   double alpha, eps, weight_decay, momentum;
   bool maximize;
+
+  static constexpr NumberArgument<RmspropOptions> kNumbers[] = {
+      {"alpha", &RmspropOptions::alpha, Range::kDecayRate},
+      {"eps", &RmspropOptions::eps, Range::kNotNegative},
+      {"weight_decay", &RmspropOptions::weight_decay, Range::kNotNegative},
+      {"momentum", &RmspropOptions::momentum, Range::kNotNegative}};
+  static constexpr bool RmspropOptions::* kFlags[] = {&RmspropOptions::maximize};
 };
 
 template <bool kCentered, bool kMomentum>
@@ -108,19 +115,15 @@ struct RmspropFamily {
   static constexpr const char* kStates[] = {"square_avg", "grad_avg", "momentum_buffer"};
   static constexpr bool kOptional[] = {false, true, true};
   using Options = RmspropOptions;
-  using Arguments = Types<double, double, double, double, bool>;
-  static constexpr NumberArgument<Options> kNumbers[] = {
-      {"alpha", &Options::alpha, Range::kDecayRate},
-      {"eps", &Options::eps, Range::kNotNegative},
-      {"weight_decay", &Options::weight_decay, Range::kNotNegative},
-      {"momentum", &Options::momentum, Range::kNotNegative}};
 
   template <class Visit>
-  static void choose(const Options&, const bool* has, bool, Visit visit) {
+  static void choose(const Options& o, const bool* has, bool, Visit visit) {
+    // As in torch.optim, a momentum of 0 leaves the buffer as it is, for steps that have one again.
+    const bool momentum = has[2] && o.momentum != 0;
     if (has[1]) {
-      has[2] ? visit(Type<RmspropRule<true, true>>()) : visit(Type<RmspropRule<true, false>>());
+      momentum ? visit(Type<RmspropRule<true, true>>()) : visit(Type<RmspropRule<true, false>>());
     } else {
-      has[2] ? visit(Type<RmspropRule<false, true>>()) : visit(Type<RmspropRule<false, false>>());
+      momentum ? visit(Type<RmspropRule<false, true>>()) : visit(Type<RmspropRule<false, false>>());
     }
   }
 };

@@ -3,7 +3,9 @@
 // A rule sees values, never memory: F is float, or a vector of floats with the same operations.
 // Each operation is one IEEE operation in the order written, which is what makes every engine agree
 // to the bit. It has
-//     Options         the op's own arguments, and the numbers that all ops take
+//     Options         the op's own arguments, and the numbers that all ops take; kNumbers names
+//                     those that are numbers, in the order of the op's tensor of numbers, kFlags
+//                     those that are true or false, in the order of its schema
 //     kStates         states that are stored; kSigned[s] whether their numbers may be negative,
 //                     kStochastic[s] whether they are rounded stochastically (if the caller says
 //                     so)
@@ -29,13 +31,16 @@
 //     kExtremesOp     that of the op which finds the extreme elements of the new states
 //     kStates         the names of the states; the op's lists are <name>s and <name>_scales. Those
 //     kOptional[s]    may be empty
-//     Options         whose own members are the op's own arguments, in the order of its schema, of
-//     Arguments       these types
-//     kNumbers        those of them that must lie in a range
+//     Options         of its rules
 //     choose(options, has, scaled_gradient, visit)   calls visit(Type<Rule>()), has[s] telling
 //                     which states there are, scaled_gradient whether the op got a gradient scale
-//                     or factors
+//                     or factors. A number that only the GPU knows is NaN here. A rule may do
+//                     without the last states that there are: these stay as they are
 #pragma once
+
+#include <iterator>
+#include <type_traits>
+#include <utility>
 
 #include "common/macros.h"
 
@@ -47,8 +52,6 @@ template <class T>
 struct Type {
   using type = T;
 };
-template <class... Ts>
-struct Types {};
 
 constexpr int kFactors = 2;  // numbers of a parameter, that CommonOptions::multiply takes
 
@@ -76,6 +79,23 @@ struct NumberArgument {
   double Options::* value;
   Range range;
 };
+
+template <class Options>
+constexpr int kNumberCount = int(std::size(Options::kNumbers));
+
+// Sets the numbers of a family from the values of the op's tensor of numbers.
+template <class Options, size_t... K>
+TORCHAO8_HD void set_numbers(Options& options, const double* values, std::index_sequence<K...>) {
+  const auto set = [&](auto k) {
+    constexpr double Options::* member = Options::kNumbers[k].value;
+    options.*member = values[k];
+  };
+  (set(std::integral_constant<size_t, K>()), ...);
+}
+template <class Options>
+TORCHAO8_HD void set_numbers(Options& options, const double* values) {
+  set_numbers(options, values, std::make_index_sequence<kNumberCount<Options>>());
+}
 
 // base^t by repeated squaring: libm's pow may differ between machines.
 TORCHAO8_HD double integer_power(double base, int64_t t) {

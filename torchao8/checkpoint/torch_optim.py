@@ -101,7 +101,7 @@ def _state(
         if torch_cls is not torch.optim.Adagrad:
             return {}
         own = {key: spec.empty(p) for key, spec in optimizer._layout(group, p).items()}
-    states = in_32bit(p, optimizer._states(group), own, Scales.of(group))
+    states = in_32bit(p, optimizer._states_in(group, own), own, Scales.of(group))
     theirs = {k: v.detach().clone() for k, v in states.items() if k != _clipping.KEY}
     if states is not own:
         optimizer._mend_decoded(theirs)

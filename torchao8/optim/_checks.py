@@ -27,18 +27,13 @@ def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def check_number(
-    name: str, value: Any, *, below: float | None = None, tensor: bool = False
-) -> None:
+def check_number(name: str, value: Any, *, below: float | None = None) -> None:
     """Raises ValueError unless ``value`` is a finite number >= 0, and less than ``below`` if given.
 
-    Args:
-        tensor: whether a tensor of one element will do.
+    A tensor of one element will do.
     """
     limit = "a finite number >= 0" if below is None else f"a number in [0, {below:g})"
     if isinstance(value, Tensor):
-        if not tensor:
-            raise ValueError(f"{name}: expected {limit}, got a tensor")
         if value.is_complex() or value.dtype == torch.bool:
             raise ValueError(f"{name}: expected {limit}, got a tensor of {value.dtype}")
         if value.numel() != 1:
@@ -67,10 +62,24 @@ def check_betas(betas: Any, number: int) -> None:
 
 
 def check_momentum(group: dict[str, Any]) -> None:
-    """Raises ValueError unless momentum, dampening and nesterov are in range and go together."""
+    """Raises ValueError unless momentum, dampening and nesterov are in range."""
     check_number("momentum", group["momentum"])
     check_number("dampening", group["dampening"])
     check_flag("nesterov", group["nesterov"])
+
+
+# The option that a schedule may set to 0 for a while, and the state that stays as it is then.
+MOMENTUM = {"momentum": "momentum_buffer"}
+
+
+def has_momentum(group: dict[str, Any]) -> bool:
+    """Whether a group keeps a buffer: a tensor may come to be above 0."""
+    return isinstance(group["momentum"], Tensor) or group["momentum"] != 0
+
+
+def check_nesterov(group: dict[str, Any]) -> None:
+    """Raises ValueError unless Nesterov's momentum comes with what torch.optim asks for with it, in
+    a new group: later a schedule may have set the momentum to 0 for a while."""
     if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
         raise ValueError(
             "nesterov: expected a momentum above 0 and a dampening of 0 with it, got "

@@ -203,8 +203,8 @@ class _Loading:
         return options
 
     def _read_foreign(self, group: Group, p: Tensor, saved_id: Any) -> None:
-        values, states = self.state[saved_id], self.optimizer._states(group)
-        label = describe(self.optimizer, p)
+        values = self.state[saved_id]
+        states, label = self.optimizer._states_in(group, values), describe(self.optimizer, p)
         own = foreign.to_own(label, values, p.shape, states, *Scales.of(group))
         if own is not None:
             self.authors.add(foreign.who_wrote(values) or "torch.optim")
@@ -216,8 +216,9 @@ class _Loading:
             self.state[saved_id] = {**self.state[saved_id], _clipping.KEY: history}
 
     def _plan(self, group: Group, p: Tensor, saved_id: Any, saved_scales: Scales) -> None:
-        values, states = self.state[saved_id], self.optimizer._states(group)
-        label, layout = describe(self.optimizer, p), self.optimizer._layout(group, p)
+        values = self.state[saved_id]
+        states, label = self.optimizer._states_in(group, values), describe(self.optimizer, p)
+        layout = self.optimizer._layout(group, p, states)
         converts = check_form(label, p, layout, states, values, saved_scales)
         scales = Scales.of(group)
         if converts:
@@ -340,10 +341,17 @@ def _check_names(live: list[Group], saved: list[Group]) -> None:
 
 def _in_form(saved: Group, live: Group) -> Group:
     """The same options, as tensors where those of the live group are, as a compiled step wants."""
+
+    def in_form(value: Any, live: Any) -> Any:
+        if isinstance(live, Tensor) and isinstance(value, (int, float)):
+            return torch.tensor(value, dtype=live.dtype, device=live.device)
+        if isinstance(live, (tuple, list)) and isinstance(value, (tuple, list)):
+            if len(live) == len(value):
+                return type(value)(in_form(v, m) for v, m in zip(value, live, strict=True))
+        return value
+
     return {
-        name: torch.tensor(value, dtype=live[name].dtype, device=live[name].device)
-        if isinstance(live.get(name), Tensor) and isinstance(value, float)
-        else value
+        name: value if name == "params" else in_form(value, live.get(name))
         for name, value in saved.items()
     }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from torchao8 import ops, sharding
+from torchao8._numbers import Number, known, one_number
 from torchao8.block_layout import Scales, check_block_size, fits_8bit
 from torchao8.optim import _clipping, _extremes, _factors, _paging
 from torchao8.optim._buckets import (
@@ -103,6 +104,8 @@ class LowPrecisionOptimizer(Optimizer):
     # Of torchao8.ops.STEP_OPS, and the states in the order of its lists.
     _op: str
     _op_states: tuple[str, ...]
+    # States that stay as they are while the option of this name is 0.
+    _resting: dict[str, str] = {}  # noqa: RUF012 (nobody writes to it)
 
     def __init__(self, params: ParamsT, options: Group) -> None:
         fixed = {name: value for name, (value, _) in FIXED.items()}
@@ -110,6 +113,7 @@ class LowPrecisionOptimizer(Optimizer):
         if defaults["is_paged"] is None:
             defaults["is_paged"] = self._paged
         self._check_options(defaults)
+        self._check_new_group(defaults)
         super().__init__(params, defaults)
         _run_when_traced(type(self))
         self._step_supports_amp_scaling = bool(defaults["fused"])
@@ -120,9 +124,13 @@ class LowPrecisionOptimizer(Optimizer):
         """The states of a parameter under these options."""
         raise NotImplementedError
 
-    def _op_options(self, group: Group) -> dict[str, float | bool]:
+    def _op_options(self, group: Group) -> dict[str, Number | bool]:
         """The options of a group as the op of the rule has them."""
         raise NotImplementedError
+
+    def _check_new_group(self, group: Group) -> None:
+        """Raises ValueError for options of a new group that do not go together; a schedule may
+        change them later as it likes."""
 
     def _has_trust_ratios(self, group: Group) -> bool:
         """Whether the learning rate of each parameter is multiplied by a ratio of norms."""
@@ -152,7 +160,7 @@ class LowPrecisionOptimizer(Optimizer):
         check_flag("maximize", group["maximize"])
         _clipping.check_percentile(group["percentile_clipping"])
         _paging.check_options(group)
-        check_number("lr", group["lr"], tensor=True)
+        check_number("lr", group["lr"])
         if not is_int(group["optim_bits"]) or group["optim_bits"] not in (8, 32):
             raise ValueError(f"optim_bits: expected 8 or 32, got {group['optim_bits']!r}")
         if not is_int(group["min_8bit_size"]) or group["min_8bit_size"] < 0:
@@ -191,6 +199,7 @@ class LowPrecisionOptimizer(Optimizer):
             _warn_of_misspelled(param_group, self.defaults)
             options = {**self.defaults, **plain_hints(param_group)}
             self._check_options(options)
+            self._check_new_group(options)
             _paging.check_folder(options)
             check_params(
                 [given] if isinstance(given, Tensor) else given, options["stochastic_rounding"]
@@ -200,7 +209,22 @@ class LowPrecisionOptimizer(Optimizer):
 
     # -- state ---------------------------------------------------------------------------------
 
-    def _layout(self, group: Group, p: Tensor) -> Layout:
+    def _states_in(self, group: Group, state: Collection[str]) -> tuple[State, ...]:
+        """The states of a parameter whose state has these keys: those under the options of its
+        group, and those that rest."""
+        on = {k: 1.0 for k, n in self._resting.items() if n in state or f"{n}_codes" in state}
+        return self._states({**group, **on} if on else group)
+
+    def _states_of(self, group: Group) -> tuple[State, ...]:
+        """The states of the parameters of a group."""
+        if self._resting:
+            for p in group["params"]:
+                state = self.state.get(p)
+                if state:
+                    return self._states_in(group, state)
+        return self._states(group)
+
+    def _layout(self, group: Group, p: Tensor, states: tuple[State, ...] | None = None) -> Layout:
         """Every key of ``state[p]`` under the options of its group, and what stands there."""
         shape, block_size, scales = tuple(p.shape), group["block_size"], Scales.of(group)
         in_8bit = group["optim_bits"] == 8 and fits_8bit(shape, block_size, group["min_8bit_size"])
@@ -225,7 +249,7 @@ class LowPrecisionOptimizer(Optimizer):
                 "ratios and block_wise=False need all of it. Shard with fully_shard (FSDP2)"
             )
         pages = _paging.folder_of(group, p)
-        for name, signed, initial in self._states(group):
+        for name, signed, initial in self._states_of(group) if states is None else states:
             if in_8bit:
                 code = 255 if initial else 127 if signed else 0  # 1.0 or 0.0, times the scale
                 layout[f"{name}_codes"] = TensorSpec(
@@ -278,7 +302,7 @@ class LowPrecisionOptimizer(Optimizer):
 
     def _check_layout(self, group: Group, p: Tensor) -> None:
         """Raises RuntimeError if an option was changed after it had laid out the state of ``p``."""
-        states = self._states(group)
+        states = self._states_of(group)
         if states:  # what has none has no format either
             name = states[0].name
             scale = self.state[p].get(f"{name}_scale")
@@ -332,11 +356,11 @@ class LowPrecisionOptimizer(Optimizer):
         if torch.compiler.is_compiling():
             self._init_states()  # at trace time: the traced step finds every state in place
         else:
-            for group in self.param_groups:  # lr, a tensor maybe, is not read: it may be on a GPU
-                self._check_options({**group, "lr": 0.0})
+            for group in self.param_groups:
+                self._check_options({**{k: known(v) for k, v in group.items()}, "lr": 0.0})
         rates, works = [], []
         for number, group in enumerate(self.param_groups):
-            rates.append(_lr_tensor(group["lr"]))
+            rates.append(one_number(group["lr"]))
             works.append(self._work(number, group))
         # Only now: what is refused in one group leaves all of them as they were.
         grad_scale = _plain(getattr(self, "grad_scale", None))
@@ -423,7 +447,7 @@ class LowPrecisionOptimizer(Optimizer):
 
     def _work(self, number: int, group: Group) -> Work:
         """What a step does in a group."""
-        names = [state.name for state in self._states(group)]
+        names = [state.name for state in self._states_of(group)]
 
         def place(i: int, p: DTensor, in_blocks: bool) -> Place | None:
             if torch.compiler.is_compiling():
@@ -449,7 +473,7 @@ class LowPrecisionOptimizer(Optimizer):
         """
         result = super().state_dict()
         for group, packed in zip(self.param_groups, result["param_groups"], strict=True):
-            states = self._states(group)
+            states = self._states_of(group)
             for p, key in zip(group["params"], packed["params"], strict=True):
                 if sharding.is_flattened(p) and key in result["state"]:
                     saved = result["state"][key]
@@ -524,23 +548,10 @@ def _warn_of_misspelled(group: Group, options: Group) -> None:
                 )
 
 
-def _lr_tensor(lr: float | Tensor) -> Tensor:
-    """The learning rate as the op takes it: 0-d, float64 where it comes as a number."""
-    if not isinstance(lr, Tensor):
-        if torch.compiler.is_compiling():
-            # torch.compile makes a graph input of a float that changes if it meets it in arithmetic
-            # with a tensor; torch.tensor(lr) would burn its value into the graph.
-            return torch.ones((), dtype=torch.float64) * lr
-        return torch.tensor(lr, dtype=torch.float64)
-    if lr.dtype not in (torch.float32, torch.float64):
-        lr = lr.to(torch.float32)
-    return lr if lr.dim() == 0 else lr.reshape(())
+_Scalar = TypeVar("_Scalar", Tensor, Tensor | None)
 
 
-_Number = TypeVar("_Number", Tensor, Tensor | None)
-
-
-def _to_device(value: _Number, device: torch.device) -> _Number:
+def _to_device(value: _Scalar, device: torch.device) -> _Scalar:
     """GradScaler keeps its tensors on one device; a model may lie on several."""
     return value if value is None else value.to(device)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from torchao8 import ops
+from torchao8._numbers import Number
 from torchao8.optim._buckets import Bucket, Group
 from torchao8.optim._checkpoint import State
 from torchao8.optim._checks import check_betas, check_flag, check_number
@@ -89,7 +90,7 @@ class LAMB(LowPrecisionOptimizer):
     def _states(self, group: Group) -> tuple[State, ...]:
         return (State("exp_avg", signed=True), State("exp_avg_sq", signed=False))
 
-    def _op_options(self, group: Group) -> dict[str, float | bool]:
+    def _op_options(self, group: Group) -> dict[str, Number | bool]:
         return {**_rule_options(group), "decoupled_weight_decay": True}
 
     def _has_trust_ratios(self, group: Group) -> bool:
@@ -133,7 +134,7 @@ class PagedLAMB8bit(LAMB8bit):
     _paged = True
 
 
-def _rule_options(group: Group) -> dict[str, float | bool]:
+def _rule_options(group: Group) -> dict[str, Number | bool]:
     beta1, beta2 = group["betas"]
     names = ("eps", "weight_decay", "maximize")
     return {"beta1": beta1, "beta2": beta2, **{name: group[name] for name in names}}

@@ -8,9 +8,17 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from torchao8._numbers import Number, one_number
 from torchao8.optim._buckets import Group
 from torchao8.optim._checkpoint import State
-from torchao8.optim._checks import check_flag, check_momentum, check_number
+from torchao8.optim._checks import (
+    MOMENTUM,
+    check_flag,
+    check_momentum,
+    check_nesterov,
+    check_number,
+    has_momentum,
+)
 from torchao8.optim._options import CommonOptions, with_common
 from torchao8.optim.base import LowPrecisionOptimizer
 
@@ -61,6 +69,7 @@ class LARS(LowPrecisionOptimizer):
     _bits = 32
     _op = "sgd_step_"
     _op_states = ("momentum_buffer",)
+    _resting = MOMENTUM
 
     def __init__(
         self,
@@ -93,8 +102,11 @@ class LARS(LowPrecisionOptimizer):
         check_number("trust_coefficient", group["trust_coefficient"])
         check_flag("adaptive", group["adaptive"])
 
+    def _check_new_group(self, group: Group) -> None:
+        check_nesterov(group)
+
     def _states(self, group: Group) -> tuple[State, ...]:
-        return (State("momentum_buffer", signed=True),) if group["momentum"] else ()
+        return (State("momentum_buffer", signed=True),) if has_momentum(group) else ()
 
     def _check_source(self, saved: Group) -> None:
         if "trust_coefficient" not in saved:
@@ -106,7 +118,7 @@ class LARS(LowPrecisionOptimizer):
                 "state dict, and the buffer starts anew"
             )
 
-    def _op_options(self, group: Group) -> dict[str, float | bool]:
+    def _op_options(self, group: Group) -> dict[str, Number | bool]:
         names = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
         return {**{name: group[name] for name in names}, "rate_in_buffer": True}
 
@@ -115,7 +127,10 @@ class LARS(LowPrecisionOptimizer):
 
     def _trust_ratios(self, group: Group, param_norms: Tensor, norms: Tensor) -> Tensor:
         ratios: Tensor = torch.ops.torchao8.lars_trust_ratios(
-            param_norms, norms, group["trust_coefficient"], group["weight_decay"]
+            param_norms,
+            norms,
+            one_number(group["trust_coefficient"]),
+            one_number(group["weight_decay"]),
         )
         return ratios
 
@@ -139,7 +154,7 @@ class PagedLARS8bit(LARS8bit):
 
 
 def lars_trust_ratios(
-    param_norms: Tensor, grad_norms: Tensor, trust_coefficient: float, weight_decay: float
+    param_norms: Tensor, grad_norms: Tensor, trust_coefficient: Tensor, weight_decay: Tensor
 ) -> Tensor:
     """An op, so that no compiler contracts the product and the sum."""
     below = grad_norms + weight_decay * param_norms
@@ -153,6 +168,6 @@ for _device in ("CPU", "CUDA"):
 
 @torch.library.register_fake("torchao8::lars_trust_ratios")
 def _(
-    param_norms: Tensor, grad_norms: Tensor, trust_coefficient: float, weight_decay: float
+    param_norms: Tensor, grad_norms: Tensor, trust_coefficient: Tensor, weight_decay: Tensor
 ) -> Tensor:
     return torch.empty_like(grad_norms)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from torchao8._numbers import Number
 from torchao8.optim._buckets import Group
 from torchao8.optim._checkpoint import State
-from torchao8.optim._checks import check_flag, check_number
+from torchao8.optim._checks import MOMENTUM, check_flag, check_number, has_momentum
 from torchao8.optim._options import CommonOptions, with_common
 from torchao8.optim.base import LowPrecisionOptimizer
 
@@ -55,6 +56,7 @@ class RMSprop(LowPrecisionOptimizer):
     _bits = 32
     _op = "rmsprop_step_"
     _op_states = ("square_avg", "grad_avg", "momentum_buffer")
+    _resting = MOMENTUM
 
     def __init__(
         self,
@@ -89,7 +91,7 @@ class RMSprop(LowPrecisionOptimizer):
         states = [State("square_avg", signed=False)]
         if group["centered"]:
             states.append(State("grad_avg", signed=True))
-        if group["momentum"]:
+        if has_momentum(group):
             states.append(State("momentum_buffer", signed=True))
         return tuple(states)
 
@@ -100,7 +102,7 @@ class RMSprop(LowPrecisionOptimizer):
             least = state["grad_avg"].square().mul_(64 / 63)
             state["square_avg"] = torch.maximum(state["square_avg"], least)
 
-    def _op_options(self, group: Group) -> dict[str, float | bool]:
+    def _op_options(self, group: Group) -> dict[str, Number | bool]:
         names = ("alpha", "eps", "weight_decay", "momentum", "maximize")
         return {name: group[name] for name in names}
 

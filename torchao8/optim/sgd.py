@@ -7,9 +7,16 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from torchao8._numbers import Number
 from torchao8.optim._buckets import Group
 from torchao8.optim._checkpoint import State
-from torchao8.optim._checks import check_momentum, check_number
+from torchao8.optim._checks import (
+    MOMENTUM,
+    check_momentum,
+    check_nesterov,
+    check_number,
+    has_momentum,
+)
 from torchao8.optim._options import CommonOptions, with_common
 from torchao8.optim.base import LowPrecisionOptimizer
 
@@ -48,6 +55,7 @@ class SGD(LowPrecisionOptimizer):
     _bits = 32
     _op = "sgd_step_"
     _op_states = ("momentum_buffer",)
+    _resting = MOMENTUM
 
     def __init__(
         self,
@@ -73,8 +81,11 @@ class SGD(LowPrecisionOptimizer):
         check_momentum(group)
         check_number("weight_decay", group["weight_decay"])
 
+    def _check_new_group(self, group: Group) -> None:
+        check_nesterov(group)
+
     def _states(self, group: Group) -> tuple[State, ...]:
-        return (State("momentum_buffer", signed=True),) if group["momentum"] else ()
+        return (State("momentum_buffer", signed=True),) if has_momentum(group) else ()
 
     def _check_source(self, saved: Group) -> None:
         if "trust_coefficient" in saved:
@@ -83,7 +94,7 @@ class SGD(LowPrecisionOptimizer):
                 "of LARS, whose buffer holds them times the learning rates of their steps"
             )
 
-    def _op_options(self, group: Group) -> dict[str, float | bool]:
+    def _op_options(self, group: Group) -> dict[str, Number | bool]:
         names = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
         return {**{name: group[name] for name in names}, "rate_in_buffer": False}
 

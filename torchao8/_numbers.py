@@ -1,0 +1,62 @@
+"""Numbers as the ops take them: tensors, so that a step which was traced once reads what they are
+now, and a CUDA graph what they are on the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# An option that is a number: it may change from step to step, in place where it is a tensor.
+Number = float | Tensor
+
+
+def one_number(value: Number) -> Tensor:
+    """A number as an op takes it: 0-d, float64 where it comes as a Python number."""
+    if not isinstance(value, Tensor):
+        if torch.compiler.is_compiling():
+            # torch.compile makes a graph input of a float that changes if it meets it in arithmetic
+            # with a tensor; torch.tensor(value) would burn its value into the graph.
+            return torch.ones((), dtype=torch.float64, device="cpu") * value
+        return torch.tensor(value, dtype=torch.float64, device="cpu")
+    if value.dtype not in (torch.float32, torch.float64):
+        value = value.to(torch.float32)
+    return value if value.dim() == 0 else value.reshape(())
+
+
+def all_numbers(values: Sequence[Number], device: torch.device) -> Tensor:
+    """The numbers of a rule in one tensor, float64 of shape (n,).
+
+    It lies on the CPU, or, if one of the numbers is a tensor on another device, on ``device``.
+    """
+    elsewhere = any(isinstance(v, Tensor) and not v.is_cpu for v in values)
+    where = device if elsewhere else torch.device("cpu")
+    if torch.compiler.is_compiling():
+        one = torch.ones((), dtype=torch.float64, device=where)
+        return torch.stack(
+            [
+                v.reshape(()).to(where, torch.float64) if isinstance(v, Tensor) else one * v
+                for v in values
+            ]
+        )
+    if not elsewhere:
+        return torch.tensor([float(v) for v in values], dtype=torch.float64, device="cpu")
+    # Nothing is copied from the host, which a captured stream could not do.
+    return torch.stack(
+        [
+            v.reshape(()).to(where, torch.float64)
+            if isinstance(v, Tensor) and not v.is_cpu
+            else torch.full((), float(v), dtype=torch.float64, device=where)
+            for v in values
+        ]
+    )
+
+
+def known(value: object) -> object:
+    """An option with 0.0 in place of the tensors that lie on a device, which nobody waits for."""
+    if isinstance(value, Tensor) and not value.is_cpu:
+        return 0.0
+    if isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value):
+        return tuple(known(v) for v in value)
+    return value
