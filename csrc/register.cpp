@@ -35,8 +35,8 @@ std::string step_schema(const char* op, const char* lists, const char* options) 
          ", Tensor[] steps, Tensor[] factors, Tensor[] extremes, Tensor lr, Tensor numbers, "
          "Tensor? grad_scale, Tensor? found_inf, *, " +
          options +
-         ", int block_size=256, bool stochastic_rounding=True, bool stochastic_params=False, int "
-         "seed=0, "
+         ", int block_size=256, bool stochastic_rounding=True, bool stochastic_params=False, "
+         "SymInt seed=0, "
          "int[] shard_offsets=[], int[] shard_row_strides=[]) -> ()";
 }
 

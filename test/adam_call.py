@@ -16,6 +16,7 @@ Call = dict[str, Any]
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 STATE_LISTS = tuple(f"{name}{part}" for name in MOMENTS for part in ("s", "_scales"))
+NUMBERS = ops.NUMBERS["adam_step_"]
 CHANGED = ("params", "steps", *STATE_LISTS)
 
 # Rows around a block, a vector, short rows, one element, a scalar, nothing.
@@ -175,17 +176,25 @@ def moved(call: Call, device: str, numbers_too: bool = True) -> Call:
     return {name: move(name, value) for name, value in call.items()}
 
 
+def op_arguments(call: Call) -> dict[str, Any]:
+    """The arguments of the op, which takes the numbers of its rule in one tensor, on the CPU."""
+    values = [call[name] for name in NUMBERS]
+    others = {name: value for name, value in call.items() if name not in NUMBERS}
+    return {**others, "numbers": torch.tensor(values, dtype=torch.float64)}
+
+
 def extremes(call: Call) -> list[Tensor]:
     """What a step with one scale a tensor must know before."""
-    names = ("params", "grads", "steps", "factors", "lr", "grad_scale", *STATE_LISTS, "beta1",
-             "beta2", "eps", "weight_decay", "decoupled_weight_decay", "maximize")  # fmt: skip
-    found = torch.ops.torchao8.adam_extremes(**{name: call[name] for name in names})
+    names = ("params", "grads", "steps", "factors", "lr", "numbers", "grad_scale", *STATE_LISTS,
+             "decoupled_weight_decay", "maximize")  # fmt: skip
+    arguments = op_arguments(call)
+    found = torch.ops.torchao8.adam_extremes(**{name: arguments[name] for name in names})
     return list(found.unbind())
 
 
 def run(call: Call) -> Call:
     found = extremes(call) if call["extremes"] is None else call["extremes"]
-    torch.ops.torchao8.adam_step_(**{**call, "extremes": found})
+    torch.ops.torchao8.adam_step_(**{**op_arguments(call), "extremes": found})
     ops.count_step_(call["steps"], call["found_inf"])
     return call
 

@@ -21,6 +21,7 @@ from adam_call import (
     moment,
     moved,
     new_call,
+    op_arguments,
     one_by_one,
     run,
     sample_call,
@@ -362,8 +363,9 @@ def test_opcheck_adam_step(name: str, state_bits: int, device: str) -> None:
     live_state(call)
     op = torch.ops.torchao8.adam_step_.default
     positional = [a.name for a in op._schema.arguments if not a.kwarg_only]
-    args = tuple(call[n] for n in positional)
-    kwargs = {n: v for n, v in call.items() if n not in positional}
+    arguments = op_arguments(call)
+    args = tuple(arguments[n] for n in positional)
+    kwargs = {n: v for n, v in arguments.items() if n not in positional}
     torch.library.opcheck(op, args, kwargs, test_utils=ALL_CHECKS)
 
 

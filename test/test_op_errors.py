@@ -26,10 +26,14 @@ def call_arguments(quantized: bool) -> dict[str, Any]:
         else:
             lists[f"{name}s"] = [torch.zeros(p.shape) for p in params]
             lists[f"{name}_scales"] = []
-    options = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1,
-               "decoupled_weight_decay": True, "maximize": False}  # fmt: skip
+    options = {"decoupled_weight_decay": True, "maximize": False}
+    numbers = torch.tensor(NUMBERS, dtype=torch.float64)
     return {**lists, "max_exp_avg_sqs": [], "max_exp_avg_sq_scales": [], "lr": torch.tensor(0.1),
-            "grad_scale": None, "found_inf": None, **options}  # fmt: skip
+            "numbers": numbers, "grad_scale": None, "found_inf": None, **options}  # fmt: skip
+
+
+# beta1, beta2, eps and weight_decay
+NUMBERS = (0.9, 0.999, 1e-8, 0.1)
 
 
 def scales_of_blocks() -> list[Tensor]:
@@ -55,6 +59,12 @@ def put(
             arguments[name][index] = make()
 
     return apply
+
+
+def put_number(index: int, value: float) -> Callable[[dict[str, Any]], None]:
+    """Replaces a number of the rule; on the CPU, where a number is looked at."""
+    numbers = [*NUMBERS[:index], value, *NUMBERS[index + 1 :]]
+    return put("numbers", lambda: torch.tensor(numbers, dtype=torch.float64, device="cpu"), None)
 
 
 BAD_CALLS: dict[str, Callable[[dict[str, Any]], None]] = {
@@ -101,10 +111,15 @@ BAD_CALLS: dict[str, Callable[[dict[str, Any]], None]] = {
     "lr an integer": put("lr", lambda: torch.tensor(1), None),
     "lr NaN": put("lr", lambda: torch.tensor(torch.nan, device="cpu"), None),
     "lr infinite": put("lr", lambda: torch.tensor(torch.inf, device="cpu"), None),
-    "beta1 of one": put("beta1", lambda: 1.0, None),
-    "beta2 below zero": put("beta2", lambda: -0.5, None),
-    "eps below zero": put("eps", lambda: -1.0, None),
-    "weight_decay below zero": put("weight_decay", lambda: -1.0, None),
+    "numbers in float": put("numbers", lambda: torch.tensor(NUMBERS), None),
+    "numbers of three": put("numbers", lambda: torch.zeros(3, dtype=torch.float64), None),
+    "numbers not contiguous": put(
+        "numbers", lambda: torch.zeros(8, dtype=torch.float64)[::2], None
+    ),
+    "beta1 of one": put_number(0, 1.0),
+    "beta2 below zero": put_number(1, -0.5),
+    "eps below zero": put_number(2, -1.0),
+    "weight_decay below zero": put_number(3, -1.0),
     "block size": put("block_size", lambda: 100, None),
 }
 
@@ -198,6 +213,10 @@ lr of two: adam_step_: lr must have one element, got shape [2]
 lr an integer: adam_step_: lr must be float32 or float64, got int64
 lr NaN: adam_step_: lr must be finite, got nan
 lr infinite: adam_step_: lr must be finite, got inf
+numbers in float: adam_step_: numbers must be float64, got float32
+numbers of three: adam_step_: numbers must have shape [4] (one for each number of the rule),
+    got [3]
+numbers not contiguous: adam_step_: numbers must be contiguous, got strides [2] for shape [4]
 beta1 of one: adam_step_: beta1 must be in [0, 1), got 1
 beta2 below zero: adam_step_: beta2 must be in [0, 1), got -0.5
 eps below zero: adam_step_: eps must not be negative, got -1

@@ -225,18 +225,18 @@ def test_opcheck(device: str) -> None:
     lists = [[t[part] for part in parts] for t in (p.detach(), torch.ones_like(p), *codes)]
     args = [*lists, [], *([scale] * 2 for scale in scales), []]
     steps = [torch.tensor(3.0, device=device)] * 2
-    options = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
-    options |= {"decoupled_weight_decay": True, "maximize": False}
+    numbers = torch.tensor([0.9, 0.99, 1e-8, 0.1], dtype=torch.float64)
+    options = {"decoupled_weight_decay": True, "maximize": False}
     lr = torch.tensor(0.1, device=device)
     find, step = torch.ops.torchao8.adam_extremes.default, torch.ops.torchao8.adam_step_.default
-    torch.library.opcheck(find, (*args, steps, [], lr, None), options)
-    extremes = list(find(*args, steps, [], lr, None, **options).unbind())
-    torch.library.opcheck(step, (*args, steps, [], extremes, lr, None, None), options)
+    torch.library.opcheck(find, (*args, steps, [], lr, numbers, None), options)
+    extremes = list(find(*args, steps, [], lr, numbers, None, **options).unbind())
+    torch.library.opcheck(step, (*args, steps, [], extremes, lr, numbers, None, None), options)
     with pytest.raises(RuntimeError, match="adam_extremes: params must not be empty"):
-        torch.ops.torchao8.adam_extremes.default(*[[]] * 8, [], [], lr, None, **options)
+        torch.ops.torchao8.adam_extremes.default(*[[]] * 8, [], [], lr, numbers, None, **options)
     floats = [torch.zeros_like(p)]
     with pytest.raises(RuntimeError, match="adam_extremes: exp_avgs must be uint8, as 8-bit state"):
-        find([p.detach()], [p.detach()], floats, floats, [], [], [], [], steps[:1], [], lr, None,
+        find([p.detach()], [p.detach()], floats, floats, [], [], [], [], steps[:1], [], lr, numbers, None,
              **options)  # fmt: skip
 
 
