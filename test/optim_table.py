@@ -226,7 +226,7 @@ BAD_BETAS: tuple[Options, ...] = (
     {"betas": (0.9, -0.1)},
     {"betas": (0.9, float("nan"))},
     {"betas": 0.9},
-    {"betas": (torch.tensor(0.9), torch.tensor(0.999))},
+    {"betas": (0.9, torch.tensor(1.0))},
 )
 BAD_OF_RULE: dict[str, tuple[Options, ...]] = {
     "adam": (*BAD_BETAS, {"eps": -1e-8}, {"weight_decay": -0.1}),
@@ -261,7 +261,7 @@ BAD_OF_RULE: dict[str, tuple[Options, ...]] = {
         {"eps": -1e-8},
         {"weight_decay": -0.1},
         {"momentum": -0.1},
-        {"momentum": torch.tensor(0.9)},
+        {"momentum": torch.tensor(-0.5)},
         {"centered": 1},
     ),
     "sgd": (

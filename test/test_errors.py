@@ -84,7 +84,7 @@ betas[0]: expected a number in [0, 1), got 1.0
 betas[1]: expected a number in [0, 1), got -0.1
 betas[1]: expected a number in [0, 1), got nan
 betas: expected two numbers, got 0.9
-betas[0]: expected a number in [0, 1), got a tensor
+betas[1]: expected a number in [0, 1), got 1.0
 eps: expected a finite number >= 0, got -1e-08
 weight_decay: expected a finite number >= 0, got -0.1""",
     )
@@ -116,7 +116,7 @@ LAMB: betas[0]: expected a number in [0, 1), got 1.0
 LAMB: betas[1]: expected a number in [0, 1), got -0.1
 LAMB: betas[1]: expected a number in [0, 1), got nan
 LAMB: betas: expected two numbers, got 0.9
-LAMB: betas[0]: expected a number in [0, 1), got a tensor
+LAMB: betas[1]: expected a number in [0, 1), got 1.0
 LAMB: eps: expected a finite number >= 0, got -1e-08
 LAMB: weight_decay: expected a finite number >= 0, got -0.1
 LAMB: adaptive: expected True or False, got 1
@@ -130,14 +130,14 @@ Lion: betas[0]: expected a number in [0, 1), got 1.0
 Lion: betas[1]: expected a number in [0, 1), got -0.1
 Lion: betas[1]: expected a number in [0, 1), got nan
 Lion: betas: expected two numbers, got 0.9
-Lion: betas[0]: expected a number in [0, 1), got a tensor
+Lion: betas[1]: expected a number in [0, 1), got 1.0
 Lion: weight_decay: expected a finite number >= 0, got -0.1
 RMSprop: alpha: expected a number in [0, 1), got 1.0
 RMSprop: alpha: expected a number in [0, 1), got -0.1
 RMSprop: eps: expected a finite number >= 0, got -1e-08
 RMSprop: weight_decay: expected a finite number >= 0, got -0.1
 RMSprop: momentum: expected a finite number >= 0, got -0.1
-RMSprop: momentum: expected a finite number >= 0, got a tensor
+RMSprop: momentum: expected a finite number >= 0, got -0.5
 RMSprop: centered: expected True or False, got 1
 SGD: momentum: expected a finite number >= 0, got -0.1
 SGD: dampening: expected a finite number >= 0, got -0.1
@@ -169,8 +169,10 @@ def test_options_are_refused_wherever_they_come_from(
         optimizer.add_param_group({"params": make_params(seed=1, device=device), **options})
     assert all_bits(optimizer) == before_all
 
-    # Options that lay out the state are not taken from a checkpoint.
-    if not set(options) & {"optim_bits", "min_8bit_size", "block_size", "is_paged", "page_dir"}:
+    # Options that lay out the state are not taken from a checkpoint. A schedule may have changed
+    # what must go together in a new group.
+    layout = {"optim_bits", "min_8bit_size", "block_size", "is_paged", "page_dir"}
+    if not set(options) & layout and options.get("nesterov") is not True:
         saved = copy.deepcopy(optimizer.state_dict())
         saved["param_groups"][0].update(options)
         saved["state"][0]["step"] += 5
@@ -388,23 +390,25 @@ def test_min_8bit_size_changed_after_the_first_step(case: OptimizerCase, device:
 
 @pytest.mark.parametrize("optim_bits", [8, 32])
 @pytest.mark.parametrize(
-    ("cls", "option", "off", "on"),
+    ("cls", "option", "old", "new"),
     [
         (AdamW, "amsgrad", False, True),
+        (AdamW, "amsgrad", True, False),
         (AdamW, "percentile_clipping", 100, 50),
+        (AdamW, "percentile_clipping", 50, 100),
         (RMSprop, "centered", False, True),
+        (RMSprop, "centered", True, False),
+        # A momentum may come to be 0, and its buffer rests: see test_schedules.py.
         (RMSprop, "momentum", 0.0, 0.9),
         (SGD, "momentum", 0.0, 0.9),
         (LARS, "momentum", 0.0, 0.9),
     ],
 )
-@pytest.mark.parametrize("to_on", [True, False])
 def test_an_option_that_adds_a_state_changed_after_the_first_step(
-    cls: Any, option: str, off: Any, on: Any, to_on: bool, optim_bits: int, device: str
+    cls: Any, option: str, old: Any, new: Any, optim_bits: int, device: str
 ) -> None:
-    """To and fro; refused in words, with nothing changed, and the old value goes on."""
+    """Refused in words, with nothing changed, and the old value goes on."""
     params = make_params(device=device)
-    old, new = (off, on) if to_on else (on, off)
     optimizer = cls(params, min_8bit_size=SMALL, optim_bits=optim_bits, **{option: old})
     train(optimizer, params, [0])
     optimizer.param_groups[0][option] = new

@@ -236,8 +236,8 @@ def test_opcheck(device: str) -> None:
         torch.ops.torchao8.adam_extremes.default(*[[]] * 8, [], [], lr, numbers, None, **options)
     floats = [torch.zeros_like(p)]
     with pytest.raises(RuntimeError, match="adam_extremes: exp_avgs must be uint8, as 8-bit state"):
-        find([p.detach()], [p.detach()], floats, floats, [], [], [], [], steps[:1], [], lr, numbers, None,
-             **options)  # fmt: skip
+        find([p.detach()], [p.detach()], floats, floats, [], [], [], [], steps[:1], [], lr,
+             numbers, None, **options)  # fmt: skip
 
 
 def test_options_that_lay_out_the_state(device: str) -> None:
