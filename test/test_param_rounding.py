@@ -318,9 +318,9 @@ def test_what_is_not_finite_stays_so(state_bits: int, device: str) -> None:
 def sgd_step(p: Tensor, g: Tensor, lr: float, seed: int, step: int = 0) -> Tensor:
     """p - lr * g, rounded stochastically: SGD without state."""
     ops.step_("sgd_step_", [p], [g], [[]], [[]], [torch.tensor(float(step), device=p.device)],
-              torch.tensor(lr, dtype=torch.float64), None, [], [], None, stochastic_params=True,
-              seed=seed, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False,
-              rate_in_buffer=False, maximize=False)  # fmt: skip
+              torch.tensor(lr, dtype=torch.float64), torch.zeros(3, dtype=torch.float64), None, [],
+              [], None, stochastic_params=True, seed=seed, nesterov=False, rate_in_buffer=False,
+              maximize=False)  # fmt: skip
     return p
 
 

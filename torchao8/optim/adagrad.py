@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from torchao8._numbers import Number
 from torchao8.optim._buckets import Group
 from torchao8.optim._checkpoint import State
 from torchao8.optim._checks import check_number
@@ -75,10 +74,6 @@ class Adagrad(LowPrecisionOptimizer):
 
     def _states(self, group: Group) -> tuple[State, ...]:
         return (State("sum", signed=False, initial=group["initial_accumulator_value"]),)
-
-    def _op_options(self, group: Group) -> dict[str, Number | bool]:
-        names = ("lr_decay", "eps", "weight_decay", "maximize")
-        return {name: group[name] for name in names}
 
 
 class Adagrad8bit(Adagrad):

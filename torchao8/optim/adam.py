@@ -5,7 +5,6 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from torchao8._numbers import Number
 from torchao8.optim._buckets import Group
 from torchao8.optim._checkpoint import State
 from torchao8.optim._checks import check_betas, check_flag, check_number
@@ -32,10 +31,9 @@ class _Adam(LowPrecisionOptimizer):
         states = (State("exp_avg", signed=True), State("exp_avg_sq", signed=False))
         return (*states, State("max_exp_avg_sq", signed=False)) if group["amsgrad"] else states
 
-    def _op_options(self, group: Group) -> dict[str, Number | bool]:
-        beta1, beta2 = group["betas"]
-        names = ("eps", "weight_decay", "decoupled_weight_decay", "maximize")
-        return {"beta1": beta1, "beta2": beta2, **{name: group[name] for name in names}}
+    def _op_flags(self, group: Group) -> dict[str, bool]:
+        decoupled = group["decoupled_weight_decay"]
+        return {"decoupled_weight_decay": decoupled, "maximize": group["maximize"]}
 
 
 def _options(arguments: dict[str, Any], *, decoupled_weight_decay: bool) -> Group:

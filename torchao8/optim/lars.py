@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from torchao8._numbers import Number, one_number
+from torchao8._numbers import one_number
 from torchao8.optim._buckets import Group
 from torchao8.optim._checkpoint import State
 from torchao8.optim._checks import (
@@ -118,9 +118,9 @@ class LARS(LowPrecisionOptimizer):
                 "state dict, and the buffer starts anew"
             )
 
-    def _op_options(self, group: Group) -> dict[str, Number | bool]:
-        names = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
-        return {**{name: group[name] for name in names}, "rate_in_buffer": True}
+    def _op_flags(self, group: Group) -> dict[str, bool]:
+        flags = {name: group[name] for name in ("nesterov", "maximize")}
+        return {**flags, "rate_in_buffer": True}
 
     def _has_trust_ratios(self, group: Group) -> bool:
         return bool(group["adaptive"])

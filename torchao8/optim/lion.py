@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from torchao8._numbers import Number
 from torchao8.optim._buckets import Group
 from torchao8.optim._checkpoint import State
 from torchao8.optim._checks import check_betas, check_number
@@ -66,11 +65,6 @@ class Lion(LowPrecisionOptimizer):
 
     def _states(self, group: Group) -> tuple[State, ...]:
         return (State("exp_avg", signed=True),)
-
-    def _op_options(self, group: Group) -> dict[str, Number | bool]:
-        beta1, beta2 = group["betas"]
-        names = ("weight_decay", "maximize")
-        return {"beta1": beta1, "beta2": beta2, **{name: group[name] for name in names}}
 
 
 class Lion8bit(Lion):

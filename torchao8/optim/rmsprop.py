@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from torchao8._numbers import Number
 from torchao8.optim._buckets import Group
 from torchao8.optim._checkpoint import State
 from torchao8.optim._checks import MOMENTUM, check_flag, check_number, has_momentum
@@ -101,10 +100,6 @@ class RMSprop(LowPrecisionOptimizer):
         if "square_avg" in state and "grad_avg" in state:
             least = state["grad_avg"].square().mul_(64 / 63)
             state["square_avg"] = torch.maximum(state["square_avg"], least)
-
-    def _op_options(self, group: Group) -> dict[str, Number | bool]:
-        names = ("alpha", "eps", "weight_decay", "momentum", "maximize")
-        return {name: group[name] for name in names}
 
 
 class RMSprop8bit(RMSprop):

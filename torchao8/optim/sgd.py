@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from torchao8._numbers import Number
 from torchao8.optim._buckets import Group
 from torchao8.optim._checkpoint import State
 from torchao8.optim._checks import (
@@ -94,9 +93,9 @@ class SGD(LowPrecisionOptimizer):
                 "of LARS, whose buffer holds them times the learning rates of their steps"
             )
 
-    def _op_options(self, group: Group) -> dict[str, Number | bool]:
-        names = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
-        return {**{name: group[name] for name in names}, "rate_in_buffer": False}
+    def _op_flags(self, group: Group) -> dict[str, bool]:
+        flags = {name: group[name] for name in ("nesterov", "maximize")}
+        return {**flags, "rate_in_buffer": False}
 
 
 class SGD8bit(SGD):
