@@ -584,7 +584,9 @@ def test_generated_code_has_no_clone(device: str) -> None:
     (code,) = codes
     body = code[code.index("def call(") : code.index("runner = Runner")]
     assert "torchao8.adam_step_" in body
-    assert not re.findall(r"empty_strided\w*\(|clone|copy_\(|\bbuf\d+ = ", body)
+    assert not re.findall(r"clone|copy_\(", body)
+    # The numbers of the rule, in one tensor for all calls; nothing else is allocated.
+    assert re.findall(r"empty_strided\w*\((\([^)]*\))", body) == ["(4, )"]
 
 
 # -- the option --------------------------------------------------------------------------------

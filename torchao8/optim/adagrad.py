@@ -52,10 +52,10 @@ class Adagrad(LowPrecisionOptimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-2,
-        lr_decay: float = 0,
-        weight_decay: float = 0,
+        lr_decay: float | Tensor = 0,
+        weight_decay: float | Tensor = 0,
         initial_accumulator_value: float = 0,
-        eps: float = 1e-10,
+        eps: float | Tensor = 1e-10,
         **common: Unpack[CommonOptions],
     ) -> None:
         own = {

@@ -63,8 +63,8 @@ class Adam(_Adam):
     Args:
         params: parameters, (name, parameter) pairs or dicts of groups; float32, bfloat16 or
             float16.
-        lr: learning rate, a number or a tensor of one element. A tensor may change from step to
-            step under ``torch.compile`` without a recompilation.
+        lr: learning rate. This and each other number may be a tensor of one element, which may
+            change from step to step under ``torch.compile`` without a recompilation.
         betas: the decay rates of the two averages, in [0, 1).
         eps: added to the root.
         weight_decay: the factor of the decay.
@@ -104,9 +104,9 @@ class Adam(_Adam):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float | Tensor = 1e-8,
+        weight_decay: float | Tensor = 0,
         amsgrad: bool = False,
         *,
         maximize: bool = False,
@@ -143,9 +143,9 @@ class AdamW(_Adam):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float | Tensor = 1e-8,
+        weight_decay: float | Tensor = 1e-2,
         amsgrad: bool = False,
         *,
         maximize: bool = False,
@@ -179,9 +179,9 @@ class Adam8bit(_Adam):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float | Tensor = 1e-8,
+        weight_decay: float | Tensor = 0,
         amsgrad: bool = False,
         optim_bits: int = 8,
         min_8bit_size: int = 4096,
@@ -213,9 +213,9 @@ class AdamW8bit(_Adam):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float | Tensor = 1e-8,
+        weight_decay: float | Tensor = 1e-2,
         amsgrad: bool = False,
         optim_bits: int = 8,
         min_8bit_size: int = 4096,

@@ -57,12 +57,12 @@ class AdEMAMix(LowPrecisionOptimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
-        alpha: float = 5.0,
+        betas: tuple[float | Tensor, float | Tensor, float | Tensor] = (0.9, 0.999, 0.9999),
+        alpha: float | Tensor = 5.0,
         t_alpha: int | None = None,
         t_beta3: int | None = None,
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
+        eps: float | Tensor = 1e-8,
+        weight_decay: float | Tensor = 1e-2,
         **common: Unpack[CommonOptions],
     ) -> None:
         own = {

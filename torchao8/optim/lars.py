@@ -51,7 +51,8 @@ class LARS(LowPrecisionOptimizer):
         params: parameters, (name, parameter) pairs or dicts of groups; float32, bfloat16 or
             float16.
         lr: learning rate, a number or a tensor of one element.
-        momentum: the factor of the buffer. Whether it is 0 is to be decided before the first step.
+        momentum: the factor of the buffer. Whether there is one is to be decided before the first
+            step; later, 0 leaves the buffer as it is.
         dampening: what the gradient lacks to get into the buffer, but for the first one.
         weight_decay: the factor of the L2 penalty.
         nesterov: Nesterov's momentum; takes a momentum and no dampening.
@@ -75,12 +76,12 @@ class LARS(LowPrecisionOptimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float = 0,
+        momentum: float | Tensor = 0,
+        dampening: float | Tensor = 0,
+        weight_decay: float | Tensor = 0,
         nesterov: bool = False,
         *,
-        trust_coefficient: float = 0.001,
+        trust_coefficient: float | Tensor = 0.001,
         adaptive: bool = True,
         **common: Unpack[CommonOptions],
     ) -> None:

@@ -51,8 +51,8 @@ class Lion(LowPrecisionOptimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.99),
+        weight_decay: float | Tensor = 0,
         **common: Unpack[CommonOptions],
     ) -> None:
         own = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
