@@ -10,6 +10,7 @@
 #include "cpu/kernels.h"
 #include "cpu/vec_scalar.h"
 #include "cuda/one_scale.cuh"
+#include "failures.h"
 #include "rules/adam.h"
 #include "rules/ademamix.h"
 #include "rules/lion.h"
@@ -18,7 +19,6 @@
 
 namespace {
 
-int failures = 0;
 const cuda::Tables kTables = cuda::make_tables();
 constexpr uint64_t kSeed = 11;
 
@@ -245,11 +245,10 @@ void check(const char* name, const typename Rule::Options& base, const Case& c) 
       cpu[i].step++;
     }
     if (n + of_tensors == 0) continue;
-    failures++;
-    std::printf(
-        "%s, types %d and %d, blocks of %d, %s%s, step %d: %ld extremes, %ld others differ\n", name,
-        int(c.param_type), int(c.grad_type), c.block_size, c.stochastic ? "stochastic" : "nearest",
-        kRounds ? ", parameters too" : "", step, long(n), long(of_tensors));
+    fail("%s, types %d and %d, blocks of %d, %s%s, step %d: %ld extremes, %ld others differ\n",
+         name, int(c.param_type), int(c.grad_type), c.block_size,
+         c.stochastic ? "stochastic" : "nearest", kRounds ? ", parameters too" : "", step, long(n),
+         long(of_tensors));
   }
 }
 
@@ -305,6 +304,5 @@ int main() {
   sgd.rate_in_buffer = true;
   check<SgdRule<true, true>, float>("LARS", sgd, {f32, f32, f32, 256, false});
 #endif
-  std::printf("%d configurations differ\n", failures);
-  return failures != 0;
+  return finish();
 }
