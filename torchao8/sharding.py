@@ -495,7 +495,7 @@ def agree(tensors: Iterable[Tensor], refused: bool) -> bool:
         key=lambda mesh: (mesh.size(), mesh.mesh.flatten().tolist(), tuple(mesh.shape)),
     )
     for mesh in ordered + ordered[::-1]:
-        flag = torch.tensor(int(refused), device=mesh.device_type)
+        flag = torch.tensor(int(refused), dtype=torch.int64, device=mesh.device_type)
         for dim in range(mesh.ndim):
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=mesh.get_group(dim))
         refused = bool(flag)

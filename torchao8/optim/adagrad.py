@@ -76,6 +76,9 @@ class Adagrad(LowPrecisionOptimizer):
     def _states(self, group: Group) -> tuple[State, ...]:
         return (State("sum", signed=False, initial=group["initial_accumulator_value"]),)
 
+    def _steps_untold(self, group: Group) -> int | None:
+        return None if group["lr_decay"] else 0  # lr_decay alone counts them
+
     def _op_options(self, group: Group) -> dict[str, Number | bool]:
         names = ("lr_decay", "eps", "weight_decay", "maximize")
         return {name: group[name] for name in names}

@@ -118,6 +118,9 @@ class LARS(LowPrecisionOptimizer):
                 "state dict, and the buffer starts anew"
             )
 
+    def _steps_untold(self, group: Group) -> int | None:
+        return 1  # after the first one, which sets the buffer, their number does not matter
+
     def _op_options(self, group: Group) -> dict[str, Number | bool]:
         names = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
         return {**{name: group[name] for name in names}, "rate_in_buffer": True}

@@ -67,6 +67,9 @@ class Lion(LowPrecisionOptimizer):
     def _states(self, group: Group) -> tuple[State, ...]:
         return (State("exp_avg", signed=True),)
 
+    def _steps_untold(self, group: Group) -> int | None:
+        return 0  # steps of Lion do not depend on their number
+
     def _op_options(self, group: Group) -> dict[str, Number | bool]:
         beta1, beta2 = group["betas"]
         names = ("weight_decay", "maximize")

@@ -102,6 +102,9 @@ class RMSprop(LowPrecisionOptimizer):
             least = state["grad_avg"].square().mul_(64 / 63)
             state["square_avg"] = torch.maximum(state["square_avg"], least)
 
+    def _steps_untold(self, group: Group) -> int | None:
+        return 0  # steps of RMSprop do not depend on their number
+
     def _op_options(self, group: Group) -> dict[str, Number | bool]:
         names = ("alpha", "eps", "weight_decay", "momentum", "maximize")
         return {name: group[name] for name in names}
