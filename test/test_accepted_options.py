@@ -1,5 +1,6 @@
 """What a step takes, every way of loading takes: learning rates below 0, numbers of numpy."""
 
+import copy
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -57,15 +58,18 @@ def test_a_schedule_that_ends_below_0(case: OptimizerCase, tmp_path: Path) -> No
     """LinearLR's last rate is -5.55e-21 in place of 0, and a tensor in place of a number."""
     for number, as_tensor in enumerate((False, True)):
         model = Model()
-        lr = torch.tensor(0.1, dtype=torch.float64) if as_tensor else 0.1
-        optimizer = case.make(model.named_parameters(), lr=lr, min_8bit_size=SMALL)
+
+        def rate(as_tensor: bool = as_tensor) -> Any:
+            return torch.tensor(0.1, dtype=torch.float64) if as_tensor else 0.1
+
+        optimizer = case.make(model.named_parameters(), lr=rate(), min_8bit_size=SMALL)
         schedule = LinearLR(optimizer, 0.1, 0.0, 4)
         for seed in range(6):
             train(optimizer, model.parameters(), [seed])
             schedule.step()
         assert float(optimizer.param_groups[0]["lr"]) < 0
         for road in ROADS:
-            loaded = case.make(model.named_parameters(), lr=lr, min_8bit_size=SMALL)
+            loaded = case.make(model.named_parameters(), lr=rate(), min_8bit_size=SMALL)
             folder = tmp_path / f"{number}{road.__name__}"
             folder.mkdir()
             road(model, optimizer, loaded, folder)
@@ -86,7 +90,8 @@ def test_a_step_and_a_load_take_any_finite_rate(case: OptimizerCase) -> None:
         optimizer.param_groups[0]["lr"] = saved["param_groups"][0]["lr"] = rate
         set_grads(params, 1)
         takes: list[bool] = []
-        for act in (optimizer.step, lambda saved=saved: case.make(params).load_state_dict(saved)):
+        loaded = case.make(params, min_8bit_size=SMALL)
+        for act in (optimizer.step, lambda to=loaded, saved=saved: to.load_state_dict(saved)):
             try:
                 act()
                 takes.append(True)
@@ -182,7 +187,7 @@ def test_a_pickled_checkpoint_with_numbers_of_numpy(case: OptimizerCase) -> None
     params = make_params(shapes=[(5,), (3, 300)])
     optimizer = case.make(params, min_8bit_size=SMALL)
     train(optimizer, params, [0])
-    saved = optimizer.state_dict()
+    saved = copy.deepcopy(optimizer.state_dict())
     saved["param_groups"][0].update(numpy_options(case))
     saved["state"][0]["step"] = np.int64(1)
     file = io.BytesIO()
