@@ -23,6 +23,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.optim import Optimizer
 
 import torchao8
+from torchao8 import ops
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_compiler"),
@@ -111,7 +112,7 @@ def test_options(case: OptimizerCase, options: dict[str, Any], device: str) -> N
 @pytest.mark.parametrize("lr", ["tensor", "number"])
 def test_generated_code_has_no_clone(case: OptimizerCase, lr: str, device: str) -> None:
     """The ops get the inputs of the graph: nothing is allocated, copied or written back but for the
-    one number that a float lr becomes."""
+    numbers of the rule, and the one that a float lr becomes."""
     params = make_params(device=device) + make_params(torch.bfloat16, device=device)
     value = torch.tensor(0.01, device=device) if lr == "tensor" else 0.01
     optimizer = case.make(params, lr=value, optim_bits=8, min_8bit_size=SMALL)
@@ -128,16 +129,18 @@ def test_generated_code_has_no_clone(case: OptimizerCase, lr: str, device: str) 
     # Trust ratios: some numbers a parameter, of which LAMB's sums of squares are 18 each.
     n = len(params)
     of_rule = {
-        "lars": {f"({n}, )", f"({n}, 2)"},
+        "lars": {f"({n}, )", f"({n}, 2)", "()"},
         "lamb": {f"({n}, 2)", f"({18 * n}, )", f"({2 * n}, 18)"},
     }
-    assert set(sizes) - of_rule.get(case.rule, set()) == ({"()"} if lr == "number" else set())
-    # Every tensor in the calls is an input of the graph; lr may be that number.
+    numbers = {f"({len(ops.NUMBERS[case.cls._op])}, )"} | ({"()"} if lr == "number" else set())
+    of_this_rule = of_rule.get(case.rule, set())
+    assert set(sizes) - of_this_rule == numbers - of_this_rule
+    # Every other tensor in the calls is an input of the graph.
     calls = re.findall(r"_step_\.default\((.*)\)", body)
     tensors = {name for call in calls for name in re.findall(r"[\[ ]((?:arg|buf)\w+)", call)}
     assert len(tensors) > 2 * len(params)
     buffers = {name for name in tensors if name.startswith("buf")}
-    assert len(buffers) == (lr == "number")
+    assert len(buffers) == 1 + (lr == "number")
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")

@@ -393,6 +393,34 @@ def test_a_captured_optimizer(case: OptimizerCase) -> None:
         assert_same_training(eager, captured)
 
 
+def test_captured_numbers() -> None:
+    """Betas, eps and weight decay on the GPU, written to between replays; the CPU's are numbers."""
+    betas = tuple(torch.tensor(b, dtype=torch.float64, device=DEVICE) for b in (0.9, 0.999))
+    options = {
+        name: torch.tensor(value, dtype=torch.float64, device=DEVICE)
+        for name, value in {"lr": 0.01, "eps": 1e-8, "weight_decay": 0.1}.items()
+    }
+    captured = AdamW8bit(make_params(device=DEVICE), betas=betas, min_8bit_size=SMALL, **options)
+    plain = AdamW8bit(make_params(), lr=0.01, weight_decay=0.1, min_8bit_size=SMALL)
+    params, others = captured.param_groups[0]["params"], plain.param_groups[0]["params"]
+    for optimizer, ps in ((captured, params), (plain, others)):
+        train(optimizer, ps, [0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for seed, (beta1, decay) in enumerate([(0.9, 0.1), (0.5, 0.2), (0.8, 0.0)], 1):
+        betas[0].fill_(beta1)
+        options["weight_decay"].fill_(decay)
+        plain.param_groups[0].update(betas=(beta1, 0.999), weight_decay=decay)
+        generator = torch.Generator().manual_seed(seed)
+        for p, q in zip(params, others, strict=True):
+            q.grad = torch.randn(q.shape, generator=generator)
+            p.grad.copy_(q.grad)
+        graph.replay()
+        plain.step()
+        assert_same_training(captured, plain)
+
+
 @every_optimizer()
 def test_training_has_the_bits_of_the_cpu(case: OptimizerCase) -> None:
     first, second = (case.make(make_params(device=d), min_8bit_size=SMALL) for d in DEVICES)

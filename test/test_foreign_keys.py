@@ -243,9 +243,7 @@ def test_names_of_a_model_leave_them_alone(tmp_path: Path) -> None:
     fresh = OPTIMIZERS[2].make(model.parameters(), min_8bit_size=SMALL)
     fresh.state[model.a]["seen"] = 7
     with pytest.raises(ValueError, match="expected groups"):
-        load_safetensors(
-            OPTIMIZERS[2].make([model.a]), tmp_path / "file", model=model
-        )
+        load_safetensors(OPTIMIZERS[2].make([model.a]), tmp_path / "file", model=model)
     from torchao8.checkpoint._names import names_of
 
     assert names_of(model, fresh) == {model.a: "a", model.b: "b"}

@@ -452,7 +452,9 @@ def test_compiled_code_has_no_clone(monkeypatch: pytest.MonkeyPatch) -> None:
     set_grads(params, 0)
     _, (code,) = run_and_get_code(torch.compile(optimizer.step, fullgraph=True))
     body = code[code.index("def call(") : code.index("runner = Runner")]
-    for copying in ("clone", "copy_", "as_strided", "auto_functionalized", "empty_strided"):
+    for copying in ("clone", "copy_", "as_strided", "auto_functionalized"):
         assert copying not in body
+    # The numbers of the rule, in one tensor for all calls; nothing else is allocated.
+    assert re.findall(r"empty_strided\w*\((\([^)]*\))", body) == ["(4, )"]
     calls = re.findall(r"torch.ops.torchao8.(prefetch_pages_|adam_step_).default\(", body)
     assert calls == ["prefetch_pages_", *["prefetch_pages_", "adam_step_"] * 2, "adam_step_"]

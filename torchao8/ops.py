@@ -5,7 +5,7 @@ torch's dispatcher under ``torch.ops.torchao8``.
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -139,6 +139,7 @@ def step_(
     scales: Sequence[list[Tensor]],
     steps: list[Tensor],
     lr: Tensor,
+    numbers: Tensor,
     grad_scale: Tensor | None,
     factors: list[Tensor],
     extremes: list[Tensor],
@@ -151,7 +152,7 @@ def step_(
     seed: int = 0,
     shard_offsets: Sequence[int] = (),
     shard_row_strides: Sequence[int] = (),
-    **options: Number | bool,
+    **flags: bool,
 ) -> None:
     """One step of an update rule, in place, on tensors of one device and one state format.
 
@@ -162,13 +163,15 @@ def step_(
     state has scales of 0, and codes of 0 or 127.
 
     Args:
-        op: of :data:`STEP_OPS`; its rule, in csrc/rules, names the states and the options.
+        op: of :data:`STEP_OPS`; its rule, in csrc/rules, names the states and the flags.
         params, grads: float32, bfloat16 or float16, of any strides.
         values, scales: a list for each state, in the order of the rule; both are empty for a state
             that the options do without, as amsgrad's.
         steps: 0-d float32 tensors, the steps made before this one. :func:`count_step_` counts it.
         lr: 0-d, float32 or float64, on the device of the parameters or on the CPU. The optimizers
             make a float64 tensor of a number, and the dtype matters to the last bit.
+        numbers: the other numbers of the rule, see :func:`rule_numbers`. Their ranges are checked
+            on the CPU only.
         grad_scale: a number to divide the gradients by; none where None.
         factors: none, or for each parameter float64 of shape (2,), finite and not negative: what
             its gradient and what the learning rate is multiplied by.
@@ -185,15 +188,13 @@ def step_(
             index of the first element in the global tensor, and the elements of it from one local
             row to the next; a row of 32-bit state is the last dimension. The random numbers of
             stochastic rounding depend on them.
-        options: the op's own: the numbers of :data:`NUMBERS`, which may be tensors of one element
-            on the CPU or on the device of the parameters, and flags.
+        flags: the op's own.
 
     Raises:
         RuntimeError: an argument does not fit the others; nothing has changed then.
     """
     if not params:  # an op chooses its device by its tensors
         return
-    numbers, flags = _numbers_and_flags(op, options, params[0].device)
     _STEP_OPS[op](
         params,
         grads,
@@ -217,13 +218,19 @@ def step_(
     mark_modified(params)
 
 
-def _numbers_and_flags(
-    op: str, options: dict[str, Number | bool], device: torch.device
-) -> tuple[Tensor, dict[str, Any]]:
-    """The options of a rule as its op takes them: the numbers in one tensor, and the others."""
-    names = NUMBERS[op]
-    flags = {name: value for name, value in options.items() if name not in names}
-    return all_numbers([options[name] for name in names], device), flags
+def rule_numbers(op: str, numbers: Mapping[str, Number], device: torch.device) -> Tensor:
+    """The numbers of a rule in one tensor, as its op takes them.
+
+    Args:
+        op: of :data:`STEP_OPS`.
+        numbers: those that :data:`NUMBERS` names for the op; Python numbers, or tensors of one
+            element on the CPU or on the device.
+        device: of the parameters.
+
+    Returns:
+        float64 of shape (n,), on the device where one of the tensors is there, else on the CPU.
+    """
+    return all_numbers([numbers[name] for name in NUMBERS[op]], device)
 
 
 def extremes(
@@ -234,10 +241,11 @@ def extremes(
     scales: Sequence[list[Tensor]],
     steps: list[Tensor],
     lr: Tensor,
+    numbers: Tensor,
     grad_scale: Tensor | None,
     factors: list[Tensor],
     /,
-    **options: Number | bool,
+    **flags: bool,
 ) -> Tensor:
     """The element of largest magnitude of each state that a step would make, with its sign.
 
@@ -245,7 +253,7 @@ def extremes(
 
     Args:
         op: of :data:`STEP_OPS`.
-        params, grads, values, scales, steps, lr, grad_scale, factors, options: as in
+        params, grads, values, scales, steps, lr, numbers, grad_scale, factors, flags: as in
             :func:`step_`; 8-bit state with scales of shape (1,).
 
     Returns:
@@ -256,7 +264,6 @@ def extremes(
         RuntimeError: an argument does not fit the others.
     """
     find = getattr(torch.ops.torchao8, _EXTREMES_OPS[op]).default
-    numbers, flags = _numbers_and_flags(op, options, params[0].device)
     found: Tensor = find(
         params, grads, *values, *scales, steps, factors, lr, numbers, grad_scale, **flags
     )
@@ -310,12 +317,13 @@ def lamb_update_sums(
     values: Sequence[list[Tensor]],
     scales: Sequence[list[Tensor]],
     steps: list[Tensor],
+    numbers: Tensor,
     grad_scale: Tensor | None,
     *,
     factors: Sequence[Tensor] = (),
     block_size: int = 256,
     block_wise: bool = True,
-    **options: Number | bool,
+    maximize: bool = False,
 ) -> Tensor:
     """The exact sums of squares of the updates that LAMB would make, which is looked at only.
 
@@ -323,10 +331,9 @@ def lamb_update_sums(
     before they are rounded. Elements that a step would leave as they are count as absent.
 
     Args:
-        params, grads, values, scales, steps, grad_scale, factors, block_size: as in :func:`step_`;
-            of ``factors`` only those of gradients count.
+        params, grads, values, scales, steps, numbers, grad_scale, factors, block_size, maximize: as
+            in :func:`step_` of "adam_step_"; of ``factors`` only those of gradients count.
         block_wise: False where 8-bit states have one scale each, of shape (1,).
-        options: beta1, beta2, eps, weight_decay and maximize.
 
     Returns:
         int64 of shape (len(params), 18), rows as of :func:`sum_squares`.
@@ -334,7 +341,6 @@ def lamb_update_sums(
     Raises:
         RuntimeError: an argument does not fit the others.
     """
-    numbers, flags = _numbers_and_flags("adam_step_", options, params[0].device)
     sums: Tensor = _lamb_update_sums(
         params,
         grads,
@@ -346,7 +352,7 @@ def lamb_update_sums(
         grad_scale,
         block_size=block_size,
         block_wise=block_wise,
-        **flags,
+        maximize=maximize,
     )
     return sums
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from torchao8._numbers import Number
 from torchao8.optim._buckets import Group
 from torchao8.optim._checkpoint import State
 from torchao8.optim._checks import check_number
@@ -53,10 +52,10 @@ class Adagrad(LowPrecisionOptimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-2,
-        lr_decay: float = 0,
-        weight_decay: float = 0,
+        lr_decay: float | Tensor = 0,
+        weight_decay: float | Tensor = 0,
         initial_accumulator_value: float = 0,
-        eps: float = 1e-10,
+        eps: float | Tensor = 1e-10,
         **common: Unpack[CommonOptions],
     ) -> None:
         own = {
@@ -78,10 +77,6 @@ class Adagrad(LowPrecisionOptimizer):
 
     def _steps_untold(self, group: Group) -> int | None:
         return None if group["lr_decay"] else 0  # lr_decay alone counts them
-
-    def _op_options(self, group: Group) -> dict[str, Number | bool]:
-        names = ("lr_decay", "eps", "weight_decay", "maximize")
-        return {name: group[name] for name in names}
 
 
 class Adagrad8bit(Adagrad):

@@ -5,7 +5,6 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from torchao8._numbers import Number
 from torchao8.optim._buckets import Group
 from torchao8.optim._checkpoint import State
 from torchao8.optim._checks import check_betas, check_flag, check_number
@@ -32,10 +31,9 @@ class _Adam(LowPrecisionOptimizer):
         states = (State("exp_avg", signed=True), State("exp_avg_sq", signed=False))
         return (*states, State("max_exp_avg_sq", signed=False)) if group["amsgrad"] else states
 
-    def _op_options(self, group: Group) -> dict[str, Number | bool]:
-        beta1, beta2 = group["betas"]
-        names = ("eps", "weight_decay", "decoupled_weight_decay", "maximize")
-        return {"beta1": beta1, "beta2": beta2, **{name: group[name] for name in names}}
+    def _op_flags(self, group: Group) -> dict[str, bool]:
+        decoupled = group["decoupled_weight_decay"]
+        return {"decoupled_weight_decay": decoupled, "maximize": group["maximize"]}
 
 
 def _options(arguments: dict[str, Any], *, decoupled_weight_decay: bool) -> Group:
@@ -65,8 +63,8 @@ class Adam(_Adam):
     Args:
         params: parameters, (name, parameter) pairs or dicts of groups; float32, bfloat16 or
             float16.
-        lr: learning rate, a number or a tensor of one element. A tensor may change from step to
-            step under ``torch.compile`` without a recompilation.
+        lr: learning rate. This and each other number may be a tensor of one element, which may
+            change from step to step under ``torch.compile`` without a recompilation.
         betas: the decay rates of the two averages, in [0, 1).
         eps: added to the root.
         weight_decay: the factor of the decay.
@@ -106,9 +104,9 @@ class Adam(_Adam):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float | Tensor = 1e-8,
+        weight_decay: float | Tensor = 0,
         amsgrad: bool = False,
         *,
         maximize: bool = False,
@@ -145,9 +143,9 @@ class AdamW(_Adam):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float | Tensor = 1e-8,
+        weight_decay: float | Tensor = 1e-2,
         amsgrad: bool = False,
         *,
         maximize: bool = False,
@@ -181,9 +179,9 @@ class Adam8bit(_Adam):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float | Tensor = 1e-8,
+        weight_decay: float | Tensor = 0,
         amsgrad: bool = False,
         optim_bits: int = 8,
         min_8bit_size: int = 4096,
@@ -215,9 +213,9 @@ class AdamW8bit(_Adam):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float | Tensor = 1e-8,
+        weight_decay: float | Tensor = 1e-2,
         amsgrad: bool = False,
         optim_bits: int = 8,
         min_8bit_size: int = 4096,

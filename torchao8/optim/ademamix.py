@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from torchao8._numbers import Number
 from torchao8.optim._buckets import Group
 from torchao8.optim._checkpoint import State
 from torchao8.optim._checks import check_betas, check_number, is_int
@@ -58,12 +57,12 @@ class AdEMAMix(LowPrecisionOptimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
-        alpha: float = 5.0,
+        betas: tuple[float | Tensor, float | Tensor, float | Tensor] = (0.9, 0.999, 0.9999),
+        alpha: float | Tensor = 5.0,
         t_alpha: int | None = None,
         t_beta3: int | None = None,
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
+        eps: float | Tensor = 1e-8,
+        weight_decay: float | Tensor = 1e-2,
         **common: Unpack[CommonOptions],
     ) -> None:
         own = {
@@ -92,11 +91,6 @@ class AdEMAMix(LowPrecisionOptimizer):
             State("exp_avg_slow", signed=True),
             State("exp_avg_sq", signed=False),
         )
-
-    def _op_options(self, group: Group) -> dict[str, Number | bool]:
-        betas = dict(zip(("beta1", "beta2", "beta3"), group["betas"], strict=True))
-        names = ("alpha", "t_alpha", "t_beta3", "eps", "weight_decay", "maximize")
-        return {**betas, **{name: group[name] for name in names}}
 
 
 class AdEMAMix8bit(AdEMAMix):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from torchao8 import ops, sharding
-from torchao8._numbers import Number, known, one_number
+from torchao8._numbers import known, one_number
 from torchao8.block_layout import Scales, check_block_size, fits_8bit
 from torchao8.optim import _clipping, _extremes, _factors, _paging
 from torchao8.optim._buckets import (
@@ -67,7 +67,7 @@ FIXED = {
 _NEWER = {"page_dir": "", "stochastic_rounding": False}
 
 # What ops.step_ and ops.extremes begin with: the op, params, grads, values, scales, steps, lr,
-# grad_scale and factors.
+# numbers, grad_scale and factors.
 _Shared = tuple[
     str,
     list[Tensor],
@@ -75,6 +75,7 @@ _Shared = tuple[
     list[list[Tensor]],
     list[list[Tensor]],
     list[Tensor],
+    Tensor,
     Tensor,
     Tensor | None,
     list[Tensor],
@@ -84,8 +85,8 @@ _Shared = tuple[
 class LowPrecisionOptimizer(Optimizer):
     """Base class: a ``torch.optim.Optimizer`` that keeps its state in 8 or 32 bits.
 
-    A subclass names its op and all of its states, defines :meth:`_states` and :meth:`_op_options`,
-    and extends :meth:`_check_options`.
+    A subclass names its op and all of its states, defines :meth:`_states`, and extends
+    :meth:`_check_options` and :meth:`_op_flags`.
 
     Args:
         params: parameters, (name, parameter) pairs, or dicts of a group's ``params`` and options.
@@ -134,9 +135,9 @@ class LowPrecisionOptimizer(Optimizer):
         """The states of a parameter under these options."""
         raise NotImplementedError
 
-    def _op_options(self, group: Group) -> dict[str, Number | bool]:
-        """The options of a group as the op of the rule has them."""
-        raise NotImplementedError
+    def _op_flags(self, group: Group) -> dict[str, bool]:
+        """The options of a group that the op of the rule has, and that are no numbers."""
+        return {"maximize": group["maximize"]}
 
     def _check_new_group(self, group: Group) -> None:
         """Raises ValueError for options of a new group that do not go together; a schedule may
@@ -437,8 +438,12 @@ class LowPrecisionOptimizer(Optimizer):
     ) -> None:
         """Steps the tensors of all buckets."""
 
+        numbers: dict[tuple[int, torch.device], Tensor] = {}
+
         def shared(i: int, bucket: Bucket) -> _Shared:
             device, lr = bucket.params[0].device, rates[i]
+            if (i, device) not in numbers:
+                numbers[i, device] = self._op_numbers(works[i].group, device)
             return (
                 self._op,
                 bucket.params,
@@ -447,12 +452,13 @@ class LowPrecisionOptimizer(Optimizer):
                 [bucket.scales.get(name, []) for name in self._op_states],
                 bucket.steps,
                 lr if lr.is_cpu else _to_device(lr, device),  # a number on the CPU goes anywhere
+                numbers[i, device],
                 _to_device(grad_scale, device),
                 [factors[i][k] for k in bucket.numbers] if factors[i] else [],
             )
 
         def find(i: int, bucket: Bucket) -> Tensor:
-            return ops.extremes(*shared(i, bucket), **self._op_options(works[i].group))
+            return ops.extremes(*shared(i, bucket), **self._op_flags(works[i].group))
 
         extremes = _extremes.extremes_of(find, works, self._shard_groups)
         calls = [(i, work, bucket) for i, work in enumerate(works) for bucket in work.buckets]
@@ -470,8 +476,13 @@ class LowPrecisionOptimizer(Optimizer):
                 seed=group["seed"],
                 shard_offsets=bucket.shard_offsets,
                 shard_row_strides=bucket.shard_row_strides,
-                **self._op_options(group),
+                **self._op_flags(group),
             )
+
+    def _op_numbers(self, group: Group, device: torch.device) -> Tensor:
+        """The numbers of a group as the op of the rule takes them."""
+        betas = {f"beta{i}": beta for i, beta in enumerate(group.get("betas", ()), 1)}
+        return ops.rule_numbers(self._op, {**group, **betas}, device)
 
     def _work(self, number: int, group: Group) -> Work:
         """What a step does in a group."""

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from torchao8 import ops
-from torchao8._numbers import Number
 from torchao8.optim._buckets import Bucket, Group
 from torchao8.optim._checkpoint import State
 from torchao8.optim._checks import check_betas, check_flag, check_number
@@ -64,9 +63,9 @@ class LAMB(LowPrecisionOptimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.01,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float | Tensor = 1e-6,
+        weight_decay: float | Tensor = 0.01,
         *,
         adaptive: bool = True,
         **common: Unpack[CommonOptions],
@@ -90,8 +89,8 @@ class LAMB(LowPrecisionOptimizer):
     def _states(self, group: Group) -> tuple[State, ...]:
         return (State("exp_avg", signed=True), State("exp_avg_sq", signed=False))
 
-    def _op_options(self, group: Group) -> dict[str, Number | bool]:
-        return {**_rule_options(group), "decoupled_weight_decay": True}
+    def _op_flags(self, group: Group) -> dict[str, bool]:
+        return {"decoupled_weight_decay": True, "maximize": group["maximize"]}
 
     def _has_trust_ratios(self, group: Group) -> bool:
         return bool(group["adaptive"])
@@ -108,11 +107,12 @@ class LAMB(LowPrecisionOptimizer):
             [bucket.values[name] for name in self._op_states[:2]],
             [bucket.scales[name] for name in self._op_states[:2]],
             bucket.steps,
+            self._op_numbers(group, bucket.params[0].device),
             grad_scale,
             factors=factors,
             block_size=group["block_size"],
             block_wise=group["block_wise"],
-            **_rule_options(group),
+            maximize=group["maximize"],
         )
 
 
@@ -132,9 +132,3 @@ class PagedLAMB8bit(LAMB8bit):
     """:class:`LAMB8bit` with paged state: the default of ``is_paged`` is True."""
 
     _paged = True
-
-
-def _rule_options(group: Group) -> dict[str, Number | bool]:
-    beta1, beta2 = group["betas"]
-    names = ("eps", "weight_decay", "maximize")
-    return {"beta1": beta1, "beta2": beta2, **{name: group[name] for name in names}}

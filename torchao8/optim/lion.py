@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from torchao8._numbers import Number
 from torchao8.optim._buckets import Group
 from torchao8.optim._checkpoint import State
 from torchao8.optim._checks import check_betas, check_number
@@ -52,8 +51,8 @@ class Lion(LowPrecisionOptimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.99),
+        weight_decay: float | Tensor = 0,
         **common: Unpack[CommonOptions],
     ) -> None:
         own = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
@@ -69,11 +68,6 @@ class Lion(LowPrecisionOptimizer):
 
     def _steps_untold(self, group: Group) -> int | None:
         return 0  # steps of Lion do not depend on their number
-
-    def _op_options(self, group: Group) -> dict[str, Number | bool]:
-        beta1, beta2 = group["betas"]
-        names = ("weight_decay", "maximize")
-        return {"beta1": beta1, "beta2": beta2, **{name: group[name] for name in names}}
 
 
 class Lion8bit(Lion):

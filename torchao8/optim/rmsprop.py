@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from torchao8._numbers import Number
 from torchao8.optim._buckets import Group
 from torchao8.optim._checkpoint import State
 from torchao8.optim._checks import MOMENTUM, check_flag, check_number, has_momentum
@@ -42,9 +41,9 @@ class RMSprop(LowPrecisionOptimizer):
         alpha: the decay rate of the averages, in [0, 1).
         eps: added to the root.
         weight_decay: the factor of the L2 penalty.
-        momentum: the factor of the buffer.
-        centered: divide by the standard deviation. This and whether momentum is 0 are to be decided
-            before the first step.
+        momentum: the factor of the buffer. Later, 0 leaves the buffer as it is.
+        centered: divide by the standard deviation. This and whether there is a momentum are to be
+            decided before the first step.
         common: see :class:`torchao8.optim.CommonOptions`.
 
     Raises:
@@ -62,10 +61,10 @@ class RMSprop(LowPrecisionOptimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-2,
-        alpha: float = 0.99,
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        momentum: float = 0,
+        alpha: float | Tensor = 0.99,
+        eps: float | Tensor = 1e-8,
+        weight_decay: float | Tensor = 0,
+        momentum: float | Tensor = 0,
         centered: bool = False,
         **common: Unpack[CommonOptions],
     ) -> None:
@@ -104,10 +103,6 @@ class RMSprop(LowPrecisionOptimizer):
 
     def _steps_untold(self, group: Group) -> int | None:
         return 0  # steps of RMSprop do not depend on their number
-
-    def _op_options(self, group: Group) -> dict[str, Number | bool]:
-        names = ("alpha", "eps", "weight_decay", "momentum", "maximize")
-        return {name: group[name] for name in names}
 
 
 class RMSprop8bit(RMSprop):

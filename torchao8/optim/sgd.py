@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from torchao8._numbers import Number
 from torchao8.optim._buckets import Group
 from torchao8.optim._checkpoint import State
 from torchao8.optim._checks import (
@@ -40,7 +39,8 @@ class SGD(LowPrecisionOptimizer):
         params: parameters, (name, parameter) pairs or dicts of groups; float32, bfloat16 or
             float16.
         lr: learning rate, a number or a tensor of one element.
-        momentum: the factor of the buffer. Whether it is 0 is to be decided before the first step.
+        momentum: the factor of the buffer. Whether there is one is to be decided before the first
+            step; later, 0 leaves the buffer as it is.
         dampening: what the gradient lacks to get into the buffer.
         weight_decay: the factor of the L2 penalty.
         nesterov: Nesterov's momentum; takes a momentum and no dampening.
@@ -61,9 +61,9 @@ class SGD(LowPrecisionOptimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float = 0,
+        momentum: float | Tensor = 0,
+        dampening: float | Tensor = 0,
+        weight_decay: float | Tensor = 0,
         nesterov: bool = False,
         **common: Unpack[CommonOptions],
     ) -> None:
@@ -97,9 +97,9 @@ class SGD(LowPrecisionOptimizer):
     def _steps_untold(self, group: Group) -> int | None:
         return 1  # after the first one, which sets the buffer, their number does not matter
 
-    def _op_options(self, group: Group) -> dict[str, Number | bool]:
-        names = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
-        return {**{name: group[name] for name in names}, "rate_in_buffer": False}
+    def _op_flags(self, group: Group) -> dict[str, bool]:
+        flags = {name: group[name] for name in ("nesterov", "maximize")}
+        return {**flags, "rate_in_buffer": False}
 
 
 class SGD8bit(SGD):
