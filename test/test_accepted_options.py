@@ -27,8 +27,7 @@ Road = Callable[[torch.nn.Module, Optimizer, Any, Path], None]
 class Model(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b = (torch.nn.Parameter(p.detach()) for p in make_params(shapes=[(3, 300),
-                                                                                     (5,)]))  # fmt: skip
+        self.a, self.b = make_params(shapes=[(3, 300), (5,)])
 
 
 def by_state_dict(model: torch.nn.Module, old: Optimizer, new: Any, folder: Path) -> None:

@@ -198,7 +198,7 @@ DAMAGES: dict[str, Damage] = {
     "lr": option("lr", NAN, INF, None, "fast", [1e-3], torch.ones(2), True),
     "lr a bad tensor": option("lr", torch.tensor(NAN), torch.tensor(-INF), torch.ones(0)),
     "betas": option("betas", (0.9,), (0.9, 1.0), None, "ab", 0.9, (None, None), torch.ones(2)),
-    "eps": option("eps", -1.0, NAN, None, "x", torch.tensor(1e-8)),
+    "eps": option("eps", -1.0, NAN, None, "x", torch.tensor(-1e-8)),
     "weight_decay": option("weight_decay", -1.0, NAN, None, "x"),
     "amsgrad": option("amsgrad", None, 1, "yes", torch.tensor(True)),
     "maximize": option("maximize", None, 1, "yes"),

@@ -288,7 +288,7 @@ def spoiled() -> dict[str, Callable[[dict[str, Tensor], dict[str, Any]], Any]]:
         "scale NaN": lambda t, c: t["2.exp_avg_scale"].fill_(float("nan")),
         "scale negative": lambda t, c: t["2.exp_avg_sq_scale"].neg_(),
         "states swapped": swap,
-        "option out of range": lambda t, c: group(c)["options"].update(lr=-1.0),
+        "option out of range": lambda t, c: group(c)["options"].update(eps=-1.0),
         "parameter too few": pop_last,
     }
 
@@ -338,7 +338,7 @@ scale negative: exp_avg_sq_scale of parameter 2: expected numbers >= 0, got
     -0.005366619676351547
 states swapped: exp_avg_codes of parameter 0: expected torch.uint8 of shape [3, 300], got
     torch.uint8 of shape [40, 70]
-option out of range: lr: expected a finite number >= 0, got -1.0
+option out of range: eps: expected a finite number >= 0, got -1.0
 parameter too few: loaded state dict contains a parameter group that doesn't match the size of
     optimizer's group: expected groups of [8] parameters, got [7]
 foreign: state: a safetensors file, but none of save_safetensors: its metadata lack
