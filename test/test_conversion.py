@@ -50,8 +50,8 @@ def test_8bit_becomes_32bit_without_loss(options: dict[str, Any], device: str) -
                 assert bits(new[name]) == bits(old[name])
         assert bits(old["step"]) == bits(new["step"])
     assert told == [
-        "AdamW: the state of parameter 0 (of shape [3, 300]) and 4 more was saved in 8 bits, and is "
-        "kept in 32 from here on, as optim_bits, min_8bit_size, block_size, block_wise or the "
+        "AdamW: the state of parameter 0 (of shape [3, 300]) and 4 more was saved in 8 bits, and "
+        "is kept in 32 from here on, as optim_bits, min_8bit_size, block_size, block_wise or the "
         "sharding ask for here"
     ]
     train(target, target.param_groups[0]["params"], [3])

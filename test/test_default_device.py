@@ -198,9 +198,7 @@ def test_functions(strange: str) -> None:
             torchao8.dynamic_map(signed=False),
             ops.sum_squares([]),
             ops.norms(ops.sum_squares([x])),
-            torchao8.estimate(model, "AdamW8bit").state_8bit
-            if hasattr(torchao8, "estimate") and callable(torchao8.estimate)
-            else None,
+            repr(torchao8.estimate(model)),
         ]
         return [(r.dtype, r.device, bits(r)) if isinstance(r, Tensor) else r for r in results]
 
