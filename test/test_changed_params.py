@@ -100,5 +100,7 @@ def test_a_step_on_meta_is_refused(case: OptimizerCase, when: str) -> None:
 @pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
 def test_torch_refuses_meta_with_fused(cls: Any) -> None:
     meta = torch.nn.Parameter(torch.empty(2, device="meta"))
+    meta.grad = torch.empty_like(meta)
+    optimizer = cls([meta], fused=True)
     with pytest.raises(RuntimeError, match="requires all the params to be"):
-        cls([meta], fused=True)
+        optimizer.step()

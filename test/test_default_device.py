@@ -19,8 +19,7 @@ from torchao8 import ops
 from torchao8.checkpoint import load_dcp, load_safetensors, save_safetensors, to_torch
 
 PACKAGE = Path(torchao8.__file__).parent
-# What asks the default device or dtype unless it is told; all that torch.utils._device knows, and
-# torch.frombuffer for its dtype alone.
+# What takes the default device or dtype unless it is told another one.
 CREATIONS = {
     *("arange", "as_tensor", "asarray", "empty", "empty_permuted", "empty_strided", "eye", "full"),
     *("linspace", "logspace", "ones", "rand", "randint", "randn", "randperm", "scalar_tensor"),
@@ -83,6 +82,10 @@ STRANGE = {
     "float64": lambda: Strange(None, torch.float64),
 }
 every_strange = pytest.mark.parametrize("strange", list(STRANGE))
+# Wider numbers come of the same calls as narrower ones.
+every_strange_fast = pytest.mark.parametrize(
+    "strange", ["meta", "bfloat16", pytest.param("float64", marks=pytest.mark.thorough)]
+)
 
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
@@ -92,7 +95,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 
 
 @every_optimizer()
-@every_strange
+@every_strange_fast
 @pytest.mark.parametrize("options", OPTIONS, ids=["defaults", "clipping", "one scale"])
 def test_steps(case: OptimizerCase, strange: str, options: dict[str, Any], device: str) -> None:
     """Construction, the first step and later ones, a scheduler's number: with the same bits."""
@@ -125,7 +128,7 @@ def by_dcp(model: torch.nn.Module, old: Any, new: Any, folder: Path) -> None:
 
 
 @every_optimizer()
-@every_strange
+@every_strange_fast
 @pytest.mark.parametrize("road", [by_state_dict, by_safetensors, by_dcp])
 def test_checkpoints(
     case: OptimizerCase, strange: str, road: Callable[..., None], tmp_path: Path
@@ -209,7 +212,10 @@ def test_functions(strange: str) -> None:
         assert run() == expected
 
 
-@every_strange
+@pytest.mark.parametrize(
+    "strange",
+    ["meta", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("bfloat16", "float64"))],
+)
 def test_a_compiled_step(strange: str, fresh_compiler: None) -> None:
     """Traced under it, and called without it afterwards."""
     params, twins = make_params(), make_params()

@@ -15,11 +15,15 @@ import torch
 import torch.distributed.checkpoint as dcp
 from helpers import SMALL, all_bits, bits, make_params, set_grads, through_file, train
 from optim_table import OPTIMIZERS, OptimizerCase, every_8bit, every_optimizer
+from ranks import run_ranks
+from sharded import fsdp_weights, step_with
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
 import torchao8
@@ -332,3 +336,55 @@ def test_a_compiled_step_leaves_them_alone(fresh_compiler: None) -> None:
             optimizer.state[p]["late"] = torch.ones(1)
     assert [bits(p) for p in params] == [bits(p) for p in twins]
     assert [optimizer.state[p]["seen"] for p in params] == [3] * 3
+
+
+# -- sharded -----------------------------------------------------------------------------------
+
+
+def _roads_of_two_ranks(rank: int, world_size: int, folder: str) -> list[str]:
+    """What is wrong with slow weights that went each road, as a shard and as a whole."""
+    mesh = init_device_mesh("cpu", (world_size,))
+
+    def make() -> tuple[Any, Any]:
+        model = fsdp_weights(mesh)
+        return model, torchao8.AdamW8bit(model.named_parameters(), min_8bit_size=SMALL)
+
+    model, optimizer = make()
+    step_with(optimizer, range(1))
+    for p in model.parameters():
+        optimizer.state[p].update(slow_buffer=p.detach().clone(), seen=3)
+    options = StateDictOptions(full_state_dict=True)
+    full: Any = get_optimizer_state_dict(model, optimizer, options=options)
+    dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
+    order = [name for group in full["param_groups"] for name in group["params"]]
+    numbered = {
+        "state": {i: full["state"][name] for i, name in enumerate(order)},
+        "param_groups": [{**full["param_groups"][0], "params": list(range(len(order)))}],
+    }
+    wrong = []
+    for road in ("whole", "torch", "dcp"):
+        other_model, other = make()
+        if road == "whole":
+            other.load_state_dict(numbered)
+        elif road == "torch":  # which loads the keys that are there already, as of torch.optim
+            step_with(other, range(1))
+            for q in other_model.parameters():
+                other.state[q].update(slow_buffer=torch.zeros_like(q), seen=0)
+            set_optimizer_state_dict(other_model, other, full, options=options)
+        else:
+            load_dcp(other_model, other, folder)
+        pairs = zip(model.parameters(), other_model.parameters(), strict=True)
+        for i, (p, q) in enumerate(pairs):
+            slow, expected = other.state[q]["slow_buffer"], optimizer.state[p]["slow_buffer"]
+            is_same = getattr(slow, "placements", None) == expected.placements and bits(
+                slow.to_local()
+            ) == bits(expected.to_local())
+            if not is_same or other.state[q]["seen"] != 3:
+                wrong.append(f"{road}: parameter {i} on rank {rank}: {type(slow).__name__}")
+        step_with(other, range(1, 2))
+    return wrong
+
+
+def test_shards(tmp_path: Path) -> None:
+    """What has the shape of a parameter is sharded as it is, wherever it comes from."""
+    assert run_ranks(2, _roads_of_two_ranks, str(tmp_path / "dcp")) == [[], []]

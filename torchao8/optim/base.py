@@ -372,7 +372,8 @@ class LowPrecisionOptimizer(Optimizer):
 
         Raises:
             RuntimeError: a gradient is sparse or of an unsupported dtype, or a state does not fit
-                its parameter and options (``optim_bits`` was changed, for one).
+                its parameter and options (``optim_bits`` was changed, for one, or the parameter was
+                resized); a parameter with a gradient is on the device meta.
             ValueError: a parameter put into a group after construction is of an unsupported dtype;
                 a float16 one under ``stochastic_rounding``; a shard that is not what it says.
             OSError: no space for paged state, at the first step.
@@ -529,6 +530,11 @@ class LowPrecisionOptimizer(Optimizer):
         the device of their parameter, and to paged memory where it is paged; those that are there
         already are taken over, not copied. State that was saved in another precision than the
         parameter keeps here, or in other blocks, is converted, and one warning says so.
+
+        What others keep in the state of a parameter (a Lookahead, a logger) comes back as it was
+        saved, on the device of the parameter. State of another library that does not tell how many
+        steps it has made counts them from the ``step`` of its group or, where the rule allows it,
+        from the start; one warning says so.
 
         Where parameters are DTensors this is a collective: all ranks load, or all raise. Their
         state may come as DTensors or, on every rank, as the whole plain tensors.
