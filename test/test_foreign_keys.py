@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 
 import torchao8
 from torchao8.checkpoint import load_dcp, load_safetensors, save_safetensors, to_torch
+from torchao8.optim._paging import found_in
 
 SHAPES = ((3, 300), (5,), (40, 70))
 
@@ -69,12 +70,6 @@ def without_others(optimizer: Optimizer) -> dict[str, Any]:
     return all_bits(optimizer)
 
 
-def by_state_dict(case: OptimizerCase, optimizer: Optimizer, params: list[Any]) -> Optimizer:
-    loaded = case.make(params, min_8bit_size=SMALL)
-    loaded.load_state_dict(through_file(optimizer.state_dict()))
-    return loaded
-
-
 def by_pickle(case: OptimizerCase, optimizer: Optimizer, params: list[Any]) -> Optimizer:
     copied: Optimizer = pickle.loads(pickle.dumps(optimizer))
     return copied
@@ -82,6 +77,12 @@ def by_pickle(case: OptimizerCase, optimizer: Optimizer, params: list[Any]) -> O
 
 def by_copy(case: OptimizerCase, optimizer: Optimizer, params: list[Any]) -> Optimizer:
     return copy.deepcopy(optimizer)
+
+
+def by_state_dict(case: OptimizerCase, optimizer: Optimizer, params: list[Any]) -> Optimizer:
+    loaded = case.make(params, min_8bit_size=SMALL, percentile_clipping=50)
+    loaded.load_state_dict(through_file(optimizer.state_dict()))
+    return loaded
 
 
 ROADS = (by_state_dict, by_pickle, by_copy)
@@ -107,10 +108,7 @@ def test_steps_and_checkpoints_keep_them(case: OptimizerCase, first: bool, devic
     assert others_in(optimizer) == expected
     for road in ROADS:
         fresh = [p.detach().clone().requires_grad_() for p in params]
-        loaded = road(case, optimizer, fresh) if road is not by_state_dict else None
-        if loaded is None:
-            loaded = case.make(fresh, min_8bit_size=SMALL, percentile_clipping=50)
-            loaded.load_state_dict(through_file(optimizer.state_dict()))
+        loaded = road(case, optimizer, fresh)
         assert others_in(loaded) == expected
         loaded_params = loaded.param_groups[0]["params"]
         train(loaded, loaded_params, [2])
@@ -134,6 +132,22 @@ def test_before_the_first_step_they_are_no_state(case: OptimizerCase, device: st
     train(plain, twins, [0])
     assert others_in(loaded) == expected
     assert without_others(loaded)["states"] == all_bits(plain)["states"]
+
+
+def test_beside_paged_state() -> None:
+    """They do not go to its pages, as nobody would bring them back for a step."""
+    params = make_params(shapes=[(4, 50_000), (5,)])
+    optimizer: Optimizer = torchao8.PagedAdamW8bit(params)
+    train(optimizer, params, [0])
+    put(optimizer)
+    loaded = torchao8.PagedAdamW8bit(params)
+    loaded.load_state_dict(optimizer.state_dict())
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer)), loaded):
+        (p, _) = other.param_groups[0]["params"]
+        assert others_in(other) == others_in(optimizer)
+        assert found_in(other.state[p]["slow_buffer"]) is None
+        assert found_in(other.state[p]["exp_avg_codes"]) == ""
+        train(other, other.param_groups[0]["params"], [1])
 
 
 def test_containers_come_back_as_they_are() -> None:
