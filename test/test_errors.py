@@ -229,11 +229,11 @@ def test_messages_of_parameters(assert_expected_inline: Callable[[str, str], Non
         report(lines),
         """\
 twice in a group: params[2]: expected each parameter once, got this one again, of shape [3].
-    Tied weights, as those of an embedding that is the output layer too, come up under two names
-    where modules are listed one by one; model.parameters() has them once
+    Tied weights, as those of an embedding that is the output layer too, come up under two
+    names where modules are listed one by one; model.parameters() has them once
 twice with names: params[1]: expected each parameter once, got this one again, of shape [3].
-    Tied weights, as those of an embedding that is the output layer too, come up under two names
-    where modules are listed one by one; model.parameters() has them once
+    Tied weights, as those of an embedding that is the output layer too, come up under two
+    names where modules are listed one by one; model.parameters() has them once
 in two groups: some parameters appear in more than one parameter group: params[0], of shape
     [3], is parameter 0. Tied weights, as those of an embedding that is the output layer too,
     come up under two names where modules are listed one by one; model.parameters() has them
