@@ -34,8 +34,9 @@ class CommonOptions(TypedDict, total=False):
         fused: the step is always fused; True also lets ``torch.amp.GradScaler`` leave unscaling and
             the skipping of a step to the op.
         optim_bits: 8 or 32, the bits of a state value; the default is that of the class.
-        min_8bit_size: a parameter with fewer elements keeps 32-bit state, and so do scalars and
-            parameters with rows of fewer than 16 elements.
+        min_8bit_size: a parameter with fewer elements keeps 32-bit state, and so do scalars. Of
+            DTensors so do vectors, and what has fewer than 16 elements in ``shape[1:]`` (a matrix
+            of LoRA of rank 8): no block fits all the ways to shard them.
         block_size: elements that share a scale in 8 bits, a power of two from 64 to 2048.
         state_rounding: how averages and sums of squares are rounded to 8 bits, "stochastic" or
             "nearest". Other states say in their class how they are rounded.

@@ -77,8 +77,9 @@ class Adam(_Adam):
             the skipping of a step to the op.
         differentiable: must be False.
         optim_bits: 8 or 32, the bits of a state value.
-        min_8bit_size: a parameter with fewer elements keeps 32-bit state, and so do scalars and
-            parameters with rows of fewer than 16 elements.
+        min_8bit_size: a parameter with fewer elements keeps 32-bit state, and so do scalars. Of
+            DTensors so do vectors, and what has fewer than 16 elements in ``shape[1:]`` (a matrix
+            of LoRA of rank 8): no block fits all the ways to shard them.
         block_size: elements that share a scale in 8 bits, a power of two from 64 to 2048.
         state_rounding: how second moments are rounded to 8 bits, "stochastic" or "nearest". First
             moments are always rounded to nearest.
