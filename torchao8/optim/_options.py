@@ -43,7 +43,9 @@ class CommonOptions(TypedDict, total=False):
         stochastic_rounding: write bfloat16 parameters back with stochastic rounding, in place of
             nearest, which loses updates of less than half a unit of a parameter's last place.
             float32 parameters need none and take none; float16 ones are refused.
-        seed: of the stochastic rounding. The same seed, step and gradients give the same bits.
+        seed: of the stochastic rounding. The same seed, step and gradients give the same bits. The
+            draws of a parameter are independent of each other; parameters of one seed share those
+            of equal indices at equal steps.
         percentile_clipping: p scales a gradient down whose norm is larger than the p-th of its
             parameter's last 100, in ascending order, to that norm; 100 is off. As in bitsandbytes
             up to 0.45, but for the norm of the whole parameter where it is sharded, and for zeros
