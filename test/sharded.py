@@ -11,7 +11,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, distribute_tensor
 
 # Rows that no world size divides, fewer rows than ranks, vectors, rows of two dimensions, and of
-# more than a block. With min_8bit_size=SMALL, matrices are quantized but for (5, 10) and (300, 3).
+# more than a block. With min_8bit_size=SMALL, matrices are quantized but for (5, 10), and for
+# (300, 3) where it is sharded.
 SHAPES = ((7, 300), (40, 70), (700,), (3, 6, 9, 5), (13, 3, 400), (5, 10), (300, 3), (1, 513))
 
 
@@ -83,9 +84,10 @@ def gathered(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 def groups_of(params: Iterable[Tensor], sharded: bool) -> list[dict[str, Any]]:
     """Groups under which unsharded parameters get the state that sharded ones have.
 
-    Sharded vectors keep 32 bits, so where nothing is sharded an option must say so.
+    Sharded vectors keep 32 bits, and so do matrices of few columns, so where nothing is sharded an
+    option must say so.
     """
     params = list(params)
-    vectors = [p for p in params if p.ndim == 1]
-    others = [p for p in params if p.ndim != 1]
-    return [{"params": others}, {"params": vectors} | ({} if sharded else {"optim_bits": 32})]
+    thin = [p for p in params if p.ndim == 1 or p.shape[1:].numel() < 16]
+    others = [p for p in params if not any(p is q for q in thin)]
+    return [{"params": others}, {"params": thin} | ({} if sharded else {"optim_bits": 32})]

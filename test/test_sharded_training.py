@@ -130,7 +130,7 @@ def test_a_cut_row_is_told_once_by_name(assert_expected_inline: Any) -> None:
 AdamW8bit: parameter 0 (w0) of shape [6, 300] is placed as (Shard(dim=1),) on a mesh of shape
     [2], which cuts its blocks of 256 (rows of 300 elements), so that it keeps 32-bit state.
     Shard it along dimension 0, or choose a split of the row, or a smaller block_size, with
-    shards that are multiples of the block.""",
+    shards that are multiples of the block (a last one may be short, of 16 elements or more).""",
     )
 
 

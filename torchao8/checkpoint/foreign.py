@@ -157,6 +157,6 @@ def _is_ours(moment: Quantized, signed: bool, shape: Sequence[int], scales: Scal
 
 
 def _same_blocks(shape: Sequence[int], block_size: int) -> bool:
-    """Whether blocks of the flattened tensor are blocks of its rows: no row starts inside one."""
+    """Whether blocks of the flattened tensor are ours: no row of several starts inside of one."""
     row = row_length(shape, block_size)
     return len(shape) > 0 and (row % block_size == 0 or row == math.prod(shape))

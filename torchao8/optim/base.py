@@ -509,7 +509,8 @@ class LowPrecisionOptimizer(Optimizer):
 
         8-bit state stays codes and scales, but for parameters that FSDP1 has flattened: its
         ``optim_state_dict`` can gather moments only, so that these are given in 32 bits. Loaded at
-        the same world size they become the same codes again.
+        the same world size they become the same codes again. Empty shards of its parameters are
+        left out where there are no moments, as of SGD without momentum.
         """
         result = super().state_dict()
         for group, packed in zip(self.param_groups, result["param_groups"], strict=True):
@@ -518,6 +519,11 @@ class LowPrecisionOptimizer(Optimizer):
             for p, key in zip(group["params"], packed["params"], strict=True):
                 if sharding.is_flattened(p) and key in result["state"]:
                     saved = result["state"][key]
+                    if not states and not p.numel():
+                        # FSDP1 skips the steps of empty shards, which it knows by their moments.
+                        # Here are none, and without a gradient no step was counted on this rank.
+                        del result["state"][key]
+                        continue
                     result["state"][key] = in_32bit(p, states, saved, Scales.of(group))
         return result
 
