@@ -61,7 +61,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
             for rank in range(world_size):
                 ours, theirs = context.Pipe(duplex=False)
                 process = context.Process(
-                    target=_rank, args=(theirs, store, rank, world_size, function, args), daemon=True
+                    target=_rank,
+                    args=(theirs, store, rank, world_size, function, args),
+                    daemon=True,
                 )
                 process.start()
                 theirs.close()
