@@ -4,22 +4,25 @@ The kernels run here on warps emulated by fibers (test/emulation). Mutants of th
 or the comparison would prove nothing.
 """
 
+import fcntl
+import functools
+import hashlib
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
 EMULATION = ROOT / "test" / "emulation"
+CACHE = ROOT / "build" / "test"
 COMPILER = os.environ.get("CXX", "c++")
 
 # Each breaks one thing that the kernels must do.
@@ -42,6 +45,11 @@ MUTANTS = {
     "factors not read": (
         "table.cuh",
         "if (places.factors) numbers.options.multiply(places.factors);",
+        "",
+    ),
+    "numbers on the device not read": (
+        "table.cuh",
+        "if (numbers.rest) set_numbers(numbers.options, numbers.rest);",
         "",
     ),
     "found_inf not read": ("step.cuh", "if (table.numbers.found_inf.get() != 0) return;", ""),
@@ -228,66 +236,109 @@ CHECKS = {  # of the others: check_step.cpp
 }
 
 
-def compile_cpp(csrc: Path, output: Path, *arguments: str | Path) -> Path:
-    command = [COMPILER, "-std=c++20", "-O1", "-ffp-contract=off", "-fno-math-errno",
-               f"-I{EMULATION}", f"-I{csrc}", *map(str, arguments), "-o", str(output)]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+# Mutants in the common run: that each of the checks can fail.
+COMMON_MUTANTS = (
+    "a skipped block",
+    "numbers on the device not read",
+    "bits shifted out of the low word",
+    "extremes of the first tensor",
+)
+# Without optimization they compile in a second or two; each check then tries less (see there).
+QUICK = ("-O0", "-DQUICK", "-fsanitize=alignment", "-fno-sanitize-recover")
+FULL = ("-O1",)
+
+
+def built(name: str, command: Sequence[str | Path], sources: Sequence[Path]) -> Path:
+    """What a compiler makes of sources, in a file whose name the command is given as its last word.
+
+    It is kept in build/, under a name that tells compiler, command and every byte of the sources,
+    so that processes which test at the same time, and later runs, compile nothing twice.
+    """
+    key = hashlib.sha256(_version_of(str(command[0])).encode())
+    key.update(repr([str(word) for word in command]).encode())
+    for path in sorted(path for folder in sources for path in folder.rglob("*") if path.is_file()):
+        key.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    CACHE.mkdir(parents=True, exist_ok=True)
+    output = CACHE / f"{key.hexdigest()[:32]}-{name}"
+    with open(f"{output}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not output.exists():
+            unfinished = output.with_name(f"{output.name}.unfinished")
+            result = subprocess.run([*command, unfinished], capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr
+            output.with_name(f"{output.name}.log").write_text(result.stderr)
+            unfinished.rename(output)
     return output
 
 
-@pytest.fixture(scope="module")
-def oracle(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def log_of(output: Path) -> str:
+    """What the compiler had to say."""
+    return output.with_name(f"{output.name}.log").read_text()
+
+
+@functools.cache
+def _version_of(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+
+
+def cpp_command(csrc: Path, *arguments: str | Path) -> list[str | Path]:
+    return [COMPILER, "-std=c++20", "-ffp-contract=off", "-fno-math-errno", f"-I{EMULATION}",
+            f"-I{csrc}", *arguments, "-o"]  # fmt: skip
+
+
+def oracle() -> list[Path]:
     """The CPU's plain C++ path, compiled."""
-    folder, csrc = tmp_path_factory.mktemp("oracle"), ROOT / "csrc"
     return [
-        compile_cpp(csrc, folder / f"{name}.o", "-c", csrc / f"cpu/{name}.cpp")
+        built(f"{name}.o", cpp_command(CSRC, "-O1", "-c", CSRC / f"cpu/{name}.cpp"), [CSRC])
         for name in ("isa_scalar", "codec_tables")
     ]
 
 
+def program(check: str, flags: Sequence[str]) -> Path:
+    """A check of the kernels as they are."""
+    command = cpp_command(CSRC, *flags, EMULATION / check, *oracle())
+    return built(Path(check).stem, command, [CSRC, EMULATION])
+
+
+def outcome(path: Path) -> str:
+    result = subprocess.run([path], capture_output=True, text=True, timeout=300)
+    return f"{result.returncode}: {result.stdout[-4000:]}"
+
+
+PROGRAMS = ("check_lamb.cpp", "check_one_scale.cpp", "check_step.cpp", "check_sums.cpp")
+
+
+@pytest.mark.parametrize("check", PROGRAMS)
 @pytest.mark.parametrize(
-    "check", ["check_lamb.cpp", "check_one_scale.cpp", "check_step.cpp", "check_sums.cpp"]
+    "flags",
+    [pytest.param(QUICK, id="quick"), pytest.param(FULL, id="full", marks=pytest.mark.thorough)],
 )
-def test_the_kernels_give_the_bits_of_the_cpu(
-    oracle: list[Path], tmp_path: Path, check: str
-) -> None:
-    program = compile_cpp(ROOT / "csrc", tmp_path / "check", EMULATION / check, *oracle)
-    result = subprocess.run([program], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-4000:]
-    assert result.stdout == "0 configurations differ\n"
+def test_the_kernels_give_the_bits_of_the_cpu(check: str, flags: tuple[str, ...]) -> None:
+    """Quick: one rule, and each way through each kernel, as the mutants are checked. Full: every
+    rule, dtype and block size."""
+    assert outcome(program(check, flags)) == "0: 0 configurations differ\n"
 
 
-@pytest.fixture(scope="module")
-def mutants(oracle: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What the checks say of the kernels as they are, under their own names, and of each mutant."""
-    folder = tmp_path_factory.mktemp("mutants")
-
-    def outcome(number: int, name: str) -> str:
-        csrc, check = folder / str(number) / "csrc", name
-        shutil.copytree(ROOT / "csrc", csrc)
-        if name in MUTANTS:
-            file, old, new = MUTANTS[name]
-            text = (csrc / "cuda" / file).read_text()
-            assert old in text, f"{name}: the source has changed"
-            (csrc / "cuda" / file).write_text(text.replace(old, new))
-            check = CHECKS.get(file, "check_step.cpp")
-        flags = ("-DQUICK", "-O0", "-fsanitize=alignment", "-fno-sanitize-recover")
-        program = compile_cpp(csrc, csrc / "check", *flags, EMULATION / check, *oracle)
-        result = subprocess.run([program], capture_output=True, text=True, timeout=120)
-        return f"{result.returncode}: {result.stdout[-200:]}"
-
-    names = ["check_step.cpp", *sorted(set(CHECKS.values())), *MUTANTS]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        outcomes = pool.map(outcome, range(len(names)), names)
-    return dict(zip(names, outcomes, strict=True))
-
-
-@pytest.mark.parametrize("name", list(MUTANTS))
-def test_the_check_fails_for_a_mutant(mutants: dict[str, str], name: str) -> None:
-    check = CHECKS.get(MUTANTS[name][0], "check_step.cpp")
-    assert mutants[check] == "0: 0 configurations differ\n"
-    assert not mutants[name].startswith("0: ")
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in COMMON_MUTANTS else pytest.mark.thorough)
+        for name in MUTANTS
+    ],
+)
+def test_the_check_fails_for_a_mutant(name: str, tmp_path: Path) -> None:
+    """It passes for the kernels as they are: the test above, quick."""
+    file, old, new = MUTANTS[name]
+    csrc = tmp_path / "csrc"
+    shutil.copytree(CSRC, csrc)
+    text = (csrc / "cuda" / file).read_text()
+    assert old in text, f"{name}: the source has changed"
+    (csrc / "cuda" / file).write_text(text.replace(old, new))
+    check = EMULATION / CHECKS.get(file, "check_step.cpp")
+    command = [*cpp_command(csrc, *QUICK, check, *oracle()), tmp_path / "mutant"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert not outcome(tmp_path / "mutant").startswith("0: ")
 
 
 # -- nvcc --------------------------------------------------------------------------------------
@@ -297,51 +348,27 @@ needs_nvcc = pytest.mark.skipif(
 )
 SOURCES = sorted(path.name for path in (ROOT / "csrc/cuda").glob("*.cu"))
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+# In the common run: a rule with every kind of kernel, and what is quick.
+COMMON_SOURCES = ("count.cu", "lion.cu", "pages.cu", "quantize.cu")
+# Of each op, the rules that have states, and all of its rules.
+RULES = {"adagrad": (1, 1), "adam": (4, 4), "ademamix": (1, 1), "lion": (1, 1), "rmsprop": (4, 4),
+         "sgd": (2, 3)}  # fmt: skip
 
 
-class Compiled(NamedTuple):
-    """What nvcc made of the sources for one architecture."""
-
-    cubins: dict[str, Path]
-    report: str  # of ptxas: registers, stack, spills
-
-
-def nvcc(source: str, output: Path, *flags: str) -> str:
+def nvcc(source: str, *flags: str) -> Path:
+    """The file that nvcc makes of a source."""
     include = Path(torch.__file__).parent / "include"
     command = ["nvcc", *flags, "-O3", "-fmad=false", "--expt-relaxed-constexpr",
                "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY",
-               f"-I{ROOT / 'csrc'}", f"-I{include}", f"-I{include}/torch/csrc/api/include",
-               str(ROOT / "csrc/cuda" / source), "-o", str(output)]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stderr
+               f"-I{CSRC}", f"-I{include}", f"-I{include}/torch/csrc/api/include",
+               CSRC / "cuda" / source, "-o"]  # fmt: skip
+    return built(source, command, [CSRC])
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
-    folder = tmp_path_factory.mktemp("cubins")
-    jobs = [(arch, source) for arch in ARCHITECTURES for source in SOURCES]
-
-    def compile_one(job: tuple[str, str]) -> str:
-        arch, source = job
-        # The oldest standard that a torch's headers ask for, once.
-        flags = [
-            f"-arch={arch}",
-            f"-std=c++{17 if arch == 'sm_80' else 20}",
-            "-Xptxas=-v",
-            "-cubin",
-        ]
-        return nvcc(source, folder / f"{source}.{arch}", *flags)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        reports = dict(zip(jobs, pool.map(compile_one, jobs), strict=True))
-    return {
-        arch: Compiled(
-            {source: folder / f"{source}.{arch}" for source in SOURCES},
-            "".join(reports[arch, source] for source in SOURCES),
-        )
-        for arch in ARCHITECTURES
-    }
+def cubin(source: str, arch: str) -> Path:
+    # The oldest standard that a torch's headers ask for, once.
+    standard = f"-std=c++{17 if arch == 'sm_80' else 20}"
+    return nvcc(source, f"-arch={arch}", standard, "-Xptxas=-v", "-cubin")
 
 
 def resources(report: str) -> Iterator[tuple[str, list[int]]]:
@@ -355,19 +382,31 @@ def resources(report: str) -> Iterator[tuple[str, list[int]]]:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_the_kernels_compile_and_take_no_stack(arch: str, compiled: dict[str, Compiled]) -> None:
+@pytest.mark.parametrize(
+    ("source", "arch"),
+    [
+        pytest.param(
+            source,
+            arch,
+            marks=() if arch == "sm_90" and source in COMMON_SOURCES else pytest.mark.thorough,
+        )
+        for source in SOURCES
+        for arch in ARCHITECTURES
+    ],
+)
+def test_the_kernels_compile_and_take_no_stack(source: str, arch: str) -> None:
     """A stack frame or a spill is memory traffic that no count of bytes has."""
-    report = compiled[arch].report
+    report = log_of(cubin(source, arch))  # of ptxas: registers, stack, spills
     assert "warning" not in report
     found = list(resources(report))
-    of_blocks = [name for name, _ in found if "11step_blocks" in name]
-    of_elements = [name for name, _ in found if "13step_elements" in name]
-    of_one_scale = [name for name, _ in found if "14step_one_scale" in name]
-    # Thirteen rules with states and one without, three dtypes and bfloat16 rounded stochastically,
-    # and three ways for blocks to lie.
-    assert (len(of_blocks), len(of_elements)) == (13 * 4 * 3, 14 * 4)
-    assert len(of_one_scale) == 13 * 4
+    assert found or source == "pages.cu"  # which has no kernel
+    with_state, rules = RULES.get(source.removesuffix(".cu"), (0, 0))
+    count = {
+        kernel: sum(kernel in name for name, _ in found)
+        for kernel in ("11step_blocks", "13step_elements", "14step_one_scale")
+    }
+    # Three dtypes and bfloat16 rounded stochastically, and three ways for blocks to lie.
+    assert list(count.values()) == [with_state * 4 * 3, rules * 4, with_state * 4]
     assert [(name, numbers) for name, numbers in found if any(numbers)] == []
 
 
@@ -389,12 +428,13 @@ def _nvidia_packages() -> list[str]:
 @pytest.mark.skipif(
     disassembler() is None, reason="no nvdisasm: pip install --no-deps nvidia-cuda-nvdisasm"
 )
-def test_instructions_an_element(compiled: dict[str, Compiled]) -> None:
+@pytest.mark.thorough
+def test_instructions_an_element() -> None:
     """An H100 issues 96 instructions an element in the time that memory takes for bfloat16, and 153
     for float32. What is counted today may grow by 2% before somebody has to look."""
-    cubin = compiled["sm_90"].cubins["adam.cu"]
+    adam = cubin("adam.cu", "sm_90")
     script = ROOT / "tools/count_instructions.py"
-    command = [sys.executable, str(script), str(disassembler()), str(cubin)]
+    command = [sys.executable, str(script), str(disassembler()), str(adam)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     counts = {
         (dtype, rounds): float(count)
@@ -411,8 +451,8 @@ def test_instructions_an_element(compiled: dict[str, Compiled]) -> None:
 
 
 @needs_nvcc
-def test_the_sources_compile_to_ptx(tmp_path: Path) -> None:
+@pytest.mark.thorough
+def test_the_sources_compile_to_ptx() -> None:
     """For GPUs to come."""
-    flags = ["-gencode=arch=compute_100,code=compute_100", "-std=c++20", "-c"]
     for source in ("quantize.cu", "count.cu", "sums.cu"):
-        nvcc(source, tmp_path / f"{source}.o", *flags)
+        nvcc(source, "-gencode=arch=compute_100,code=compute_100", "-std=c++20", "-c")

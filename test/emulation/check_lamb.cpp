@@ -14,7 +14,7 @@
 
 namespace {
 
-int failures = 0;
+emulation::Failures failures;
 constexpr int N = LambRule::kStates;
 const cuda::Tables kTables = cuda::make_tables();
 
@@ -199,6 +199,6 @@ int main() {
   check(FloatType::kFloat32, true, 2048, 3);
   check(FloatType::kBFloat16, false, 256, 3);
 #endif
-  std::printf("%d configurations differ\n", failures);
-  return failures != 0;
+  std::printf("%d configurations differ\n", failures.count);
+  return failures.count != 0;
 }

@@ -18,7 +18,7 @@
 
 namespace {
 
-int failures = 0;
+emulation::Failures failures;
 const cuda::Tables kTables = cuda::make_tables();
 constexpr uint64_t kSeed = 11;
 
@@ -305,6 +305,6 @@ int main() {
   sgd.rate_in_buffer = true;
   check<SgdRule<true, true>, float>("LARS", sgd, {f32, f32, f32, 256, false});
 #endif
-  std::printf("%d configurations differ\n", failures);
-  return failures != 0;
+  std::printf("%d configurations differ\n", failures.count);
+  return failures.count != 0;
 }

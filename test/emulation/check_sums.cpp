@@ -14,7 +14,7 @@ using namespace torchao8;
 
 namespace {
 
-int failures = 0;
+emulation::Failures failures;
 
 struct Case {
   int64_t count;
@@ -134,6 +134,6 @@ int main() {
   large.memory.assign(size_t(large.how.count) * 2, 0x7f);  // 3.4e38
   check("large", {large}, 1);
 #endif
-  std::printf("%d configurations differ\n", failures);
-  return failures != 0;
+  std::printf("%d configurations differ\n", failures.count);
+  return failures.count != 0;
 }
