@@ -19,7 +19,7 @@ STATE_LISTS = tuple(f"{name}{part}" for name in MOMENTS for part in ("s", "_scal
 NUMBERS = ops.NUMBERS["adam_step_"]
 CHANGED = ("params", "steps", *STATE_LISTS)
 
-# Rows around a block, a vector, short rows, one element, a scalar, nothing.
+# Rows around a block, a vector, rows of 17, one element, a scalar, nothing, rows of one element.
 SHAPES = [(3, 300), (700,), (2, 3, 70), (5, 17), (1,), (), (2, 260), (0, 4), (300, 1)]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = [(p, g) for p in FLOATS for g in FLOATS if p == g or torch.float32 in (p, g)]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import hypothesis
 import pytest
 import torch
+from cpu_paths import Workers
 from helpers import DEVICES, reset_compiler
 
 # The same examples at every run, so that a failure in CI is one that anybody can see again. The
@@ -33,6 +34,14 @@ def device() -> str:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def workers() -> Iterator[Workers]:
+    """Processes on the paths of the CPU, for all tests: each takes seconds to start."""
+    started = Workers()
+    yield started
+    started.close()
 
 
 @pytest.fixture

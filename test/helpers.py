@@ -17,8 +17,8 @@ DEVICES = ["cpu"]
 if torch.cuda.is_available() and ops.CUDA_EXTENSION_FILE is not None:
     DEVICES.append("cuda")
 
-# With min_8bit_size=100, the first five are quantized, in rows of 300, 70, 700 (a vector), 45 and
-# 400 elements; the others keep 32 bits: too small, rows too short, a scalar.
+# With min_8bit_size=100, all are quantized, in rows of 300, 70, 700 (a vector), 45, 400 and 900 (a
+# matrix of three columns) elements, but for (5,), which is too small, and the scalar.
 SHAPES = ((3, 300), (40, 70), (700,), (4, 6, 9, 5), (2, 3, 400), (5,), (300, 3), ())
 SMALL = 100
 

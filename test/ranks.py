@@ -1,24 +1,45 @@
-"""Real processes that talk over gloo: ``run_ranks`` calls a function on each of several ranks."""
+"""Real processes that talk over gloo: ``run_ranks`` calls a function on each of several ranks.
 
+Each call has processes of its own, so that a rank that raises, dies or patches a module disturbs no
+later test. They are forks of one process that has imported what the tests' modules import from
+outside: such a start takes a tenth of a second, a new interpreter with torch takes two.
+"""
+
+import gc
 import multiprocessing
 import os
 import socket
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-# The ranks are forks of one process that has imported what takes seconds to import.
+TIMEOUT = 300.0  # seconds: of one call, on a machine that is busy with other things
 _CONTEXT = multiprocessing.get_context("forkserver")
 _PRELOADED = [
+    "hypothesis",
+    "pytest",
+    "safetensors.torch",
     "torch",
+    "torch._dynamo.testing",
+    "torch._inductor.utils",
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
-    "torch.distributed.tensor",
+    "torch.distributed.tensor.parallel",
+    "torch.profiler",
     "torchao8",
 ]
-TIMEOUT = 300.0  # seconds: of one call, on a machine that is busy with other things
+
+
+def forking_context() -> Any:
+    """The context of multiprocessing whose processes are those forks. Modules that are not there
+    are passed over."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    _CONTEXT.set_forkserver_preload(_PRELOADED)
+    return _CONTEXT
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -28,40 +49,60 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
     results are best plain values. The default process group is there while the function runs.
 
     Raises:
-        AssertionError: a rank raised, died or did not come to an end; with its traceback.
+        AssertionError: a rank raised, died or did not come to an end; with the traceback of the
+            first one.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    _CONTEXT.set_forkserver_preload(_PRELOADED)
+    context = forking_context()
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         connections, processes = [], []
-        for rank in range(world_size):
-            ours, theirs = _CONTEXT.Pipe(duplex=False)
-            process = _CONTEXT.Process(
-                target=_rank, args=(theirs, store, rank, world_size, function, args), daemon=True
-            )
-            process.start()
-            theirs.close()
-            connections.append(ours)
-            processes.append(process)
+        is_over = False
         try:
-            return [_result(rank, c) for rank, c in enumerate(connections)]
+            for rank in range(world_size):
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(
+                    target=_rank,
+                    args=(theirs, store, rank, world_size, function, args),
+                    daemon=True,
+                )
+                process.start()
+                theirs.close()
+                connections.append(ours)
+                processes.append(process)
+            results = _results(connections)
+            is_over = True
+            return results
         finally:
+            # After a failure, the other ranks may wait for ever for the one that failed.
             for process in processes:
-                process.join(5)
+                process.join(5 if is_over else 0)
                 process.kill()
+            for process in processes:
+                process.join()
+            for connection in connections:
+                connection.close()
 
 
-def _result(rank: int, connection: Any) -> Any:
-    if not connection.poll(TIMEOUT):
-        raise AssertionError(f"rank {rank} was not done after {TIMEOUT:g} seconds")
-    try:
-        failure, result = connection.recv()
-    except EOFError:
-        raise AssertionError(f"rank {rank} died") from None
-    if failure is not None:
-        raise AssertionError(f"rank {rank} raised:\n{failure}")
-    return result
+def _results(connections: list[Any]) -> list[Any]:
+    """What the ranks return; raises at the first failure, which the others' may follow from."""
+    results: dict[int, Any] = {}
+    deadline = time.monotonic() + TIMEOUT
+    while len(results) < len(connections):
+        waiting = {c: rank for rank, c in enumerate(connections) if rank not in results}
+        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise AssertionError(
+                f"ranks {[*waiting.values()]} were not done after {TIMEOUT:g} seconds"
+            )
+        for connection in ready:
+            rank = waiting[connection]
+            try:
+                failure, results[rank] = connection.recv()
+            except EOFError:
+                raise AssertionError(f"rank {rank} died") from None
+            if failure is not None:
+                raise AssertionError(f"rank {rank} raised:\n{failure}")
+    return [results[rank] for rank in range(len(connections))]
 
 
 def _rank(
@@ -75,6 +116,7 @@ def _rank(
     import torch
     import torch.distributed as dist
 
+    gc.freeze()  # a collection that looked at what was imported would copy its memory
     torch.set_num_threads(1)
     torch.manual_seed(0)
     os.environ["GLOO_SOCKET_IFNAME"] = _loopback()

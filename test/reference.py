@@ -41,7 +41,7 @@ def dynamic_map(signed: bool) -> Tensor:
 
 def row_dims(shape: tuple[int, ...], block_size: int) -> int:
     """How many leading dimensions count rows; the others are one row, flattened."""
-    if len(shape) <= 1:
+    if len(shape) <= 1 or 1 <= math.prod(shape[1:]) <= 15:
         return 0
     long_enough = [k for k in range(1, len(shape)) if math.prod(shape[k:]) >= block_size]
     return max(long_enough) if long_enough else 1

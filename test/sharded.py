@@ -1,5 +1,6 @@
 """Models sharded in several ways, the same gradients for all of them, and their gathered bits."""
 
+import io
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, distribute_tensor
 
 # Rows that no world size divides, fewer rows than ranks, vectors, rows of two dimensions, and of
-# more than a block. With min_8bit_size=SMALL, matrices are quantized but for (5, 10) and (300, 3).
+# more than a block. With min_8bit_size=SMALL, matrices are quantized but for (5, 10), and for
+# (300, 3) where it is sharded.
 SHAPES = ((7, 300), (40, 70), (700,), (3, 6, 9, 5), (13, 3, 400), (5, 10), (300, 3), (1, 513))
 
 
@@ -80,12 +82,64 @@ def gathered(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     ]
 
 
+def of_rank(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Bits of what lies on this rank, and where: to compare two that are sharded alike."""
+    return [
+        {
+            key: (
+                str(value.dtype),
+                value.shape,
+                getattr(value, "placements", None),
+                bits_here(value),
+            )
+            for key, value in {"param": p.detach(), **optimizer.state.get(p, {})}.items()
+        }
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
+
+
+def ends_of(optimizer: torch.optim.Optimizer) -> bytes:
+    """The parameters of an unsharded optimizer and their states, for :func:`assert_shards_of`.
+
+    Made once, and given to all ranks: tensors that are pickled would be shared between processes.
+    """
+    ends = [
+        {"param": p.detach(), **optimizer.state.get(p, {})}
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
+    file = io.BytesIO()
+    torch.save(ends, file)
+    return file.getvalue()
+
+
+def assert_shards_of(optimizer: torch.optim.Optimizer, ends: bytes, where: Any) -> None:
+    """What lies on this rank has the bits of its part of the unsharded ``ends``.
+
+    Without a collective: asked of every rank, it says as much as :func:`gathered`, for less.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for p, wanted in zip(params, torch.load(io.BytesIO(ends), weights_only=True), strict=True):
+        found = {"param": p.detach(), **optimizer.state.get(p, {})}
+        assert found.keys() == wanted.keys(), where
+        for key, value in found.items():
+            part = distributed(wanted[key], value)
+            assert (value.dtype, value.shape) == (part.dtype, part.shape), (where, key)
+            assert bits_here(value) == bits_here(part), (where, key)
+
+
+def bits_here(value: Tensor) -> bytes:
+    return bits(value.to_local() if isinstance(value, DTensor) else value)
+
+
 def groups_of(params: Iterable[Tensor], sharded: bool) -> list[dict[str, Any]]:
     """Groups under which unsharded parameters get the state that sharded ones have.
 
-    Sharded vectors keep 32 bits, so where nothing is sharded an option must say so.
+    Sharded vectors keep 32 bits, and so do matrices of few columns, so where nothing is sharded an
+    option must say so.
     """
     params = list(params)
-    vectors = [p for p in params if p.ndim == 1]
-    others = [p for p in params if p.ndim != 1]
-    return [{"params": others}, {"params": vectors} | ({} if sharded else {"optim_bits": 32})]
+    thin = [p for p in params if p.ndim == 1 or p.shape[1:].numel() < 16]
+    others = [p for p in params if not any(p is q for q in thin)]
+    return [{"params": others}, {"params": thin} | ({} if sharded else {"optim_bits": 32})]

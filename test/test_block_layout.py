@@ -24,6 +24,14 @@ BLOCK_SIZES = st.sampled_from([64, 128, 256, 512, 1024, 2048])
         ((64, 64, 3, 3), (64, 3)),
         ((8, 1024, 4096), (8, 1024, 16)),
         ((10, 7, 5), (10, 1)),
+        ((4096, 8), (128,)),  # LoRA's matrices of rank 8
+        ((300, 15), (18,)),
+        ((300, 16), (300, 1)),
+        ((64, 3, 1, 1), (1,)),
+        ((64, 3, 3, 3), (64, 1)),
+        ((100, 5, 3), (6,)),
+        ((3, 0), (3, 0)),
+        ((0, 5), (0,)),
         ((10, 256), (10, 1)),
         ((10, 257), (10, 2)),
         ((5000,), (20,)),
@@ -64,7 +72,12 @@ def test_what_is_worth_8_bits() -> None:
     assert fits_8bit((4096,), 256, 4096)
     assert not fits_8bit((4095,), 256, 4096)
     assert fits_8bit((256, 16), 256, 4096)
-    assert not fits_8bit((273, 15), 256, 0)
+    assert fits_8bit((512, 8), 256, 4096)
+    assert not fits_8bit((511, 8), 256, 4096)
+    assert fits_8bit((64, 64, 1, 1), 256, 4096)
+    assert fits_8bit((2, 8), 256, 0)
+    assert not fits_8bit((3, 5), 256, 0)
+    assert not fits_8bit((300, 0), 256, 0)
     assert not fits_8bit((15,), 256, 0)
     assert fits_8bit((16,), 256, 0)
     assert not fits_8bit((), 256, 0)

@@ -9,9 +9,9 @@ import math
 import pytest
 import torch
 from adam_call import Call, call_bits, copy_call, new_call, run
+from cpu_paths import PATHS
 from helpers import SMALL, make_params, train
 from optim_table import OPTIMIZERS, OptimizerCase
-from test_paths import PATHS, Workers
 
 import torchao8
 
@@ -19,13 +19,6 @@ BAD_SCALES = {
     "exp_avg": [math.inf, -math.inf, math.nan, -math.nan, 8e37, 3e38],
     "exp_avg_sq": [math.inf, math.nan, -math.nan, 8e37, -1e-3, -2e-19, -math.inf, -0.0],
 }
-
-
-@pytest.fixture(scope="module")
-def workers():
-    started = Workers()
-    yield started
-    started.close()
 
 
 def corrupt_call(name: str, scale: float, stochastic: bool, device: str = "cpu") -> Call:

@@ -6,7 +6,6 @@ The oracle is Python's integers, in units of 2^-298, the smallest square of a fl
 import math
 import random
 import re
-from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -15,8 +14,8 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+from cpu_paths import Workers, every_path
 from helpers import bits
-from test_paths import Workers, every_path
 from torch import Tensor
 
 from torchao8 import ops
@@ -141,13 +140,6 @@ def test_a_sum_by_itself(name: str, device: str) -> None:
 
 
 # -- paths and threads -------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def workers() -> Iterator[Workers]:
-    started = Workers()
-    yield started
-    started.close()
 
 
 @every_path

@@ -147,6 +147,26 @@ def test_torchao() -> None:
     assert_same_bits(vector["exp_avg_scale"], moments["exp_avg"].scale)
 
 
+@pytest.mark.parametrize("columns", [(8,), (4,), (4, 2)], ids=str)
+def test_matrices_of_few_columns_stay_code_for_code(columns: tuple[int, ...]) -> None:
+    """The packages save of one what they save of any tensor of as many elements."""
+    theirs = bnb(2, 512)
+    theirs |= {key: theirs[key].reshape(-1, *columns) for key in ("state1", "state2")}
+    moments = {name: load("torchao")[0]["state"][name] for name, _, _ in ADAM}
+    for moment in moments.values():
+        moment.codes = moment.codes.reshape(-1, *columns)
+    of_torchao = {"step": torch.tensor(3.0), **moments}
+    for state, raw in (
+        (theirs, [(theirs[f"state{i}"], theirs[f"absmax{i}"]) for i in "12"]),
+        (of_torchao, [(m.codes, m.scale) for m in moments.values()]),
+    ):
+        own = read(state, *raw[0][0].shape)
+        assert list(own) == KEYS_8BIT
+        for (name, _, _), (codes, scale) in zip(ADAM, raw, strict=True):
+            assert_same_bits(own[f"{name}_codes"], codes)
+            assert_same_bits(own[f"{name}_scale"], scale)
+
+
 @pytest.mark.parametrize("name", ["bitsandbytes", "torchao"])
 def test_real_packages(name: str) -> None:
     """As the files, with the installed version, another vector and, of torchao, its own classes."""

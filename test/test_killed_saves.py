@@ -15,7 +15,6 @@ is full of its number, so that a mixture of two would show.
 """
 
 import itertools
-import multiprocessing
 import pickle
 import random
 import shutil
@@ -27,22 +26,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from ranks import forking_context
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
 from torchao8 import AdamW8bit
 from torchao8.checkpoint import load_safetensors, save_safetensors
 
-KILLS = 8
+KILLS = 4  # in `make test`, and as many others in `make test-all`
 LONGEST = 0.2  # seconds from the first save to the kill: several saves
 TIMEOUT = 120.0  # seconds: of the start and the first save, on a machine that is busy
 
 # Some 25 MB of state: a save takes about ten milliseconds.
 SHAPES = [(1000, 2000)] * 6 + [(300, 700), (50,)]
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-# Forks of one process that has imported what takes seconds; an optimizer imports torch._dynamo.
-_PRELOADED = ["torch._dynamo", "torch.distributed.checkpoint", "torchao8", "safetensors.torch"]
 
 Save = Callable[[Optimizer, Path, int], None]
 
@@ -103,9 +99,9 @@ def keep_saving(connection: Any, save: Save, folder: Path) -> None:
 
 def saved_until_killed(save: Save, folder: Path, seconds: float) -> int:
     """The last state that was saved whole, of a process killed so long after the first one."""
-    _CONTEXT.set_forkserver_preload(_PRELOADED)
-    ours, theirs = _CONTEXT.Pipe(duplex=False)
-    process = _CONTEXT.Process(target=keep_saving, args=(theirs, save, folder), daemon=True)
+    context = forking_context()
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=keep_saving, args=(theirs, save, folder), daemon=True)
     process.start()
     theirs.close()
     last = 0
@@ -124,15 +120,19 @@ def saved_until_killed(save: Save, folder: Path, seconds: float) -> int:
     return last
 
 
-def moments() -> list[float]:
-    rng = random.Random(0)
+def moments(seed: int) -> list[float]:
+    rng = random.Random(seed)
     return [rng.uniform(0, LONGEST) for _ in range(KILLS)]
 
 
-def test_save_safetensors_keeps_a_whole_file(tmp_path: Path) -> None:
+twice = pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.thorough)])
+
+
+@twice
+def test_save_safetensors_keeps_a_whole_file(seed: int, tmp_path: Path) -> None:
     """The last state that was saved, or the next one; beside it only what was under way."""
     pytest.importorskip("safetensors", reason="no safetensors: pip install safetensors")
-    for seconds in moments():
+    for seconds in moments(seed):
         last = saved_until_killed(save_with_safetensors, tmp_path, seconds)
         optimizer = make()
         load_safetensors(optimizer, tmp_path / "state")
@@ -144,8 +144,9 @@ def test_save_safetensors_keeps_a_whole_file(tmp_path: Path) -> None:
             shutil.rmtree(path)
 
 
-def test_torch_save_loads_whole_or_not(tmp_path: Path) -> None:
-    for seconds in moments():
+@twice
+def test_torch_save_loads_whole_or_not(seed: int, tmp_path: Path) -> None:
+    for seconds in moments(seed):
         last = saved_until_killed(save_with_torch, tmp_path, seconds)
         optimizer = make()
         try:
@@ -174,10 +175,11 @@ def test_torch_save_that_was_cut_off_does_not_load(tmp_path: Path) -> None:
             torch.load(tmp_path / "state", weights_only=True)
 
 
+@twice
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_dcp_folders_load_whole_or_not(tmp_path: Path) -> None:
+def test_dcp_folders_load_whole_or_not(seed: int, tmp_path: Path) -> None:
     """Those that were done load; the one under way loads if it has its metadata."""
-    for turn, seconds in enumerate(moments()[:5]):
+    for turn, seconds in enumerate(moments(seed)):
         folder = tmp_path / str(turn)
         folder.mkdir()
         last = saved_until_killed(save_with_dcp, folder, seconds)

@@ -34,7 +34,7 @@ def damage_keys(saved: StateDict) -> None:
 
 
 def damage_stray_key(saved: StateDict) -> None:
-    saved["state"][1]["extra"] = torch.ones(1)
+    saved["state"][1]["sum"] = torch.ones(1)
 
 
 def damage_option(saved: StateDict) -> None:

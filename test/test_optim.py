@@ -292,7 +292,7 @@ def test_states_and_where_they_apply(case: OptimizerCase, device: str) -> None:
         (),
         (16, 16, 3, 30),
     ]
-    quantized = [True, False, True, False, False, True, False, False, True]
+    quantized = [True, False, True, False, True, True, False, False, True]
     params = make_params(torch.bfloat16, shapes, device=device)
     optimizer = case.make(params, optim_bits=8)
     train(optimizer, params, [0])

@@ -10,19 +10,19 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import reference
 import torch
 from adam_call import Call, assert_same_bits, copy_call, live_state, new_call, run
+from cpu_paths import Workers, every_path
 from helpers import SMALL, all_bits, assert_same_training, bits, make_params, set_grads, train
 from helpers import through_file as through
 from optim_table import OptimizerCase, every_optimizer
 from ranks import run_ranks
 from sharded import distributed, distributed_param, gathered, step_with
-from test_paths import Workers, every_path, laid_out, large_call, reversed_call
+from test_paths import laid_out, large_call, reversed_call
 from test_sharded_training import PLACEMENTS
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -35,13 +35,6 @@ import torchao8
 from torchao8 import ops, sharding
 
 BF16_MAX = torch.finfo(torch.bfloat16).max
-
-
-@pytest.fixture(scope="module")
-def workers() -> Iterator[Workers]:
-    started = Workers()
-    yield started
-    started.close()
 
 
 # -- the oracle --------------------------------------------------------------------------------

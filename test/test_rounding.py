@@ -13,7 +13,10 @@ import pytest
 import torch
 from adam_call import Call, assert_same_bits, moment, moved, new_call, run, set_moment
 from codec_reference import codebook, neighbours
+from helpers import make_params, set_grads
 from torch import Tensor
+
+from torchao8 import AdamW8bit
 
 COLUMNS = 255  # targets of a block of 256 that ends with 1.0
 
@@ -293,6 +296,41 @@ def test_the_two_second_moments_are_rounded_independently(chance: float, device:
 )
 def test_other_seeds_and_steps_draw_other_numbers(other: dict[str, int], device: str) -> None:
     assert_uncorrelated(coin_tosses(0.5, device)[0], coin_tosses(0.5, device, **other)[0])
+
+
+def test_parameters_share_the_draws_of_equal_elements(device: str) -> None:
+    """Of one step and seed, whatever their values and shapes: the hash does not know parameters.
+    Not of other elements, nor with another seed."""
+    rows = 2048
+    tosses = []
+    for low, shape in ((150, (rows, 256)), (170, (rows * 256,)), (150, (rows // 2, 512))):
+        grad, v = grads_for(between(low, torch.full((COLUMNS,), 0.5)), rows)
+        (codes,) = second_moment_codes(grad.view(shape), device)
+        below, chance = neighbours(v.double())
+        tosses.append((codes.view(rows, 256)[:, :-1].long() == below + 1).double() - chance)
+    for other in tosses[1:]:
+        # Of a draw that lies between two chances, which float32 moves from 0.5 by a unit of 14 bits
+        # or two, the outcomes differ.
+        assert (tosses[0].sign() != other.sign()).double().mean() < 2.0**-12
+    assert_uncorrelated(tosses[0][1:], tosses[1][:-1])  # of the next block
+    assert_uncorrelated(tosses[0], coin_tosses(0.5, device, rows=rows, seed=1)[0])
+
+
+def test_a_group_with_a_seed_draws_its_own_numbers(device: str) -> None:
+    """Three parameters that are the same: two of one group stay so, the third goes its way."""
+    same = [make_params(torch.bfloat16, [(16, 256)], device=device)[0] for _ in range(3)]
+    groups: list[dict[str, Any]] = [{"params": same[:2]}, {"params": same[2:], "seed": 1}]
+    optimizer = AdamW8bit(groups, lr=1e-3, min_8bit_size=0, stochastic_rounding=True)
+    for p in same:
+        set_grads([p], 0)
+    optimizer.step()
+    first, second, third = same
+    assert torch.equal(first, second)
+    assert not torch.equal(first, third)
+    codes = [optimizer.state[p]["exp_avg_sq_codes"] for p in same]
+    assert torch.equal(codes[0], codes[1])
+    assert not torch.equal(codes[0], codes[2])
+    assert torch.equal(*(optimizer.state[p]["exp_avg_codes"] for p in same[1:]))  # to nearest
 
 
 @pytest.mark.parametrize("block_size", [64, 2048])

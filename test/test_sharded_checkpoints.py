@@ -1,6 +1,8 @@
 """Checkpoints of sharded state: the same bytes at any world size, by every road torch has."""
 
 import copy
+import functools
+import itertools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,14 +11,18 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers import SMALL, bits, make_params
+from optim_table import OPTIMIZERS
 from ranks import run_ranks
 from sharded import (
     Weights,
+    assert_shards_of,
     distributed,
     distributed_param,
+    ends_of,
     fsdp_weights,
     gathered,
     groups_of,
+    of_rank,
     step_with,
     whole,
 )
@@ -32,65 +38,98 @@ from torch.distributed.tensor import Shard
 
 import torchao8
 from torchao8.checkpoint import load_dcp, to_torch
+from torchao8.optim.base import LowPrecisionOptimizer
 
 WORLD_SIZES = [1, 2, 3, 4, 8]
 DTYPES = (torch.float32, torch.bfloat16)
 OPTIONS = {"lr": 0.01, "min_8bit_size": SMALL, "weight_decay": 0.1, "seed": 3}
+CASES = {case.cls.__name__: case for case in OPTIMIZERS}
+FLAGSHIP = CASES["AdamW8bit"]
+F32, BF16 = DTYPES
+
+# Between 2, 3 and 8 ranks each ordered pair, each with one dtype, such that each of them saves both
+# and loads both. Each class of the table is in one of the six, AdamW8bit in all: so each class is
+# saved and loaded, and the classes share all code that knows of shards. test_coverage_of_table.py
+# watches over it.
+PAIRS = ((2, 3, F32), (2, 8, BF16), (3, 2, BF16), (3, 8, F32), (8, 2, F32), (8, 3, BF16))
+PLANS = [
+    (*pair, tuple({case.cls.__name__: None for case in (FLAGSHIP, *OPTIMIZERS[i :: len(PAIRS)])}))
+    for i, pair in enumerate(PAIRS)
+]
+# What is left of all pairs of world sizes and dtypes, with one class.
+OTHER_PLANS = [
+    (*pair, (FLAGSHIP.cls.__name__,))
+    for pair in itertools.product(WORLD_SIZES, WORLD_SIZES, DTYPES)
+    if pair not in PAIRS
+]
 
 
-def new_run(world_size: int, dtype: torch.dtype) -> tuple[Weights, torchao8.AdamW8bit]:
-    """A model sharded over all ranks, and its optimizer."""
+def new_run(
+    world_size: int, dtype: torch.dtype, name: str = "AdamW8bit"
+) -> tuple[Weights, LowPrecisionOptimizer]:
+    """A model sharded over all ranks, and its optimizer, with all states that the class has."""
     model = fsdp_weights(init_device_mesh("cpu", (world_size,)), dtype)
-    return model, torchao8.AdamW8bit(groups_of(model.parameters(), True), **OPTIONS)
+    return model, make(name, groups_of(model.parameters(), True))
 
 
-def unsharded_run(dtype: torch.dtype, steps: int) -> list[dict[str, Any]]:
-    model = Weights(dtype)
-    optimizer = torchao8.AdamW8bit(groups_of(model.parameters(), False), **OPTIONS)
+def make(name: str, params: Any) -> LowPrecisionOptimizer:
+    case = CASES[name]
+    return case.make(params, **OPTIONS, **({} if case is FLAGSHIP else case.full))
+
+
+@functools.cache
+def unsharded_run(name: str, dtype: torch.dtype, steps: int) -> bytes:
+    optimizer = make(name, groups_of(Weights(dtype).parameters(), False))
     step_with(optimizer, range(steps))
-    return gathered(optimizer)
+    return ends_of(optimizer)
 
 
-def _save(rank: int, world_size: int, folder: Path) -> None:
-    for dtype in DTYPES:
-        model, optimizer = new_run(world_size, dtype)
+def _save(rank: int, world_size: int, folder: Path, dtype: torch.dtype, names: list[str]) -> None:
+    saved = {}
+    for name in names:
+        model, optimizer = new_run(world_size, dtype, name)
         step_with(optimizer, range(5))
         weights, state = get_state_dict(model, optimizer)
-        path = folder / f"{world_size}-{dtype}"
-        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=path)
+        saved[name] = {"model": weights, "optimizer": state}
+    dcp.save(saved, checkpoint_id=folder)
 
 
-def _load_all(rank: int, world_size: int, folder: Path) -> None:
-    for dtype in DTYPES:
-        wanted, later = unsharded_run(dtype, 5), unsharded_run(dtype, 15)
-        for saved_by in WORLD_SIZES:
-            model, optimizer = new_run(world_size, dtype)
-            weights, state = get_state_dict(model, optimizer)
-            saved = {"model": weights, "optimizer": state}
-            dcp.load(saved, checkpoint_id=folder / f"{saved_by}-{dtype}")
-            set_state_dict(
-                model, optimizer,
-                model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
-            )  # fmt: skip
-            assert gathered(optimizer) == wanted, (saved_by, world_size, dtype)
-            step_with(optimizer, range(5, 15))
-            assert gathered(optimizer) == later, (saved_by, world_size, dtype)
+def _load(
+    rank: int,
+    world_size: int,
+    folder: Path,
+    dtype: torch.dtype,
+    ends: dict[str, tuple[bytes, bytes]],
+) -> None:
+    runs = {name: new_run(world_size, dtype, name) for name in ends}
+    saved = {}
+    for name, (model, optimizer) in runs.items():
+        weights, state = get_state_dict(model, optimizer)
+        saved[name] = {"model": weights, "optimizer": state}
+    dcp.load(saved, checkpoint_id=folder)
+    for name, (model, optimizer) in runs.items():
+        set_state_dict(
+            model, optimizer,
+            model_state_dict=saved[name]["model"], optim_state_dict=saved[name]["optimizer"],
+        )  # fmt: skip
+        loaded, later = ends[name]
+        assert_shards_of(optimizer, loaded, (name, "loaded"))
+        step_with(optimizer, range(5, 15))
+        assert_shards_of(optimizer, later, (name, "ten more steps"))
 
 
-@pytest.fixture(scope="module")
-def saved_at_every_world_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoints")
-    for world_size in WORLD_SIZES:
-        run_ranks(world_size, _save, folder)
-    return folder
-
-
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize(
+    ("saved_by", "loaded_by", "dtype", "names"),
+    [*PLANS, *(pytest.param(*plan, marks=pytest.mark.thorough) for plan in OTHER_PLANS)],
+    ids=lambda value: "" if isinstance(value, tuple) else str(value),
+)
 def test_saved_at_any_world_size_and_loaded_at_any(
-    world_size: int, saved_at_every_world_size: Path
+    saved_by: int, loaded_by: int, dtype: torch.dtype, names: tuple[str, ...], tmp_path: Path
 ) -> None:
     """Byte for byte the state of unsharded training, and so are ten more steps."""
-    run_ranks(world_size, _load_all, saved_at_every_world_size)
+    ends = {name: tuple(unsharded_run(name, dtype, steps) for steps in (5, 15)) for name in names}
+    run_ranks(saved_by, _save, tmp_path, dtype, names)
+    run_ranks(loaded_by, _load, tmp_path, dtype, ends)
 
 
 # -- the roads of torch.distributed.checkpoint.state_dict ------------------------------------------
@@ -100,7 +139,7 @@ def _through_state_dict(rank: int, world_size: int, options: dict[str, Any]) -> 
     for dtype in DTYPES:
         model, optimizer = new_run(world_size, dtype)
         step_with(optimizer, range(3))
-        wanted = gathered(optimizer)
+        wanted = of_rank(optimizer)
         get = StateDictOptions(**{k: v for k, v in options.items() if k != "broadcast_from_rank0"})
         state = get_optimizer_state_dict(model, optimizer, options=get)
         state = copy.deepcopy(state)  # it holds the live tensors, which a load takes over
@@ -110,10 +149,10 @@ def _through_state_dict(rank: int, world_size: int, options: dict[str, Any]) -> 
         set_optimizer_state_dict(other_model, other, state, options=StateDictOptions(**options))
         for p, q in zip(model.parameters(), other_model.parameters(), strict=True):
             q.data.copy_(p.data)
-        assert gathered(other) == wanted
+        assert of_rank(other) == wanted
         step_with(optimizer, range(3, 5))
         step_with(other, range(3, 5))
-        assert gathered(other) == gathered(optimizer)
+        assert of_rank(other) == of_rank(optimizer)
 
 
 @pytest.mark.parametrize(
@@ -159,21 +198,22 @@ def test_asynchronous_save(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_sharded_checkpoint_loads_without_a_process_group(
-    saved_at_every_world_size: Path,
+    dtype: torch.dtype, tmp_path: Path
 ) -> None:
     """In one process, into plain parameters; vectors keep 32 bits here, as sharded ones do."""
-    for dtype in DTYPES:
-        model = Weights(dtype)
-        optimizer = torchao8.AdamW8bit(groups_of(model.parameters(), False), **OPTIONS)
-        weights, state = get_state_dict(model, optimizer)
-        saved = {"model": weights, "optimizer": state}
-        dcp.load(saved, checkpoint_id=saved_at_every_world_size / f"3-{dtype}", no_dist=True)
-        set_state_dict(
-            model, optimizer,
-            model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
-        )  # fmt: skip
-        assert gathered(optimizer) == unsharded_run(dtype, 5)
+    run_ranks(3, _save, tmp_path, dtype, ["AdamW8bit"])
+    model = Weights(dtype)
+    optimizer = make("AdamW8bit", groups_of(model.parameters(), False))
+    weights, state = get_state_dict(model, optimizer)
+    saved = {"model": weights, "optimizer": state}
+    dcp.load({"AdamW8bit": saved}, checkpoint_id=tmp_path, no_dist=True)
+    set_state_dict(
+        model, optimizer,
+        model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
+    )  # fmt: skip
+    assert_shards_of(optimizer, unsharded_run("AdamW8bit", dtype, 5), "loaded")
 
 
 def _whole_into_shards(rank: int, world_size: int) -> None:

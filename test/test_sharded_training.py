@@ -1,5 +1,8 @@
 """Sharding changes nothing: the bits of sharded training are those of unsharded training."""
 
+import functools
+import itertools
+import math
 import re
 import warnings
 from typing import Any
@@ -8,12 +11,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import SMALL, make_params, report, set_grads
-from optim_table import OPTIMIZERS
+from optim_table import OPTIMIZERS, OptimizerCase
 from ranks import run_ranks
 from sharded import (
     Weights,
+    assert_shards_of,
     distributed,
     distributed_param,
+    ends_of,
     fsdp_weights,
     gathered,
     groups_of,
@@ -40,37 +45,78 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 import torchao8
 
-WORLD_SIZES = [1, 2, 3, 4, 8]
 OPTIONS = {"lr": 0.01, "min_8bit_size": SMALL, "weight_decay": 0.1, "seed": 3}
 
 
 # -- the same gradients, sharded and not -----------------------------------------------------------
 
+# Of what: the dtype of the parameters, and whether all states that a class can have, maximize and
+# stochastic rounding of the parameters are on.
+KINDS = tuple(itertools.product((torch.float32, torch.bfloat16), (False, True)))
+MESHES = ((2,), (3,), (8,), (2, 2))  # those of two dimensions are of HSDP
+OTHER_MESHES = ((1,), (4,), (2, 3))
 
-def _fsdp_against_unsharded(rank: int, world_size: int, mesh_shape: tuple[int, ...]) -> None:
+
+def planned(turn: int) -> list[tuple[int, int]]:
+    """Of one run, each class, by its place in the table, with one kind, by its place in KINDS.
+
+    In a run each kind meets classes of 8 bits and of 32, and in the runs of all turns each class
+    meets each kind.
+    """
+    return [(i, (i + i // 4 + turn) % len(KINDS)) for i in range(len(OPTIMIZERS))]
+
+
+# Each mesh takes another turn. So each class meets each mesh and each kind, and each kind meets
+# each mesh; of the triples of the three, these are a fourth. test_coverage_of_table.py watches
+# over it.
+RUNS = [(mesh, turn) for turn, mesh in enumerate(MESHES)]
+OTHER_RUNS = [
+    (mesh, turn)
+    for mesh in (*MESHES, *OTHER_MESHES)
+    for turn in range(len(KINDS))
+    if (mesh, turn) not in RUNS
+]
+
+
+def options_of(case: OptimizerCase, everything: bool) -> dict[str, Any]:
+    if not everything:
+        return OPTIONS
+    known = case.known({"amsgrad": True, "maximize": True})
+    return {**OPTIONS, **known, "stochastic_rounding": True}
+
+
+@functools.cache
+def _unsharded(i: int, kind: int) -> bytes:
+    """The ends of four steps, once for all meshes."""
+    case, (dtype, everything) = OPTIMIZERS[i], KINDS[kind]
+    params = groups_of(Weights(dtype).parameters(), False)
+    optimizer = case.make(params, **options_of(case, everything))
+    step_with(optimizer, range(4))
+    return ends_of(optimizer)
+
+
+def _fsdp_against_unsharded(
+    rank: int, world_size: int, mesh_shape: tuple[int, ...], runs: list[tuple[int, int, bytes]]
+) -> None:
     names = ("replicate", "shard")[-len(mesh_shape) :]
     mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
-    for case in OPTIMIZERS:
-        for dtype in (torch.float32, torch.bfloat16):
-            all_states = case.known({"amsgrad": True, "maximize": True})
-            for options in ({}, {**all_states, "stochastic_rounding": True}):
-                ends = []
-                for m in (mesh, None):
-                    params = groups_of(fsdp_weights(m, dtype).parameters(), m is not None)
-                    optimizer = case.make(params, **OPTIONS, **options)
-                    step_with(optimizer, range(4))
-                    ends.append(gathered(optimizer))
-                assert ends[0] == ends[1], (case.cls, dtype, options)
+    for i, kind, ends in runs:
+        case, (dtype, everything) = OPTIMIZERS[i], KINDS[kind]
+        params = groups_of(fsdp_weights(mesh, dtype).parameters(), True)
+        optimizer = case.make(params, **options_of(case, everything))
+        step_with(optimizer, range(4))
+        assert_shards_of(optimizer, ends, (case.cls, dtype, everything))
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_same_bits_at_every_world_size(world_size: int) -> None:
-    """FSDP2 with uneven rows and ranks without rows, four steps, stochastic rounding."""
-    run_ranks(world_size, _fsdp_against_unsharded, (world_size,))
-
-
-def test_same_bits_under_hsdp() -> None:
-    run_ranks(6, _fsdp_against_unsharded, (2, 3))
+@pytest.mark.parametrize(
+    ("mesh", "turn"),
+    [*RUNS, *(pytest.param(*run, marks=pytest.mark.thorough) for run in OTHER_RUNS)],
+    ids=str,
+)
+def test_same_bits_on_every_mesh(mesh: tuple[int, ...], turn: int) -> None:
+    """FSDP2 with uneven rows and ranks without rows, four steps, stochastic rounding; and HSDP."""
+    runs = [(i, kind, _unsharded(i, kind)) for i, kind in planned(turn)]
+    run_ranks(math.prod(mesh), _fsdp_against_unsharded, mesh, runs)
 
 
 # Mesh, shape, placements, and whether 8-bit state is kept.
@@ -130,7 +176,7 @@ def test_a_cut_row_is_told_once_by_name(assert_expected_inline: Any) -> None:
 AdamW8bit: parameter 0 (w0) of shape [6, 300] is placed as (Shard(dim=1),) on a mesh of shape
     [2], which cuts its blocks of 256 (rows of 300 elements), so that it keeps 32-bit state.
     Shard it along dimension 0, or choose a split of the row, or a smaller block_size, with
-    shards that are multiples of the block.""",
+    shards that are multiples of the block (a last one may be short, of 16 elements or more).""",
     )
 
 
@@ -216,7 +262,15 @@ def _fsdp_over_tp(rank: int, world_size: int, hidden: int, out: int) -> None:
     _train_and_shadow(model)
 
 
-@pytest.mark.parametrize(("world_size", "hidden", "out"), [(4, 40, 34), (6, 40, 26), (8, 40, 33)])
+@pytest.mark.parametrize(
+    ("world_size", "hidden", "out"),
+    [
+        (4, 40, 34),
+        (6, 40, 33),
+        pytest.param(6, 40, 26, marks=pytest.mark.thorough),
+        pytest.param(8, 40, 33, marks=pytest.mark.thorough),
+    ],
+)
 def test_fsdp_over_tensor_parallelism(world_size: int, hidden: int, out: int) -> None:
     """Rows split twice, by the strided placement; evenly or not by FSDP, and by both."""
     run_ranks(world_size, _fsdp_over_tp, hidden, out)
@@ -333,7 +387,7 @@ def test_parameters(function: Any) -> None:
 
 
 def _compiled(rank: int, world_size: int, backend: str) -> None:
-    mesh = init_device_mesh("cpu", (2, world_size // 2))
+    mesh = init_device_mesh("cpu", (world_size // 2, 2))
     lr = torch.tensor(0.01)
     ends = []
     for compiled in (True, False):
@@ -356,10 +410,17 @@ def _compiled(rank: int, world_size: int, backend: str) -> None:
     assert ends[0] == ends[1]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_one_graph_and_the_bits_of_eager(backend: str) -> None:
-    """A schedule of the learning rate included."""
-    run_ranks(4, _compiled, backend)
+@pytest.mark.parametrize(
+    ("world_size", "backend"),
+    [
+        (2, "inductor"),
+        pytest.param(4, "inductor", marks=pytest.mark.thorough),
+        pytest.param(4, "aot_eager", marks=pytest.mark.thorough),
+    ],
+)
+def test_one_graph_and_the_bits_of_eager(world_size: int, backend: str) -> None:
+    """A schedule of the learning rate included. Each rank compiles, so that two must do."""
+    run_ranks(world_size, _compiled, backend)
 
 
 def _code_of_step(rank: int, world_size: int) -> str:

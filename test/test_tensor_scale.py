@@ -467,7 +467,7 @@ def test_state_of_another_format_is_converted(
     train(optimizer, params, range(3))
     new, told = loaded(optimizer.state_dict(), device, **here)
     assert len(told) == 1
-    assert f"the state of parameter 0 and 4 more was saved {how}, as" in told[0]
+    assert f"the state of parameter 0 and 5 more was saved {how}, as" in told[0]
     block_wise = there.get("block_wise", False)
     for p, q in zip(params, new.param_groups[0]["params"], strict=True):
         for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):

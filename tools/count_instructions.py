@@ -1,12 +1,11 @@
 """Counts the instructions that a warp executes for one aligned block of 256 elements.
 
-    python tools/count_instructions.py nvdisasm kernel.cubin [part of a name]
+    python tools/count_instructions.py nvdisasm kernel.cubin
 
-prints, for each step kernel in the file (with that in its mangled name), instructions an element on
-the way with stochastic rounding: the shortest way through the kernel's loop that loads, takes
-roots, and turns floats into codes, as stochastic rounding alone does. What is rare (a bad block, a
-new tensor) lies on longer ways. ``nvdisasm`` comes with the CUDA toolkit, and alone as the package
-nvidia-cuda-nvdisasm.
+prints, for each step kernel in the file, instructions an element on the way with stochastic
+rounding: the shortest way through the kernel's loop that loads, takes roots, and turns floats into
+codes, as stochastic rounding alone does. What is rare (a bad block, a new tensor) lies on longer
+ways. ``nvdisasm`` comes with the CUDA toolkit, and alone as the package nvidia-cuda-nvdisasm.
 """
 
 import heapq
@@ -106,10 +105,10 @@ def loop(f: Function) -> Counter[str]:
 
 
 def main(arguments: list[str]) -> int:
-    nvdisasm, cubin, *names = arguments
+    nvdisasm, cubin = arguments
     text = subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True)
     for f in functions(text.stdout):
-        if "step_blocks" in f.name and all(name in f.name for name in names):
+        if "step_blocks" in f.name:
             count = loop(f)
             print(f"{sum(count.values()) / PER_LANE:.1f} an element: {f.name}")
             print("   ", {op: n / PER_LANE for op, n in count.most_common(16)})

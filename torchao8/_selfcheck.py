@@ -41,7 +41,10 @@ def _run_one(name: str, check: Callable[[], tuple[bool, str]]) -> Result:
 
 
 def _params(generator: torch.Generator) -> list[Tensor]:
-    return [torch.randn(s, generator=generator).requires_grad_() for s in SHAPES]
+    return [
+        torch.randn(s, generator=generator, device="cpu", dtype=torch.float32).requires_grad_()
+        for s in SHAPES
+    ]
 
 
 def _check_32bit() -> tuple[bool, str]:
@@ -54,7 +57,7 @@ def _check_32bit() -> tuple[bool, str]:
     optimizer = AdamW(params, LR, BETAS, EPS, WEIGHT_DECAY)
     for step in range(1, STEPS + 1):
         for i, p in enumerate(params):
-            p.grad = torch.randn(p.shape, generator=generator)
+            p.grad = torch.randn(p.shape, generator=generator, device="cpu", dtype=torch.float32)
             old, m, v = exact[i]
             exact[i] = _adamw(old, p.grad.double(), m, v, step)
         optimizer.step()
@@ -77,7 +80,7 @@ def _check_8bit() -> tuple[bool, str]:
     param_errors, state_errors = [], []
     for step in range(1, STEPS + 1):
         for p in params:
-            p.grad = torch.randn(p.shape, generator=generator)
+            p.grad = torch.randn(p.shape, generator=generator, device="cpu", dtype=torch.float32)
         before = [(p.detach().double(), *_moments(optimizer.state[p], p)) for p in params]
         optimizer.step()
         for p, (old, m, v) in zip(params, before, strict=True):
@@ -105,7 +108,7 @@ def _check_cuda(device: str) -> tuple[bool, str]:
     optimizers = [AdamW8bit(params, LR, BETAS, EPS, WEIGHT_DECAY) for params in (here, there)]
     for _ in range(STEPS):
         for p, q in zip(here, there, strict=True):
-            p.grad = torch.randn(p.shape, generator=generator)
+            p.grad = torch.randn(p.shape, generator=generator, device="cpu", dtype=torch.float32)
             q.grad = p.grad.to(device)
         for optimizer in optimizers:
             optimizer.step()
@@ -132,7 +135,7 @@ def _moments(state: dict[str, Tensor], p: Tensor) -> tuple[Tensor, Tensor]:
 
     def moment(name: str, signed: bool) -> Tensor:
         if not state:
-            return torch.zeros(p.shape, dtype=torch.float64)
+            return torch.zeros(p.shape, dtype=torch.float64, device="cpu")
         if name in state:
             return state[name].double()
         codes, scale = state[f"{name}_codes"], state[f"{name}_scale"]

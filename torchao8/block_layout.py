@@ -2,8 +2,9 @@
 
 A block is a run of elements that share one scale. Blocks divide rows (runs of trailing elements)
 and never straddle two of them, so any split of the tensor along its leading dimensions falls
-between blocks. All of it follows from the shape alone: nothing here looks at values, strides or
-devices.
+between blocks. A tensor is one row, all of it, if it is a vector or if its dimensions after the
+first hold fewer than 16 elements together. All of this follows from the shape alone: nothing here
+looks at values, strides or devices.
 """
 
 import math
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 MIN_BLOCK_SIZE = 64
 MAX_BLOCK_SIZE = 2048
-# In a shorter row the scales would cost what the codes save.
+# With a scale for each shorter row, the scales would cost what the codes save.
 MIN_ROW_LENGTH = 16
 
 
@@ -31,7 +32,13 @@ def check_block_size(block_size: int) -> None:
 
 
 def row_start(shape: Sequence[int], block_size: int) -> int:
-    """Where a row starts: the largest k >= 1 whose ``shape[k:]`` fills a block, or 1."""
+    """The dimension that starts a row: the largest k >= 1 whose ``shape[k:]`` fills a block, or 1.
+
+    0 where the tensor is one row: a scalar, a vector, and what has fewer than 16 elements in
+    ``shape[1:]``, as a matrix of rank 8 or a convolution of (64, 3, 1, 1).
+    """
+    if 0 < math.prod(shape[1:]) < MIN_ROW_LENGTH:  # rows of no elements stay rows
+        return 0
     for k in range(len(shape) - 1, 1, -1):
         if math.prod(shape[k:]) >= block_size:
             return k
@@ -40,8 +47,6 @@ def row_start(shape: Sequence[int], block_size: int) -> int:
 
 def row_length(shape: Sequence[int], block_size: int) -> int:
     """Elements of one row of a tensor of this shape: 1 for a scalar, all of a vector."""
-    if len(shape) < 2:
-        return math.prod(shape)
     return math.prod(shape[row_start(shape, block_size) :])
 
 
@@ -50,10 +55,11 @@ def scale_shape(shape: Sequence[int], block_size: int) -> tuple[int, ...]:
 
     >>> scale_shape((3072, 768), 256), scale_shape((64, 64, 3, 3), 256), scale_shape((5000,), 256)
     ((3072, 3), (64, 3), (20,))
+    >>> scale_shape((4096, 8), 256)  # one row of 32,768 elements
+    (128,)
     """
     blocks = -(-row_length(shape, block_size) // block_size)
-    leading = tuple(shape[: row_start(shape, block_size)]) if len(shape) >= 2 else ()
-    return (*leading, blocks)
+    return (*shape[: row_start(shape, block_size)], blocks)
 
 
 class Scales(NamedTuple):
@@ -73,7 +79,10 @@ class Scales(NamedTuple):
 
 
 def fits_8bit(shape: Sequence[int], block_size: int, min_8bit_size: int) -> bool:
-    """Whether the state of a parameter of this (global) shape is worth keeping in 8 bits."""
+    """Whether the state of a parameter of this (global) shape is worth keeping in 8 bits.
+
+    A DTensor must have whole blocks on every rank as well: see ``torchao8.sharding.keeps_blocks``.
+    """
     return (
         len(shape) > 0
         and math.prod(shape) >= min_8bit_size

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torchao8 import sharding
-from torchao8.block_layout import Scales, check_block_size, fits_8bit
+from torchao8.block_layout import Scales, check_block_size, fits_8bit, row_start
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -42,8 +42,8 @@ STEP = 4  # bytes: a float32 number for each parameter, on every rank
 NORMS = 4 * 100  # and so are the norms that percentile_clipping keeps
 # Why a parameter keeps 32-bit state.
 TOO_SMALL = "too small"
-SHORT_ROWS = "short rows"
 SHARDED_VECTOR = "sharded vector"
+SHORT_ROWS = "sharded, with short rows"
 CUT_ROWS = "rows cut inside a block"
 
 
@@ -350,11 +350,12 @@ def _check_options(dtype: Any, min_8bit_size: Any, block_size: int, block_wise: 
 def _reason(t: _Tensor, min_8bit_size: int, block_size: int) -> str | None:
     """Why the state has 32 bits; None where it has 8."""
     if not fits_8bit(t.shape, block_size, min_8bit_size):
-        small = not t.shape or math.prod(t.shape) < min_8bit_size
-        return TOO_SMALL if small else SHORT_ROWS
+        return TOO_SMALL
     if not t.mesh_shape or sharding._keeps_blocks(t.shape, t.mesh_shape, t.placements, block_size):
         return None
-    return SHARDED_VECTOR if len(t.shape) == 1 else CUT_ROWS
+    if len(t.shape) == 1:
+        return SHARDED_VECTOR
+    return SHORT_ROWS if row_start(t.shape, block_size) == 0 else CUT_ROWS
 
 
 def _shards(t: _Tensor) -> int:

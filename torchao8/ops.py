@@ -76,7 +76,8 @@ def quantize_blockwise(
             taken for a second moment: what is above 0 never gets the code of 0, what is below 0
             counts as 0.
         block_size: elements that share a scale, a power of two from 64 to 2048. Blocks lie inside
-            rows, see :mod:`torchao8.block_layout`.
+            rows, or go through the whole tensor where ``shape[1:]`` holds fewer than 16 elements,
+            see :mod:`torchao8.block_layout`.
         signed: which of the two maps, see :func:`dynamic_map`.
 
     Returns:
@@ -126,8 +127,9 @@ def dynamic_map(signed: bool = True) -> Tensor:
     Quantization <https://arxiv.org/abs/2110.02861>`_. The signed map runs from -0.993 to 1 and has
     0 at code 127; the unsigned one runs from 0 at code 0 to 1.
     """
-    codes = torch.arange(256, dtype=torch.uint8)
-    return dequantize_blockwise(codes, torch.ones(1), block_size=256, signed=signed)
+    codes = torch.arange(256, dtype=torch.uint8, device="cpu")
+    one = torch.ones(1, dtype=torch.float32, device="cpu")
+    return dequantize_blockwise(codes, one, block_size=256, signed=signed)
 
 
 def step_(
@@ -305,7 +307,7 @@ def sum_squares(tensors: list[Tensor]) -> Tensor:
         if t.layout is not torch.strided:
             raise RuntimeError(f"sum_squares: tensors[{i}] must be dense, got layout {t.layout}")
     if not tensors:  # an op chooses its device by its tensors
-        return torch.zeros(0, SUM_LIMBS, dtype=torch.int64)
+        return torch.zeros(0, SUM_LIMBS, dtype=torch.int64, device="cpu")
     sums: Tensor = _sum_squares(tensors)
     return sums
 

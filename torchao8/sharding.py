@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-from torchao8.block_layout import row_length, row_start, scale_shape
+from torchao8.block_layout import MIN_ROW_LENGTH, row_length, row_start, scale_shape
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -51,7 +51,8 @@ def local(tensor: Tensor) -> Tensor:
 def keeps_blocks(p: DTensor, block_size: int) -> bool:
     """Whether every shard of a parameter, on whatever rank, holds whole blocks of 8-bit state.
 
-    A vector never does: no block size fits all the ways to split it.
+    A tensor that is one row (:func:`torchao8.block_layout.row_start`), as a vector or a matrix of
+    rank 8, never does, on a mesh of one rank neither: no block size fits all the ways to split it.
     """
     return _keeps_blocks(p.shape, p.device_mesh.shape, p.placements, block_size)
 
@@ -63,9 +64,9 @@ def _keeps_blocks(
     placements: tuple[Placement, ...],
     block_size: int,
 ) -> bool:
-    if len(shape) < 2:
-        return False
     k = row_start(shape, block_size)
+    if k == 0:
+        return False
     dims = [_shards(placement) for placement in placements]
     if any(d is not None and d > k for d in dims):
         return False
@@ -80,6 +81,8 @@ def _keeps_blocks(
         index = _indices(shape, mesh_shape, coordinate, placements, k)
         blocks = _indices(scales, mesh_shape, coordinate, placements, k)
         if not _covers(index, blocks, inner, shape[k], block_size):
+            return False
+        if index and len(index) * inner < MIN_ROW_LENGTH:  # the op would see one row in all
             return False
     return True
 
@@ -103,16 +106,17 @@ def _covers(
 def cut_row_message(p: DTensor, block_size: int) -> str | None:
     """What to tell a person whose matrix keeps 32-bit state for the way it is sharded.
 
-    None for vectors: they are a vanishing share of memory, and none of their splits would do.
+    None for what is one row: a vanishing share of memory, and none of its splits would do.
     """
-    if p.ndim < 2 or keeps_blocks(p, block_size):
+    if row_start(p.shape, block_size) == 0 or keeps_blocks(p, block_size):
         return None
     row = row_length(p.shape, block_size)
     return (
         f"of shape {list(p.shape)} is placed as {p.placements} on a mesh of shape "
         f"{list(p.device_mesh.shape)}, which cuts its blocks of {block_size} (rows of {row} "
         "elements), so that it keeps 32-bit state. Shard it along dimension 0, or choose a split "
-        f"of the row, or a smaller block_size, with shards that are multiples of the block."
+        "of the row, or a smaller block_size, with shards that are multiples of the block (a last "
+        f"one may be short, of {MIN_ROW_LENGTH} elements or more)."
     )
 
 
@@ -495,7 +499,7 @@ def agree(tensors: Iterable[Tensor], refused: bool) -> bool:
         key=lambda mesh: (mesh.size(), mesh.mesh.flatten().tolist(), tuple(mesh.shape)),
     )
     for mesh in ordered + ordered[::-1]:
-        flag = torch.tensor(int(refused), device=mesh.device_type)
+        flag = torch.tensor(int(refused), dtype=torch.int64, device=mesh.device_type)
         for dim in range(mesh.ndim):
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=mesh.get_group(dim))
         refused = bool(flag)

@@ -1,11 +1,15 @@
 // Where blocks lie: inside rows, so that sharding a tensor along its leading dimensions falls
-// between them. torchao8/block_layout.py is the same rule in Python, with its reasons.
+// between them. A tensor whose rows would be very short is one row. torchao8/block_layout.py is the
+// same rule in Python, with its reasons.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
 namespace torchao8 {
+
+// In a shorter row the scales would cost what the codes save.
+constexpr int64_t kMinRowLength = 16;
 
 struct BlockLayout {
   int64_t rows = 1;
@@ -23,8 +27,10 @@ BlockLayout block_layout(const Sizes& sizes, int64_t block_size) {
     for (int64_t d = k; d < ndim; d++) product *= sizes[d];
     return product;
   };
-  // A row is the shortest run of trailing dimensions that holds a block; else all but the first.
-  int64_t k = ndim < 2 ? 0 : ndim - 1;
+  // A row is the shortest run of trailing dimensions that holds a block; else all but the first;
+  // and if these hold something, but too little, the whole tensor.
+  const int64_t after_first = elements_from(1);
+  int64_t k = 0 < after_first && after_first < kMinRowLength ? 0 : ndim - 1;
   while (k > 1 && elements_from(k) < block_size) k--;
 
   BlockLayout layout;

@@ -4,13 +4,13 @@
 //
 // A block gets four 32-bit coefficients by hashing. Its element 8 * j + l, l < 8, draws
 //     h = c0 + c1 * t[l] + (c2 + c3 * t[l]) * j  (mod 2^23),
-// of which the top 14 bits are used. With random coefficients the draws of any two elements are
-// uniform and independent but for low bits that are not used (multilinear hashing: Carter and
-// Wegman, "Universal classes of hash functions", 1979), so that rounding errors add up as those of
-// independent draws do, in variance; their sums have heavier tails, a lane of 32 elements now and
-// then being rounded one way. Three draws at equal distances that are multiples of 8 are an
-// arithmetic sequence. A vector of 8 or 16 lanes goes on to its next elements by one addition, and
-// 23 bits are a float's mantissa: no shift is needed to make one.
+// of which the top 14 bits are used. With random coefficients the draws of any two elements of a
+// parameter are uniform and independent but for low bits that are not used (multilinear hashing:
+// Carter and Wegman, "Universal classes of hash functions", 1979), so that rounding errors add up
+// as those of independent draws do, in variance; their sums have heavier tails, a lane of 32
+// elements now and then being rounded one way. Three draws at equal distances that are multiples of
+// 8 are an arithmetic sequence. A vector of 8 or 16 lanes goes on to its next elements by one
+// addition, and 23 bits are a float's mantissa: no shift is needed to make one.
 //
 // A bfloat16 parameter that is rounded stochastically takes the same hash (mod 2^32) under a key of
 // its own, of which the top 16 bits are used. With c0 any, one hash is uniform; given it, another
@@ -19,6 +19,13 @@
 // the low 7 bits of the difference are fixed: the top 16 bits of two draws are uniform and
 // independent. Where the state has 32 bits there are no blocks, and these are of 256 elements of
 // the whole tensor (ElementRandom), whatever part of it is at hand.
+//
+// Two parameters share draws: of the same state, at the same step, of elements with the same index
+// in blocks that begin at the same element. Each is rounded without bias all the same, and as many
+// independent draws make up any sum over one of them; only a sum over both at equal indices could
+// tell. A key of each parameter would need an identity that is the same in every grouping, order,
+// wrapper, sharding and after a restart. Positions change with groups, names with wrappers and are
+// optional, and shapes are alike where draws are shared. A group has one: its seed.
 #pragma once
 
 #include "common/macros.h"
@@ -32,8 +39,8 @@ TORCHAO8_HD uint64_t mix_bits(uint64_t z) {
   return z ^ (z >> 31);
 }
 
-// One key serves all tensors of a step. `stream` tells the states of one parameter, 0 to 2, and the
-// parameter itself apart.
+// One key serves all tensors of a step and seed. `stream` tells the states of one parameter, 0 to
+// 2, and the parameter itself apart.
 constexpr uint64_t kParamStream = 3;
 TORCHAO8_HD uint64_t random_key(uint64_t seed, uint64_t step, uint64_t stream) {
   return mix_bits(mix_bits(seed + 0x9e3779b97f4a7c15u) ^ mix_bits(4 * step + stream));

@@ -10,7 +10,6 @@
 #include "cpu/kernels.h"
 #include "cpu/vec_scalar.h"
 #include "cuda/one_scale.cuh"
-#include "failures.h"
 #include "rules/adam.h"
 #include "rules/ademamix.h"
 #include "rules/lion.h"
@@ -19,6 +18,7 @@
 
 namespace {
 
+emulation::Failures failures;
 const cuda::Tables kTables = cuda::make_tables();
 constexpr uint64_t kSeed = 11;
 
@@ -245,10 +245,11 @@ void check(const char* name, const typename Rule::Options& base, const Case& c) 
       cpu[i].step++;
     }
     if (n + of_tensors == 0) continue;
-    fail("%s, types %d and %d, blocks of %d, %s%s, step %d: %ld extremes, %ld others differ\n",
-         name, int(c.param_type), int(c.grad_type), c.block_size,
-         c.stochastic ? "stochastic" : "nearest", kRounds ? ", parameters too" : "", step, long(n),
-         long(of_tensors));
+    failures++;
+    std::printf(
+        "%s, types %d and %d, blocks of %d, %s%s, step %d: %ld extremes, %ld others differ\n", name,
+        int(c.param_type), int(c.grad_type), c.block_size, c.stochastic ? "stochastic" : "nearest",
+        kRounds ? ", parameters too" : "", step, long(n), long(of_tensors));
   }
 }
 
@@ -304,5 +305,6 @@ int main() {
   sgd.rate_in_buffer = true;
   check<SgdRule<true, true>, float>("LARS", sgd, {f32, f32, f32, 256, false});
 #endif
-  return finish();
+  std::printf("%d configurations differ\n", failures.count);
+  return failures.count != 0;
 }

@@ -9,11 +9,12 @@
 
 #include "cpu/kernels.h"
 #include "cuda/sums.cuh"
-#include "failures.h"
 
 using namespace torchao8;
 
 namespace {
+
+emulation::Failures failures;
 
 struct Case {
   int64_t count;
@@ -111,8 +112,9 @@ void check(const std::string& name, const std::vector<Input>& inputs, unsigned b
   for (size_t i = 0; i < rows; i++) {
     const bool same = std::equal(&got[i * kLimbs], &got[i * kLimbs] + kLimbs, &want[i * kLimbs]);
     if (same && got_norms[i] == want_norms[i]) continue;
-    fail("%s, %u blocks, tensor %zu of %ld elements: %s differs\n", name.c_str(), blocks, i,
-         long(inputs[i].how.count), same ? "its norm" : "its sum");
+    failures++;
+    std::printf("%s, %u blocks, tensor %zu of %ld elements: %s differs\n", name.c_str(), blocks, i,
+                long(inputs[i].how.count), same ? "its norm" : "its sum");
   }
 }
 
@@ -132,5 +134,6 @@ int main() {
   large.memory.assign(size_t(large.how.count) * 2, 0x7f);  // 3.4e38
   check("large", {large}, 1);
 #endif
-  return finish();
+  std::printf("%d configurations differ\n", failures.count);
+  return failures.count != 0;
 }

@@ -13,6 +13,8 @@
 #include <cmath>
 #include <csetjmp>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -144,6 +146,22 @@ inline float nudge(float x) {
   std::memcpy(&x, &u, sizeof x);
   return x;
 }
+
+// Configurations that differ, so far. With -DQUICK the second one ends the program: the first has
+// been told, and a mutant need not differ more often.
+struct Failures {
+  int count = 0;
+
+  void operator++(int) {
+#ifdef QUICK
+    if (count > 0) {
+      std::fflush(stdout);
+      std::_Exit(1);
+    }
+#endif
+    count++;
+  }
+};
 
 }  // namespace emulation
 

@@ -39,6 +39,11 @@ def is_bitsandbytes(saved: Mapping[str, Any]) -> bool:
     return NESTED in saved or any(_is_bnb_key(key) for key in saved)
 
 
+def is_bitsandbytes_key(key: Any) -> bool:
+    """Whether the key is one that bitsandbytes has for a parameter."""
+    return key == NESTED or key in _BNB_SCRATCH or _is_bnb_key(key)
+
+
 def _is_bnb_key(key: Any) -> bool:
     """state1, qmap2, ...: a number goes with each of bitsandbytes' names."""
     return isinstance(key, str) and key[-1:].isdigit() and key[:-1] in _BNB_KEYS

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from torchao8.optim._checks import kind
+from torchao8.optim._checks import kind, plain
 from torchao8.sharding import is_dtensor
 
 SHARDED = (
@@ -94,14 +94,14 @@ def checked_map(label: str, key: str, value: Any, signed: bool) -> Tensor:
 
 def checked_step(label: str, saved: Mapping[str, Any]) -> Tensor:
     """An int of bitsandbytes, a 0-d tensor of torchao."""
-    value = saved.get("step")
+    value = plain(saved.get("step"))
     single = isinstance(value, Tensor) and value.numel() == 1 and not is_dtensor(value)
     if not (single or (isinstance(value, (int, float)) and not isinstance(value, bool))):
         got = "nothing" if value is None else type(value).__name__
         raise ValueError(f"step of {label}: expected a number, got {got}")
-    number = float(value)  # type: ignore[arg-type]
+    number = float(value)
     if not 0 <= number < 2**24 or number != int(number):
         raise ValueError(
             f"step of {label}: expected a whole number from 0 to 2^24 - 1, got {number}"
         )
-    return torch.tensor(number, dtype=torch.float32)
+    return torch.tensor(number, dtype=torch.float32, device="cpu")

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from torchao8.optim._checkpoint import has_state
+
 if TYPE_CHECKING:
     from torchao8.optim.base import LowPrecisionOptimizer
 
@@ -16,14 +18,17 @@ def names_of(model: nn.Module, optimizer: LowPrecisionOptimizer) -> dict[Tensor,
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    fresh = [p for p in params if not optimizer.state.get(p)]
+    fresh = {p: optimizer.state.get(p) for p in params if not has_state(optimizer.state.get(p))}
+    fresh = {p: None if others is None else dict(others) for p, others in fresh.items()}
     # Torch tells names of parameters with state only, and makes a step where there is none at all.
     optimizer._init_states()
     try:
         named: Any = get_optimizer_state_dict(model, optimizer)["param_groups"]
     finally:
-        for p in fresh:
+        for p, others in fresh.items():
             optimizer.state.pop(p, None)
+            if others is not None:
+                optimizer.state[p] = others
     return {
         p: name
         for group, live in zip(named, optimizer.param_groups, strict=True)

@@ -13,7 +13,7 @@ from torchao8 import sharding
 from torchao8.block_layout import scale_shape
 from torchao8.checkpoint._names import check_own, names_of
 from torchao8.optim import _paging
-from torchao8.optim._checkpoint import BESIDE_STATES
+from torchao8.optim._checkpoint import BESIDE_STATES, is_own
 from torchao8.optim._load import all_or_none
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torchao8.optim.base import LowPrecisionOptimizer
 
 
+@torch.inference_mode(False)  # its tensors could not be changed in steps outside of it
 def load_dcp(
     model: nn.Module,
     optimizer: LowPrecisionOptimizer,
@@ -91,7 +92,8 @@ def load_dcp(
             for p in live["params"]:
                 prefix = f"{key}.state.{names[p]}."
                 entries = {k: entry for k, entry in saved.items() if k.startswith(prefix)}
-                if not entries and p.requires_grad and needs_state:
+                has_entries = any(is_own(k[len(prefix) :]) for k in entries)
+                if not has_entries and p.requires_grad and needs_state:
                     raise ValueError(
                         f"{checkpoint_id}: no state of {names[p]}, expected keys {prefix}*"
                     )
@@ -100,7 +102,8 @@ def load_dcp(
                 folder = _paging.folder_of(live, p)
                 if folder is not None:
                     beside = [prefix + name for name in BESIDE_STATES]
-                    owners.update({k: (p, folder) for k in entries if k not in beside})
+                    own = [k for k in entries if is_own(k[len(prefix) :]) and k not in beside]
+                    owners.update(dict.fromkeys(own, (p, folder)))
         rooms.update(_paging.paged_rooms(rooms, owners))
     values = read(rooms)
     state: dict[int, dict[str, Any]] = {}
@@ -159,7 +162,7 @@ def _plain_room(entry: Any) -> Tensor | None:
     """A tensor to read one of the checkpoint's into, None for what is no tensor."""
     if not hasattr(entry, "size"):
         return None
-    return torch.empty(tuple(entry.size), dtype=entry.properties.dtype)
+    return torch.empty(tuple(entry.size), dtype=entry.properties.dtype, device="cpu")
 
 
 def _room(p: Tensor, entry: Any, block_size: int | None) -> Tensor | None:

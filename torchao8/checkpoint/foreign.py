@@ -23,13 +23,14 @@ from torchao8.block_layout import Scales, row_length
 from torchao8.checkpoint._bitsandbytes import (
     NESTED,
     is_bitsandbytes,
+    is_bitsandbytes_key,
     own_options,
     read_bitsandbytes,
 )
 from torchao8.checkpoint._moments import Quantized, StateSpec, checked_scale, checked_step
 from torchao8.checkpoint._torchao import is_torchao, read_torchao
 
-__all__ = ["norm_history", "own_options", "to_own", "who_wrote"]
+__all__ = ["norm_history", "own_options", "reads", "to_own", "who_wrote"]
 
 # Entries of their maps differ from ours by up to 6e-8: they were rounded more often.
 _MAP_TOLERANCE = 1e-6
@@ -43,6 +44,11 @@ def who_wrote(saved: Mapping[str, Any]) -> str | None:
     if is_torchao(saved):
         return "torchao"
     return None
+
+
+def reads(key: Any) -> bool:
+    """Whether a key of the state of a parameter may be one of another library, not ours."""
+    return is_bitsandbytes_key(key)
 
 
 def to_own(
@@ -128,7 +134,7 @@ def _widened(saved: Mapping[str, Any], states: Sequence[StateSpec]) -> dict[str,
     if there is nothing to change."""
     if "step" not in saved and set(saved) <= {"momentum_buffer"}:
         present = {key: value for key, value in saved.items() if value is not None}
-        saved = {"step": torch.tensor(1.0), **present}
+        saved = {"step": torch.tensor(1.0, dtype=torch.float32, device="cpu"), **present}
         return _widened(saved, states) or saved
     narrow = {
         s.name: saved[s.name].to(torch.float32)
@@ -151,6 +157,6 @@ def _is_ours(moment: Quantized, signed: bool, shape: Sequence[int], scales: Scal
 
 
 def _same_blocks(shape: Sequence[int], block_size: int) -> bool:
-    """Whether blocks of the flattened tensor are blocks of its rows: no row starts inside one."""
+    """Whether blocks of the flattened tensor are ours: no row of several starts inside of one."""
     row = row_length(shape, block_size)
     return len(shape) > 0 and (row % block_size == 0 or row == math.prod(shape))

@@ -6,9 +6,13 @@ Each state tensor is an entry of the file, ``<parameter>.<key>``, with the bytes
 
     {"format_version": 1,
      "state": {"<parameter>": ["step", "exp_avg_codes", ...], ...},
+     "others": {"<parameter>": {"<key>": 0.5, ...}, ...},
      "param_groups": [{"params": ["<parameter>", ...], "options": {"lr": 0.001, ...}}, ...],
      "crc32": {"<parameter>.step": 1234567890, ...},
      "own_crc32": 1234567890}
+
+``others`` are what others than the optimizer keep in its state and is no tensor; it is not there
+where there is none.
 
 The checksums are those of zlib, of the bytes of each entry and of this JSON without the last item.
 
@@ -32,6 +36,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchao8.checkpoint._names import check_own, names_of
+from torchao8.optim._checkpoint import is_own
+from torchao8.optim._checks import plain, warn_caller
 from torchao8.optim._load import all_or_none, ranks_of
 from torchao8.sharding import is_dtensor
 
@@ -49,13 +55,15 @@ class _Header(NamedTuple):
 
     Attributes:
         state: the keys of the state of each parameter that has one.
+        others: values of its state that are not entries of the file.
         params: the parameters of each group, by the names that they have in the file.
         options: those of each group; a tuple or a tensor is a dict that says so.
-        option_tensors: the entries that stand for options.
+        option_tensors: the entries that stand for options, or in ``others``.
         crc32: the checksum of the bytes of each entry, as of zlib.
     """
 
     state: dict[str, list[str]]
+    others: dict[str, dict[str, Any]]
     params: list[list[str]]
     options: list[dict[str, Any]]
     option_tensors: set[str]
@@ -94,6 +102,9 @@ def save_safetensors(
         TypeError: no optimizer of this library.
         ValueError: a state that is no plain dense tensor, DTensors among them, or an option that is
             no number, string, bool, None, tensor, or list or tuple of such. Nothing is written.
+
+    What others keep in the state of a parameter is saved too where it is one of these things. One
+    warning names the first of what is left out.
     """
     check_own("save_safetensors", optimizer)
     save_file = _import_save_file()
@@ -103,6 +114,7 @@ def save_safetensors(
         save_file(tensors, temporary, metadata=metadata)
 
 
+@torch.inference_mode(False)  # its tensors could not be changed in steps outside of it
 def load_safetensors(
     optimizer: LowPrecisionOptimizer, path: _Path, *, model: nn.Module | None = None
 ) -> None:
@@ -140,10 +152,13 @@ def load_safetensors(
         for name, value in group.items():
             if isinstance(value, Tensor) and isinstance(live.get(name), Tensor):
                 group[name] = value.to(live[name].device)
-    state = {
+    state: dict[int, dict[str, Any]] = {
         numbers[name]: {key: tensors[f"{name}.{key}"] for key in keys}
         for name, keys in header.state.items()
     }
+    for name, values in header.others.items():
+        others = {key: _decode(value, tensors) for key, value in values.items()}
+        state.setdefault(numbers[name], {}).update(others)
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
@@ -158,12 +173,33 @@ def _flatten(saved: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
             "Where a full state dict was gathered with cpu_offload=True, only rank 0 has it"
         )
     tensors: dict[str, Tensor] = {}
+    entries: dict[str, list[str]] = {}
+    others: dict[str, dict[str, Any]] = {}
+    left_out: list[str] = []
     names = _file_names(saved["param_groups"])
     for param, values in saved["state"].items():
         if param not in names:
             raise ValueError(f"state of {param!r}: no parameter group of the state dict has it")
+        entries[names[param]] = []
         for key, value in values.items():
-            _add(tensors, f"{names[param]}.{key}", value)
+            name = f"{names[param]}.{key}"
+            if is_own(key) or _is_dense(value):
+                _add(tensors, name, value)
+                entries[names[param]].append(key)
+                continue
+            try:
+                encoded = _encode(name, value, tensors)
+            except ValueError:
+                left_out.append(name)
+            else:
+                others.setdefault(names[param], {})[key] = encoded
+    if left_out:
+        more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
+        warn_caller(
+            f"save_safetensors: {left_out[0]}{more} in the state of the optimizer is not saved: "
+            "what others keep there can be tensors, numbers, strings, bools, None, and lists and "
+            "tuples of such"
+        )
     groups = []
     for number, group in enumerate(saved["param_groups"]):
         options = {
@@ -174,7 +210,8 @@ def _flatten(saved: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
         groups.append({"params": [names[p] for p in group["params"]], "options": options})
     content = {
         "format_version": FORMAT_VERSION,
-        "state": {names[p]: list(values) for p, values in saved["state"].items() if values},
+        "state": {name: keys for name, keys in entries.items() if keys},
+        **({"others": others} if others else {}),
         "param_groups": groups,
     }
     apart = _apart(tensors)
@@ -194,6 +231,10 @@ def _file_names(groups: list[dict[str, Any]]) -> dict[Any, str]:
     return dict(zip(params, names, strict=True))
 
 
+def _is_dense(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided and not is_dtensor(value)
+
+
 def _add(tensors: dict[str, Tensor], name: str, value: Any) -> None:
     """Raises ValueError unless the value can be an entry of the file and the name is free."""
     if is_dtensor(value):
@@ -201,7 +242,7 @@ def _add(tensors: dict[str, Tensor], name: str, value: Any) -> None:
             f"{name}: expected a plain tensor, got a DTensor. Gather the state first, with "
             "get_optimizer_state_dict and full_state_dict=True, and pass it as state_dict"
         )
-    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+    if not _is_dense(value):
         kind = value.layout if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{name}: expected a dense tensor, got {kind}")
     if name in tensors:
@@ -236,6 +277,7 @@ def _crc32_of_json(content: dict[str, Any]) -> int:
 
 def _encode(name: str, value: Any, tensors: dict[str, Tensor]) -> Any:
     """An option as JSON; a tensor becomes an entry of the file."""
+    value = plain(value)
     if isinstance(value, Tensor):
         _add(tensors, name, value)
         return {"tensor": name}
@@ -313,12 +355,16 @@ def _read_header(path: str, metadata: dict[str, str]) -> _Header:
             groups = content["param_groups"]
             header = _Header(
                 {str(name): [str(key) for key in keys] for name, keys in content["state"].items()},
+                {str(name): dict(values) for name, values in content.get("others", {}).items()},
                 [[str(name) for name in group["params"]] for group in groups],
                 [dict(group["options"]) for group in groups],
                 {
                     name
-                    for group in groups
-                    for value in group["options"].values()
+                    for values in (
+                        *(group["options"] for group in groups),
+                        *content.get("others", {}).values(),
+                    )
+                    for value in values.values()
                     for name in _tensor_names(value)
                 },
                 {str(name): int(number) for name, number in content["crc32"].items()},
@@ -339,7 +385,7 @@ def _read_header(path: str, metadata: dict[str, str]) -> _Header:
 def _check_names(path: str, header: _Header, found: set[str]) -> None:
     """Raises ValueError unless the file has what its header names, and nothing else."""
     params = [name for group in header.params for name in group]
-    stray = sorted(set(header.state) - set(params))
+    stray = sorted({*header.state, *header.others} - set(params))
     if len(set(params)) != len(params) or stray:
         which = f"of {stray[0]!r} is in none of them" if stray else "of one is in two of them"
         raise ValueError(f"{path}: expected parameters in one group each, but the state {which}")

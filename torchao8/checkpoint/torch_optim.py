@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torchao8.block_layout import Scales
 from torchao8.checkpoint._names import check_own
 from torchao8.optim import _clipping
-from torchao8.optim._checkpoint import in_32bit
+from torchao8.optim._checkpoint import has_state, in_32bit, is_own
 
 if TYPE_CHECKING:
     from torchao8.optim.base import LowPrecisionOptimizer
@@ -53,7 +54,7 @@ def to_torch(optimizer: LowPrecisionOptimizer) -> dict[str, Any]:
     """
     check_own("to_torch", optimizer)
     torch_cls = _torch_class(optimizer)
-    options = torch_cls([torch.zeros(())]).defaults
+    options = torch_cls([torch.zeros((), dtype=torch.float32, device="cpu")]).defaults
     hints = {name: value for name, value in _HINTS.items() if name in options}
     saved = optimizer.state_dict()
     state: dict[int, dict[str, Tensor]] = {}
@@ -96,16 +97,18 @@ def _state(
     p: Tensor,
 ) -> dict[str, Tensor]:
     """The state of a parameter as torch has it; none before the first step."""
-    own = optimizer.state.get(p)
-    if not own:
+    own = optimizer.state.get(p, {})
+    if not has_state(own):
         if torch_cls is not torch.optim.Adagrad:
-            return {}
-        own = {key: spec.empty(p) for key, spec in optimizer._layout(group, p).items()}
+            return copy.deepcopy(own)
+        layout = optimizer._layout(group, p)
+        own = {**own, **{key: spec.empty(p) for key, spec in layout.items()}}
     states = in_32bit(p, optimizer._states_in(group, own), own, Scales.of(group))
-    theirs = {k: v.detach().clone() for k, v in states.items() if k != _clipping.KEY}
+    others = {k: v for k, v in states.items() if not is_own(k)}
+    theirs = {k: v.detach().clone() for k, v in states.items() if is_own(k) and k != _clipping.KEY}
     if states is not own:
         optimizer._mend_decoded(theirs)
     theirs["step"] = theirs["step"].cpu()
     if torch_cls is torch.optim.SGD and theirs.pop("step") == 0:
-        return {}  # torch takes its first gradient for the buffer where there is none
-    return theirs
+        theirs = {}  # torch takes its first gradient for the buffer where there is none
+    return {**theirs, **copy.deepcopy(others)}

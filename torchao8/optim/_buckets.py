@@ -13,7 +13,15 @@ from torch.optim import Optimizer
 from torchao8 import sharding
 from torchao8.block_layout import Scales, fits_8bit
 from torchao8.optim import _clipping, _paging
-from torchao8.optim._checks import NO_FLOAT16, check_grad, describe, is_readable_grad
+from torchao8.optim._checkpoint import is_own
+from torchao8.optim._checks import (
+    NO_FLOAT16,
+    check_grad,
+    describe,
+    is_readable_grad,
+    meta_message,
+    with_shape,
+)
 from torchao8.sharding import Place
 
 if TYPE_CHECKING:
@@ -193,7 +201,7 @@ def sort_into_buckets(
     work = Work(number, group, [], [], [], [], [], [])
     for i, p in enumerate(group["params"]):
         grad, state = p.grad, optimizer.state.get(p)
-        if not state:
+        if not state or "step" not in state:
             if grad is None and not p.requires_grad:
                 continue
             init_states()
@@ -212,7 +220,8 @@ def sort_into_buckets(
             tensors = [state[key] for key in keys]
         except KeyError:
             raise RuntimeError(_keys_message(optimizer, p, keys)) from None
-        if len(state) > len(keys):  # a state that no step would move, and no checkpoint could have
+        # A state that no step would move, and no checkpoint could have; others' keys are no such.
+        if len(state) > len(keys) and any(is_own(k) for k in state if k not in keys):
             raise RuntimeError(_keys_message(optimizer, p, keys))
         sharded = sharding.is_dtensor(p)
         place = place_of(i, p, True) if sharded else None
@@ -223,7 +232,8 @@ def sort_into_buckets(
             if group["optim_bits"] == 8 and p.numel() >= group["min_8bit_size"]:
                 pass
         elif names:  # what has no state has no format either
-            check_layout(optimizer, group, p, scale, not sharded or place is not None)
+            first, keeps_blocks = tensors[len(beside)], not sharded or place is not None
+            check_layout(optimizer, group, p, first, scale, keeps_blocks)
         step, states = tensors[0], tensors[len(beside) :]
         where = len(work.params)
         work.numbers.append(i)
@@ -248,6 +258,9 @@ def sort_into_buckets(
         columns = kinds.setdefault(kind, Columns())
         block_wise = group["block_wise"]
         columns.add_shard(where, place, p_local, grad, step, parts, quantized, block_wise)
+    for kind, made in kinds.items():
+        if made.numbers and kind[1].type == "meta":
+            raise RuntimeError(meta_message(optimizer, work.params[made.numbers[0]]))
     work.buckets.extend(made.bucket(names, kind[0]) for kind, made in kinds.items() if made.tensors)
     return _paging.pieces(work)
 
@@ -279,27 +292,41 @@ def check_shard(optimizer: Optimizer, p: DTensor, place: Place) -> None:
 
 
 def check_layout(
-    optimizer: Optimizer, group: Group, p: Tensor, scale: Tensor | None, keeps_blocks: bool
+    optimizer: Optimizer,
+    group: Group,
+    p: Tensor,
+    first: Tensor | None,
+    scale: Tensor | None,
+    keeps_blocks: bool,
 ) -> None:
-    """Raises RuntimeError if an option was changed after it had laid out the state.
+    """Raises RuntimeError if an option was changed after it had laid out the state, or the shape.
 
     Args:
+        first: the parameter's first state, codes in 8 bits; None where it is missing.
         scale: of the parameter's first state, None in 32 bits.
         keeps_blocks: False for a DTensor that keeps 32-bit state for the way it is sharded.
     """
+    shape = p.shape
+    if first is not None and first.shape != shape:
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: {describe(optimizer, p)} is of shape {list(shape)} now, "
+            f"its state of shape {list(first.shape)}: it was resized, or its data replaced, after "
+            "the first step. Build a new optimizer, or remove its state "
+            "(optimizer.state.pop(parameter)), which then starts anew"
+        )
     least, block_size = group["min_8bit_size"], group["block_size"]
     wants_8bit = (
         group["optim_bits"] == 8
         and p.numel() >= least
         and keeps_blocks
-        and (scale is not None or fits_8bit(p.shape, block_size, least))
+        and (scale is not None or fits_8bit(shape, block_size, least))
     )
     if wants_8bit != (scale is not None) or (
-        scale is not None and scale.shape != _cached_scale_shape(p.shape, Scales.of(group))
+        scale is not None and scale.shape != _cached_scale_shape(shape, Scales.of(group))
     ):
         has = "32-bit state" if scale is None else f"8-bit state, scales {list(scale.shape)}"
         raise RuntimeError(
-            f"{type(optimizer).__name__}: {describe(optimizer, p)} already has {has}, but its "
+            f"{type(optimizer).__name__}: {with_shape(optimizer, p)} already has {has}, but its "
             f"group now says optim_bits={group['optim_bits']}, min_8bit_size={least}, "
             f"block_size={block_size}, block_wise={group['block_wise']}. Set them back, or build a "
             "new optimizer."

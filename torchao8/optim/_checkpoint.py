@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torchao8 import ops
 from torchao8.block_layout import MAX_BLOCK_SIZE, Scales
 from torchao8.optim import _clipping
-from torchao8.optim._checks import kind
+from torchao8.optim._checks import kind, plain
 from torchao8.sharding import (
     cut_out,
     is_dtensor,
@@ -25,6 +25,31 @@ from torchao8.sharding import (
 
 # The keys that stand beside the states of a rule, in 8 and in 32 bits alike.
 BESIDE_STATES = ("step", _clipping.KEY)
+
+# Of what optimizer.state[p] holds, all that is of this library, whatever the class. Other keys are
+# others': of an optimizer that wraps this one, or of a logger. They stay as they are.
+_own_keys = set(BESIDE_STATES)
+
+
+def add_own_keys(names: Iterable[str]) -> None:
+    """Makes known the states of a class."""
+    for name in names:
+        _own_keys.update((name, *_parts_of_8bit(name)))
+
+
+def _parts_of_8bit(name: str) -> tuple[str, str]:
+    return f"{name}_codes", f"{name}_scale"
+
+
+def is_own(key: Any) -> bool:
+    """Whether a key of ``optimizer.state[p]`` is one of this library."""
+    return key in _own_keys
+
+
+def has_state(state: Mapping[str, Any] | None) -> bool:
+    """Whether a parameter has state: others may have put something there before the first step."""
+    return bool(state) and "step" in state  # type: ignore[operator]
+
 
 # Of the state as it is saved: the keys, what they hold and how blocks lie. It stands in every
 # parameter group, as what stands beside the groups gets lost on some roads.
@@ -96,6 +121,26 @@ class Sealed:
         self.part = part
 
 
+class Kept:
+    """What others keep for a parameter, on the same way: with its bytes, containers included."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def place(self, p: Tensor, value: Any) -> Any:
+        """The value for ``p``: tensors on its device, and sharded as it is if they have its
+        shape."""
+        if isinstance(value, Tensor):
+            if is_dtensor(p) and not is_dtensor(value) and value.dim() and value.shape == p.shape:
+                return like(p, cut_out(p, value, value.shape).to(local(p).device), value.shape)
+            return value.to(local(p).device)
+        if type(value) is dict:
+            return {key: self.place(p, item) for key, item in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)([self.place(p, item) for item in value])
+        return value
+
+
 def unseal(state: dict[Any, Any]) -> None:
     """Takes the tensors out of their seals, in place, on the device of their parameter."""
     for p, tensors in state.items():
@@ -103,6 +148,18 @@ def unseal(state: dict[Any, Any]) -> None:
             for key, value in tensors.items():
                 if isinstance(value, Sealed):
                     tensors[key] = value.spec.place(p, value.part)
+                elif isinstance(value, Kept):
+                    tensors[key] = value.place(p, value.value)
+
+
+def make_normal(state: dict[Any, Any]) -> None:
+    """Replaces tensors that were copied in inference mode, which no step outside of it could
+    change."""
+    for tensors in state.values():
+        for key, value in tensors.items() if isinstance(tensors, dict) else ():
+            if is_own(key) and isinstance(value, Tensor) and value.is_inference():
+                with torch.inference_mode(False):
+                    tensors[key] = value.clone()
 
 
 def check_form(
@@ -112,6 +169,7 @@ def check_form(
     states: Sequence[State],
     saved: dict[str, Any],
     saved_scales: Scales,
+    others: Collection[Any] = (),
 ) -> bool:
     """Whether saved state of ``p`` needs a conversion, after all checks that look at no value.
 
@@ -122,6 +180,7 @@ def check_form(
         layout: what the state is to be.
         saved: plain tensors of the whole, or DTensors where ``p`` is one.
         saved_scales: of the state, if it is 8-bit state.
+        others: keys that are not of this library, for messages.
 
     Raises:
         ValueError: other keys; a value that is no tensor or of another dtype or shape.
@@ -130,7 +189,7 @@ def check_form(
     form = _form(layout, states, in_8bit, saved_scales)
     if set(saved) != set(form):
         raise ValueError(
-            f"state of {label}: expected the keys {list(layout)}, got {list(saved)}"
+            f"state of {label}: expected the keys {list(layout)}, got {[*saved, *others]}"
             + _remedy(states, saved)
         )
     for key, value in saved.items():
@@ -263,11 +322,18 @@ def _check_values(label: str, key: str, spec: TensorSpec, value: Tensor) -> None
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(plain(value), (int, float)) and not isinstance(value, bool)
 
 
 def _is_count(value: Tensor) -> bool:
     return value.numel() == 1 and not (value.is_complex() or value.dtype == torch.bool)
+
+
+def is_step(value: Any) -> bool:
+    """Whether this is a number of steps: a number or a tensor of one element."""
+    if isinstance(value, Tensor):
+        return not is_dtensor(value) and _is_count(value) and is_step(value.item())
+    return _is_number(value) and 0 <= value < 2**24 and value == value // 1
 
 
 def _step_tensor(value: Any) -> Tensor:
@@ -276,7 +342,7 @@ def _step_tensor(value: Any) -> Tensor:
         value = value.full_tensor()
     if isinstance(value, Tensor):
         return value.detach().to(torch.float32).reshape(()).clone()
-    return torch.tensor(float(min(value, 2**24)), dtype=torch.float32)
+    return torch.tensor(float(min(value, 2**24)), dtype=torch.float32, device="cpu")
 
 
 # -- another precision -----------------------------------------------------------------------------
@@ -327,7 +393,7 @@ def convert(
     if _clipping.KEY in form:
         parts[_clipping.KEY] = _whole(saved[_clipping.KEY]).detach()
     moments: list[Tensor] = []
-    extremes = [torch.zeros(1) for _ in states]
+    extremes = [torch.zeros(1, dtype=torch.float32, device="cpu") for _ in states]
     refusal: ValueError | None = None
     try:
         for key, value in values.items():
@@ -358,7 +424,7 @@ def in_32bit(
     """The state of a parameter in 32 bits, sharded as it is; ``saved`` itself where it is so."""
     if not _is_8bit(states, saved):
         return saved
-    converted = {key: saved[key] for key in BESIDE_STATES if key in saved}
+    converted = {k: v for k, v in saved.items() if k in BESIDE_STATES or not is_own(k)}
     for state in states:
         codes, scale = (local(saved[key]) for key in _keys(state, True))
         converted[state.name] = like(p, _dequantize(p, codes, scale, scales, state.signed), p.shape)
@@ -406,7 +472,8 @@ def _extreme_elements(
     A collective where these are what this rank holds of those of ``p``. One that was refused, and
     is missing, counts as nothing.
     """
-    ends = torch.zeros(count, 2, device=device)  # the largest, and the largest of the negated
+    # The largest, and the largest of the negated.
+    ends = torch.zeros(count, 2, dtype=torch.float32, device=device)
     for i, moment in enumerate(moments):
         if moment.numel():
             ends[i] = torch.stack((moment.max(), -moment.min()))
@@ -430,7 +497,7 @@ def _quantize_with(moment: Tensor, extreme: Tensor, signed: bool) -> tuple[Tenso
 
 
 def _keys(state: State, in_8bit: bool) -> tuple[str, ...]:
-    return (f"{state.name}_codes", f"{state.name}_scale") if in_8bit else (state.name,)
+    return _parts_of_8bit(state.name) if in_8bit else (state.name,)
 
 
 def _whole(value: Any) -> Any:

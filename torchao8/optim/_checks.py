@@ -15,6 +15,10 @@ from torchao8.sharding import is_dtensor, local
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPE_NAMES = "float32, bfloat16 or float16"
+_TIED = (
+    "Tied weights, as those of an embedding that is the output layer too, come up under two names "
+    "where modules are listed one by one; model.parameters() has them once"
+)
 NO_FLOAT16 = (
     "expected bfloat16 or float32 under stochastic_rounding=True, which rounds the one and has "
     "nothing to do for the other, got torch.float16. Make it bfloat16, or give it a group without "
@@ -27,12 +31,19 @@ def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def check_number(name: str, value: Any, *, below: float | None = None) -> None:
+def check_number(
+    name: str, value: Any, *, below: float | None = None, signed: bool = False
+) -> None:
     """Raises ValueError unless ``value`` is a finite number >= 0, and less than ``below`` if given.
 
     A tensor of one element will do.
+
+    Args:
+        signed: whether any finite number will.
     """
     limit = "a finite number >= 0" if below is None else f"a number in [0, {below:g})"
+    if signed:
+        limit = "a finite number"
     if isinstance(value, Tensor):
         if value.is_complex() or value.dtype == torch.bool:
             raise ValueError(f"{name}: expected {limit}, got a tensor of {value.dtype}")
@@ -42,8 +53,33 @@ def check_number(name: str, value: Any, *, below: float | None = None) -> None:
             )
     elif not isinstance(value, (int, float)) or isinstance(value, bool):
         raise ValueError(f"{name}: expected {limit}, got {value!r}")
-    if not 0 <= value < (math.inf if below is None else below):
+    in_range = value > -math.inf if signed else value >= 0
+    if not (in_range and value < (math.inf if below is None else below)):
         raise ValueError(f"{name}: expected {limit}, got {value}")
+
+
+def plain(value: Any) -> Any:
+    """Numbers of numpy as Python's, also in tuples and lists; anything else as it is.
+
+    Torch takes them for options, but a file that holds some does not load with weights_only=True.
+    """
+    if isinstance(value, (tuple, list)):
+        if any(_is_of_numpy(v) for v in value):
+            return type(value)([plain(v) for v in value])
+        return value
+    return value.item() if _is_of_numpy(value) else value
+
+
+def _is_of_numpy(value: Any) -> bool:
+    """Whether this is a scalar of numpy, which need not be installed."""
+    return type(value).__module__ == "numpy" and getattr(value, "shape", None) == ()
+
+
+def plain_numbers(group: dict[str, Any]) -> None:
+    """The same for the options of a group, in place."""
+    for name, value in group.items():
+        if name != "params" and (number := plain(value)) is not value:
+            group[name] = number
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -107,10 +143,25 @@ def check_params(params: Iterable[Any], stochastic_rounding: bool) -> None:
         if not isinstance(p, Tensor):
             continue
         if id(p) in seen:
-            raise ValueError(f"params[{index}]: expected each parameter once, got this one again")
+            raise ValueError(
+                f"params[{index}]: expected each parameter once, got this one again, of shape "
+                f"{list(p.shape)}. {_TIED}"
+            )
         seen.add(id(p))
         if p.requires_grad or p.grad is not None:
             _check_trainable(index, p, stochastic_rounding)
+
+
+def check_new_params(optimizer: Optimizer, params: Iterable[Any]) -> None:
+    """Raises ValueError for a parameter that another group has: torch would not say which."""
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for index, entry in enumerate(params):
+        p = entry[1] if isinstance(entry, tuple) else entry
+        if isinstance(p, Tensor) and id(p) in known:
+            raise ValueError(
+                "some parameters appear in more than one parameter group: params"
+                f"[{index}], of shape {list(p.shape)}, is {describe(optimizer, p)}. {_TIED}"
+            )
 
 
 def check_device(index: int, device: torch.device) -> None:
@@ -180,6 +231,21 @@ def describe(optimizer: Optimizer, p: Tensor) -> str:
                 return f"parameter {number}{name}"
             number += 1
     raise ValueError("the parameter is not in the optimizer")
+
+
+def with_shape(optimizer: Optimizer, p: Tensor) -> str:
+    """The same, with the shape of one that has no name: ``parameter 3 (of shape [40, 70])``."""
+    label = describe(optimizer, p)
+    return label if label.endswith(")") else f"{label} (of shape {list(p.shape)})"
+
+
+def meta_message(optimizer: Optimizer, p: Tensor) -> str:
+    """Why a step is refused, as torch.optim refuses it with fused=True."""
+    return (
+        f"{type(optimizer).__name__}: {describe(optimizer, p)}, of shape {list(p.shape)}, is on "
+        "the device meta: expected a parameter with values. Materialize the model before the "
+        "first step (model.to_empty(device=...), then load or initialize its weights)"
+    )
 
 
 def warn_caller(message: str) -> None:

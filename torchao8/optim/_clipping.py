@@ -64,7 +64,7 @@ def clip_factors_(
     current = norms.clamp(max=_LARGEST).to(torch.float32).unsqueeze(1)
     slot = (torch.stack(steps) + 1).remainder(HISTORY).unsqueeze(1)
     is_empty = before < 0
-    is_new = is_empty | (torch.arange(HISTORY, device=slot.device) == slot)
+    is_new = is_empty | (torch.arange(HISTORY, dtype=torch.int64, device=slot.device) == slot)
     after = torch.where(is_new & ~(is_empty & (current == 0)), current, before)
     limit = after.sort(dim=1).values[:, percentile : percentile + 1].clamp_min(0)
     factors = torch.where(current > limit, limit.double() / current.double(), 1.0)

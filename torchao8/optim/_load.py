@@ -16,8 +16,25 @@ from torchao8.block_layout import Scales, check_block_size
 from torchao8.checkpoint import foreign
 from torchao8.optim import _clipping, _paging
 from torchao8.optim._buckets import Group
-from torchao8.optim._checkpoint import Layout, State, check_form, convert, parts_of, seal
-from torchao8.optim._checks import check_flag, check_params, describe, warn_caller
+from torchao8.optim._checkpoint import (
+    Kept,
+    Layout,
+    State,
+    check_form,
+    convert,
+    is_own,
+    is_step,
+    parts_of,
+    seal,
+)
+from torchao8.optim._checks import (
+    check_flag,
+    check_params,
+    describe,
+    plain_numbers,
+    warn_caller,
+    with_shape,
+)
 
 if TYPE_CHECKING:
     from torchao8.optim.base import LowPrecisionOptimizer
@@ -104,15 +121,20 @@ class _Loading:
         self.plans: list[_Plan] = []
         self.rooms: list[dict[str, Tensor]] = []
         self.parts: list[dict[str, Tensor]] = []
+        # What others keep for parameters, by their numbers in the checkpoint.
+        self.others: dict[Any, dict[Any, Any]] = {}
         # What to tell of: the parameters that were converted, by how, and who wrote their state.
         self.converted: dict[str, list[str]] = {}
         self.authors: set[str] = set()
+        self.untold: set[int] = set()  # where the steps are counted from that it does not tell of
         self.warnings: list[str] = []
 
     def check(self) -> None:
         """Brings options into the format of the optimizer, and finds out what to do with state."""
         _check_structure(self.state_dict)
-        self.saved_groups = self.state_dict["param_groups"]
+        self.saved_groups = [dict(saved) for saved in self.state_dict["param_groups"]]
+        for saved in self.saved_groups:
+            plain_numbers(saved)
         self.state = dict(self.state_dict["state"])
         live_groups = self.optimizer.param_groups
         _check_sizes(live_groups, self.saved_groups)
@@ -120,7 +142,9 @@ class _Loading:
         for live, saved in zip(live_groups, self.saved_groups, strict=True):
             kept = {name: live[name] for name in self.optimizer._own_options}
             missing = {name: live[name] for name in self.optimizer.defaults}
-            has_state = any(map(self._has_state, live["params"], saved["params"]))
+            for p, saved_id in zip(live["params"], saved["params"], strict=True):
+                self._set_apart(saved, p, saved_id)
+            has_state = any(map(self._has_state, saved["params"]))
             if has_state:
                 self.optimizer._check_source(saved)
             options = self._own_options(saved)
@@ -137,10 +161,13 @@ class _Loading:
             check_block_size(saved_scales.block_size)
             check_flag("block_wise", saved_scales.block_wise)
             for p, saved_id in zip(live["params"], saved["params"], strict=True):
-                if self._has_state(p, saved_id):
+                if self._has_state(saved_id):
                     if "state_version" not in saved:
-                        self._read_foreign(group, p, saved_id)
+                        self._read_foreign(group, saved, p, saved_id)
                     self._plan(group, p, saved_id, saved_scales)
+                elif saved_id in self.others:
+                    self.state[saved_id] = self.others[saved_id]
+        self._check_readable()
         known = {saved_id for group in self.saved_groups for saved_id in group["params"]}
         stray = [key for key in self.state if key not in known]
         if stray:
@@ -177,17 +204,44 @@ class _Loading:
             # for what is not paged here.
             for key, part in parts.items():
                 is_stray = plan.layout[key].pages is None and _paging.found_in(part) is not None
-                if part.numel() and (part.data_ptr() in seen or is_stray):
+                shared = part.numel() and (part.data_ptr() in seen or is_stray)
+                if shared or part.is_inference():
                     parts[key] = part.clone()
                 seen.add(part.data_ptr())
-            self.state[plan.saved_id] = seal(plan.label, plan.layout, parts)
+            sealed = seal(plan.label, plan.layout, parts)
+            self.state[plan.saved_id] = {**sealed, **self.others.get(plan.saved_id, {})}
 
-    def _has_state(self, p: Tensor, saved_id: Any) -> bool:
+    def _check_readable(self) -> None:
+        """Raises ValueError where all that a checkpoint of others has is of no use here."""
+        for live, saved in zip(self.optimizer.param_groups, self.saved_groups, strict=True):
+            for p, saved_id in zip(live["params"], saved["params"], strict=True):
+                keys = list(self.others.get(saved_id, ()))
+                is_strange = keys and not self.plans and "state_version" not in saved
+                if is_strange and self.optimizer._states_of(live):
+                    layout = self.optimizer._layout(live, p)
+                    raise ValueError(
+                        f"state of {describe(self.optimizer, p)}: expected the keys "
+                        f"{list(layout)}, got {keys}. Another optimizer saved it"
+                    )
+
+    def _set_apart(self, saved: Group, p: Tensor, saved_id: Any) -> None:
+        """Takes what others keep for a parameter out of what is read here."""
         values = self.state.get(saved_id, {})
         if not isinstance(values, dict):
             label = describe(self.optimizer, p)
             raise ValueError(f"state of {label}: expected a dict, got {type(values).__name__}")
-        return bool(values)
+        may_be_foreign = "state_version" not in saved
+        others = {
+            k: Kept(v)
+            for k, v in values.items()
+            if not (is_own(k) or (may_be_foreign and foreign.reads(k)))
+        }
+        if others:
+            self.others[saved_id] = others
+            self.state[saved_id] = {k: v for k, v in values.items() if k not in others}
+
+    def _has_state(self, saved_id: Any) -> bool:
+        return bool(self.state.get(saved_id))
 
     def _own_options(self, saved: Group) -> Group:
         """Those of a group of bitsandbytes under our names; all others are so already."""
@@ -202,24 +256,41 @@ class _Loading:
             self.warnings.append(warning)
         return options
 
-    def _read_foreign(self, group: Group, p: Tensor, saved_id: Any) -> None:
+    def _count_untold(self, group: Group, saved: Group, saved_id: Any) -> None:
+        """Where state comes without the number of its steps, takes that of its group, or the least
+        with which the rule goes on."""
+        if "step" in self.state[saved_id]:
+            return
+        told: Any = saved.get("step")
+        steps = int(told) if is_step(told) else self.optimizer._steps_untold(group)
+        if steps is not None:  # if not, its keys are refused
+            self.untold.add(steps)
+            step = torch.tensor(float(steps), dtype=torch.float32, device="cpu")
+            self.state[saved_id] = {"step": step, **self.state[saved_id]}
+
+    def _read_foreign(self, group: Group, saved: Group, p: Tensor, saved_id: Any) -> None:
         values = self.state[saved_id]
         states, label = self.optimizer._states_in(group, values), describe(self.optimizer, p)
         own = foreign.to_own(label, values, p.shape, states, *Scales.of(group))
         if own is not None:
             self.authors.add(foreign.who_wrote(values) or "torch.optim")
             self.state[saved_id] = own
+        self._count_untold(group, saved, saved_id)
         if _clipping.clips(group) and _clipping.KEY not in values:
             history = foreign.norm_history(label, values)
             if history is None:
-                history = torch.full((_clipping.HISTORY,), _clipping.EMPTY)
+                history = torch.full(
+                    (_clipping.HISTORY,), _clipping.EMPTY, dtype=torch.float32, device="cpu"
+                )
             self.state[saved_id] = {**self.state[saved_id], _clipping.KEY: history}
 
     def _plan(self, group: Group, p: Tensor, saved_id: Any, saved_scales: Scales) -> None:
         values = self.state[saved_id]
         states, label = self.optimizer._states_in(group, values), describe(self.optimizer, p)
         layout = self.optimizer._layout(group, p, states)
-        converts = check_form(label, p, layout, states, values, saved_scales)
+        converts = check_form(
+            label, p, layout, states, values, saved_scales, self.others.get(saved_id, ())
+        )
         scales = Scales.of(group)
         if converts:
             was_8bit, is_8bit = (any(k.endswith("_codes") for k in ks) for ks in (values, layout))
@@ -232,7 +303,7 @@ class _Loading:
                 if was_8bit
                 else "in 32 bits, and is rounded to 8"
             )
-            self.converted.setdefault(how, []).append(label)
+            self.converted.setdefault(how, []).append(with_shape(self.optimizer, p))
         plan = _Plan(saved_id, label, p, layout, states, values, scales, saved_scales, converts)
         self.plans.append(plan)
 
@@ -249,6 +320,12 @@ class _Loading:
         name = type(self.optimizer).__name__
         for warning in self.warnings:
             warn_caller(f"{name}: {warning}")
+        if self.untold:
+            warn_caller(
+                f"{name}: the checkpoint has state without 'step'; its steps are counted from "
+                f"{', '.join(map(str, sorted(self.untold)))} on, which is the 'step' of the group "
+                "where it has one"
+            )
         for how, labels in self.converted.items():
             others = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
             warn_caller(

@@ -34,15 +34,18 @@ class CommonOptions(TypedDict, total=False):
         fused: the step is always fused; True also lets ``torch.amp.GradScaler`` leave unscaling and
             the skipping of a step to the op.
         optim_bits: 8 or 32, the bits of a state value; the default is that of the class.
-        min_8bit_size: a parameter with fewer elements keeps 32-bit state, and so do scalars and
-            parameters with rows of fewer than 16 elements.
+        min_8bit_size: a parameter with fewer elements keeps 32-bit state, and so do scalars. Of
+            DTensors so do vectors, and what has fewer than 16 elements in ``shape[1:]`` (a matrix
+            of LoRA of rank 8): no block fits all the ways to shard them.
         block_size: elements that share a scale in 8 bits, a power of two from 64 to 2048.
         state_rounding: how averages and sums of squares are rounded to 8 bits, "stochastic" or
             "nearest". Other states say in their class how they are rounded.
         stochastic_rounding: write bfloat16 parameters back with stochastic rounding, in place of
             nearest, which loses updates of less than half a unit of a parameter's last place.
             float32 parameters need none and take none; float16 ones are refused.
-        seed: of the stochastic rounding. The same seed, step and gradients give the same bits.
+        seed: of the stochastic rounding. The same seed, step and gradients give the same bits. The
+            draws of a parameter are independent of each other; parameters of one seed share those
+            of equal indices at equal steps.
         percentile_clipping: p scales a gradient down whose norm is larger than the p-th of its
             parameter's last 100, in ascending order, to that norm; 100 is off. As in bitsandbytes
             up to 0.45, but for the norm of the whole parameter where it is sharded, and for zeros

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from torchao8 import ops
-from torchao8.optim._checkpoint import BESIDE_STATES, TensorSpec
+from torchao8.optim._checkpoint import BESIDE_STATES, TensorSpec, is_own
 from torchao8.optim._checks import check_flag, describe
 from torchao8.optim._foreign_memory import tensor_on
 from torchao8.sharding import is_dtensor, is_placed_as, local
@@ -343,7 +343,7 @@ def move_states(groups: Iterable[Group], state: dict[Any, Any]) -> None:
                 layout = {
                     key: _spec_of(value, folder)
                     for key, value in values.items()
-                    if key not in BESIDE_STATES
+                    if key not in BESIDE_STATES and is_own(key)
                 }
                 wanted.append((p, layout, values))
     for (p, layout, values), rooms in zip(wanted, rooms_for(wanted), strict=True):

@@ -75,6 +75,9 @@ class Adagrad(LowPrecisionOptimizer):
     def _states(self, group: Group) -> tuple[State, ...]:
         return (State("sum", signed=False, initial=group["initial_accumulator_value"]),)
 
+    def _steps_untold(self, group: Group) -> int | None:
+        return None if group["lr_decay"] else 0  # lr_decay alone counts them
+
 
 class Adagrad8bit(Adagrad):
     """:class:`Adagrad` with 8-bit state: about one byte a parameter in place of four."""

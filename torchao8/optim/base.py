@@ -34,16 +34,22 @@ from torchao8.optim._checkpoint import (
     Layout,
     State,
     TensorSpec,
+    add_own_keys,
+    has_state,
     in_32bit,
+    make_normal,
     unseal,
 )
 from torchao8.optim._checks import (
     check_flag,
     check_grad,
+    check_new_params,
     check_number,
     check_params,
     describe,
     is_int,
+    meta_message,
+    plain_numbers,
     warn_caller,
 )
 from torchao8.optim._load import plain_hints, seal_state_dict
@@ -108,13 +114,17 @@ class LowPrecisionOptimizer(Optimizer):
     # States that stay as they are while the option of this name is 0.
     _resting: dict[str, str] = {}  # noqa: RUF012 (nobody writes to it)
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        add_own_keys(getattr(cls, "_op_states", ()))
+
     def __init__(self, params: ParamsT, options: Group) -> None:
         fixed = {name: value for name, (value, _) in FIXED.items()}
         defaults = plain_hints({**fixed, **options, "state_version": STATE_VERSION})
         if defaults["is_paged"] is None:
             defaults["is_paged"] = self._paged
-        self._check_options(defaults)
-        self._check_new_group(defaults)
+        plain_numbers(defaults)
+        self._check_new(defaults)
         super().__init__(params, defaults)
         _run_when_traced(type(self))
         self._step_supports_amp_scaling = bool(defaults["fused"])
@@ -132,6 +142,17 @@ class LowPrecisionOptimizer(Optimizer):
     def _check_new_group(self, group: Group) -> None:
         """Raises ValueError for options of a new group that do not go together; a schedule may
         change them later as it likes."""
+
+    def _check_new(self, group: Group) -> None:
+        """Raises ValueError or NotImplementedError for options that no group may begin with."""
+        check_number("lr", group["lr"])
+        self._check_options(group)
+        self._check_new_group(group)
+
+    def _steps_untold(self, group: Group) -> int | None:
+        """The steps that state of another library counts as, which does not tell how many they
+        were; None where the rule cannot do without."""
+        return None
 
     def _has_trust_ratios(self, group: Group) -> bool:
         """Whether the learning rate of each parameter is multiplied by a ratio of norms."""
@@ -161,7 +182,8 @@ class LowPrecisionOptimizer(Optimizer):
         check_flag("maximize", group["maximize"])
         _clipping.check_percentile(group["percentile_clipping"])
         _paging.check_options(group)
-        check_number("lr", group["lr"])
+        # A schedule that ends at 0 may end at -5e-21, which a step takes, and so do checkpoints.
+        check_number("lr", group["lr"], signed=True)
         if not is_int(group["optim_bits"]) or group["optim_bits"] not in (8, 32):
             raise ValueError(f"optim_bits: expected 8 or 32, got {group['optim_bits']!r}")
         if not is_int(group["min_8bit_size"]) or group["min_8bit_size"] < 0:
@@ -199,14 +221,15 @@ class LowPrecisionOptimizer(Optimizer):
                 param_group["params"] = given = list(given)  # an iterator can be read only once
             _warn_of_misspelled(param_group, self.defaults)
             options = {**self.defaults, **plain_hints(param_group)}
-            self._check_options(options)
-            self._check_new_group(options)
+            plain_numbers(options)
+            self._check_new(options)
             _paging.check_folder(options)
-            check_params(
-                [given] if isinstance(given, Tensor) else given, options["stochastic_rounding"]
-            )
+            given = [given] if isinstance(given, Tensor) else given
+            check_params(given, options["stochastic_rounding"])
+            check_new_params(self, given)
         super().add_param_group(param_group)
         self.param_groups[-1].update(plain_hints(self.param_groups[-1]))
+        plain_numbers(self.param_groups[-1])
 
     # -- state ---------------------------------------------------------------------------------
 
@@ -220,8 +243,8 @@ class LowPrecisionOptimizer(Optimizer):
         """The states of the parameters of a group."""
         if self._resting:
             for p in group["params"]:
-                state = self.state.get(p)
-                if state:
+                state = self.state.get(p, {})
+                if has_state(state):
                     return self._states_in(group, state)
         return self._states(group)
 
@@ -275,19 +298,23 @@ class LowPrecisionOptimizer(Optimizer):
         All trainable parameters get theirs at the first step, with a gradient or without: then no
         checkpoint is partial, and a first gradient that comes late meets nothing new.
         """
-        fresh = []
+        fresh: list[tuple[Tensor, Layout]] = []
         for group in self.param_groups:
             check_params(group["params"], group["stochastic_rounding"])
             for p in group["params"]:
                 if p.grad is not None:
                     check_grad(self, p)
-                if self.state.get(p):
+                if has_state(self.state.get(p)):
                     self._check_layout(group, p)
                 elif p.requires_grad or p.grad is not None:
+                    if sharding.local(p).is_meta and p.grad is not None:
+                        raise RuntimeError(meta_message(self, p))
                     self._warn_of_cut_row(group, p)
                     fresh.append((p, self._layout(group, p)))
-        for (p, _), state in zip(fresh, _paging.new_states(fresh), strict=True):
-            self.state[p] = state
+        with torch.inference_mode(False):  # its tensors could not be changed in steps outside of it
+            states = _paging.new_states(fresh)
+        for (p, _), state in zip(fresh, states, strict=True):
+            self.state[p] = {**state, **self.state.get(p, {})}
 
     def _warn_of_no_gradient(self) -> None:
         """Once: training that does nothing looks like training."""
@@ -308,8 +335,8 @@ class LowPrecisionOptimizer(Optimizer):
             name = states[0].name
             scale = self.state[p].get(f"{name}_scale")
             keeps_blocks = not is_dtensor(p) or sharding.keeps_blocks(p, group["block_size"])
-            check_layout(self, group, p, scale, keeps_blocks)
             first = self.state[p].get(name if scale is None else f"{name}_codes")
+            check_layout(self, group, p, first, scale, keeps_blocks)
             if first is not None:
                 _paging.check_place(self, group, p, sharding.local(first))
 
@@ -345,7 +372,8 @@ class LowPrecisionOptimizer(Optimizer):
 
         Raises:
             RuntimeError: a gradient is sparse or of an unsupported dtype, or a state does not fit
-                its parameter and options (``optim_bits`` was changed, for one).
+                its parameter and options (``optim_bits`` was changed, for one, or the parameter was
+                resized); a parameter with a gradient is on the device meta.
             ValueError: a parameter put into a group after construction is of an unsupported dtype;
                 a float16 one under ``stochastic_rounding``; a shard that is not what it says.
             OSError: no space for paged state, at the first step.
@@ -358,6 +386,7 @@ class LowPrecisionOptimizer(Optimizer):
             self._init_states()  # at trace time: the traced step finds every state in place
         else:
             for group in self.param_groups:
+                plain_numbers(group)
                 self._check_options({**{k: known(v) for k, v in group.items()}, "lr": 0.0})
         rates, works = [], []
         for number, group in enumerate(self.param_groups):
@@ -480,14 +509,21 @@ class LowPrecisionOptimizer(Optimizer):
 
         8-bit state stays codes and scales, but for parameters that FSDP1 has flattened: its
         ``optim_state_dict`` can gather moments only, so that these are given in 32 bits. Loaded at
-        the same world size they become the same codes again.
+        the same world size they become the same codes again. Empty shards of its parameters are
+        left out where there are no moments, as of SGD without momentum.
         """
         result = super().state_dict()
         for group, packed in zip(self.param_groups, result["param_groups"], strict=True):
+            plain_numbers(packed)
             states = self._states_of(group)
             for p, key in zip(group["params"], packed["params"], strict=True):
                 if sharding.is_flattened(p) and key in result["state"]:
                     saved = result["state"][key]
+                    if not states and not p.numel():
+                        # FSDP1 skips the steps of empty shards, which it knows by their moments.
+                        # Here are none, and without a gradient no step was counted on this rank.
+                        del result["state"][key]
+                        continue
                     result["state"][key] = in_32bit(p, states, saved, Scales.of(group))
         return result
 
@@ -500,6 +536,11 @@ class LowPrecisionOptimizer(Optimizer):
         the device of their parameter, and to paged memory where it is paged; those that are there
         already are taken over, not copied. State that was saved in another precision than the
         parameter keeps here, or in other blocks, is converted, and one warning says so.
+
+        What others keep in the state of a parameter (a Lookahead, a logger) comes back as it was
+        saved, on the device of the parameter. State of another library that does not tell how many
+        steps it has made counts them from the ``step`` of its group or, where the rule allows it,
+        from the start; one warning says so.
 
         Where parameters are DTensors this is a collective: all ranks load, or all raise. Their
         state may come as DTensors or, on every rank, as the whole plain tensors.
@@ -515,6 +556,10 @@ class LowPrecisionOptimizer(Optimizer):
         """
         if not isinstance(cast(object, state_dict), dict):
             seal_state_dict(self, state_dict)  # refuses it, and has the other ranks do so as well
+        self._load(state_dict)
+
+    @torch.inference_mode(False)  # its tensors could not be changed in steps outside of it
+    def _load(self, state_dict: dict[str, Any]) -> None:
         # Registered for this call only: so it runs after the user's hooks, and copies and pickles
         # of the optimizer, which carry no hooks, load checkpoints as well.
         handle = self.register_load_state_dict_pre_hook(seal_state_dict)
@@ -525,6 +570,7 @@ class LowPrecisionOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         unseal(state["state"])
+        make_normal(state["state"])
         super().__setstate__(state)
         for group in (self.defaults, *self.param_groups):
             for name, value in _NEWER.items():

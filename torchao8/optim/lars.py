@@ -119,6 +119,9 @@ class LARS(LowPrecisionOptimizer):
                 "state dict, and the buffer starts anew"
             )
 
+    def _steps_untold(self, group: Group) -> int | None:
+        return 1  # after the first one, which sets the buffer, their number does not matter
+
     def _op_flags(self, group: Group) -> dict[str, bool]:
         flags = {name: group[name] for name in ("nesterov", "maximize")}
         return {**flags, "rate_in_buffer": True}

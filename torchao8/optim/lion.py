@@ -66,6 +66,9 @@ class Lion(LowPrecisionOptimizer):
     def _states(self, group: Group) -> tuple[State, ...]:
         return (State("exp_avg", signed=True),)
 
+    def _steps_untold(self, group: Group) -> int | None:
+        return 0  # steps of Lion do not depend on their number
+
 
 class Lion8bit(Lion):
     """:class:`Lion` with 8-bit state: about one byte a parameter in place of four."""

@@ -101,6 +101,9 @@ class RMSprop(LowPrecisionOptimizer):
             least = state["grad_avg"].square().mul_(64 / 63)
             state["square_avg"] = torch.maximum(state["square_avg"], least)
 
+    def _steps_untold(self, group: Group) -> int | None:
+        return 0  # steps of RMSprop do not depend on their number
+
 
 class RMSprop8bit(RMSprop):
     """:class:`RMSprop` with 8-bit state: about one byte a parameter and state in place of four."""

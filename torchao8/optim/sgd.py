@@ -94,6 +94,9 @@ class SGD(LowPrecisionOptimizer):
                 "of LARS, whose buffer holds them times the learning rates of their steps"
             )
 
+    def _steps_untold(self, group: Group) -> int | None:
+        return 1  # after the first one, which sets the buffer, their number does not matter
+
     def _op_flags(self, group: Group) -> dict[str, bool]:
         flags = {name: group[name] for name in ("nesterov", "maximize")}
         return {**flags, "rate_in_buffer": False}

@@ -1,0 +1,59 @@
+"""What `make test` leaves of products over the table: every class meets every subject of sharding.
+
+Read from the marks of the tests themselves, so that a case that is moved to `thorough`, or a class
+that is new in the table, is seen here.
+"""
+
+import itertools
+from typing import Any
+
+import pytest
+import test_sharded_checkpoints as checkpoints
+import test_sharded_training as training
+from optim_table import OPTIMIZERS
+
+CLASSES = {case.cls.__name__ for case in OPTIMIZERS}
+MESHES = {(2,), (3,), (8,), (2, 2)}
+
+
+def common_cases(test: Any) -> list[tuple[Any, ...]]:
+    """Values of the parameters in `make test`, of a test with one mark for all of them."""
+    (mark,) = (mark for mark in test.pytestmark if mark.name == "parametrize")
+    cases = []
+    for values in mark.args[1]:
+        if isinstance(values, type(pytest.param())):
+            if any(each.name in ("thorough", "slow") for each in values.marks):
+                continue
+            values = values.values
+        cases.append(tuple(values))
+    return cases
+
+
+def pairs(triples: set[tuple[Any, ...]], first: int, second: int) -> set[tuple[Any, ...]]:
+    return {(triple[first], triple[second]) for triple in triples}
+
+
+def test_training() -> None:
+    """Classes, meshes and kinds of runs: all pairs of any two."""
+    runs = common_cases(training.test_same_bits_on_every_mesh)
+    triples = {
+        (OPTIMIZERS[i].cls.__name__, mesh, training.KINDS[kind])
+        for mesh, turn in runs
+        for i, kind in training.planned(turn)
+    }
+    kinds = set(training.KINDS)
+    assert len(kinds) == 4
+    assert pairs(triples, 0, 1) == set(itertools.product(CLASSES, MESHES))
+    assert pairs(triples, 0, 2) == set(itertools.product(CLASSES, kinds))
+    assert pairs(triples, 1, 2) == set(itertools.product(MESHES, kinds))
+
+
+def test_checkpoints() -> None:
+    """Each class; each of the world sizes saves for each other one, and both dtypes both ways."""
+    plans = common_cases(checkpoints.test_saved_at_any_world_size_and_loaded_at_any)
+    assert {name for *_, names in plans for name in names} == CLASSES
+    assert all("AdamW8bit" in names for *_, names in plans)
+    worlds, dtypes = {2, 3, 8}, set(checkpoints.DTYPES)
+    assert {plan[:2] for plan in plans} == set(itertools.permutations(worlds, 2))
+    for side in (0, 1):
+        assert pairs(set(plans), side, 2) == set(itertools.product(worlds, dtypes))
