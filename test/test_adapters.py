@@ -109,7 +109,9 @@ def test_checkpoints_from_when_they_had_32_bits(case: OptimizerCase) -> None:
     saved = through_file(old.state_dict())
     saved["param_groups"][0]["optim_bits"] = 8
     new = case.make(make_params(shapes=SHAPES), min_8bit_size=SMALL)
-    with pytest.warns(UserWarning, match="parameter 0 and 3 more was saved in 32 bits, and is"):
+    with pytest.warns(
+        UserWarning, match=r"parameter 0 \(of shape .*\) and 3 more was saved in 32 bits, and is"
+    ):
         new.load_state_dict(saved)
     for p, q in zip(params, new.param_groups[0]["params"], strict=True):
         for name, signed in case.states:

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_cuda_source import EMULATION, ROOT, compile_cpp
+from test_cuda_source import EMULATION, ROOT, cpp_command
 
 from torchao8 import ops
 
@@ -39,7 +39,10 @@ MUTANTS = {
 def run(csrc: Path, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     source = EMULATION / "check_signed_rounding.cpp"
     tables = csrc / "cpu/codec_tables.cpp"
-    program = compile_cpp(csrc, folder / "check", "-O2", *flags, source, tables)
+    program = folder / "check"
+    command = [*cpp_command(csrc, "-O2", *flags, source, tables), program]
+    compiled = subprocess.run(command, capture_output=True, text=True)
+    assert compiled.returncode == 0, compiled.stderr
     return subprocess.run([program], capture_output=True, text=True, timeout=120)
 
 

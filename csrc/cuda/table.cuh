@@ -188,18 +188,20 @@ struct Prepared {
   Rule rule;
   bool is_bounded;
   uint64_t keys[kMaxStates], param_key;
+  typename Rule::Options options;  // here, in shared memory: in registers they would spill
 
-  TORCHAO8_HD void set(Numbers<Rule> numbers, const Places& places) {
+  TORCHAO8_HD void set(const Numbers<Rule>& numbers, const Places& places) {
     const int64_t step = int64_t(*places.step) + 1;
-    if (numbers.rest) set_numbers(numbers.options, numbers.rest);
-    numbers.options.lr = numbers.lr.get();
-    numbers.options.grad_scale = numbers.grad_scale.get();
-    if (places.factors) numbers.options.multiply(places.factors);
-    rule = Rule::at_step(numbers.options, step, numbers.scaled_state);
-    is_bounded = rule.is_bounded();
     for (int s = 0; s < Rule::kStates; s++)
       keys[s] = random_key(numbers.seed, uint64_t(step), uint64_t(s));
     param_key = random_key(numbers.seed, uint64_t(step), kParamStream);
+    options = numbers.options;
+    if (numbers.rest) set_numbers(options, numbers.rest);
+    options.lr = numbers.lr.get();
+    options.grad_scale = numbers.grad_scale.get();
+    if (places.factors) options.multiply(places.factors);
+    rule = Rule::at_step(options, step, numbers.scaled_state);
+    is_bounded = rule.is_bounded();
   }
 };
 
