@@ -44,12 +44,12 @@ MUTANTS = {
     ),
     "factors not read": (
         "table.cuh",
-        "if (places.factors) numbers.options.multiply(places.factors);",
+        "if (places.factors) options.multiply(places.factors);",
         "",
     ),
     "numbers on the device not read": (
         "table.cuh",
-        "if (numbers.rest) set_numbers(numbers.options, numbers.rest);",
+        "if (numbers.rest) set_numbers(options, numbers.rest);",
         "",
     ),
     "found_inf not read": ("step.cuh", "if (table.numbers.found_inf.get() != 0) return;", ""),
