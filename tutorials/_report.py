@@ -36,8 +36,8 @@ class Result:
     losses: list[float]
     held_out: list[tuple[int, float]]
     optimizer_bytes: float
-    peak_bytes: int | None
-    step_ms: float
+    peak_bytes: int | None  # these two: None where it was not measured
+    step_ms: float | None
 
 
 def peak_memory(device: str, work: Callable[..., object], *arguments: Any) -> int | None:
@@ -82,8 +82,12 @@ def _synchronize(device: str) -> None:
 
 def table(results: list[Result]) -> str:
     """Return the results as a Markdown table; the others are compared with the first."""
-    header = ["optimizer", "held-out loss", "difference", "optimizer state", "peak memory", "step"]
-    units = ["", "nats per byte", "", "bytes per parameter", "MB", "ms"]
+    header = ["optimizer", "held-out loss", "difference", "optimizer state"]
+    units = ["", "nats per byte", "", "bytes per parameter"]
+    timed = results[0].step_ms is not None
+    if timed:
+        header += ["peak memory", "step"]
+        units += ["MB", "ms"]
     reference = results[0].held_out[-1][1]
     rows = [header, units]
     for result in results:
@@ -94,16 +98,20 @@ def table(results: list[Result]) -> str:
                 f"{loss:.4f}",
                 f"{100 * (loss / reference - 1):+.2f}%",
                 f"{result.optimizer_bytes:.2f}",
-                "not known" if result.peak_bytes is None else f"{result.peak_bytes / 1e6:.1f}",
-                f"{result.step_ms:.2f}",
             ]
         )
+        if timed:
+            peak = result.peak_bytes
+            rows[-1] += [
+                "not known" if peak is None else f"{peak / 1e6:.1f}",
+                f"{result.step_ms:.2f}",
+            ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     rule = ["-" * (width - 1) + ":" for width in widths]
     rule[0] = "-" * widths[0]
     lines = [rows[0], rule, *rows[1:]]
     drawn = ["| " + " | ".join(map(_pad, line, widths)) + " |" for line in lines]
-    return "\n".join([*drawn, "", NOTES])
+    return "\n".join([*drawn, "", NOTES] if timed else drawn)
 
 
 def _pad(cell: str, width: int) -> str:

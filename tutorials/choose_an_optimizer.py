@@ -1,4 +1,4 @@
-"""Which optimizer, and how many bits? A lesson of about a minute, with a tiny GPT.
+"""Which optimizer, and how many bits? A lesson of a minute or two, with a tiny GPT.
 
     python tutorials/choose_an_optimizer.py
     python tutorials/choose_an_optimizer.py --help
@@ -15,7 +15,14 @@ Three questions, in the order in which they matter:
 Everything is measured here, and the advice at the end follows from the measured numbers: with
 another model, another text or other learning rates it may be another one. Replace `GPT` and `Text`
 by your own to have it for your own problem.
+
+Advice needs a model that has learned something: before, all optimizers are alike. So there is none
+while the model predicts no better than the frequencies of the bytes would.
 """
+
+import _progress
+
+_progress.start(__name__, "Loading PyTorch")
 
 import argparse
 import statistics
@@ -25,6 +32,7 @@ from dataclasses import dataclass, field
 
 import torch
 from _gpt import GPT, GPTConfig, Text, cross_entropy
+from _progress import PULSE, Remaining
 from torch import nn
 
 import torchao8
@@ -100,7 +108,9 @@ class Settings:
     held_out_batches: int
 
 
-def train(choice: Choice, seed: int, text: Text, settings: Settings) -> tuple[float, int, int]:
+def train(
+    choice: Choice, seed: int, text: Text, settings: Settings, remaining: Remaining
+) -> tuple[float, int, int]:
     """Train a new model; return its held-out loss, the bytes of state, and its parameters.
 
     The seed decides the model's first parameters and the batches. So all choices start from the
@@ -121,6 +131,9 @@ def train(choice: Choice, seed: int, text: Text, settings: Settings) -> tuple[fl
         nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         optimizer.step()
         optimizer.zero_grad()
+        remaining.step()
+        if PULSE.due():
+            PULSE.say(f"{choice.name}, seed {seed}: step {step + 1}/{s.steps}; {remaining}")
     with torch.no_grad():
         batches = text.held_out_batches(s.held_out_batches, s.batch, s.context)
         held_out = statistics.fmean(cross_entropy(model, *batch).item() for batch in batches)
@@ -133,9 +146,10 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(value.nbytes for state in states for value in state.values())
 
 
-def measure(choice: Choice, text: Text, settings: Settings) -> Result:
+def measure(choice: Choice, text: Text, settings: Settings, remaining: Remaining) -> Result:
     """Train with a choice from every seed."""
-    runs = [train(choice, seed, text, settings) for seed in range(settings.seeds)]
+    PULSE.doing(f"{choice.name}: training")
+    runs = [train(choice, seed, text, settings, remaining) for seed in range(settings.seeds)]
     _, memory, parameters = runs[0]
     return Result(choice.name, memory, parameters, [loss for loss, _, _ in runs])
 
@@ -221,8 +235,25 @@ def advice_on_rule(results: list[Result]) -> str:
     )
 
 
-def advice(results: list[Result]) -> str:
-    """Return what the measured numbers say, and no more than they say."""
+def loss_of_frequencies(text: Text) -> float:
+    """Return the loss, in nats per byte, of a prediction that knows how often each byte comes."""
+    share = torch.bincount(text.train.long(), minlength=256).double() / len(text.train)
+    return -torch.special.xlogy(share, share).sum().item()
+
+
+def advice(results: list[Result], least: float) -> str:
+    """Return what the measured numbers say, and no more than they say.
+
+    Args:
+        results: in the order of CHOICES.
+        least: the loss that a model must be below for having learned something.
+    """
+    if results[0].loss >= least:
+        return (
+            f"No advice: the loss of {results[0].name}, {results[0].loss:.4f}, is not below "
+            f"{least:.4f}, that of predicting each byte by its frequency. In so few steps no model "
+            "has learned anything by which optimizers could be told apart: raise --steps."
+        )
     by_name = {result.name: result for result in results}
     three = (by_name[choice.name] for choice in (YARDSTICK, EIGHT_BITS, EMBEDDINGS))
     return f"Bits: {advice_on_bits(*three)}\n\nRule: {advice_on_rule(results)}"
@@ -262,20 +293,22 @@ def parse_arguments(argv: list[str] | None) -> Settings:
 
 def main(argv: list[str] | None = None) -> int:
     settings = parse_arguments(argv)
+    PULSE.doing("reading the standard library")
     text = Text.from_stdlib("cpu")
-    print(
+    PULSE.say(
         f"A GPT of {settings.layers} layers learns the source of Python's standard library, "
         f"{settings.steps} steps from each of {settings.seeds} seeds."
     )
     results = []
+    remaining = Remaining(len(CHOICES) * settings.seeds * settings.steps)
     for choice in CHOICES:
-        results.append(measure(choice, text, settings))
+        results.append(measure(choice, text, settings, remaining))
         last = results[-1]
-        print(f"{last.name}: {last.state_bytes:,} bytes of state, held-out loss {last.loss:.4f}")
-        sys.stdout.flush()
+        memory = f"{last.state_bytes:,} bytes of state"
+        PULSE.say(f"{last.name}: {memory}, held-out loss {last.loss:.4f}; {remaining}")
     print(f"\n{table(results)}\n")
     print("± is the standard deviation over seeds; as good: no more than that above the first row.")
-    print(f"\n{advice(results)}\n")
+    print(f"\n{advice(results, loss_of_frequencies(text))}\n")
     print("For the memory of a model of your size: python -m torchao8 estimate --help")
     return 0
 

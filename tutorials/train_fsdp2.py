@@ -14,8 +14,14 @@ same losses, up to the order in which float32 numbers are added. A run that is k
 otherwise, goes on from the last checkpoint that is whole.
 """
 
-import argparse
 import os
+
+import _progress
+
+if int(os.environ.get("RANK", 0)) == 0:  # one of the processes speaks
+    _progress.start(__name__, "Loading PyTorch")
+
+import argparse
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,6 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from _gpt import GPT, GPTConfig, Text, cross_entropy
+from _progress import PULSE, Remaining
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -66,7 +73,7 @@ def start_ranks(device_type: str | None) -> torch.device:
 def say(text: str) -> None:
     """Print on one rank what all know."""
     if dist.get_rank() == 0:
-        print(text, flush=True)
+        PULSE.say(text)
 
 
 def make_model(arguments: argparse.Namespace, device: torch.device) -> GPT:
@@ -188,8 +195,13 @@ class Training:
             raise SystemExit("the losses differ: this is not the model that was saved")
 
     def train(self) -> None:
+        remaining = Remaining(self.arguments.steps - self.step)
+        PULSE.doing("training")
         while self.step < self.arguments.steps:
             self.train_step()
+            remaining.step()
+            if PULSE.due():
+                say(f"step {self.step}/{self.arguments.steps}; {remaining}")
             if self.step % self.arguments.save_every == 0 or self.step == self.arguments.steps:
                 self.held_out = self.evaluate()
                 say(f"step {self.step}: held-out loss {self.held_out:.6f}")
@@ -229,10 +241,10 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument_group("the run; a checkpoint is only for the same run").add_argument
     add("--batch", type=int, default=12, help=f"sequences a step, on all ranks {default}")
     add("--lr", type=float, default=1e-3, help=f"learning rate after the warm-up {default}")
-    add("--layers", type=int, default=3, help=f"transformer blocks {default}")
-    add("--width", type=int, default=256, help=f"size of the residual stream {default}")
+    add("--layers", type=int, default=2, help=f"transformer blocks {default}")
+    add("--width", type=int, default=128, help=f"size of the residual stream {default}")
     add("--heads", type=int, default=4, help=f"attention heads {default}")
-    add("--context", type=int, default=128, help=f"bytes in a sequence {default}")
+    add("--context", type=int, default=64, help=f"bytes in a sequence {default}")
     add("--seed", type=int, default=0, help=f"of the parameters and the batches {default}")
     add("--held-out-batches", type=int, default=8, help=f"in an evaluation {default}")
     arguments = parser.parse_args()

@@ -1,6 +1,7 @@
 """Train a small GPT on the source of Python's standard library, with 32-bit and with 8-bit AdamW.
 
-    python tutorials/train_gpt.py            # about five minutes on two cores
+    python tutorials/train_gpt.py            # a minute or two on two cores
+    python tutorials/train_gpt.py --full     # a larger model, compiled; times and memory, too
     python tutorials/train_gpt.py --help
 
 The same model is trained from the same seed on the same batches by `torch.optim.AdamW` (fused),
@@ -8,6 +9,10 @@ The same model is trained from the same seed on the same batches by `torch.optim
 it left half-way, to show that a restart changes no bit. Ctrl-C leaves a checkpoint, and the same
 command continues from it.
 """
+
+import _progress
+
+_progress.start(__name__, "Loading PyTorch")
 
 import argparse
 import logging
@@ -25,9 +30,9 @@ from pathlib import Path
 
 import torch
 from _gpt import GPT, GPTConfig, Text, cross_entropy, sample
+from _progress import PULSE, Remaining
 from _report import Result, command, machine, median_ms, peak_memory, plot, table
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import torchao8
 
@@ -41,6 +46,15 @@ BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
 CLIP_NORM = 1.0
 WARMUP_SHARE = 0.1
+
+# A model whose losses tell the optimizers apart as a large one's do; and one of the size at which
+# times and memory say something.
+SMALL = {"steps": 240, "layers": 2, "width": 128, "context": 64, "evaluations": 4,
+         "held_out_batches": 16, "lr": 2e-3}  # fmt: skip
+FULL = {"steps": 600, "layers": 3, "width": 256, "context": 128, "evaluations": 6,
+        "held_out_batches": 32, "lr": 1e-3}  # fmt: skip
+# Seconds of --full after the last step: compilations, three processes, 100 steps of each optimizer.
+MEASURING = 40.0
 
 # Compiled once: the graph takes the parameters as inputs, so it serves every model of these shapes.
 compiled_cross_entropy = torch.compile(cross_entropy)
@@ -166,29 +180,12 @@ class Training:
         return state_bytes / sum(parameter.numel() for parameter in self.model.parameters())
 
 
-class Progress:
-    """A progress bar on a terminal, a line now and then elsewhere."""
-
-    LINES = 10
-
-    def __init__(self, title: str, training: Training) -> None:
-        self.title = title
-        self.total = training.settings.steps
-        self.bar = tqdm(
-            total=self.total,
-            initial=training.step,
-            desc=title,
-            unit="step",
-            disable=not sys.stderr.isatty(),
-        )
-
-    def update(self, training: Training) -> None:
-        loss = training.losses[-1]
-        self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        self.bar.update()
-        due = training.step % max(1, self.total // self.LINES) == 0 or training.finished
-        if self.bar.disable and due:
-            print(f"{self.title}: step {training.step}/{self.total}, loss {loss:.3f}", flush=True)
+def show(title: str, training: Training, remaining: Remaining) -> None:
+    """A line after the first step, which compiles, every few seconds, and after the last step."""
+    remaining.step()
+    if len(training.losses) == 1 or training.finished or PULSE.due():
+        total, loss = training.settings.steps, training.losses[-1]
+        PULSE.say(f"{title}: step {training.step}/{total}, loss {loss:.3f}; {remaining}")
 
 
 @contextmanager
@@ -199,6 +196,7 @@ def delayed_interrupt() -> Iterator[threading.Event]:
     def handle(_number: int, _frame: object) -> None:
         requested.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        # Not through PULSE: the signal may come while a line is being printed.
         print("\nStopping after this step; Ctrl-C again to stop at once.", flush=True)
 
     previous = signal.signal(signal.SIGINT, handle)
@@ -208,14 +206,16 @@ def delayed_interrupt() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, previous)
 
 
-def train(training: Training, text: Text, path: Path, halfway: Path | None) -> None:
+def train(
+    training: Training, text: Text, path: Path, halfway: Path | None, remaining: Remaining
+) -> None:
     """Train to the end, saving to `path` now and then and on Ctrl-C, and once to `halfway`."""
     steps, evaluations = training.settings.steps, training.settings.evaluations
-    progress = Progress(path.stem, training)
-    with delayed_interrupt() as interrupt, progress.bar:
+    PULSE.doing(f"{path.stem}: training")
+    with delayed_interrupt() as interrupt:
         while not training.finished and not interrupt.is_set():
             training.train_step(text)
-            progress.update(training)
+            show(path.stem, training, remaining)
             if training.finished or training.step % max(1, steps // evaluations) == 0:
                 training.evaluate(text)
                 training.save(path)
@@ -224,7 +224,7 @@ def train(training: Training, text: Text, path: Path, halfway: Path | None) -> N
         training.save(path)
     if not training.finished:
         raise KeyboardInterrupt
-    print(f"{path.stem}: held-out loss {training.held_out[-1][1]:.4f}", flush=True)
+    PULSE.say(f"{path.stem}: held-out loss {training.held_out[-1][1]:.4f}")
 
 
 def checkpoints(out: Path, name: str) -> tuple[Path, Path, Path]:
@@ -237,6 +237,7 @@ def run(
     settings: Settings,
     text: Text,
     path: Path,
+    remaining: Remaining,
     *,
     start: Path | None = None,
     halfway: Path | None = None,
@@ -247,9 +248,9 @@ def run(
     if source:
         training.load(source)
         what = "is finished in" if training.finished else f"continues at step {training.step} from"
-        print(f"{path.stem} {what} {source}", flush=True)
+        PULSE.say(f"{path.stem} {what} {source}")
     if not training.finished:
-        train(training, text, path, halfway)
+        train(training, text, path, halfway, remaining)
     return training
 
 
@@ -263,15 +264,16 @@ def differing_tensors(one: Training, other: Training) -> list[str]:
     ]
 
 
-def check_restart(training: Training, text: Text, out: Path) -> bool:
+def check_restart(training: Training, text: Text, out: Path, remaining: Remaining) -> bool:
     """Repeat the second half of a run in new objects, and compare every bit with what it gave."""
     _, halfway, path = checkpoints(out, training.name)
-    repeated = run(training.name, training.settings, text, path, start=halfway)
+    repeated = run(training.name, training.settings, text, path, remaining, start=halfway)
     differing = differing_tensors(training, repeated)
     if differing:
-        print(f"{path.stem} differs in {len(differing)} tensors: {', '.join(differing[:5])} ...")
+        named = ", ".join(differing[:5])
+        PULSE.say(f"{path.stem} differs in {len(differing)} tensors: {named} ...")
     else:
-        print(f"{path.stem} has the same bits in all {len(training.bits())} tensors", flush=True)
+        PULSE.say(f"{path.stem} has the same bits in all {len(training.bits())} tensors")
     return not differing
 
 
@@ -316,7 +318,7 @@ def default_device() -> str:
     try:
         torchao8.AdamW([parameter]).step()
     except RuntimeError as error:
-        print(f"Training on the CPU, since the optimizer does not run on CUDA: {error}")
+        PULSE.say(f"Training on the CPU, since the optimizer does not run on CUDA: {error}")
         return "cpu"
     return "cuda"
 
@@ -328,38 +330,42 @@ def positive(text: str) -> int:
     return value
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(sizes: dict[str, float]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     default = "(%(default)s)"
     add("--out", type=Path, default=Path("runs/gpt"), help=f"where files go {default}")
+    add("--full", action="store_true", help="a larger model, compiled; measures times and memory")
     add("--fresh", action="store_true", help="remove the checkpoints in --out and start again")
     names = list(OPTIMIZERS)
     add("--optimizers", nargs="+", choices=names, default=names, help="which of the runs to make")
 
     add = parser.add_argument_group("the run; a checkpoint is only for the same run").add_argument
-    add("--steps", type=positive, default=600, help=f"training steps {default}")
+    add("--steps", type=positive, help=f"training steps {default}")
     add("--batch", type=positive, default=8, help=f"sequences in a step {default}")
-    add("--lr", type=float, default=1e-3, help=f"highest learning rate {default}")
-    add("--layers", type=positive, default=3, help=f"transformer blocks {default}")
-    add("--width", type=positive, default=256, help=f"size of the residual stream {default}")
+    add("--lr", type=float, help=f"highest learning rate {default}")
+    add("--layers", type=positive, help=f"transformer blocks {default}")
+    add("--width", type=positive, help=f"size of the residual stream {default}")
     add("--heads", type=positive, default=4, help=f"attention heads {default}")
-    add("--context", type=positive, default=128, help=f"bytes in a sequence {default}")
+    add("--context", type=positive, help=f"bytes in a sequence {default}")
     dtypes = ["float32", "bfloat16"]
     add("--dtype", choices=dtypes, default=dtypes[0], help=f"of the parameters {default}")
     add("--device", default="auto", help="such as cpu or cuda; auto is CUDA where there is one")
     add("--seed", type=int, default=0, help=f"of the parameters and the batches {default}")
-    add("--evaluations", type=positive, default=6, help=f"of the held-out loss {default}")
-    add("--held-out-batches", type=positive, default=32, help=f"in an evaluation {default}")
-    add("--no-compile", dest="compile", action="store_false", help="do without torch.compile")
+    add("--evaluations", type=positive, help=f"of the held-out loss {default}")
+    add("--held-out-batches", type=positive, help=f"in an evaluation {default}")
+    compiles = argparse.BooleanOptionalAction
+    add("--compile", action=compiles, default=sizes is FULL, help="use torch.compile (--full does)")
+    parser.set_defaults(**sizes)
     return parser
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
-    parser = make_parser()
-    arguments = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    parser = make_parser(FULL if "--full" in given else SMALL)
+    arguments = parser.parse_args(given)
     if arguments.width % (2 * arguments.heads):
         parser.error("--width must be a multiple of twice --heads, for pairs of numbers to rotate")
     if arguments.device == "auto":
@@ -369,42 +375,55 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Setting
 
 
 def train_all(
-    names: list[str], settings: Settings, text: Text, out: Path
+    names: list[str], settings: Settings, text: Text, out: Path, full: bool
 ) -> tuple[dict[str, Training], bool]:
     """Train with every optimizer; return the runs and whether the restart changed no bit."""
     trainings, same_bits = {}, True
+    repeated = settings.steps - settings.steps // 2 if RESTARTED in names else 0
+    remaining = Remaining(len(names) * settings.steps + repeated, MEASURING if full else 0.0)
     for name in names:
         path, halfway, _ = checkpoints(out, name)
         if name == RESTARTED:
-            trainings[name] = run(name, settings, text, path, halfway=halfway)
-            same_bits = check_restart(trainings[name], text, out)
+            trainings[name] = run(name, settings, text, path, remaining, halfway=halfway)
+            same_bits = check_restart(trainings[name], text, out, remaining)
         else:
-            trainings[name] = run(name, settings, text, path)
+            trainings[name] = run(name, settings, text, path, remaining)
     return trainings, same_bits
 
 
-def report(trainings: dict[str, Training], settings: Settings, out: Path) -> None:
-    """Measure time and memory, and show all results on the screen and in two files."""
-    print("Measuring the optimizers' time and memory", flush=True)
-    step_ms = step_times(list(trainings), settings)
+def measured(name: str, training: Training, step_ms: float | None, peak: int | None) -> Result:
+    state = training.optimizer_bytes_per_parameter()
+    return Result(name, training.losses, training.held_out, state, peak, step_ms)
+
+
+def report(trainings: dict[str, Training], settings: Settings, out: Path, full: bool) -> None:
+    """Show all results on the screen and in two files; with ``full``, also times and memory.
+
+    They are not measured of a small model, which lies in the caches and takes less memory than
+    Python and PyTorch do: there they would say nothing.
+    """
+    step_ms: dict[str, float] = {}
+    peaks: dict[str, int | None] = {}
+    if full:
+        PULSE.say(f"Measuring times and memory, about {_progress.minutes(MEASURING)}")
+        PULSE.doing("measuring the time of a step")
+        step_ms = step_times(list(trainings), settings)
+        for name in trainings:
+            PULSE.doing(f"measuring the memory of {name}")
+            peaks[name] = peak_memory(settings.device, train_briefly, name, settings)
     results = [
-        Result(
-            name,
-            training.losses,
-            training.held_out,
-            training.optimizer_bytes_per_parameter(),
-            peak_memory(settings.device, train_briefly, name, settings),
-            step_ms[name],
-        )
+        measured(name, training, step_ms.get(name), peaks.get(name))
         for name, training in trainings.items()
     ]
     last = results[-1].name
-    print(f"\nWritten by the GPT that {last} trained:\n{sample(trainings[last].model)}\n")
+    PULSE.doing(f"writing with the GPT that {last} trained")
+    PULSE.say(f"\nWritten by the GPT that {last} trained:\n{sample(trainings[last].model)}\n")
     text = f"{machine(settings.device)}\n`{command()}`\n\n{table(results)}\n"
-    print(text)
+    PULSE.say(text)
     (out / "table.md").write_text(text)
+    PULSE.doing("drawing the loss curves")
     plot(results, out / "loss.png")
-    print(f"The table is in {out / 'table.md'}, the loss curves are in {out / 'loss.png'}")
+    PULSE.say(f"The table is in {out / 'table.md'}, the loss curves are in {out / 'loss.png'}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -416,15 +435,17 @@ def main(argv: list[str] | None = None) -> int:
             for path in checkpoints(out, name):
                 path.unlink(missing_ok=True)
     prepare(settings)
+    PULSE.doing("reading the standard library")
     text = Text.from_stdlib(settings.device)
     millions = sum(parameter.numel() for parameter in settings.model().parameters()) / 1e6
-    print(f"A GPT of {millions:.1f} million parameters learns the standard library's source:")
-    print(f"{len(text.train):,} bytes to train on and {len(text.held_out):,} held out.", flush=True)
+    PULSE.say(f"A GPT of {millions:.1f} million parameters learns the standard library's source:")
+    PULSE.say(f"{len(text.train):,} bytes to train on and {len(text.held_out):,} held out.")
+    full = arguments.full
     try:
-        trainings, same_bits = train_all(arguments.optimizers, settings, text, out)
-        report(trainings, settings, out)
+        trainings, same_bits = train_all(arguments.optimizers, settings, text, out, full)
+        report(trainings, settings, out, full)
     except KeyboardInterrupt:
-        print(f"Stopped. The same command continues from the checkpoints in {out}.")
+        PULSE.say(f"Stopped. The same command continues from the checkpoints in {out}.")
         return 130
     return 0 if same_bits else 1
 
