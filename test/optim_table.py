@@ -261,7 +261,7 @@ BAD_OF_RULE: dict[str, tuple[Options, ...]] = {
         {"eps": -1e-8},
         {"weight_decay": -0.1},
         {"momentum": -0.1},
-        {"momentum": torch.tensor(-0.5)},
+        {"momentum": torch.tensor(0.9)},
         {"centered": 1},
     ),
     "sgd": (
@@ -289,6 +289,22 @@ def every_8bit() -> pytest.MarkDecorator:
 def every_adam() -> pytest.MarkDecorator:
     """The same over the classes of Adam."""
     return pytest.mark.parametrize("case", ADAMS, ids=lambda case: case.cls.__name__)
+
+
+def one_adam() -> pytest.MarkDecorator:
+    """The same where the rule does not matter: AdamW8bit, which steps both formats of state; the
+    others are thorough."""
+    return pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(
+                case,
+                id=case.cls.__name__,
+                marks=() if case.cls is torchao8.AdamW8bit else pytest.mark.thorough,
+            )
+            for case in ADAMS
+        ],
+    )
 
 
 def every_option_set(

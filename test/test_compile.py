@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from helpers import (
     reset_compiler,
     set_grads,
 )
-from optim_table import OptimizerCase, every_8bit, every_adam, every_optimizer
+from optim_table import OF_8_BITS, OPTIMIZERS, OptimizerCase, every_8bit, one_adam
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
@@ -80,8 +80,20 @@ def both_step(
     assert_same_training(compiled, eager)
 
 
-@every_optimizer()
-@pytest.mark.parametrize(("backend", "dynamic"), [("inductor", None), ("aot_eager", True)])
+def _backends() -> Iterator[Any]:
+    """Inductor for the 8-bit classes, which step both formats of state, and dynamic=True for three
+    rules: of two, of three states, and one that measures its update before. The rest is thorough.
+    """
+    dynamic_too = (torchao8.AdamW8bit, torchao8.AdEMAMix8bit, torchao8.LAMB8bit)
+    for case in OPTIMIZERS:
+        for backend, dynamic in (("inductor", None), ("aot_eager", True)):
+            common = case.cls in dynamic_too if dynamic else case.optim_bits == 8
+            marks = () if common else pytest.mark.thorough
+            name = f"{case.cls.__name__}-{backend}"
+            yield pytest.param(case, backend, dynamic, id=name, marks=marks)
+
+
+@pytest.mark.parametrize(("case", "backend", "dynamic"), list(_backends()))
 def test_one_graph_and_the_bits_of_eager(
     case: OptimizerCase, dynamic: bool | None, backend: str, device: str
 ) -> None:
@@ -95,7 +107,7 @@ def test_one_graph_and_the_bits_of_eager(
     assert step.graphs == graphs
 
 
-@every_adam()
+@one_adam()
 @pytest.mark.parametrize(
     "options",
     [{"amsgrad": True}, {"maximize": True, "state_rounding": "nearest"}, {"seed": 5}],
@@ -108,8 +120,16 @@ def test_options(case: OptimizerCase, options: dict[str, Any], device: str) -> N
     assert step.graphs == 1
 
 
-@every_8bit()
-@pytest.mark.parametrize("lr", ["tensor", "number"])
+def _rates() -> Iterator[Any]:
+    """A tensor for every class; a number, which is made a tensor alike for all, for two of them."""
+    for case in OF_8_BITS:
+        for lr in ("tensor", "number"):
+            common = lr == "tensor" or case.cls in (torchao8.AdamW8bit, torchao8.LARS8bit)
+            marks = () if common else pytest.mark.thorough
+            yield pytest.param(case, lr, id=f"{case.cls.__name__}-{lr}", marks=marks)
+
+
+@pytest.mark.parametrize(("case", "lr"), list(_rates()))
 def test_generated_code_has_no_clone(case: OptimizerCase, lr: str, device: str) -> None:
     """The ops get the inputs of the graph: nothing is allocated, copied or written back but for the
     numbers of the rule, and the one that a float lr becomes."""
@@ -145,7 +165,7 @@ def test_generated_code_has_no_clone(case: OptimizerCase, lr: str, device: str) 
 
 @pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")
 @every_8bit()
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.thorough)])
 def test_a_tensor_lr_never_recompiles(
     case: OptimizerCase, dynamic: bool | None, device: str
 ) -> None:
@@ -177,7 +197,7 @@ def graphs_of_a_schedule(optimizer: Optimizer, dynamic: bool | None) -> int:
     return step.graphs
 
 
-@every_adam()
+@one_adam()
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_a_float_lr_recompiles_no_more_than_in_torch(
     case: OptimizerCase, dynamic: bool | None, device: str
@@ -254,7 +274,7 @@ def test_a_checkpoint_loaded_between_compiled_steps(case: OptimizerCase, device:
     assert {float(s["step"]) for s in compiled.state.values()} == {3.0}
 
 
-@every_adam()
+@one_adam()
 def test_closure_and_hooks(case: OptimizerCase, device: str) -> None:
     """Hooks are traced with the step, and may count."""
     compiled, eager, step = compiled_and_eager(case, device)
@@ -271,7 +291,7 @@ def test_closure_and_hooks(case: OptimizerCase, device: str) -> None:
     assert_same_training(compiled, eager)
 
 
-@every_adam()
+@one_adam()
 def test_a_write_is_seen_by_autograd(case: OptimizerCase, device: str) -> None:
     """Also when the step is compiled."""
     optimizer, _, step = compiled_and_eager(case, device, backend="inductor")
@@ -284,7 +304,7 @@ def test_a_write_is_seen_by_autograd(case: OptimizerCase, device: str) -> None:
         stale.backward()
 
 
-@every_adam()
+@one_adam()
 def test_grad_scaler_attributes(case: OptimizerCase, device: str) -> None:
     """grad_scale and found_inf are inputs of the graph: their values do not recompile it."""
     compiled, eager, step = compiled_and_eager(case, device, fused=True)
@@ -371,7 +391,7 @@ def test_a_layout_option_that_is_changed_late_is_refused(change: dict[str, int])
     assert torch.equal(p, before)
 
 
-@every_adam()
+@one_adam()
 @pytest.mark.parametrize("lr", ["tensor", "number"])
 def test_a_whole_train_step(case: OptimizerCase, lr: str, device: str) -> None:
     """Forward, backward and step, as people compile them: a graph on each side of backward()."""
@@ -394,7 +414,7 @@ def test_a_whole_train_step(case: OptimizerCase, lr: str, device: str) -> None:
     not hasattr(torch._dynamo.config, "trace_autograd_ops"),
     reason="this torch cannot trace backward()",
 )
-@every_adam()
+@one_adam()
 @pytest.mark.parametrize("lr", ["tensor", "number"])
 def test_a_whole_train_step_in_one_graph(case: OptimizerCase, lr: str, device: str) -> None:
     """With backward() in the graph: the step gets gradients that no parameter has yet.

@@ -275,7 +275,7 @@ def built(name: str, command: Sequence[str | Path], sources: Sequence[Path]) -> 
     It is kept in build/, under a name that tells compiler, command and every byte of the sources,
     so that processes which test at the same time, and later runs, compile nothing twice.
     """
-    key = hashlib.sha256(_version_of(str(command[0])).encode())
+    key = hashlib.sha256((_version_of(str(command[0])) + torch.__version__).encode())
     key.update(repr([str(word) for word in command]).encode())
     for path in sorted(path for folder in sources for path in folder.rglob("*") if path.is_file()):
         key.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())

@@ -261,7 +261,7 @@ OPTIONAL = ("betas", "eps", "amsgrad")
 # there can be will do; and with none, of what there is to spoil then.
 OTHERS = [case for case in OPTIMIZERS if case not in ADAMS and case.optim_bits == 8]
 WITHOUT_STATES = [
-    "key too many", "stray state", "states under strings", "params too few",
+    "key too many", "key renamed", "stray state", "states under strings", "params too few",
     "params too many", "group missing", "value None", "value a string", "value stacked",
     "step negative", "step a fraction", "step NaN", "lr", "weight_decay", "maximize",
 ]  # fmt: skip

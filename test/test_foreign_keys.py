@@ -402,3 +402,55 @@ def _roads_of_two_ranks(rank: int, world_size: int, folder: str) -> list[str]:
 def test_shards(tmp_path: Path) -> None:
     """What has the shape of a parameter is sharded as it is, wherever it comes from."""
     assert run_ranks(2, _roads_of_two_ranks, str(tmp_path / "dcp")) == [[], []]
+
+
+# -- what is no key of others, and what no file can hold ------------------------------------------
+
+
+@every_8bit()
+def test_a_parameter_that_lost_its_state_is_refused(case: OptimizerCase) -> None:
+    """Keys that nobody knows do not stand for a state that others of the checkpoint have."""
+    optimizer = case.make(make_params(), min_8bit_size=SMALL)
+    train(optimizer, optimizer.param_groups[0]["params"], [0])
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][1] = {f"{key}_x": value for key, value in saved["state"][1].items()}
+    before = all_bits(optimizer)
+    with pytest.raises(ValueError, match=r"state of parameter 1.*expected the keys .*step_x"):
+        optimizer.load_state_dict(saved)
+    assert all_bits(optimizer) == before
+
+
+def test_what_a_file_cannot_hold_is_left_out_as_a_whole(tmp_path: Path) -> None:
+    optimizer = torchao8.AdamW8bit(make_params(), min_8bit_size=SMALL)
+    params = optimizer.param_groups[0]["params"]
+    train(optimizer, params, [0])
+    state = optimizer.state[params[0]]
+    state.update(
+        {
+            "half": [torch.ones(2), object()],
+            3: 1.0,
+            ("a", 1): torch.ones(1),
+            "complex": torch.ones(2, dtype=torch.complex128),
+            "meta": torch.ones(2, device="meta"),
+            "kept": [torch.ones(2), "text"],
+        }
+    )
+    path = tmp_path / "state.safetensors"
+    with pytest.warns(UserWarning, match="and 4 more in the state of the optimizer is not saved"):
+        save_safetensors(optimizer, path)
+    other = torchao8.AdamW8bit(make_params(), min_8bit_size=SMALL)
+    load_safetensors(other, path)
+    others = other.state[other.param_groups[0]["params"][0]]
+    assert set(others) - set(state) == set()
+    assert "kept" in others
+    assert not others.keys() & {"half", 3, ("a", 1), "complex", "meta"}
+
+
+def test_the_dict_that_others_hold_stays() -> None:
+    optimizer = torchao8.AdamW8bit(make_params(), min_8bit_size=SMALL)
+    params = optimizer.param_groups[0]["params"]
+    mine = optimizer.state[params[0]]
+    mine["slow"] = 1
+    train(optimizer, params, [0])
+    assert optimizer.state[params[0]] is mine
+    assert mine["slow"] == 1

@@ -109,8 +109,18 @@ def test_tensors_that_were_read_in_it(case: OptimizerCase) -> None:
     new.load_state_dict(saved)
     assert_normal(new)
     assert_normal(copied)
-    train(old, params, [1])
-    assert [bits(p) for p in params]
+    start = [p.detach().clone() for p in params]
+    ends = []
+    for optimizer in (old, new):  # of the same parameters
+        for p, value in zip(params, start, strict=True):
+            p.data.copy_(value)
+        train(optimizer, params, [1])
+        ends.append([bits(p) for p in params])
+    assert ends[0] == ends[1]
+    assert ends[0] != [bits(value) for value in start]
+    copies = copied.param_groups[0]["params"]
+    train(copied, copies, [1])
+    assert [bits(p) for p in copies] == ends[0]
 
 
 def test_a_compiled_step(fresh_compiler: None) -> None:

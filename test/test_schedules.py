@@ -77,8 +77,13 @@ def made(
     """
     first = {name: values[0] for name, values in schedule.items()}
     if tensors is not None:
-        first = {k: v if k in INTEGERS else as_tensor(v, tensors) for k, v in first.items()}
+        first = {k: v if is_number(case, k) else as_tensor(v, tensors) for k, v in first.items()}
     return case.make(make_params(), **{"min_8bit_size": SMALL, **case.full, **first})
+
+
+def is_number(case: OptimizerCase, name: str) -> bool:
+    """Whether an option stays a Python number where the others are tensors."""
+    return name in INTEGERS or (case.rule, name) == ("rmsprop", "momentum")
 
 
 INTEGERS = ("seed", "percentile_clipping", "t_alpha", "t_beta3")  # numbers, but no tensors
@@ -211,7 +216,7 @@ def test_a_schedule_of_every_number_compiles_once(
 
     schedule = schedule_of(case)
     if tensors:
-        schedule = {k: v for k, v in schedule.items() if k not in INTEGERS}
+        schedule = {k: v for k, v in schedule.items() if not is_number(case, k)}
     compiled, eager = (made(case, schedule, tensors) for _ in range(2))
     counter = CompileCounterWithBackend("aot_eager")
     step = torch.compile(compiled.step, fullgraph=True, backend=counter)
@@ -247,8 +252,6 @@ def test_one_cycle() -> None:
     assert counter.frame_count == 2
 
 
-# -- momentum that comes to be 0 -------------------------------------------------------------------
-
 RESTING = [case for case in OF_8_BITS if case.cls._resting]
 RESTING_OPTIONS = [{}, {"nesterov": True}, {"dampening": 0.3}, {"block_wise": False}]
 
@@ -260,6 +263,42 @@ def buffers(optimizer: Optimizer) -> list[bytes]:
         for key, value in state.items()
         if key.startswith("momentum_buffer")
     ]
+
+
+@pytest.mark.parametrize("case", RESTING, ids=lambda case: case.cls.__name__)
+@pytest.mark.parametrize("optim_bits", [8, 32])
+def test_a_momentum_that_begins_late(case: OptimizerCase, optim_bits: int) -> None:
+    """0 at the first steps: the buffer is made when there is a momentum, and is that of torch."""
+    params, theirs_params = make_params(), make_params()
+    ours = case.make(params, lr=0.05, momentum=0.0, optim_bits=optim_bits, min_8bit_size=SMALL)
+    theirs = torch.optim.SGD(theirs_params, lr=0.05)
+    for seed in range(6):
+        for optimizer, ps in ((ours, params), (theirs, theirs_params)):
+            optimizer.param_groups[0]["momentum"] = 0.9 if seed > 2 else 0.0
+            train(optimizer, ps, [seed])
+        assert bool(buffers(ours)) == (seed > 2)
+        if case.cls is torchao8.SGD8bit and optim_bits == 32:
+            for p, q in zip(params, theirs_params, strict=True):
+                torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in RESTING if c.rule != "rmsprop"], ids=lambda case: case.cls.__name__
+)
+def test_a_buffer_that_would_begin_dampened_is_refused(case: OptimizerCase) -> None:
+    """Torch's first one is undampened, and ours would not know that it is the first."""
+    params = make_params()
+    optimizer = case.make(params, momentum=0.0, dampening=0.5, min_8bit_size=SMALL)
+    train(optimizer, params, [0])
+    optimizer.param_groups[0]["momentum"] = 0.9
+    set_grads(params, 1)
+    before = all_bits(optimizer)
+    with pytest.raises(RuntimeError, match=r"expected the keys .*momentum_buffer"):
+        optimizer.step()
+    assert all_bits(optimizer) == before
+
+
+# -- momentum that comes to be 0 -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", RESTING, ids=lambda case: case.cls.__name__)

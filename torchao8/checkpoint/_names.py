@@ -26,9 +26,11 @@ def names_of(model: nn.Module, optimizer: LowPrecisionOptimizer) -> dict[Tensor,
         named: Any = get_optimizer_state_dict(model, optimizer)["param_groups"]
     finally:
         for p, others in fresh.items():
-            optimizer.state.pop(p, None)
-            if others is not None:
-                optimizer.state[p] = others
+            if others is None:
+                optimizer.state.pop(p, None)
+            else:
+                optimizer.state[p].clear()
+                optimizer.state[p].update(others)
     return {
         p: name
         for group, live in zip(named, optimizer.param_groups, strict=True)

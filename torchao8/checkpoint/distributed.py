@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchao8 import sharding
+from torchao8._modes import normal_tensors
 from torchao8.block_layout import scale_shape
 from torchao8.checkpoint._names import check_own, names_of
 from torchao8.optim import _paging
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from torchao8.optim.base import LowPrecisionOptimizer
 
 
-@torch.inference_mode(False)  # its tensors could not be changed in steps outside of it
+@normal_tensors()
 def load_dcp(
     model: nn.Module,
     optimizer: LowPrecisionOptimizer,

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torchao8._modes import normal_tensors
 from torchao8.checkpoint._names import check_own, names_of
 from torchao8.optim._checkpoint import is_own
 from torchao8.optim._checks import plain, warn_caller
@@ -114,7 +115,7 @@ def save_safetensors(
         save_file(tensors, temporary, metadata=metadata)
 
 
-@torch.inference_mode(False)  # its tensors could not be changed in steps outside of it
+@normal_tensors()
 def load_safetensors(
     optimizer: LowPrecisionOptimizer, path: _Path, *, model: nn.Module | None = None
 ) -> None:
@@ -183,15 +184,19 @@ def _flatten(saved: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
         entries[names[param]] = []
         for key, value in values.items():
             name = f"{names[param]}.{key}"
-            if is_own(key) or _is_dense(value):
+            if is_own(key) or (isinstance(key, str) and _is_dense(value) and _holds(value)):
                 _add(tensors, name, value)
                 entries[names[param]].append(key)
                 continue
+            extra: dict[str, Tensor] = {}
             try:
-                encoded = _encode(name, value, tensors)
+                encoded = _encode(name, value, extra)
             except ValueError:
+                encoded = _NOT_HELD
+            if encoded is _NOT_HELD or not isinstance(key, str) or extra.keys() & tensors.keys():
                 left_out.append(name)
             else:
+                tensors.update(extra)
                 others.setdefault(names[param], {})[key] = encoded
     if left_out:
         more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
@@ -235,6 +240,17 @@ def _is_dense(value: Any) -> bool:
     return isinstance(value, Tensor) and value.layout is torch.strided and not is_dtensor(value)
 
 
+# Of safetensors 0.5, the oldest that is supported.
+_DTYPES = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+           torch.float16, torch.bfloat16, torch.float32, torch.float64}  # fmt: skip
+_NOT_HELD = object()
+
+
+def _holds(value: Tensor) -> bool:
+    """Whether a file can hold a dense tensor."""
+    return value.dtype in _DTYPES and not value.is_meta
+
+
 def _add(tensors: dict[str, Tensor], name: str, value: Any) -> None:
     """Raises ValueError unless the value can be an entry of the file and the name is free."""
     if is_dtensor(value):
@@ -245,6 +261,11 @@ def _add(tensors: dict[str, Tensor], name: str, value: Any) -> None:
     if not _is_dense(value):
         kind = value.layout if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{name}: expected a dense tensor, got {kind}")
+    if not _holds(value):
+        raise ValueError(
+            f"{name}: expected a tensor with values, of a dtype that a safetensors file can hold, "
+            f"got {value.dtype} on {value.device}"
+        )
     if name in tensors:
         raise ValueError(f"{name}: two tensors have this name in the file")
     tensors[name] = value

@@ -100,7 +100,7 @@ def _state(
     own = optimizer.state.get(p, {})
     if not has_state(own):
         if torch_cls is not torch.optim.Adagrad:
-            return copy.deepcopy(own)
+            return _copied(own)
         layout = optimizer._layout(group, p)
         own = {**own, **{key: spec.empty(p) for key, spec in layout.items()}}
     states = in_32bit(p, optimizer._states_in(group, own), own, Scales.of(group))
@@ -111,4 +111,12 @@ def _state(
     theirs["step"] = theirs["step"].cpu()
     if torch_cls is torch.optim.SGD and theirs.pop("step") == 0:
         theirs = {}  # torch takes its first gradient for the buffer where there is none
-    return {**theirs, **copy.deepcopy(others)}
+    return {**theirs, **_copied(others)}
+
+
+def _copied(others: dict[str, Any]) -> dict[str, Any]:
+    """What others keep for a parameter, which may be part of a graph."""
+    return {
+        k: v.detach().clone() if isinstance(v, Tensor) else copy.deepcopy(v)
+        for k, v in others.items()
+    }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchao8 import ops
+from torchao8._modes import normal_tensors
 from torchao8.block_layout import MAX_BLOCK_SIZE, Scales
 from torchao8.optim import _clipping
 from torchao8.optim._checks import kind, plain
@@ -158,7 +159,7 @@ def make_normal(state: dict[Any, Any]) -> None:
     for tensors in state.values():
         for key, value in tensors.items() if isinstance(tensors, dict) else ():
             if is_own(key) and isinstance(value, Tensor) and value.is_inference():
-                with torch.inference_mode(False):
+                with normal_tensors():
                     tensors[key] = value.clone()
 
 

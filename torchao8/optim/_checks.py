@@ -65,7 +65,8 @@ def plain(value: Any) -> Any:
     """
     if isinstance(value, (tuple, list)):
         if any(_is_of_numpy(v) for v in value):
-            return type(value)([plain(v) for v in value])
+            plain_values = [plain(v) for v in value]
+            return plain_values if isinstance(value, list) else tuple(plain_values)
         return value
     return value.item() if _is_of_numpy(value) else value
 

@@ -139,6 +139,7 @@ class _Loading:
         live_groups = self.optimizer.param_groups
         _check_sizes(live_groups, self.saved_groups)
         _check_names(live_groups, self.saved_groups)
+        lost: list[tuple[Tensor, Any]] = []
         for live, saved in zip(live_groups, self.saved_groups, strict=True):
             kept = {name: live[name] for name in self.optimizer._own_options}
             missing = {name: live[name] for name in self.optimizer.defaults}
@@ -167,7 +168,17 @@ class _Loading:
                     self._plan(group, p, saved_id, saved_scales)
                 elif saved_id in self.others:
                     self.state[saved_id] = self.others[saved_id]
+                    if p.requires_grad:
+                        lost.append((p, saved_id))
         self._check_readable()
+        if lost and self.plans:  # the first step makes the states of all
+            keys = list(self.plans[0].layout)
+            p, saved_id = lost[0]
+            got = list(self.others[saved_id])
+            raise ValueError(
+                f"state of {describe(self.optimizer, p)}: expected the keys {keys}, as of "
+                f"other parameters of the checkpoint, got {got}"
+            )
         known = {saved_id for group in self.saved_groups for saved_id in group["params"]}
         stray = [key for key in self.state if key not in known]
         if stray:
@@ -424,7 +435,8 @@ def _in_form(saved: Group, live: Group) -> Group:
             return torch.tensor(value, dtype=live.dtype, device=live.device)
         if isinstance(live, (tuple, list)) and isinstance(value, (tuple, list)):
             if len(live) == len(value):
-                return type(value)(in_form(v, m) for v, m in zip(value, live, strict=True))
+                formed = [in_form(v, m) for v, m in zip(value, live, strict=True)]
+                return formed if isinstance(value, list) else tuple(formed)
         return value
 
     return {

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from torchao8 import ops, sharding
+from torchao8._modes import normal_tensors
 from torchao8._numbers import known, one_number
 from torchao8.block_layout import Scales, check_block_size, fits_8bit
 from torchao8.optim import _clipping, _extremes, _factors, _paging
@@ -37,6 +38,7 @@ from torchao8.optim._checkpoint import (
     add_own_keys,
     has_state,
     in_32bit,
+    is_own,
     make_normal,
     unseal,
 )
@@ -301,20 +303,47 @@ class LowPrecisionOptimizer(Optimizer):
         fresh: list[tuple[Tensor, Layout]] = []
         for group in self.param_groups:
             check_params(group["params"], group["stochastic_rounding"])
+            self._wake(group)
+            states_of_group = self._states_of(group)
             for p in group["params"]:
                 if p.grad is not None:
                     check_grad(self, p)
                 if has_state(self.state.get(p)):
-                    self._check_layout(group, p)
+                    self._check_layout(group, p, states_of_group)
                 elif p.requires_grad or p.grad is not None:
                     if sharding.local(p).is_meta and p.grad is not None:
                         raise RuntimeError(meta_message(self, p))
                     self._warn_of_cut_row(group, p)
-                    fresh.append((p, self._layout(group, p)))
-        with torch.inference_mode(False):  # its tensors could not be changed in steps outside of it
+                    fresh.append((p, self._layout(group, p, states_of_group)))
+        with normal_tensors():
             states = _paging.new_states(fresh)
         for (p, _), state in zip(fresh, states, strict=True):
-            self.state[p] = {**state, **self.state.get(p, {})}
+            mine = self.state[p]  # the dict stays: others may hold it
+            others = dict(mine)
+            mine.clear()
+            mine.update({**state, **others})
+
+    def _wake(self, group: Group) -> None:
+        """Gives an empty state to the parameters that lack one whose option was 0 so far.
+
+        Dampening is for a buffer that has begun: torch's first one is undampened, and where there
+        is some the missing state is refused later.
+        """
+        if not self._resting or group.get("dampening", 0) != 0:
+            return
+        states = [s for s in self._states(group) if s.name in self._resting.values()]
+        for p in group["params"]:
+            mine = self.state.get(p, {})
+            if not has_state(mine):
+                continue
+            missing = [s for s in states if not mine.keys() & {s.name, f"{s.name}_codes"}]
+            if not missing:
+                return  # all parameters of a group have the same
+            layout = self._layout(group, p, tuple(missing))
+            with normal_tensors():
+                new = {key: spec for key, spec in layout.items() if key not in mine}
+                (state,) = _paging.new_states([(p, new)])
+            mine.update(state)
 
     def _warn_of_no_gradient(self) -> None:
         """Once: training that does nothing looks like training."""
@@ -328,9 +357,8 @@ class LowPrecisionOptimizer(Optimizer):
             "optimizer after fully_shard, and not behind a forward pass without gradients"
         )
 
-    def _check_layout(self, group: Group, p: Tensor) -> None:
+    def _check_layout(self, group: Group, p: Tensor, states: tuple[State, ...]) -> None:
         """Raises RuntimeError if an option was changed after it had laid out the state of ``p``."""
-        states = self._states_of(group)
         if states:  # what has none has no format either
             name = states[0].name
             scale = self.state[p].get(f"{name}_scale")
@@ -387,7 +415,8 @@ class LowPrecisionOptimizer(Optimizer):
         else:
             for group in self.param_groups:
                 plain_numbers(group)
-                self._check_options({**{k: known(v) for k, v in group.items()}, "lr": 0.0})
+                self._check_options(_as_checked(group))
+                self._wake(group)
         rates, works = [], []
         for number, group in enumerate(self.param_groups):
             rates.append(one_number(group["lr"]))
@@ -522,7 +551,10 @@ class LowPrecisionOptimizer(Optimizer):
                     if not states and not p.numel():
                         # FSDP1 skips the steps of empty shards, which it knows by their moments.
                         # Here are none, and without a gradient no step was counted on this rank.
-                        del result["state"][key]
+                        others = {k: v for k, v in saved.items() if not is_own(k)}
+                        result["state"].pop(key)
+                        if others:
+                            result["state"][key] = others
                         continue
                     result["state"][key] = in_32bit(p, states, saved, Scales.of(group))
         return result
@@ -558,7 +590,7 @@ class LowPrecisionOptimizer(Optimizer):
             seal_state_dict(self, state_dict)  # refuses it, and has the other ranks do so as well
         self._load(state_dict)
 
-    @torch.inference_mode(False)  # its tensors could not be changed in steps outside of it
+    @normal_tensors()
     def _load(self, state_dict: dict[str, Any]) -> None:
         # Registered for this call only: so it runs after the user's hooks, and copies and pickles
         # of the optimizer, which carry no hooks, load checkpoints as well.
@@ -603,6 +635,17 @@ def _warn_of_misspelled(group: Group, options: Group) -> None:
                     f"{name!r} is no option of a parameter group here and has no effect; "
                     f"did you mean {near[0]!r}?"
                 )
+
+
+def _as_checked(group: Group) -> Group:
+    """The options as a step checks them: what lies on a device is not read, and a rate that is not
+    finite is refused later, with the op's words."""
+    options = {k: v if k == "params" else known(v) for k, v in group.items()}
+    rate = options["lr"]
+    is_one = isinstance(rate, float) or (isinstance(rate, Tensor) and rate.numel() == 1)
+    if is_one and not math.isfinite(cast(float, rate)):
+        options["lr"] = 0.0
+    return options
 
 
 _Scalar = TypeVar("_Scalar", Tensor, Tensor | None)

@@ -51,8 +51,8 @@ class LARS(LowPrecisionOptimizer):
         params: parameters, (name, parameter) pairs or dicts of groups; float32, bfloat16 or
             float16.
         lr: learning rate, a number or a tensor of one element.
-        momentum: the factor of the buffer. Whether there is one is to be decided before the first
-            step; later, 0 leaves the buffer as it is.
+        momentum: the factor of the buffer. While it is 0 the buffer stays as it is; 8-bit state
+            with positive scales, as bitsandbytes has them, is rounded once more.
         dampening: what the gradient lacks to get into the buffer, but for the first one.
         weight_decay: the factor of the L2 penalty.
         nesterov: Nesterov's momentum; takes a momentum and no dampening.
@@ -133,8 +133,10 @@ class LARS(LowPrecisionOptimizer):
         ratios: Tensor = torch.ops.torchao8.lars_trust_ratios(
             param_norms,
             norms,
-            one_number(group["trust_coefficient"]),
-            one_number(group["weight_decay"]),
+            *(
+                number if number.is_cpu else number.to(norms.device)
+                for number in map(one_number, (group["trust_coefficient"], group["weight_decay"]))
+            ),
         )
         return ratios
 

@@ -41,9 +41,8 @@ class RMSprop(LowPrecisionOptimizer):
         alpha: the decay rate of the averages, in [0, 1).
         eps: added to the root.
         weight_decay: the factor of the L2 penalty.
-        momentum: the factor of the buffer. Later, 0 leaves the buffer as it is.
-        centered: divide by the standard deviation. This and whether there is a momentum are to be
-            decided before the first step.
+        momentum: the factor of the buffer. While it is 0 the buffer stays as it is.
+        centered: divide by the standard deviation; to be decided before the first step.
         common: see :class:`torchao8.optim.CommonOptions`.
 
     Raises:
@@ -64,7 +63,7 @@ class RMSprop(LowPrecisionOptimizer):
         alpha: float | Tensor = 0.99,
         eps: float | Tensor = 1e-8,
         weight_decay: float | Tensor = 0,
-        momentum: float | Tensor = 0,
+        momentum: float = 0,
         centered: bool = False,
         **common: Unpack[CommonOptions],
     ) -> None:
@@ -83,6 +82,9 @@ class RMSprop(LowPrecisionOptimizer):
         check_number("alpha", group["alpha"], below=1)
         check_number("eps", group["eps"])
         check_number("weight_decay", group["weight_decay"])
+        if isinstance(group["momentum"], Tensor):
+            # On a GPU the host would not know whether it is 0, where the buffer rests.
+            raise ValueError("momentum: expected a finite number >= 0, got a tensor")
         check_number("momentum", group["momentum"])
         check_flag("centered", group["centered"])
 
