@@ -1,5 +1,6 @@
 """The tutorial on choosing: what it measures, and that its advice follows from the numbers."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -9,7 +10,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tutorials"))
 
 import choose_an_optimizer as tutorial
+from _progress import Remaining
 from choose_an_optimizer import EIGHT_BITS, EMBEDDINGS, YARDSTICK, Result
+
+UNLEARNED = 3.0  # the loss of a model that has learned nothing
 
 TINY = (
     "--steps 4 --seeds 2 --batch 2 --layers 1 --width 64 --heads 2 --context 32 "
@@ -49,7 +53,8 @@ def test_state_bytes_are_those_of_the_tensors() -> None:
 def test_the_same_seed_gives_the_same_run() -> None:
     settings = tutorial.parse_arguments(TINY)
     text = tutorial.Text.from_stdlib("cpu")
-    runs = [tutorial.train(EIGHT_BITS, seed, text, settings) for seed in (0, 0, 1)]
+    left = Remaining(100)
+    runs = [tutorial.train(EIGHT_BITS, seed, text, settings, left) for seed in (0, 0, 1)]
     assert runs[0] == runs[1]
     assert runs[0][0] != runs[2][0]
 
@@ -68,7 +73,7 @@ def test_the_same_seed_gives_the_same_run() -> None:
     ],
 )
 def test_advice_on_bits(eight: float, embeddings: float, expected: str) -> None:
-    text = tutorial.advice(results(eight, embeddings))
+    text = tutorial.advice(results(eight, embeddings), UNLEARNED)
     assert "AdamW8bit keeps 4.0 times less state than AdamW, 32 bits" in text
     assert expected in text
     assert ("8 bits cost nothing" in text) == (eight < 2.01)
@@ -85,15 +90,27 @@ def test_advice_on_bits(eight: float, embeddings: float, expected: str) -> None:
     ],
 )
 def test_advice_on_the_rule(others: dict[str, tuple[float, int]], least: str, lowest: str) -> None:
-    text = tutorial.advice(results(2.005, 2.005, **others)).split("Rule: ")[1]
+    text = tutorial.advice(results(2.005, 2.005, **others), UNLEARNED).split("Rule: ")[1]
     assert f"The least state that loses nothing: {least}" in text
     assert lowest in text
     assert ("too little to choose by" in text) == ("'s, is" in lowest)
 
 
 def test_nothing_as_good_is_said() -> None:
-    text = tutorial.advice(results(2.1, 2.1))
+    text = tutorial.advice(results(2.1, 2.1), UNLEARNED)
     assert "Nothing with less state is as good as AdamW, 32 bits: keep it." in text
+
+
+def test_no_advice_before_a_model_has_learned() -> None:
+    """The yardstick is what two frequencies of bytes would predict: then nothing is said."""
+    text = tutorial.Text(torch.tensor([7, 7, 7, 9], dtype=torch.uint8), torch.zeros(1))
+    least = tutorial.loss_of_frequencies(text)
+    assert least == pytest.approx(0.75 * math.log(4 / 3) + 0.25 * math.log(4))
+    measured = results(2.1, 2.1)
+    assert tutorial.advice(measured, 2.0).startswith(
+        "No advice: the loss of AdamW, 32 bits, 2.0000"
+    )
+    assert tutorial.advice(measured, 2.01).startswith("Bits: ")
 
 
 def test_table() -> None:
@@ -115,8 +132,9 @@ def test_run_from_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
     assert shares["AdamW8bit"] < shares[EMBEDDINGS.name] < 5
     losses = [float(row[3].split("±")[0]) for row in rows]
     assert all(2 < loss < 6.5 for loss in losses)
-    assert "Bits: AdamW8bit keeps" in printed
-    assert "Rule: " in printed
+    # Four steps bear no advice.
+    assert "No advice: the loss of AdamW, 32 bits" in printed
+    assert "Rule: " not in printed
 
 
 def test_one_seed_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

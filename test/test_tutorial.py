@@ -1,5 +1,6 @@
 """The tutorial: its data, its schedule, its report, and a small run from end to end."""
 
+import itertools
 import signal
 import sys
 from collections.abc import Iterator
@@ -9,10 +10,10 @@ import pytest
 import torch
 
 pytest.importorskip("matplotlib", reason="no matplotlib, which the tutorial plots with: install it")
-pytest.importorskip("tqdm", reason="no tqdm, which shows the tutorial's progress: install it")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tutorials"))
 
 import _gpt
+import _progress
 import _report
 import train_gpt
 
@@ -116,7 +117,7 @@ def test_run_from_end_to_end(
     memory_unmeasured: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = [*TINY, "--out", str(tmp_path)]
+    arguments = [*TINY, "--full", "--out", str(tmp_path)]
     assert train_gpt.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "torchao8.AdamW8bit.restarted has the same bits in all" in printed
@@ -199,6 +200,84 @@ def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     other = train_gpt.Training("torchao8.AdamW", settings("--seed", "7"))
     with pytest.raises(SystemExit, match=r"run\.pt was made with seed 0 \(now 7\): use --fresh"):
         other.load(path)
+
+
+@pytest.mark.usefixtures("_torch_settings")
+def test_a_short_run_shows_no_times_that_say_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_gpt.main([*TINY, "--out", str(tmp_path), "--optimizers", "torchao8.AdamW"]) == 0
+    table = (tmp_path / "table.md").read_text()
+    assert "bytes per parameter" in table
+    assert "ms" not in table.split("|")
+    assert not {"peak memory", "step"} & {cell.strip() for cell in table.split("|")}
+    printed = capsys.readouterr().out
+    assert "step 1/6" in printed
+    assert "Measuring" not in printed
+
+
+def test_sizes_and_what_is_compiled() -> None:
+    """The short run compiles nothing, which takes longer than its training."""
+    short, full = (
+        train_gpt.parse_arguments(["--device", "cpu", *more])[1] for more in ([], ["--full"])
+    )
+    assert (short.compile, full.compile) == (False, True)
+    assert short.steps * short.width < full.steps * full.width
+    assert (
+        train_gpt.parse_arguments(["--device", "cpu", "--full", "--no-compile"])[1].compile is False
+    )
+
+
+class Clock:
+    """A time that passes when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_no_silence_is_longer_than_it_may_be() -> None:
+    """Work of 100 seconds that prints a line at its 3rd and its 50th: beats fill the gaps."""
+    clock, said = Clock(), []
+
+    def write(line: str) -> None:
+        said.append((clock.now, line))
+
+    pulse = _progress.Pulse(every=6, clock=clock, write=write)
+    pulse._silent = False
+    pulse.doing("compiling")
+    for half_seconds in range(200):
+        clock.now = half_seconds / 2
+        if clock.now in (3, 50):
+            pulse.say("a line")
+        if clock.now == 50:
+            pulse.doing("measuring")
+        pulse.beat()
+    times = [0.0, *(when for when, _ in said), 100.0]
+    assert max(b - a for a, b in itertools.pairwise(times)) <= 6.5
+    assert min(b - a for a, b in itertools.pairwise(times[:-1])) >= 2
+    assert (9.0, "... compiling, for 9 s") in said
+    assert (56.0, "... measuring, for 6 s") in said
+
+
+def test_a_script_that_is_imported_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    _progress.start("train_gpt", "Loading")
+    _progress.PULSE.beat()
+    assert capsys.readouterr().out == ""
+
+
+def test_the_time_that_is_left() -> None:
+    clock = Clock()
+    remaining = _progress.Remaining(11, after=30, clock=clock)
+    assert "not known" in str(remaining)
+    remaining.step()  # which compiles
+    assert "not known" in str(remaining)
+    for _ in range(2):
+        clock.now += 10
+        remaining.step()
+    assert str(remaining) == "about 1 min 50 s left"  # 8 steps of 10 s, and 30
 
 
 def allocate(megabytes: int) -> None:
