@@ -1,4 +1,4 @@
-"""What `make test` leaves of products over the table: every class meets every subject of sharding.
+"""What `make test` leaves of products over the table: each class meets sharding, each rule a compiler.
 
 Read from the marks of the tests themselves, so that a case that is moved to `thorough`, or a class
 that is new in the table, is seen here.
@@ -8,9 +8,10 @@ import itertools
 from typing import Any
 
 import pytest
+import test_compile as compiling
 import test_sharded_checkpoints as checkpoints
 import test_sharded_training as training
-from optim_table import OPTIMIZERS
+from optim_table import OF_8_BITS, OPTIMIZERS
 
 CLASSES = {case.cls.__name__ for case in OPTIMIZERS}
 MESHES = {(2,), (3,), (8,), (2, 2)}
@@ -57,3 +58,15 @@ def test_checkpoints() -> None:
     assert {plan[:2] for plan in plans} == set(itertools.permutations(worlds, 2))
     for side in (0, 1):
         assert pairs(set(plans), side, 2) == set(itertools.product(worlds, dtypes))
+
+
+def test_compiling() -> None:
+    """The 8-bit classes, which step both formats of state, and so every rule; with dynamic=True a
+    rule of two states, one of three, and one that measures its update before."""
+    cases = common_cases(compiling.test_one_graph_and_the_bits_of_eager)
+    of_8_bits = {case.cls for case in OF_8_BITS}
+    assert {case.cls for case, _, dynamic in cases if not dynamic} == of_8_bits
+    assert {case.rule for case, _, _ in cases} == {case.rule for case in OPTIMIZERS}
+    assert len({len(case.states) for case, _, dynamic in cases if dynamic}) == 2
+    no_clone = common_cases(compiling.test_generated_code_has_no_clone)
+    assert {case.cls for case, _ in no_clone} == of_8_bits
