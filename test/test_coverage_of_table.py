@@ -1,4 +1,4 @@
-"""What `make test` leaves of products over the table: each class meets sharding, each rule a compiler.
+"""What `make test` leaves of products: each class meets sharding, each rule the compiler.
 
 Read from the marks of the tests themselves, so that a case that is moved to `thorough`, or a class
 that is new in the table, is seen here.
