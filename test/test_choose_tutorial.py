@@ -111,6 +111,8 @@ def test_no_advice_before_a_model_has_learned() -> None:
         "No advice: the loss of AdamW, 32 bits, 2.0000"
     )
     assert tutorial.advice(measured, 2.01).startswith("Bits: ")
+    wide = [result(YARDSTICK.name, 2.0, 8000, spread=0.041), *measured[1:]]
+    assert "differ by 0.0410, more than 0.0400" in tutorial.advice(wide, UNLEARNED)
 
 
 def test_table() -> None:

@@ -17,7 +17,8 @@ another model, another text or other learning rates it may be another one. Repla
 by your own to have it for your own problem.
 
 Advice needs a model that has learned something: before, all optimizers are alike. So there is none
-while the model predicts no better than the frequencies of the bytes would.
+while the model predicts no better than the frequencies of the bytes would, nor where the seeds
+differ so much that hardly any difference could be told from none.
 """
 
 import _progress
@@ -38,6 +39,8 @@ from torch import nn
 import torchao8
 
 CLIP_NORM = 1.0
+# Of the loss: where seeds differ by more, the runs are too short to tell optimizers apart.
+LARGEST_SPREAD = 0.02
 WARMUP_SHARE = 0.1
 
 
@@ -194,7 +197,7 @@ def advice_on_bits(yardstick: Result, eight: Result, embeddings: Result) -> str:
         how = "and lower" if off < -spread else "and no different"
         return (
             f"{memory}. Its loss is {off:+.4f} from there, {how} by the measure of the seeds, "
-            f"which differ by {spread:.4f}: 8 bits cost nothing here. Take them."
+            f"which differ by {spread:.4f}: 8 bits cost nothing that these runs could show."
         )
     worse = (
         f"{memory}, but its loss is {off:+.4f} from there, more than the {spread:.4f} by which "
@@ -253,6 +256,13 @@ def advice(results: list[Result], least: float) -> str:
             f"No advice: the loss of {results[0].name}, {results[0].loss:.4f}, is not below "
             f"{least:.4f}, that of predicting each byte by its frequency. In so few steps no model "
             "has learned anything by which optimizers could be told apart: raise --steps."
+        )
+    largest = LARGEST_SPREAD * results[0].loss
+    if results[0].spread > largest:
+        return (
+            f"No advice: the losses of {results[0].name} from several seeds differ by "
+            f"{results[0].spread:.4f}, more than {largest:.4f}. In such runs a difference between "
+            "optimizers could not be seen: raise --steps, or --seeds."
         )
     by_name = {result.name: result for result in results}
     three = (by_name[choice.name] for choice in (YARDSTICK, EIGHT_BITS, EMBEDDINGS))

@@ -247,6 +247,8 @@ def run(
     source = path if path.exists() else start
     if source:
         training.load(source)
+        # A repeated run is counted from where it starts.
+        remaining.skip(training.step - (settings.steps // 2 if start else 0))
         what = "is finished in" if training.finished else f"continues at step {training.step} from"
         PULSE.say(f"{path.stem} {what} {source}")
     if not training.finished:

@@ -257,7 +257,7 @@ def warn_caller(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
-_LIBRARIES = ("torch.", "torchao8.")
+_LIBRARIES = ("torch.", "torchao8.", "contextlib")  # whose decorators are ours
 
 
 def kind(t: Tensor) -> str:
