@@ -342,5 +342,5 @@ def _keys_message(optimizer: Optimizer, p: Tensor, keys: list[str]) -> str:
     return (
         f"{type(optimizer).__name__}: state of {describe(optimizer, p)}: expected the keys {keys}, "
         f"got {list(optimizer.state[p])}. An option that decides which state there is, such as "
-        "amsgrad or momentum, must be set before the first step."
+        "amsgrad, centered or percentile_clipping, must be set before the first step."
     )
