@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import torchao8
-from torchao8.optim import _paging
+from torchao8.optim._state import paging
 
 ROOT = Path(__file__).resolve().parent.parent
 # Of these the third to fifth are paged: matrices of rows that are a multiple of the block and not,
@@ -62,8 +62,7 @@ def trained(optimizer: Any, steps: Sequence[int] = range(2)) -> Any:
 def folders(optimizer: Optimizer) -> list[dict[str, str | None]]:
     """Of each parameter, where each tensor of its state lies; None in ordinary memory."""
     return [
-        {k: _paging.found_in(v) for k, v in optimizer.state[p].items()}
-        for p in params_of(optimizer)
+        {k: paging.found_in(v) for k, v in optimizer.state[p].items()} for p in params_of(optimizer)
     ]
 
 

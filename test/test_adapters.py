@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 
 import torchao8
-from torchao8 import dequantize_blockwise, quantize_blockwise, sharding
+from torchao8 import dequantize_blockwise, quantize_blockwise, shard_layout
 
 # Blocks of 256 that rows start inside of, a last one that is short, and three dimensions.
 SHAPES = ((300, 3), (200, 5, 3), (512, 8), (64, 3, 1, 1))
@@ -175,9 +175,9 @@ def test_no_shard_is_one_row_by_its_own_shape() -> None:
     """The op sees local shapes: a shard of fewer than 16 columns would get blocks of the whole."""
     for size, kept in ((57, False), (58, True), (64, True)):
         shape = (5, size, 8)  # 7 ranks have 64 columns each, the last one what is left
-        assert sharding._keeps_blocks(shape, (8,), (Shard(1),), 64) == kept
-        rest = sharding._place(shape, (8,), (7,), (Shard(1),), 64)
+        assert shard_layout.keeps_blocks(shape, (8,), (Shard(1),), 64) == kept
+        rest = shard_layout.block_rows(shape, (8,), (7,), (Shard(1),), 64)
         assert rest is None or rest.row == 8 * size - 7 * 64 >= 16
-    empty = sharding._place((5, 5, 128), (4,), (3,), (Shard(1),), 256)  # is no short row
+    empty = shard_layout.block_rows((5, 5, 128), (4,), (3,), (Shard(1),), 256)  # is no short row
     assert empty is not None
     assert (empty.shape, empty.whole) == ((5, 0, 128), True)

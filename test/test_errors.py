@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchao8 import AdamW, AdamW8bit, RMSprop, ops
-from torchao8.optim._checks import check_device
+from torchao8.optim._params import check_device
 
 
 def message(error: type[Exception], call: Callable[[], Any]) -> str:

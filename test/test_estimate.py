@@ -23,19 +23,13 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 import torchao8
-from torchao8 import Estimate, estimate, sharding
+from torchao8 import Estimate, estimate, shard_layout, sharding
 from torchao8.__main__ import command
 from torchao8._estimate_command import MODELS
-from torchao8.estimate import (
-    CUT_ROWS,
-    NORMS,
-    PARAM_DTYPES,
-    RULES,
-    SHARDED_VECTOR,
-    SHORT_ROWS,
-    TOO_SMALL,
-)
-from torchao8.optim import _checks, _clipping
+from torchao8.estimate import NORMS, PARAM_DTYPES, RULES
+from torchao8.optim import _params
+from torchao8.optim._state.spec import NORMS_KEPT
+from torchao8.shard_layout import CUT_ROWS, SHARDED_VECTOR, SHORT_ROWS, TOO_SMALL
 
 PACKAGE = Path(torchao8.__file__).parent
 Sizes = dict[str, int]
@@ -151,7 +145,7 @@ def test_the_table_is_that_of_the_classes() -> None:
             on = {"momentum": 0.9, "amsgrad": True, "centered": True}.get(name)
             group = {**optimizer.defaults, **({name: on} if on else {})}
             assert len(optimizer._states(group)) == states + (name in more)
-    assert NORMS == 4 * _clipping.HISTORY
+    assert NORMS == 4 * NORMS_KEPT
 
 
 def test_32_bit_state_is_that_of_torch() -> None:
@@ -163,7 +157,7 @@ def test_defaults_are_those_of_the_optimizer() -> None:
     ours, theirs = (inspect.signature(f).parameters for f in (estimate, torchao8.AdamW8bit))
     for name in ("min_8bit_size", "block_size", "block_wise", "percentile_clipping"):
         assert ours[name].default == theirs[name].default
-    assert PARAM_DTYPES == _checks.PARAM_DTYPES
+    assert PARAM_DTYPES == _params.PARAM_DTYPES
 
 
 def test_frozen_and_tied_parameters() -> None:
@@ -299,9 +293,11 @@ def test_the_first_rank_holds_most(
     elements, scales = [], []
     for where in itertools.product(*(range(size) for size in mesh_shape)):
         dims = range(len(shape))
-        indices = [sharding._indices(shape, mesh_shape, where, placements, d) for d in dims]
+        indices = [
+            shard_layout.shard_indices(shape, mesh_shape, where, placements, d) for d in dims
+        ]
         elements.append(math.prod(map(len, indices)))
-        place = sharding._place(shape, mesh_shape, where, placements, 256)
+        place = shard_layout.block_rows(shape, mesh_shape, where, placements, 256)
         scales.append(0 if place is None else math.prod(place.scale_shape))
     assert elements[0] == max(elements)
     assert scales[0] == max(scales)

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from torchao8 import Adam8bit, AdamW, AdamW8bit, ops
 from torchao8.block_layout import scale_shape
-from torchao8.checkpoint.foreign import to_own, who_wrote
-from torchao8.optim.base import State
+from torchao8.interop.foreign import to_own, who_wrote
+from torchao8.optim._state.spec import State
 
 ROOT = Path(__file__).resolve().parent.parent
 ADAM = (State("exp_avg", signed=True), State("exp_avg_sq", signed=False))

@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 import torchao8
 from torchao8.checkpoint import load_dcp, load_safetensors, save_safetensors, to_torch
-from torchao8.optim._paging import found_in
+from torchao8.optim._state.paging import found_in
 
 SHAPES = ((3, 300), (5,), (40, 70))
 

@@ -16,9 +16,9 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 import torchao8
-from torchao8 import sharding
+from torchao8 import shard_layout
 from torchao8._estimate_command import MODELS
-from torchao8.estimate import CUT_ROWS, SHARDED_VECTOR
+from torchao8.shard_layout import CUT_ROWS, SHARDED_VECTOR
 
 WORKER = Path(__file__).with_name("mesh_worker.py")
 SHAPES = ((VOCABULARY, HIDDEN), (HIDDEN, HIDDEN), (KEYS, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER))
@@ -176,7 +176,7 @@ def test_all_ranks_cover_the_tensor(case: str, shape: tuple[int, int]) -> None:
     mesh_shape, placements = PLACEMENTS[case]
     pieces = []
     for where in itertools.product(*map(range, mesh_shape)):
-        place = sharding._place(shape, mesh_shape, where, placements, 256)
+        place = shard_layout.block_rows(shape, mesh_shape, where, placements, 256)
         assert place is not None
         for first, last, offset, stride in place.runs:
             if stride == place.row:  # rows that follow each other

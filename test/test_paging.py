@@ -39,8 +39,8 @@ from torch._inductor.utils import run_and_get_code
 
 import torchao8
 from torchao8 import ops
-from torchao8.optim import _paging
-from torchao8.optim._foreign_memory import tensor_on
+from torchao8.optim._state import paging
+from torchao8.optim._state.foreign_memory import tensor_on
 
 # -- the classes -----------------------------------------------------------------------------------
 
@@ -53,7 +53,7 @@ def test_the_bits_of_other_state(case: OptimizerCase, monkeypatch: pytest.Monkey
         params = make_params(shapes=SHAPES) + make_params(torch.bfloat16, [(128, 1024)])
         options = {"weight_decay": 0.1, "min_8bit_size": 100, **case.full}
         if piece is not None:
-            monkeypatch.setattr(_paging, "PIECE", piece)
+            monkeypatch.setattr(paging, "PIECE", piece)
         make = case.make if piece is None else lambda *a, **k: paged(case, *a, **k)
         optimizers.append(trained(make(params, **options), range(3)))
     plain, whole, in_pieces = optimizers
@@ -147,7 +147,7 @@ def test_one_file_however_many_tensors_and_none_after_the_optimizer() -> None:
     assert bits(state) == expected
     del state
     assert held() == before
-    assert not _paging.any_pages()
+    assert not paging.any_pages()
 
 
 KILLED = """
@@ -230,7 +230,7 @@ def test_pages_come_ahead_of_the_step() -> None:
     optimizer = trained(torchao8.PagedAdam(make_params(shapes=[(1024, 1024)])), range(1))
     state = optimizer.state[params_of(optimizer)[0]]["exp_avg"]
     expected = bits(state)
-    pages = _paging._pages[state.data_ptr()]
+    pages = paging._pages[state.data_ptr()]
     assert isinstance(pages, mmap.mmap)
     every = state.nbytes // mmap.PAGESIZE
     pages.flush()
@@ -292,7 +292,7 @@ def test_each_call_has_the_pages_of_the_next_on_their_way(monkeypatch: pytest.Mo
         step["adam_step_"](params, grads, *lists, **options)
 
     optimizer = trained(torchao8.PagedAdam8bit(make_params(shapes=[(200, 512)] * 3 + [(64, 70)])))
-    monkeypatch.setattr(_paging, "PIECE", 1)
+    monkeypatch.setattr(paging, "PIECE", 1)
     monkeypatch.setattr(ops, "_prefetch_pages_", seen_prefetch)
     monkeypatch.setitem(ops._STEP_OPS, "adam_step_", seen_step)
     optimizer.step()
@@ -323,7 +323,7 @@ def test_the_look_at_one_scale_has_its_pages_too(monkeypatch: pytest.MonkeyPatch
 
     params = make_params(shapes=[(200, 512)] * 2)
     optimizer = trained(torchao8.PagedAdam8bit(params, block_wise=False))
-    monkeypatch.setattr(_paging, "PIECE", 1)
+    monkeypatch.setattr(paging, "PIECE", 1)
     monkeypatch.setattr(ops, "_prefetch_pages_", seen_prefetch)
     monkeypatch.setattr(ops, "extremes", seen_extremes)
     optimizer.step()
@@ -428,7 +428,7 @@ def test_another_device_than_can_be_paged() -> None:
 @pytest.mark.parametrize("cls", [torchao8.PagedAdamW8bit, torchao8.PagedLAMB8bit])
 def test_compiled_in_one_graph(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the prefetches in their places, and the bits of the eager step."""
-    monkeypatch.setattr(_paging, "PIECE", 1 << 18)
+    monkeypatch.setattr(paging, "PIECE", 1 << 18)
     compiled, eager = (cls(make_params(shapes=SHAPES), lr=torch.tensor(0.01)) for _ in range(2))
     counter = CompileCounterWithBackend("inductor")
     step = torch.compile(compiled.step, backend=counter, fullgraph=True)
@@ -445,7 +445,7 @@ def test_compiled_in_one_graph(cls: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # torch's own
 def test_compiled_code_has_no_clone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_paging, "PIECE", 1)
+    monkeypatch.setattr(paging, "PIECE", 1)
     params = make_params(shapes=[(200, 512)] * 3)
     optimizer = torchao8.PagedAdamW8bit(params, lr=torch.tensor(0.01))
     set_grads(params, 0)

@@ -29,7 +29,7 @@ from ranks import run_ranks
 from sharded import Weights, distributed_param, gathered, step_with
 
 import torchao8
-from torchao8.optim import _paging
+from torchao8.optim._state import paging
 
 
 @every_family()
@@ -105,21 +105,13 @@ def test_a_checkpoint_that_is_refused_leaves_no_pages() -> None:
     assert held() == memory
 
 
-def test_old_checkpoints_and_pickles_have_no_such_options(tmp_path: Path) -> None:
+def test_old_checkpoints_have_no_such_options(tmp_path: Path) -> None:
     optimizer = trained(adam(page_dir=str(tmp_path)))
     saved = through_file(optimizer.state_dict())
     for group in saved["param_groups"]:
         del group["is_paged"], group["page_dir"]
     optimizer.load_state_dict(saved)
     assert_paged(optimizer, str(tmp_path))
-    plain = trained(adam(torchao8.AdamW8bit))
-    old = plain.__getstate__()
-    for group in (old["defaults"], *old["param_groups"]):
-        del group["page_dir"], group["stochastic_rounding"]
-    again = pickle.loads(pickle.dumps(plain))
-    trained(again)
-    for group in (again.defaults, *again.param_groups):
-        assert (group["page_dir"], group["stochastic_rounding"]) == ("", False)
 
 
 def by_pickle(optimizer: Any) -> Any:
@@ -182,7 +174,7 @@ def test_distributed_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     model, optimizer = new_run(torchao8.PagedAdamW8bit)
     state = dcp_state.get_optimizer_state_dict(model, optimizer)
     tensors = [v for s in optimizer.state.values() for v in s.values()]
-    before = {v.data_ptr() for v in tensors if _paging.found_in(v) == ""}
+    before = {v.data_ptr() for v in tensors if paging.found_in(v) == ""}
     dcp.load({"optimizer": state}, checkpoint_id=tmp_path, no_dist=True)
     dcp_state.set_optimizer_state_dict(model, optimizer, state)
     assert all_bits(optimizer)["states"] == states
@@ -194,14 +186,14 @@ def test_distributed_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     model, optimizer = new_run(torchao8.PagedAdamW8bit)
     moved: list[Any] = []
-    rooms_for = _paging.rooms_for
+    rooms_for = paging.rooms_for
 
     def seen_rooms_for(wanted: Any) -> Any:
         rooms = rooms_for(wanted)
         moved.extend(rooms)
         return rooms
 
-    monkeypatch.setattr(_paging, "rooms_for", seen_rooms_for)
+    monkeypatch.setattr(paging, "rooms_for", seen_rooms_for)
     load_dcp(model, optimizer, tmp_path, no_dist=True)
     assert moved
     assert not any(moved)
@@ -228,7 +220,7 @@ def sharded_worker(rank: int, world_size: int, folder: str) -> dict[str, Any]:
 
     def where(optimizer: Any) -> list[str | None]:
         states = (list(optimizer.state[p].values()) for p in params_of(optimizer))
-        return [_paging.found_in(of_p[-1].to_local()) for of_p in states]
+        return [paging.found_in(of_p[-1].to_local()) for of_p in states]
 
     optimizer, plain = make(torchao8.PagedAdamW8bit), make(torchao8.AdamW8bit)
     for each in (optimizer, plain):

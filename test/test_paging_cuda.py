@@ -13,7 +13,7 @@ from paged import SHAPES, adam, assert_paged, every_family, needs_gpu, paged, pa
 
 import torchao8
 from torchao8 import ops
-from torchao8.optim import _paging
+from torchao8.optim._state import paging
 
 pytestmark = needs_gpu
 MIB = 1 << 20
@@ -31,7 +31,7 @@ def test_a_gpu_gives_the_bits_of_the_cpu(
     case: OptimizerCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In pieces, of which there are several; some MB of managed memory."""
-    monkeypatch.setattr(_paging, "PIECE", 1 << 17)
+    monkeypatch.setattr(paging, "PIECE", 1 << 17)
     on_cpu, on_gpu = (
         trained(paged(case, make_params(shapes=SHAPES, device=device)), range(3))
         for device in ("cpu", "cuda")
@@ -57,7 +57,7 @@ def test_managed_memory_goes_with_the_optimizer() -> None:
     in_use, _ = torch.cuda.mem_get_info()
     del optimizer
     gc.collect()
-    assert not _paging.any_pages()
+    assert not paging.any_pages()
     assert torch.cuda.mem_get_info()[0] - in_use > rows * 4096
 
 
@@ -98,7 +98,7 @@ def test_training_goes_on_where_memory_is_short() -> None:
 
 def test_a_captured_step_replays(monkeypatch: pytest.MonkeyPatch) -> None:
     """It fetches its pages by itself; state that was loaded since is another graph's."""
-    monkeypatch.setattr(_paging, "PIECE", 1 << 17)
+    monkeypatch.setattr(paging, "PIECE", 1 << 17)
     captured, eager = (adam(device="cuda", lr=torch.tensor(0.01, device="cuda")) for _ in range(2))
     for optimizer in (captured, eager):
         trained(optimizer, range(1))

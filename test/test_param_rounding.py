@@ -32,7 +32,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import torchao8
-from torchao8 import ops, sharding
+from torchao8 import ops, shard_layout, sharding
 
 BF16_MAX = torch.finfo(torch.bfloat16).max
 
@@ -446,9 +446,9 @@ def test_the_rows_of_a_shard_are_where_it_lies(name: str) -> None:
     for coordinate in itertools.product(*(range(size) for size in mesh_shape)):
         here = numbers
         for d in range(len(shape)):
-            index = sharding._indices(shape, mesh_shape, coordinate, placements, d)
+            index = shard_layout.shard_indices(shape, mesh_shape, coordinate, placements, d)
             here = here.index_select(d, torch.tensor(list(index), dtype=torch.int64))
-        place = sharding._flat_place(shape, mesh_shape, coordinate, placements)
+        place = shard_layout.flat_rows(shape, mesh_shape, coordinate, placements)
         assert place.shape == tuple(here.shape)
         if not here.numel():
             assert not place.runs
@@ -521,7 +521,7 @@ def _wrong_shard(rank: int, world_size: int) -> None:
     p = distributed_param(torch.ones(7, dtype=torch.bfloat16), mesh, placements)
     optimizer = torchao8.AdamW([p], stochastic_rounding=True)
     p.grad = distributed(torch.ones(7, dtype=torch.bfloat16), p)
-    wrong = tuple(p.to_local().shape) != sharding.flat_place(p).shape
+    wrong = tuple(p.to_local().shape) != sharding.flat_shard_rows(p).shape
     if wrong:
         with pytest.raises(ValueError, match=r"parameter 0 of shape \[7\], .* local shape of"):
             optimizer.step()

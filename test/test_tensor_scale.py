@@ -49,7 +49,7 @@ from torch.distributed.tensor import Replicate, Shard
 import torchao8
 from torchao8 import AdamW, AdamW8bit
 from torchao8.checkpoint import load_dcp, load_safetensors, save_safetensors, to_torch
-from torchao8.optim import _paging
+from torchao8.optim._state import paging
 from torchao8.optim.base import LowPrecisionOptimizer
 
 STEP_OP = "torchao8::adam_step_"
@@ -337,7 +337,7 @@ PLACEMENTS = (
 
 def _placed_against_unsharded(rank: int, world_size: int) -> None:
     mesh = init_device_mesh("cpu", (2, 2))
-    _paging.LEAST = _paging.PIECE = 1  # as many calls as there may be
+    paging.LEAST = paging.PIECE = 1  # as many calls as there may be
     for compiled in (False, True):
         ends = []
         params = make_params(shapes=[shape for shape, _ in PLACEMENTS])
@@ -364,7 +364,7 @@ def test_same_bits_for_pieces_and_for_compiled_paged_ones() -> None:
 def _pieces_in_one_call(rank: int, world_size: int) -> None:
     """With paged state, where op calls are as small as they can be, and parameters in bfloat16."""
     mesh = init_device_mesh("cpu", (2, 2))
-    with mock.patch.object(_paging, "PIECE", 1):
+    with mock.patch.object(paging, "PIECE", 1):
         for options in ({"is_paged": True}, {"is_paged": True, "stochastic_rounding": True}):
             ends = []
             params = make_params(torch.bfloat16, [shape for shape, _ in PLACEMENTS])

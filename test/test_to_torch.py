@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torchao8 import SGD, AdamW, AdamW8bit, RMSprop8bit, ops
 from torchao8.checkpoint import to_torch
-from torchao8.optim.base import State
+from torchao8.optim._state.spec import State
 
 ADAM = (State("exp_avg", signed=True), State("exp_avg_sq", signed=False))
 AMSGRAD = (*ADAM, State("max_exp_avg_sq", signed=False))

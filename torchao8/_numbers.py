@@ -4,6 +4,7 @@ now, and a CUDA graph what they are on the GPU."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,3 +61,28 @@ def known(value: object) -> object:
     if isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value):
         return tuple(known(v) for v in value)
     return value
+
+
+def plain(value: Any) -> Any:
+    """Numbers of numpy as Python's, also in tuples and lists; anything else as it is.
+
+    Torch takes them for options, but a file that holds some does not load with weights_only=True.
+    """
+    if isinstance(value, (tuple, list)):
+        if any(_is_of_numpy(v) for v in value):
+            plain_values = [plain(v) for v in value]
+            return plain_values if isinstance(value, list) else tuple(plain_values)
+        return value
+    return value.item() if _is_of_numpy(value) else value
+
+
+def _is_of_numpy(value: Any) -> bool:
+    """Whether this is a scalar of numpy, which need not be installed."""
+    return type(value).__module__ == "numpy" and getattr(value, "shape", None) == ()
+
+
+def plain_numbers(group: dict[str, Any]) -> None:
+    """The same for the options of a group, in place."""
+    for name, value in group.items():
+        if name != "params" and (number := plain(value)) is not value:
+            group[name] = number

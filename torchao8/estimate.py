@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from torchao8 import sharding
-from torchao8.block_layout import Scales, check_block_size, fits_8bit, row_start
+from torchao8.block_layout import Scales, check_block_size
+from torchao8.shard_layout import block_rows, shard_indices, split_dim, why_32bit
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -40,11 +41,6 @@ RULES: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 STEP = 4  # bytes: a float32 number for each parameter, on every rank
 NORMS = 4 * 100  # and so are the norms that percentile_clipping keeps
-# Why a parameter keeps 32-bit state.
-TOO_SMALL = "too small"
-SHARDED_VECTOR = "sharded vector"
-SHORT_ROWS = "sharded, with short rows"
-CUT_ROWS = "rows cut inside a block"
 
 
 @dataclass(frozen=True)
@@ -148,7 +144,7 @@ def estimate(
     on_rank, once, on_all = [], [], []
     kept: dict[str, list[str]] = {}
     for t in tensors:
-        reason = _reason(t, min_8bit_size, block_size)
+        reason = why_32bit(t.shape, t.mesh_shape, t.placements, block_size, min_8bit_size)
         in_8bit = reason is None
         elements, scales = math.prod(t.shape), math.prod(scales_of.shape(t.shape))
         local_scales = _local_scales(t, scales_of) if in_8bit else 0
@@ -347,20 +343,9 @@ def _check_options(dtype: Any, min_8bit_size: Any, block_size: int, block_wise: 
 # -- what of them lies where -----------------------------------------------------------------------
 
 
-def _reason(t: _Tensor, min_8bit_size: int, block_size: int) -> str | None:
-    """Why the state has 32 bits; None where it has 8."""
-    if not fits_8bit(t.shape, block_size, min_8bit_size):
-        return TOO_SMALL
-    if not t.mesh_shape or sharding._keeps_blocks(t.shape, t.mesh_shape, t.placements, block_size):
-        return None
-    if len(t.shape) == 1:
-        return SHARDED_VECTOR
-    return SHORT_ROWS if row_start(t.shape, block_size) == 0 else CUT_ROWS
-
-
 def _shards(t: _Tensor) -> int:
     """The number of ranks that share one copy of a tensor."""
-    split = (sharding._shards(placement) is not None for placement in t.placements)
+    split = (split_dim(placement) is not None for placement in t.placements)
     return math.prod(n for n, is_split in zip(t.mesh_shape, split, strict=True) if is_split)
 
 
@@ -368,7 +353,7 @@ def _local(t: _Tensor) -> int:
     """Elements on the first rank, which no other exceeds: chunks are cut so that none grows."""
     first = (0,) * len(t.mesh_shape)
     return math.prod(
-        len(sharding._indices(t.shape, t.mesh_shape, first, t.placements, dim))
+        len(shard_indices(t.shape, t.mesh_shape, first, t.placements, dim))
         for dim in range(len(t.shape))
     )
 
@@ -378,9 +363,9 @@ def _local_scales(t: _Tensor, scales: Scales) -> int:
     if not t.mesh_shape or not scales.block_wise:
         return math.prod(scales.shape(t.shape))
     first = (0,) * len(t.mesh_shape)
-    place = sharding._place(t.shape, t.mesh_shape, first, t.placements, scales.block_size)
-    assert place is not None
-    return math.prod(place.scale_shape)
+    rows = block_rows(t.shape, t.mesh_shape, first, t.placements, scales.block_size)
+    assert rows is not None
+    return math.prod(rows.scale_shape)
 
 
 # -- the table -------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ torch's dispatcher under ``torch.ops.torchao8``.
 
 import importlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -130,6 +130,21 @@ def dynamic_map(signed: bool = True) -> Tensor:
     codes = torch.arange(256, dtype=torch.uint8, device="cpu")
     one = torch.ones(1, dtype=torch.float32, device="cpu")
     return dequantize_blockwise(codes, one, block_size=256, signed=signed)
+
+
+class Arguments(NamedTuple):
+    """What :func:`step_` and :func:`extremes` begin with, see there."""
+
+    op: str
+    params: list[Tensor]
+    grads: list[Tensor]
+    values: Sequence[list[Tensor]]
+    scales: Sequence[list[Tensor]]
+    steps: list[Tensor]
+    lr: Tensor
+    numbers: Tensor
+    grad_scale: Tensor | None
+    factors: list[Tensor]
 
 
 def step_(

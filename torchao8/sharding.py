@@ -1,23 +1,25 @@
 """DTensor parameters: what of them lies on this rank, and whether blocks of 8-bit state survive.
 
 Whether a parameter is quantized, where its blocks lie and which random numbers round them depend
-on its global shape alone. A shard therefore says where it lies: :class:`Place` holds the global
-index of its rows. Everything the library knows about ``torch.distributed.tensor`` is in this file.
+on its global shape alone. A shard therefore says where it lies, see :mod:`torchao8.shard_layout`.
+Everything the library knows about ``torch.distributed.tensor`` is in these two files.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
+import operator
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from torchao8.block_layout import MIN_ROW_LENGTH, row_length, row_start, scale_shape
+from torchao8 import shard_layout
+from torchao8.block_layout import MIN_ROW_LENGTH, row_length
+from torchao8.shard_layout import ShardRows
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -48,68 +50,17 @@ def local(tensor: Tensor) -> Tensor:
 # -- which parameters keep 8-bit state ------------------------------------------------------------
 
 
-def keeps_blocks(p: DTensor, block_size: int) -> bool:
-    """Whether every shard of a parameter, on whatever rank, holds whole blocks of 8-bit state.
-
-    A tensor that is one row (:func:`torchao8.block_layout.row_start`), as a vector or a matrix of
-    rank 8, never does, on a mesh of one rank neither: no block size fits all the ways to split it.
-    """
-    return _keeps_blocks(p.shape, p.device_mesh.shape, p.placements, block_size)
-
-
-@functools.cache
-def _keeps_blocks(
-    shape: tuple[int, ...],
-    mesh_shape: tuple[int, ...],
-    placements: tuple[Placement, ...],
-    block_size: int,
-) -> bool:
-    k = row_start(shape, block_size)
-    if k == 0:
-        return False
-    dims = [_shards(placement) for placement in placements]
-    if any(d is not None and d > k for d in dims):
-        return False
-    if k not in dims:
-        return True
-    # Along the row: every border must be one of blocks, for the scales as well, which DTensor
-    # splits by its own rule.
-    inner = math.prod(shape[k + 1 :])
-    scales = scale_shape(shape, block_size)
-    sizes = [size if d == k else 1 for size, d in zip(mesh_shape, dims, strict=True)]
-    for coordinate in itertools.product(*(range(size) for size in sizes)):
-        index = _indices(shape, mesh_shape, coordinate, placements, k)
-        blocks = _indices(scales, mesh_shape, coordinate, placements, k)
-        if not _covers(index, blocks, inner, shape[k], block_size):
-            return False
-        if index and len(index) * inner < MIN_ROW_LENGTH:  # the op would see one row in all
-            return False
-    return True
-
-
-def _covers(
-    index: Sequence[int], blocks: Sequence[int], inner: int, size: int, block_size: int
-) -> bool:
-    """Whether these indices of the dimension that starts a row hold just these blocks."""
-    if not index or not blocks:
-        return not index and not blocks
-    first, last = index[0], index[-1] + 1
-    return (
-        last - first == len(index)
-        and blocks[-1] + 1 - blocks[0] == len(blocks)
-        and first * inner == blocks[0] * block_size
-        and (last == size or last * inner % block_size == 0)
-        and -(-last * inner // block_size) == blocks[-1] + 1
+def why_32bit(p: Tensor, block_size: int, min_8bit_size: int) -> str | None:
+    """Why a parameter keeps 32-bit state, see :func:`torchao8.shard_layout.why_32bit`; None where 8
+    bits fit it."""
+    mesh_shape, placements = (
+        (tuple(p.device_mesh.shape), p.placements) if is_dtensor(p) else ((), ())
     )
+    return shard_layout.why_32bit(tuple(p.shape), mesh_shape, placements, block_size, min_8bit_size)
 
 
-def cut_row_message(p: DTensor, block_size: int) -> str | None:
-    """What to tell a person whose matrix keeps 32-bit state for the way it is sharded.
-
-    None for what is one row: a vanishing share of memory, and none of its splits would do.
-    """
-    if row_start(p.shape, block_size) == 0 or keeps_blocks(p, block_size):
-        return None
+def cut_row_message(p: DTensor, block_size: int) -> str:
+    """What to tell a person whose matrix keeps 32-bit state as its shards cut blocks."""
     row = row_length(p.shape, block_size)
     return (
         f"of shape {list(p.shape)} is placed as {p.placements} on a mesh of shape "
@@ -123,58 +74,23 @@ def cut_row_message(p: DTensor, block_size: int) -> str | None:
 # -- where a shard lies ------------------------------------------------------------------------
 
 
-class Run(NamedTuple):
-    """Rows of a local tensor that lie at equal distances in the global one.
-
-    Attributes:
-        first, last: the local rows, ``last`` not included.
-        offset: flat index of the first element in the global tensor.
-        stride: elements of the global tensor from one of these rows to the next.
-    """
-
-    first: int
-    last: int
-    offset: int
-    stride: int
-
-
-class Place(NamedTuple):
-    """Where the local tensor of a DTensor lies in the global one, by rows (see block_layout).
-
-    Attributes:
-        runs: of its rows; none where it is empty.
-        whole: whether one run holds all of it, and its own shape has the same rows: then the op
-            takes the local tensor as it is.
-        row, blocks: elements, and blocks, of a local row; of 32-bit state, which has no blocks, a
-            row is any elements that lie together, and blocks is 0.
-        shape, scale_shape: of the local tensor and of its scales.
-    """
-
-    runs: tuple[Run, ...]
-    whole: bool
-    row: int
-    blocks: int
-    shape: tuple[int, ...]
-    scale_shape: tuple[int, ...]
-
-
-def place(p: DTensor, block_size: int) -> Place | None:
+def shard_rows(p: DTensor, block_size: int) -> ShardRows | None:
     """Where the shard of this rank lies; None for a parameter whose shards cut blocks."""
     mesh = p.device_mesh
     coordinate = mesh.get_coordinate()
     where = None if coordinate is None else tuple(coordinate)
-    return _place_on(mesh, p.shape, where, p.placements, block_size)
+    return _shard_rows_on(mesh, p.shape, where, p.placements, block_size)
 
 
-def flat_place(p: DTensor) -> Place:
+def flat_shard_rows(p: DTensor) -> ShardRows:
     """Where the shard of this rank lies, of a parameter with 32-bit state."""
     mesh = p.device_mesh
     coordinate = mesh.get_coordinate()
     where = None if coordinate is None else tuple(coordinate)
-    return _flat_place_on(mesh, p.shape, where, p.placements)
+    return _flat_shard_rows_on(mesh, p.shape, where, p.placements)
 
 
-def wrong_shard_message(p: DTensor, where: Place) -> str | None:
+def wrong_shard_message(p: DTensor, where: ShardRows) -> str | None:
     """What is wrong with the local tensor of a parameter, if anything is."""
     part = local(p)
     if p.device_mesh.get_coordinate() is None:
@@ -196,167 +112,24 @@ def wrong_shard_message(p: DTensor, where: Place) -> str | None:
 
 
 @functools.cache
-def _place_on(  # the shape of a mesh takes longer than the rest of it
+def _shard_rows_on(  # the shape of a mesh takes longer than the rest of it
     mesh: DeviceMesh,
     shape: tuple[int, ...],
     where: tuple[int, ...] | None,
     placements: tuple[Placement, ...],
     block_size: int,
-) -> Place | None:
-    return _place(tuple(shape), tuple(mesh.shape), where, placements, block_size)
+) -> ShardRows | None:
+    return shard_layout.block_rows(tuple(shape), tuple(mesh.shape), where, placements, block_size)
 
 
 @functools.cache
-def _place(
-    shape: tuple[int, ...],
-    mesh_shape: tuple[int, ...],
-    coordinate: tuple[int, ...] | None,
-    placements: tuple[Placement, ...],
-    block_size: int,
-) -> Place | None:
-    if not _keeps_blocks(shape, mesh_shape, placements, block_size):
-        return None
-    k = row_start(shape, block_size)
-    inner = math.prod(shape[k + 1 :])
-    if coordinate is None:  # this rank has no part in the mesh
-        return Place((), True, 0, 0, (0,) * len(shape), (0,) * (k + 1))
-    indices = [_indices(shape, mesh_shape, coordinate, placements, d) for d in range(len(shape))]
-    leading, columns = indices[:k], indices[k]
-    row = len(columns) * inner
-    scales = (*(len(rows) for rows in leading), -(-row // block_size))
-    starts = _row_offsets(shape, leading, inner * columns[0] if columns else 0)
-    runs = _runs(starts, shape, k) if row else ()
-    local_shape = tuple(len(index) for index in indices)
-    whole = len(runs) < 2 and scale_shape(local_shape, block_size) == scales
-    return Place(runs, whole, row, scales[-1], local_shape, scales)
-
-
-@functools.cache
-def _flat_place_on(
+def _flat_shard_rows_on(
     mesh: DeviceMesh,
     shape: tuple[int, ...],
     where: tuple[int, ...] | None,
     placements: tuple[Placement, ...],
-) -> Place:
-    return _flat_place(tuple(shape), tuple(mesh.shape), where, placements)
-
-
-@functools.cache
-def _flat_place(
-    shape: tuple[int, ...],
-    mesh_shape: tuple[int, ...],
-    coordinate: tuple[int, ...] | None,
-    placements: tuple[Placement, ...],
-) -> Place:
-    """A row ends where the last dimension that is split has a gap, and is as long as can be."""
-    if coordinate is None:
-        return Place((), True, 0, 0, (0,) * len(shape), ())
-    indices = [_indices(shape, mesh_shape, coordinate, placements, d) for d in range(len(shape))]
-    local_shape = tuple(len(index) for index in indices)
-    if 0 in local_shape:
-        return Place((), True, 0, 0, local_shape, ())
-    last = local_shape[-1] if shape else 1
-    split = [d for d in range(len(shape)) if local_shape[d] != shape[d]]
-    if not split:
-        return Place((Run(0, math.prod(shape) // last, 0, last),), True, last, 0, local_shape, ())
-    k = split[-1]
-    together = _common_length(indices[k])
-    row = together * math.prod(shape[k + 1 :])
-    starts = _row_offsets(shape, (*indices[:k], indices[k][::together]), 0)
-    runs = _runs(starts, shape, k)
-    if len(runs) > 1:
-        return Place(runs, False, row, 0, local_shape, ())
-    if len(starts) == 1 or runs[0].stride == row:  # without gaps: rows of any length will do
-        runs = (Run(0, math.prod(local_shape) // last, starts[0], last),)
-        row = last
-    return Place(runs, row == last, row, 0, local_shape, ())
-
-
-def _common_length(index: Sequence[int]) -> int:
-    """The greatest length of pieces that an index can be cut into without a gap inside of any."""
-    if isinstance(index, range):
-        return len(index)
-    gaps = [i for i in range(1, len(index)) if index[i] != index[i - 1] + 1]
-    ends = [0, *gaps, len(index)]
-    return math.gcd(*(b - a for a, b in itertools.pairwise(ends)))
-
-
-def _row_offsets(shape: tuple[int, ...], leading: Sequence[Sequence[int]], start: int) -> list[int]:
-    """Flat global index of the first element of each local row."""
-    offsets = [start]
-    for d, index in enumerate(leading):
-        step = math.prod(shape[d + 1 :])
-        offsets = [offset + i * step for offset in offsets for i in index]
-    return offsets
-
-
-def _runs(starts: Sequence[int], shape: tuple[int, ...], k: int) -> tuple[Run, ...]:
-    """Cuts rows into runs of one stride, each as long as can be."""
-    runs, first = [], 0
-    while first < len(starts):
-        last = first + 1
-        stride = starts[last] - starts[first] if last < len(starts) else math.prod(shape[k:])
-        while last < len(starts) and starts[last] - starts[last - 1] == stride:
-            last += 1
-        runs.append(Run(first, last, starts[first], stride))
-        first = last
-    return tuple(runs)
-
-
-def _indices(
-    shape: tuple[int, ...],
-    mesh_shape: tuple[int, ...],
-    coordinate: Sequence[int],
-    placements: Sequence[Placement],
-    dim: int,
-) -> Sequence[int]:
-    """Global indices along one dimension of what a rank holds.
-
-    Placements split a tensor from the first to the last. ``_StridedShard`` stands for a split that
-    was made later than its place says, as FSDP splits what tensor parallelism has split: it waits
-    for the splits behind it that its ``split_factor`` counts. Where these are even, it is the same
-    as the interleaved split that torch defines it by; where they are not, it is what FSDP does.
-    """
-    index: Sequence[int] = range(shape[dim])
-    splits = [(i, p) for i, p in enumerate(placements) if _shards(p) == dim]
-    for i, factor in _in_order_of_split(splits, mesh_shape):
-        index = _part(index, mesh_shape[i], coordinate[i], factor)
-    return index
-
-
-def _in_order_of_split(
-    splits: Sequence[tuple[int, Placement]], mesh_shape: tuple[int, ...]
-) -> list[tuple[int, int]]:
-    """Which dimension of the mesh splits next, and the number of chunks it splits each."""
-    ordered: list[tuple[int, int]] = []
-    for i, p in reversed(splits):
-        factor = getattr(p, "split_factor", 1)
-        # Those behind it that were split before: as many as make up the factor.
-        position, product = 0, 1
-        while product < factor and position < len(ordered):
-            product *= mesh_shape[ordered[position][0]]
-            position += 1
-        if product == factor:
-            ordered.insert(position, (i, 1))
-        else:
-            ordered.insert(0, (i, factor))
-    return ordered
-
-
-def _part(index: Sequence[int], parts: int, part: int, factor: int) -> Sequence[int]:
-    """One of ``parts`` chunks, as torch.chunk cuts them; of each of ``factor`` chunks, if more."""
-    if factor == 1:
-        size = -(-len(index) // parts)
-        return index[part * size : (part + 1) * size]
-    chunks = [_part(_part(index, factor, f, 1), parts, part, 1) for f in range(factor)]
-    return list(itertools.chain(*chunks))
-
-
-def _shards(placement: Placement) -> int | None:
-    """The dimension that a placement splits, if it splits one."""
-    if placement.is_replicate() or placement.is_partial():
-        return None
-    return placement.dim  # type: ignore[attr-defined]
+) -> ShardRows:
+    return shard_layout.flat_rows(tuple(shape), tuple(mesh.shape), where, placements)
 
 
 # -- sums and maxima over a whole parameter --------------------------------------------------------
@@ -378,7 +151,7 @@ def shard_groups(params: Sequence[Tensor]) -> list[ShardGroup]:
         if not is_dtensor(p) or p.device_mesh.get_coordinate() is None:
             continue
         for dim, placement in enumerate(p.placements):
-            if _shards(placement) is not None and p.device_mesh.size(dim) > 1:
+            if shard_layout.split_dim(placement) is not None and p.device_mesh.size(dim) > 1:
                 name = p.device_mesh.get_group(dim).group_name
                 members.setdefault(name, []).append(i)
     return list(members.items())
@@ -420,7 +193,7 @@ def largest_over_shards(p: DTensor, numbers: Tensor) -> Tensor:
 
     if p.device_mesh.get_coordinate() is not None:
         for dim, placement in enumerate(p.placements):
-            if _shards(placement) is not None:
+            if shard_layout.split_dim(placement) is not None:
                 dist.all_reduce(numbers, dist.ReduceOp.MAX, group=p.device_mesh.get_group(dim))
     return numbers
 
@@ -448,6 +221,22 @@ def like(p: Tensor, local_tensor: Tensor, shape: Sequence[int]) -> Tensor:
     )
 
 
+def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What this rank holds of each of them, as :func:`local`, with less time spent on each."""
+    parts = [getattr(t, "_local_tensor", t) for t in tensors]
+    if all(cls is Tensor for cls in set(map(type, parts))):
+        return parts
+    return [local(t) for t in tensors]
+
+
+def local_grads(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+    """The local gradient of each DTensor parameter, see :func:`placed_grad`."""
+    specs = [(g._spec, p._spec) for g, p in zip(grads, params, strict=True)]  # type: ignore[attr-defined]
+    if all(g is p or (g.mesh is p.mesh and g.placements == p.placements) for g, p in specs):
+        return local_tensors(grads)
+    return [placed_grad(p, g) for p, g in zip(params, grads, strict=True)]  # type: ignore[arg-type]
+
+
 def placed_grad(p: DTensor, grad: DTensor) -> Tensor:
     """The local gradient that belongs to the local parameter.
 
@@ -455,6 +244,20 @@ def placed_grad(p: DTensor, grad: DTensor) -> Tensor:
     replicates the parameter: then it is brought into those of the parameter, a collective.
     """
     return local(same_placement(p, grad))
+
+
+class Placements:
+    """How DTensor parameters are placed, to notice when they are placed otherwise."""
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self.specs = [p._spec for p in params]  # type: ignore[attr-defined]
+        self.shapes = [p._local_tensor.shape for p in params]  # type: ignore[attr-defined]
+
+    def hold(self, params: Sequence[Tensor]) -> bool:
+        """Whether the same parameters are placed as they were, and as large here."""
+        specs = [p._spec for p in params]  # type: ignore[attr-defined]
+        shapes = [p._local_tensor.shape for p in params]  # type: ignore[attr-defined]
+        return all(map(operator.is_, specs, self.specs)) and shapes == self.shapes
 
 
 def is_placed_as(p: DTensor, value: DTensor) -> bool:
@@ -476,7 +279,9 @@ def cut_out(p: DTensor, value: Tensor, shape: Sequence[int]) -> Tensor:
     for d in range(len(shape)):
         index: Sequence[int] = range(0)
         if coordinate is not None:
-            index = _indices(tuple(shape), tuple(mesh.shape), coordinate, p.placements, d)
+            index = shard_layout.shard_indices(
+                tuple(shape), tuple(mesh.shape), coordinate, p.placements, d
+            )
         if len(index) != shape[d]:
             value = value.index_select(
                 d, torch.tensor(list(index), dtype=torch.int64, device=value.device)

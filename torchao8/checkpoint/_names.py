@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from torchao8.optim._checkpoint import has_state
+from torchao8.optim._state.spec import has_state
 
 if TYPE_CHECKING:
     from torchao8.optim.base import LowPrecisionOptimizer

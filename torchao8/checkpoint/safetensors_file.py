@@ -35,11 +35,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torchao8._messages import warn_caller
 from torchao8._modes import normal_tensors
+from torchao8._numbers import plain
 from torchao8.checkpoint._names import check_own, names_of
-from torchao8.optim._checkpoint import is_own
-from torchao8.optim._checks import plain, warn_caller
-from torchao8.optim._load import all_or_none, ranks_of
+from torchao8.optim._state.load import all_or_none, ranks_of
+from torchao8.optim._state.spec import is_own
 from torchao8.sharding import is_dtensor
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from torchao8.block_layout import Scales
 from torchao8.checkpoint._names import check_own
-from torchao8.optim import _clipping
-from torchao8.optim._checkpoint import has_state, in_32bit, is_own
+from torchao8.optim._state.convert import in_32bit
+from torchao8.optim._state.layout import layout_of
+from torchao8.optim._state.spec import NORMS, has_state, is_own
 
 if TYPE_CHECKING:
     from torchao8.optim.base import LowPrecisionOptimizer
@@ -101,11 +102,11 @@ def _state(
     if not has_state(own):
         if torch_cls is not torch.optim.Adagrad:
             return _copied(own)
-        layout = optimizer._layout(group, p)
+        layout = layout_of(optimizer, group, p)
         own = {**own, **{key: spec.empty(p) for key, spec in layout.items()}}
     states = in_32bit(p, optimizer._states_in(group, own), own, Scales.of(group))
     others = {k: v for k, v in states.items() if not is_own(k)}
-    theirs = {k: v.detach().clone() for k, v in states.items() if is_own(k) and k != _clipping.KEY}
+    theirs = {k: v.detach().clone() for k, v in states.items() if is_own(k) and k != NORMS}
     if states is not own:
         optimizer._mend_decoded(theirs)
     theirs["step"] = theirs["step"].cpu()

@@ -1,6 +1,5 @@
 """The optimizers, drop-in for those of the same name in ``torch.optim`` and bitsandbytes."""
 
-from torchao8.optim._options import CommonOptions
 from torchao8.optim.adagrad import Adagrad, Adagrad8bit, PagedAdagrad, PagedAdagrad8bit
 from torchao8.optim.adam import (
     Adam,
@@ -16,6 +15,7 @@ from torchao8.optim.ademamix import AdEMAMix, AdEMAMix8bit, PagedAdEMAMix, Paged
 from torchao8.optim.lamb import LAMB, LAMB8bit, PagedLAMB, PagedLAMB8bit
 from torchao8.optim.lars import LARS, LARS8bit, PagedLARS, PagedLARS8bit
 from torchao8.optim.lion import Lion, Lion8bit, PagedLion, PagedLion8bit
+from torchao8.optim.options import CommonOptions
 from torchao8.optim.rmsprop import PagedRMSprop, PagedRMSprop8bit, RMSprop, RMSprop8bit
 from torchao8.optim.sgd import SGD, PagedSGD, PagedSGD8bit, SGD8bit
 

@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from torchao8.optim._buckets import Group
-from torchao8.optim._checkpoint import State
-from torchao8.optim._checks import check_number
-from torchao8.optim._options import CommonOptions, with_common
+from torchao8.optim._state.spec import State
 from torchao8.optim.base import LowPrecisionOptimizer
+from torchao8.optim.options import CommonOptions, Group, check_number, with_common
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

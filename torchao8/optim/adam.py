@@ -5,10 +5,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from torchao8.optim._buckets import Group
-from torchao8.optim._checkpoint import State
-from torchao8.optim._checks import check_betas, check_flag, check_number
+from torchao8.optim._state.spec import State
 from torchao8.optim.base import LowPrecisionOptimizer
+from torchao8.optim.options import Group, check_betas, check_flag, check_number
 
 
 class _Adam(LowPrecisionOptimizer):

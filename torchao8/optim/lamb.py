@@ -9,11 +9,17 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from torchao8 import ops
-from torchao8.optim._buckets import Bucket, Group
-from torchao8.optim._checkpoint import State
-from torchao8.optim._checks import check_betas, check_flag, check_number
-from torchao8.optim._options import CommonOptions, with_common
+from torchao8.optim._state.spec import State
+from torchao8.optim._step.bucket import Bucket
 from torchao8.optim.base import LowPrecisionOptimizer
+from torchao8.optim.options import (
+    CommonOptions,
+    Group,
+    check_betas,
+    check_flag,
+    check_number,
+    with_common,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -58,6 +64,7 @@ class LAMB(LowPrecisionOptimizer):
     _bits = 32
     _op = "adam_step_"
     _op_states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    _compares_updates = True
 
     def __init__(
         self,

@@ -9,18 +9,19 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from torchao8._numbers import one_number
-from torchao8.optim._buckets import Group
-from torchao8.optim._checkpoint import State
-from torchao8.optim._checks import (
+from torchao8.optim._state.spec import State
+from torchao8.optim.base import LowPrecisionOptimizer
+from torchao8.optim.options import (
     MOMENTUM,
+    CommonOptions,
+    Group,
     check_flag,
     check_momentum,
     check_nesterov,
     check_number,
     has_momentum,
+    with_common,
 )
-from torchao8.optim._options import CommonOptions, with_common
-from torchao8.optim.base import LowPrecisionOptimizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -5,44 +5,25 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from torchao8 import sharding
+from torchao8._messages import describe, warn_caller, with_shape
+from torchao8._numbers import plain_numbers
 from torchao8.block_layout import Scales, check_block_size
-from torchao8.checkpoint import foreign
-from torchao8.optim import _clipping, _paging
-from torchao8.optim._buckets import Group
-from torchao8.optim._checkpoint import (
-    Kept,
-    Layout,
-    State,
-    check_form,
-    convert,
-    is_own,
-    is_step,
-    parts_of,
-    seal,
-)
-from torchao8.optim._checks import (
-    check_flag,
-    check_params,
-    describe,
-    plain_numbers,
-    warn_caller,
-    with_shape,
-)
-
-if TYPE_CHECKING:
-    from torchao8.optim.base import LowPrecisionOptimizer
-
-# Torch's hints of implementation. The step here is always fused, multi-tensor and capturable, so
-# they choose nothing, but for fused=True, which opts in to the fused protocol of
-# torch.amp.GradScaler.
-HINTS = ("foreach", "fused", "capturable", "differentiable")
+from torchao8.interop import foreign
+from torchao8.optim._params import check_params
+from torchao8.optim._state import paging
+from torchao8.optim._state.convert import convert
+from torchao8.optim._state.layout import layout_of
+from torchao8.optim._state.sealed import Kept, check_form, is_step, parts_of, seal
+from torchao8.optim._state.spec import NO_NORM, NORMS, NORMS_KEPT, Layout, State, is_own
+from torchao8.optim.contract import OptimizerContract
+from torchao8.optim.options import Group, check_flag, clips, plain_hints
 
 
 def seal_state_dict(optimizer: Optimizer, state_dict: Any) -> dict[str, Any] | None:
@@ -51,7 +32,7 @@ def seal_state_dict(optimizer: Optimizer, state_dict: Any) -> dict[str, Any] | N
     Where parameters are sharded, all ranks refuse what one of them does.
     """
     agree = ranks_of(optimizer)
-    loading = _Loading(cast("LowPrecisionOptimizer", optimizer), state_dict)
+    loading = _Loading(cast(OptimizerContract, optimizer), state_dict)
     with all_or_none(agree):
         loading.check()
         loading.make_rooms()
@@ -112,7 +93,7 @@ class _Loading:
     (:meth:`seal`).
     """
 
-    def __init__(self, optimizer: LowPrecisionOptimizer, state_dict: Any) -> None:
+    def __init__(self, optimizer: OptimizerContract, state_dict: Any) -> None:
         self.optimizer = optimizer
         self.state_dict = state_dict
         self.saved_groups: list[Group] = []
@@ -189,7 +170,7 @@ class _Loading:
         wanted = [
             (plan.p, plan.layout, {} if plan.converts else plan.values) for plan in self.plans
         ]
-        self.rooms = _paging.rooms_for(wanted)
+        self.rooms = paging.rooms_for(wanted)
 
     def convert(self) -> None:
         """Brings the state into the format of the optimizer, as far as it lies on this rank.
@@ -200,7 +181,7 @@ class _Loading:
         for plan, rooms in zip(self.plans, self.rooms, strict=True):
             try:
                 parts = self._converted(plan)
-                _paging.move_in(parts, rooms)
+                paging.move_in(parts, rooms)
                 self.parts.append(parts)
             except ValueError as error:
                 refusal = refusal or error
@@ -214,7 +195,7 @@ class _Loading:
             # A checkpoint may hold one tensor twice, which no step could write to, or paged memory
             # for what is not paged here.
             for key, part in parts.items():
-                is_stray = plan.layout[key].pages is None and _paging.found_in(part) is not None
+                is_stray = plan.layout[key].pages is None and paging.found_in(part) is not None
                 shared = part.numel() and (part.data_ptr() in seen or is_stray)
                 if shared or part.is_inference():
                     parts[key] = part.clone()
@@ -229,7 +210,7 @@ class _Loading:
                 keys = list(self.others.get(saved_id, ()))
                 is_strange = keys and not self.plans and "state_version" not in saved
                 if is_strange and self.optimizer._states_of(live):
-                    layout = self.optimizer._layout(live, p)
+                    layout = layout_of(self.optimizer, live, p)
                     raise ValueError(
                         f"state of {describe(self.optimizer, p)}: expected the keys "
                         f"{list(layout)}, got {keys}. Another optimizer saved it"
@@ -287,18 +268,16 @@ class _Loading:
             self.authors.add(foreign.who_wrote(values) or "torch.optim")
             self.state[saved_id] = own
         self._count_untold(group, saved, saved_id)
-        if _clipping.clips(group) and _clipping.KEY not in values:
+        if clips(group) and NORMS not in values:
             history = foreign.norm_history(label, values)
             if history is None:
-                history = torch.full(
-                    (_clipping.HISTORY,), _clipping.EMPTY, dtype=torch.float32, device="cpu"
-                )
-            self.state[saved_id] = {**self.state[saved_id], _clipping.KEY: history}
+                history = torch.full((NORMS_KEPT,), NO_NORM, dtype=torch.float32, device="cpu")
+            self.state[saved_id] = {**self.state[saved_id], NORMS: history}
 
     def _plan(self, group: Group, p: Tensor, saved_id: Any, saved_scales: Scales) -> None:
         values = self.state[saved_id]
         states, label = self.optimizer._states_in(group, values), describe(self.optimizer, p)
-        layout = self.optimizer._layout(group, p, states)
+        layout = layout_of(self.optimizer, group, p, states)
         converts = check_form(
             label, p, layout, states, values, saved_scales, self.others.get(saved_id, ())
         )
@@ -443,8 +422,3 @@ def _in_form(saved: Group, live: Group) -> Group:
         name: value if name == "params" else in_form(value, live.get(name))
         for name, value in saved.items()
     }
-
-
-def plain_hints(options: Group) -> Group:
-    """The same options with torch's hints as bools: checkpoint tools take no None."""
-    return {k: bool(v) if k in HINTS else v for k, v in options.items()}

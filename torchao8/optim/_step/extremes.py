@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from torchao8 import ops, sharding
-from torchao8.optim import _paging
-from torchao8.optim._buckets import Bucket, Work
-from torchao8.optim._factors import Member, Number
+from torchao8.optim._step.bucket import Bucket, Member, Number, Work
+from torchao8.optim._step.pages import pages_ahead
 
 # Of a work, by its index, and a bucket of it: a row for each of its tensors, see ops.extremes.
 Find = Callable[[int, Bucket], Tensor]
@@ -38,7 +37,7 @@ def extremes_of(
         for bucket in work.buckets
         if any(bucket.scales.values())  # or it is 32-bit state
     ]
-    ahead = _paging.pages_ahead([(work, bucket) for _, work, bucket in calls])
+    ahead = pages_ahead([(work, bucket) for _, work, bucket in calls])
     for (i, _, bucket), pages in zip(calls, ahead, strict=True):
         ops.prefetch_pages_(pages, bucket.params[0])
         for k, row in zip(bucket.numbers, find(i, bucket).unbind(), strict=True):

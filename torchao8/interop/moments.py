@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from torchao8.optim._checks import kind, plain
+from torchao8._messages import kind
+from torchao8._numbers import plain
 from torchao8.sharding import is_dtensor
 
 SHARDED = (

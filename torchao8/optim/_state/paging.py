@@ -20,21 +20,18 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from torchao8 import ops
-from torchao8.optim._checkpoint import BESIDE_STATES, TensorSpec, is_own
-from torchao8.optim._checks import check_flag, describe
-from torchao8.optim._foreign_memory import tensor_on
+from torchao8._messages import describe
+from torchao8.optim._state.foreign_memory import tensor_on
+from torchao8.optim._state.spec import BESIDE_STATES, TensorSpec, is_own
+from torchao8.optim.options import Group
 from torchao8.sharding import is_dtensor, is_placed_as, local
-
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
-    from torchao8.optim._buckets import Bucket, Group, Work
 
 # Elements of a parameter from which on its state is paged. As for min_8bit_size they are those of
 # the whole parameter, so that what is paged does not depend on the number of ranks.
@@ -53,16 +50,6 @@ _pages: weakref.WeakValueDictionary[int, Pages] = weakref.WeakValueDictionary()
 # -- options -----------------------------------------------------------------------------------
 
 
-def check_options(group: Group) -> None:
-    """Raises ValueError unless ``is_paged`` and ``page_dir`` are what they must be, together."""
-    check_flag("is_paged", group["is_paged"])
-    folder = group["page_dir"]
-    if not isinstance(folder, str):
-        raise ValueError(f"page_dir: expected a str, got {folder!r}")
-    if folder and not group["is_paged"]:
-        raise ValueError(f"page_dir: expected '', as is_paged is False, got {folder!r}")
-
-
 def check_folder(group: Group) -> None:
     """Raises ValueError unless files can be made in ``page_dir``: before training, not in it."""
     folder = group["page_dir"]
@@ -76,7 +63,7 @@ def folder_of(group: Group, p: Tensor) -> str | None:
     return folder if group["is_paged"] and p.numel() >= LEAST else None
 
 
-def check_place(optimizer: Optimizer, group: Group, p: Tensor, part: Tensor) -> None:
+def check_memory(optimizer: Optimizer, group: Group, p: Tensor, part: Tensor) -> None:
     """Raises RuntimeError if an option was changed after it had said where state lies.
 
     Args:
@@ -253,7 +240,7 @@ def new_states(layouts: Sequence[tuple[Tensor, dict[str, TensorSpec]]]) -> list[
         part = next(parts)
         if spec.fill:  # zeros need not be written
             part.fill_(spec.fill)
-        return spec.place(p, part)
+        return spec.of_param(p, part)
 
     return [{key: new(p, spec) for key, spec in layout.items()} for p, layout in layouts]
 
@@ -314,7 +301,7 @@ def paged_rooms(rooms: dict[str, Any], owners: dict[str, tuple[Tensor, str]]) ->
     }
     parts = _allocate_for(list(found.values()))
     return {
-        name: spec.place(p, part)
+        name: spec.of_param(p, part)
         for (name, (p, spec)), part in zip(found.items(), parts, strict=True)
     }
 
@@ -348,7 +335,7 @@ def move_states(groups: Iterable[Group], state: dict[Any, Any]) -> None:
                 wanted.append((p, layout, values))
     for (p, layout, values), rooms in zip(wanted, rooms_for(wanted), strict=True):
         for key, room in rooms.items():
-            values[key] = layout[key].place(p, room.copy_(local(values[key])))
+            values[key] = layout[key].of_param(p, room.copy_(local(values[key])))
 
 
 def _spec_of(value: Tensor, folder: str) -> TensorSpec:
@@ -362,59 +349,3 @@ def _allocate_for(wanted: Sequence[tuple[Tensor, TensorSpec]]) -> list[Tensor]:
 
 
 # -- the step --------------------------------------------------------------------------------------
-
-
-def pieces(work: Work) -> Work:
-    """The same work, in op calls of about :data:`PIECE` bytes of state where that is paged.
-
-    Which tensors share a call changes no bit. But parts of a tensor with one scale are stepped by
-    the same call, which writes the new scale when all of them are done with the old one.
-    """
-    if not work.group["is_paged"]:
-        return work
-    block_wise = work.group["block_wise"]
-    buckets: list[Bucket] = []
-    for bucket in work.buckets:
-        first, held = 0, 0
-        for i in range(len(bucket.params)):
-            size = sum(t.numel() * t.dtype.itemsize for t in bucket.states_of(i))
-            goes_on = i > 0 and bucket.numbers[i] == bucket.numbers[i - 1]
-            is_tied = goes_on and not block_wise
-            if held and held + size > PIECE and not is_tied:
-                buckets.append(bucket.part(first, i))
-                first, held = i, 0
-            held += size
-        buckets.append(bucket.part(first, len(bucket.params)))
-    return work._replace(buckets=buckets)
-
-
-def pages_ahead(calls: Sequence[tuple[Work, Bucket]]) -> list[list[list[Tensor]]]:
-    """What to hand to :func:`torchao8.ops.prefetch_pages_` before each call, one after the other.
-
-    Before its first call a device is asked for the pages of that one, and before each call for
-    those of the next: then these are on their way while the call is at work.
-    """
-    plan: list[list[list[Tensor]]] = [[] for _ in calls]
-    if not any(work.group["is_paged"] for work, _ in calls):
-        return plan
-    pages = [
-        [
-            t
-            for i, number in enumerate(bucket.numbers)
-            if folder_of(work.group, work.params[number]) is not None
-            for t in bucket.states_of(i)
-        ]
-        for work, bucket in calls
-    ]
-    last: dict[torch.device, int] = {}
-    for i, (_, bucket) in enumerate(calls):
-        device = bucket.params[0].device
-        if device not in last:
-            plan[i] += [pages[i]] if pages[i] else []
-        elif pages[i] or pages[last[device]]:
-            plan[last[device]].append(pages[i])
-        last[device] = i
-    for device, i in last.items():
-        if pages[i] and device.type == "cuda":
-            plan[i].append([])  # nothing more to bring, but a call to wait for its own pages
-    return plan

@@ -8,48 +8,28 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from torchao8 import ops, sharding
-from torchao8.optim import _clipping, _paging
-from torchao8.optim._buckets import Bucket, Group, Work
+from torchao8.optim._step import clipping as clipping  # it registers clip_factors_
+from torchao8.optim._step.bucket import Member, Work
+from torchao8.optim._step.pages import pages_ahead
+from torchao8.optim.contract import OptimizerContract
+from torchao8.optim.options import clips
 
 # Of a trust ratio: a learning rate times much more is no float32 any more, and a gradient of next
 # to nothing, whose update is a finite one, would make its parameter infinite.
 LARGEST_RATIO = 2.0**100
 
-# A parameter, by the number of its group and its own there.
-Number = tuple[int, int]
-# A parameter, by the index of its work and its own there.
-Member = tuple[int, int]
-
-
-class Rule(NamedTuple):
-    """What an optimizer has to do with factors.
-
-    Attributes:
-        has_trust_ratios: whether a group has.
-        trust_ratios: of a group, the norms of its parameters and of what they are compared with,
-            float64 of shape (n,): what their learning rates are multiplied by.
-        update_sums: of a group, the tensors of an op call, their factors and the gradient scale:
-            rows as of :func:`torchao8.ops.sum_squares`, of the updates to compare with. None where
-            it is the gradients, unscaled and clipped, that parameters are compared with.
-        shard_groups: the process groups that share some parameters, see
-            :func:`torchao8.sharding.shard_groups`.
-    """
-
-    has_trust_ratios: Callable[[Group], bool]
-    trust_ratios: Callable[[Group, Tensor, Tensor], Tensor]
-    update_sums: Callable[[Group, Bucket, list[Tensor], Tensor | None], Tensor] | None
-    shard_groups: Callable[[tuple[Number, ...]], list[sharding.ShardGroup]]
-
 
 def factors_of(
-    rule: Rule, works: Sequence[Work], grad_scale: Tensor | None, found_inf: Tensor | None
+    optimizer: OptimizerContract,
+    works: Sequence[Work],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
 ) -> list[list[Tensor]]:
     """For each work, the factors of its parameters as the step ops take them, or none.
 
@@ -58,7 +38,7 @@ def factors_of(
     wanted = [
         i
         for i, work in enumerate(works)
-        if rule.has_trust_ratios(work.group) or _clipping.clips(work.group)
+        if optimizer._has_trust_ratios(work.group) or clips(work.group)
     ]
     result: list[list[Tensor]] = [[] for _ in works]
     for device in dict.fromkeys(grad.device for i in wanted for grad in works[i].grads):
@@ -66,7 +46,7 @@ def factors_of(
             (i, k) for i in wanted for k, grad in enumerate(works[i].grads) if grad.device == device
         ]
         scale, found = (t if t is None else t.to(device) for t in (grad_scale, found_inf))
-        pairs = _Device(rule, works, members, scale, found).factors()
+        pairs = _Device(optimizer, works, members, scale, found).factors()
         for (i, k), pair in zip(members, pairs.unbind(), strict=True):
             result[i] = result[i] or [pair] * len(works[i].grads)
             result[i][k] = pair
@@ -78,24 +58,24 @@ class _Device:
 
     def __init__(
         self,
-        rule: Rule,
+        optimizer: OptimizerContract,
         works: Sequence[Work],
         members: list[Member],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        self.rule = rule
+        self.optimizer = optimizer
         self.works = works
         self.members = members
         self.grad_scale = grad_scale
         self.found_inf = found_inf
         groups = [works[i].group for i, _ in members]
-        self.clips = any(_clipping.clips(group) for group in groups)
-        self.trusts = any(rule.has_trust_ratios(group) for group in groups)
+        self.clips = any(clips(group) for group in groups)
+        self.trusts = any(optimizer._has_trust_ratios(group) for group in groups)
 
     def factors(self) -> Tensor:
         """float64 of shape (n, 2), in the order of the members."""
-        measures = self.trusts and self.rule.update_sums is not None
+        measures = self.trusts and self.optimizer._compares_updates
         grads = [self.works[i].grads[k] for i, k in self.members]
         params = [sharding.local(self.works[i].params[k]) for i, k in self.members]
         clip = torch.ones(len(self.members), dtype=torch.float64, device=grads[0].device)
@@ -136,13 +116,13 @@ class _Device:
         if any(sharding.is_dtensor(self.works[i].params[k]) for i, k in self.members):
             numbers = [(self.works[i].number, self.works[i].numbers[k]) for i, k in self.members]
             numbers *= len(rows) // len(numbers)
-            rows = sharding.sum_rows(rows, self.rule.shard_groups(tuple(numbers)))
+            rows = sharding.sum_rows(rows, self.optimizer._shard_groups(tuple(numbers)))
         return ops.norms(rows)
 
     def _clip(self, norms: Tensor) -> Tensor:
         clip = []
         for work, numbers, part in self._parts():
-            if not _clipping.clips(work.group):
+            if not clips(work.group):
                 clip.append(torch.ones_like(norms[part]))
                 continue
             clip.append(
@@ -158,8 +138,8 @@ class _Device:
 
     def _ratios(self, param_norms: Tensor, norms: Tensor) -> Tensor:
         ratios = [
-            self.rule.trust_ratios(work.group, param_norms[part], norms[part])
-            if self.rule.has_trust_ratios(work.group)
+            self.optimizer._trust_ratios(work.group, param_norms[part], norms[part])
+            if self.optimizer._has_trust_ratios(work.group)
             else torch.ones_like(norms[part])
             for work, _, part in self._parts()
         ]
@@ -167,7 +147,6 @@ class _Device:
 
     def _update_sums(self, clip: Tensor) -> Tensor:
         """A row for each member, of what this rank has of it."""
-        assert self.rule.update_sums is not None
         none = torch.zeros(ops.SUM_LIMBS, dtype=torch.int64, device=clip.device)
         pairs = torch.stack((clip, torch.ones_like(clip)), 1).unbind()
         rows: list[Tensor] = []
@@ -178,7 +157,7 @@ class _Device:
             for bucket in work.buckets
             if bucket.params[0].device == clip.device
         ]
-        ahead = iter(_paging.pages_ahead(calls))
+        ahead = iter(pages_ahead(calls))
         for work, numbers, part in parts:
             mine = dict.fromkeys(numbers, none)
             own = dict(zip(numbers, pairs[part], strict=True))
@@ -187,7 +166,7 @@ class _Device:
                     continue
                 ops.prefetch_pages_(next(ahead), bucket.params[0])
                 factors = [own[k] for k in bucket.numbers] if self.clips else []
-                sums = self.rule.update_sums(work.group, bucket, factors, self.grad_scale)
+                sums = self.optimizer._update_sums(work.group, bucket, factors, self.grad_scale)
                 for k, row in zip(bucket.numbers, sums.unbind(), strict=True):
                     mine[k] = row if mine[k] is none else mine[k] + row
             rows += mine.values()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchao8.checkpoint._moments import (
+from torchao8.interop.moments import (
     Moments,
     Quantized,
     StateSpec,

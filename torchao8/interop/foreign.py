@@ -20,15 +20,15 @@ from torch import Tensor
 
 from torchao8 import ops
 from torchao8.block_layout import Scales, row_length
-from torchao8.checkpoint._bitsandbytes import (
+from torchao8.interop.bitsandbytes import (
     NESTED,
     is_bitsandbytes,
     is_bitsandbytes_key,
     own_options,
     read_bitsandbytes,
 )
-from torchao8.checkpoint._moments import Quantized, StateSpec, checked_scale, checked_step
-from torchao8.checkpoint._torchao import is_torchao, read_torchao
+from torchao8.interop.moments import Quantized, StateSpec, checked_scale, checked_step
+from torchao8.interop.torchao import is_torchao, read_torchao
 
 __all__ = ["norm_history", "own_options", "reads", "to_own", "who_wrote"]
 

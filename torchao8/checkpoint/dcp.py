@@ -13,9 +13,9 @@ from torchao8 import sharding
 from torchao8._modes import normal_tensors
 from torchao8.block_layout import scale_shape
 from torchao8.checkpoint._names import check_own, names_of
-from torchao8.optim import _paging
-from torchao8.optim._checkpoint import BESIDE_STATES, is_own
-from torchao8.optim._load import all_or_none
+from torchao8.optim._state import paging
+from torchao8.optim._state.load import all_or_none
+from torchao8.optim._state.spec import BESIDE_STATES, is_own
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -100,12 +100,12 @@ def load_dcp(
                     )
                 block_size = group.get("block_size")
                 rooms.update({k: _room(p, entry, block_size) for k, entry in entries.items()})
-                folder = _paging.folder_of(live, p)
+                folder = paging.folder_of(live, p)
                 if folder is not None:
                     beside = [prefix + name for name in BESIDE_STATES]
                     own = [k for k in entries if is_own(k[len(prefix) :]) and k not in beside]
                     owners.update(dict.fromkeys(own, (p, folder)))
-        rooms.update(_paging.paged_rooms(rooms, owners))
+        rooms.update(paging.paged_rooms(rooms, owners))
     values = read(rooms)
     state: dict[int, dict[str, Any]] = {}
     for p, number in numbers.items():
@@ -176,7 +176,7 @@ def _room(p: Tensor, entry: Any, block_size: int | None) -> Tensor | None:
         return None if room is None else room.to(p.device)
     size, dtype, part = tuple(room.shape), room.dtype, sharding.local(p)
     shape: tuple[int, ...] | None = None
-    where = sharding.place(p, block_size) if block_size is not None else None
+    where = sharding.shard_rows(p, block_size) if block_size is not None else None
     if size == tuple(p.shape) and (dtype.is_floating_point or where is not None):
         shape = tuple(part.shape)
     elif where is not None and block_size and size == scale_shape(tuple(p.shape), block_size):

@@ -8,35 +8,12 @@ for a checkpoint, or of a factor whose partner starts at 0, and would bound what
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from torchao8.optim._checks import is_int
-
-HISTORY = 100
-# Of ``optimizer.state[p]``: float32, one number for each of the last steps.
-KEY = "grad_norms"
-# Where there was no gradient yet. The next norm above 0 goes into all such places.
-EMPTY = -1.0
-OFF = 100
+from torchao8.optim._state.spec import NORMS_KEPT
 
 _LARGEST = torch.finfo(torch.float32).max
-
-
-def clips(group: dict[str, Any]) -> bool:
-    """Whether the gradients of a group are clipped."""
-    return bool(group["percentile_clipping"] != OFF)
-
-
-def check_percentile(value: Any) -> None:
-    """Raises ValueError unless this is a number of the sorted norms, or 100 for no clipping."""
-    if not is_int(value) or not 1 <= value <= OFF:
-        raise ValueError(
-            f"percentile_clipping: expected an int from 1 to {OFF - 1}, or {OFF} for off, "
-            f"got {value!r}"
-        )
 
 
 def clip_factors_(
@@ -62,9 +39,9 @@ def clip_factors_(
     before = torch.stack(histories)
     # No norm is infinite, but float32 ends earlier than float64.
     current = norms.clamp(max=_LARGEST).to(torch.float32).unsqueeze(1)
-    slot = (torch.stack(steps) + 1).remainder(HISTORY).unsqueeze(1)
+    slot = (torch.stack(steps) + 1).remainder(NORMS_KEPT).unsqueeze(1)
     is_empty = before < 0
-    is_new = is_empty | (torch.arange(HISTORY, dtype=torch.int64, device=slot.device) == slot)
+    is_new = is_empty | (torch.arange(NORMS_KEPT, dtype=torch.int64, device=slot.device) == slot)
     after = torch.where(is_new & ~(is_empty & (current == 0)), current, before)
     limit = after.sort(dim=1).values[:, percentile : percentile + 1].clamp_min(0)
     factors = torch.where(current > limit, limit.double() / current.double(), 1.0)

@@ -1,0 +1,51 @@
+"""What messages say of an optimizer's parameters, and at whose line warnings point."""
+
+import sys
+import warnings
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def describe(optimizer: Optimizer, p: Tensor) -> str:
+    """``parameter 3 (layer.weight)``: its number in the state dict, and its name if it has one."""
+    number = 0
+    for group in optimizer.param_groups:
+        for i, q in enumerate(group["params"]):
+            if q is p:
+                name = f" ({group['param_names'][i]})" if "param_names" in group else ""
+                return f"parameter {number}{name}"
+            number += 1
+    raise ValueError("the parameter is not in the optimizer")
+
+
+def with_shape(optimizer: Optimizer, p: Tensor) -> str:
+    """The same, with the shape of one that has no name: ``parameter 3 (of shape [40, 70])``."""
+    label = describe(optimizer, p)
+    return label if label.endswith(")") else f"{label} (of shape {list(p.shape)})"
+
+
+def meta_message(optimizer: Optimizer, p: Tensor) -> str:
+    """Why a step is refused, as torch.optim refuses it with fused=True."""
+    return (
+        f"{type(optimizer).__name__}: {describe(optimizer, p)}, of shape {list(p.shape)}, is on "
+        "the device meta: expected a parameter with values. Materialize the model before the "
+        "first step (model.to_empty(device=...), then load or initialize its weights)"
+    )
+
+
+def warn_caller(message: str) -> None:
+    """Warns, pointing at the line outside of torch and torchao8 that led here."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_LIBRARIES):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+_LIBRARIES = ("torch.", "torchao8.", "contextlib")  # whose decorators are ours
+
+
+def kind(t: Tensor) -> str:
+    """The dtype of a tensor, and its layout if that is not the dense one."""
+    return f"{t.dtype}" if t.layout is torch.strided else f"{t.dtype} in layout {t.layout}"

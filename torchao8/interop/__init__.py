@@ -1,0 +1,1 @@
+"""State that other libraries saved, read as ours; neither of them is imported."""

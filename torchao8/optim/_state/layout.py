@@ -1,0 +1,236 @@
+"""Which state a parameter gets: 8 or 32 bits, its keys, shapes and memory; and making it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from torchao8 import sharding
+from torchao8._messages import describe, meta_message, warn_caller, with_shape
+from torchao8._modes import normal_tensors
+from torchao8.block_layout import Scales
+from torchao8.optim._params import check_grad, check_params
+from torchao8.optim._state import paging
+from torchao8.optim._state.spec import (
+    NO_NORM,
+    NORMS,
+    NORMS_KEPT,
+    Layout,
+    State,
+    TensorSpec,
+    has_state,
+    keys_of,
+)
+from torchao8.optim.contract import OptimizerContract
+from torchao8.optim.options import Group, clips
+from torchao8.shard_layout import CUT_ROWS, ShardRows
+from torchao8.sharding import is_dtensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def keeps_8bit(group: Group, p: Tensor) -> bool:
+    """Whether a parameter keeps 8-bit state under the options of its group: by its global shape and
+    by the way it is sharded."""
+    return group["optim_bits"] == 8 and (
+        sharding.why_32bit(p, group["block_size"], group["min_8bit_size"]) is None
+    )
+
+
+def rounds_param(group: Group, p: Tensor) -> bool:
+    """Whether a parameter is written back with stochastic rounding."""
+    return group["stochastic_rounding"] and p.dtype == torch.bfloat16
+
+
+def layout_of(
+    optimizer: OptimizerContract,
+    group: Group,
+    p: Tensor,
+    states: tuple[State, ...] | None = None,
+) -> Layout:
+    """Every key of ``optimizer.state[p]`` under the options of its group, and what stands there.
+
+    Args:
+        states: of the parameter, if they are known.
+
+    Raises:
+        ValueError: the step needs to know all of a parameter of which FSDP1 keeps a shard; the
+            local tensor of a DTensor is not its shard.
+    """
+    scales, in_8bit = Scales.of(group), keeps_8bit(group, p)
+    pages = paging.folder_of(group, p)
+    _check_shards(optimizer, group, p, in_8bit)
+    layout = {"step": TensorSpec(torch.float32, ())}
+    if clips(group):
+        layout[NORMS] = TensorSpec(torch.float32, (NORMS_KEPT,), NO_NORM)
+    for state in optimizer._states_of(group) if states is None else states:
+        specs = _specs_of(state, p, scales, in_8bit, pages)
+        layout.update(zip(keys_of(state, in_8bit), specs, strict=True))
+    return layout
+
+
+def _specs_of(
+    state: State, p: Tensor, scales: Scales, in_8bit: bool, pages: str | None
+) -> tuple[TensorSpec, ...]:
+    """What a state of a parameter is: values, or codes and their scales."""
+    _, signed, initial = state
+    shape = tuple(p.shape)
+    local_shape = tuple(sharding.local(p).shape) if is_dtensor(p) else None
+    if not in_8bit:
+        return (TensorSpec(torch.float32, shape, initial, local_shape, signed, pages),)
+    local_scale = None
+    if is_dtensor(p) and scales.block_wise:
+        rows = sharding.shard_rows(p, scales.block_size)
+        local_scale = None if rows is None else rows.scale_shape
+    code = 255 if initial else 127 if signed else 0  # 1.0 or 0.0, times the scale
+    of_scale = pages if scales.block_wise else None  # one number is not worth a page
+    return (
+        TensorSpec(torch.uint8, shape, code, local_shape, pages=pages),
+        TensorSpec(torch.float32, scales.shape(shape), initial, local_scale, signed, of_scale),
+    )
+
+
+# -- checks ----------------------------------------------------------------------------------------
+
+
+def check_layout(
+    optimizer: OptimizerContract, group: Group, p: Tensor, states: tuple[State, ...]
+) -> None:
+    """Raises RuntimeError if a parameter was resized, or an option changed, after it had laid out
+    the state of ``p``.
+
+    Args:
+        states: of the parameter.
+    """
+    if not states:  # what has none has no format either
+        return
+    state, (codes, scale) = optimizer.state[p], keys_of(states[0], True)
+    in_8bit = codes in state
+    first = state.get(codes if in_8bit else states[0].name)
+    if first is None:
+        return  # a missing key is told of by its name
+    name = type(optimizer).__name__
+    if first.shape != p.shape:
+        raise RuntimeError(
+            f"{name}: {describe(optimizer, p)} is of shape {list(p.shape)} now, "
+            f"its state of shape {list(first.shape)}: it was resized, or its data replaced, after "
+            "the first step. Build a new optimizer, or remove its state "
+            "(optimizer.state.pop(parameter)), which then starts anew"
+        )
+    expected = Scales.of(group).shape(p.shape)
+    if keeps_8bit(group, p) != in_8bit or (in_8bit and state[scale].shape != expected):
+        has = f"8-bit state, scales {list(state[scale].shape)}" if in_8bit else "32-bit state"
+        raise RuntimeError(
+            f"{name}: {with_shape(optimizer, p)} already has {has}, but its "
+            f"group now says optim_bits={group['optim_bits']}, "
+            f"min_8bit_size={group['min_8bit_size']}, block_size={group['block_size']}, "
+            f"block_wise={group['block_wise']}. Set them back, or build a new optimizer."
+        )
+    paging.check_memory(optimizer, group, p, sharding.local(first))
+
+
+def check_shard(optimizer: OptimizerContract, p: DTensor, rows: ShardRows) -> None:
+    """Raises ValueError unless the local tensor of a parameter is what lies there."""
+    wrong = sharding.wrong_shard_message(p, rows)
+    if wrong is not None:
+        raise ValueError(f"{type(optimizer).__name__}: {describe(optimizer, p)} {wrong}")
+
+
+def rows_of(
+    optimizer: OptimizerContract, group: Group, p: DTensor, in_blocks: bool
+) -> ShardRows | None:
+    """Where the shard of a parameter lies, in blocks or as 32-bit state.
+
+    Raises:
+        ValueError: 32-bit state, and the local tensor is not what lies there. That of 8-bit state
+            is checked when the state is made.
+    """
+    if in_blocks:
+        return sharding.shard_rows(p, group["block_size"])
+    rows = sharding.flat_shard_rows(p)
+    check_shard(optimizer, p, rows)
+    return rows
+
+
+def _check_shards(optimizer: OptimizerContract, group: Group, p: Tensor, in_8bit: bool) -> None:
+    if is_dtensor(p) and (in_8bit or rounds_param(group, p)):
+        rows = sharding.shard_rows(p, group["block_size"]) if in_8bit else None
+        check_shard(optimizer, p, sharding.flat_shard_rows(p) if rows is None else rows)
+    one_scale = group["optim_bits"] == 8 and not group["block_wise"]
+    needs_the_whole = one_scale or clips(group) or optimizer._has_trust_ratios(group)
+    if needs_the_whole and sharding.is_flattened(p):
+        raise ValueError(
+            f"{type(optimizer).__name__}: {describe(optimizer, p)} was flattened by FSDP1, which "
+            "does not tell where the shards of a parameter are; clipping by percentiles, trust "
+            "ratios and block_wise=False need all of it. Shard with fully_shard (FSDP2)"
+        )
+
+
+# -- making state ----------------------------------------------------------------------------------
+
+
+def init_states(optimizer: OptimizerContract) -> None:
+    """Gives state to every parameter that lacks it, or, if anything is refused, to none.
+
+    All trainable parameters get theirs at the first step, with a gradient or without: then no
+    checkpoint is partial, and a first gradient that comes late meets nothing new.
+    """
+    fresh: list[tuple[Tensor, Layout]] = []
+    for group in optimizer.param_groups:
+        check_params(group["params"], group["stochastic_rounding"])
+        wake(optimizer, group)
+        states_of_group = optimizer._states_of(group)
+        for p in group["params"]:
+            if p.grad is not None:
+                check_grad(optimizer, p)
+            if has_state(optimizer.state.get(p)):
+                check_layout(optimizer, group, p, states_of_group)
+            elif p.requires_grad or p.grad is not None:
+                if sharding.local(p).is_meta and p.grad is not None:
+                    raise RuntimeError(meta_message(optimizer, p))
+                _warn_of_cut_row(optimizer, group, p)
+                fresh.append((p, layout_of(optimizer, group, p, states_of_group)))
+    with normal_tensors():
+        states = paging.new_states(fresh)
+    for (p, _), state in zip(fresh, states, strict=True):
+        mine = optimizer.state[p]  # the dict stays: others may hold it
+        others = dict(mine)
+        mine.clear()
+        mine.update({**state, **others})
+
+
+def wake(optimizer: OptimizerContract, group: Group) -> None:
+    """Gives an empty state to the parameters that lack one whose option was 0 so far.
+
+    Dampening is for a buffer that has begun: torch's first one is undampened, and where there is
+    some the missing state is refused later.
+    """
+    resting = optimizer._resting
+    if not resting or group.get("dampening", 0) != 0:
+        return
+    states = [s for s in optimizer._states(group) if s.name in resting.values()]
+    for p in group["params"]:
+        mine = optimizer.state.get(p, {})
+        if not has_state(mine):
+            continue
+        missing = [s for s in states if not mine.keys() & {s.name, f"{s.name}_codes"}]
+        if not missing:
+            return  # all parameters of a group have the same
+        layout = layout_of(optimizer, group, p, tuple(missing))
+        with normal_tensors():
+            new = {key: spec for key, spec in layout.items() if key not in mine}
+            (state,) = paging.new_states([(p, new)])
+        mine.update(state)
+
+
+def _warn_of_cut_row(optimizer: OptimizerContract, group: Group, p: Tensor) -> None:
+    """Says which parameter keeps 32 bits for the way it is sharded, and what to do."""
+    if group["optim_bits"] != 8 or not is_dtensor(p):
+        return
+    block_size = group["block_size"]
+    if sharding.why_32bit(p, block_size, group["min_8bit_size"]) == CUT_ROWS:
+        message = sharding.cut_row_message(p, block_size)
+        warn_caller(f"{type(optimizer).__name__}: {describe(optimizer, p)} {message}")

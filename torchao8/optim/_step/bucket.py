@@ -1,0 +1,81 @@
+"""What one step does: the tensors of each op call, and the parameters that they belong to."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchao8.optim.options import Group
+
+# A parameter, by the number of its group and its own there.
+Number = tuple[int, int]
+# A parameter, by the index of its work and its own there.
+Member = tuple[int, int]
+
+
+class Bucket(NamedTuple):
+    """The tensors of one op call: one device, one dtype of parameters and of gradients, one format.
+
+    They are plain tensors: of a DTensor, what lies on this rank. ``values`` and ``scales`` hold a
+    list for each state, by its name: the codes and their scales, or the float32 values and an empty
+    list. ``shard_offsets`` and ``shard_row_strides`` say where shards lie in their global tensors;
+    both are empty where none is sharded, or where nothing depends on it. ``numbers`` are those of
+    the parameters in their work.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    steps: list[Tensor]
+    values: dict[str, list[Tensor]]
+    scales: dict[str, list[Tensor]]
+    shard_offsets: list[int]
+    shard_row_strides: list[int]
+    numbers: list[int]
+
+    def states_of(self, i: int) -> list[Tensor]:
+        """All tensors of state of its i-th parameter."""
+        lists = (*self.values.values(), *self.scales.values())
+        return [tensors[i] for tensors in lists if tensors]
+
+    def part(self, first: int, last: int) -> Bucket:
+        """A bucket of some of its parameters, ``last`` not included."""
+        return Bucket(
+            self.params[first:last],
+            self.grads[first:last],
+            self.steps[first:last],
+            {name: tensors[first:last] for name, tensors in self.values.items()},
+            {name: tensors[first:last] for name, tensors in self.scales.items()},
+            self.shard_offsets[first:last],
+            self.shard_row_strides[first:last],
+            self.numbers[first:last],
+        )
+
+
+class Work(NamedTuple):
+    """What a step does in a parameter group: the parameters that have a gradient, in their order.
+
+    Attributes:
+        number, group: of the parameter group.
+        buckets: the op calls. A parameter whose shard on this rank is empty is in none of them
+            (but for one with a single scale, which is there as an empty piece), and one may be
+            there in several pieces.
+        numbers: of the parameters in the group.
+        params: as they are in the group.
+        grads: what lies on this rank.
+        steps: the counts of steps.
+        histories: of the norms of gradients, where these are clipped.
+        lr, rule_numbers: as the ops take them, the numbers by device; filled as they are wanted.
+    """
+
+    number: int
+    group: Group
+    buckets: list[Bucket]
+    numbers: list[int]
+    params: list[Tensor]
+    grads: list[Tensor]
+    steps: list[Tensor]
+    histories: list[Tensor]
+    lr: Tensor
+    rule_numbers: dict[torch.device, Tensor]

@@ -1,0 +1,116 @@
+"""Placing parameters into op calls: what lies on this rank, as lists that an op takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchao8 import sharding
+from torchao8.optim._step.bucket import Bucket
+from torchao8.shard_layout import Run, ShardRows
+
+Columns = dict[str, list[Tensor]]
+
+
+class Kind(NamedTuple):
+    """What parameters that share an op call have in common.
+
+    Attributes:
+        in_8bit: the format of their state.
+        device, param_dtype, grad_dtype: of what lies on this rank.
+        is_sharded: whether they are DTensors.
+        has_rows: whether it matters where their shards lie: in 8 bits, and for random numbers.
+        is_empty: whether nothing of them lies on this rank, and no call is made.
+    """
+
+    in_8bit: bool
+    device: torch.device
+    param_dtype: torch.dtype
+    grad_dtype: torch.dtype
+    is_sharded: bool
+    has_rows: bool
+    is_empty: bool
+
+
+class Calls:
+    """The parameters of a group that go into one op call.
+
+    Attributes:
+        members: their numbers in the work of the group.
+        rows: where their shards lie, if that matters.
+    """
+
+    def __init__(self, kind: Kind, names: Sequence[str], block_wise: bool) -> None:
+        self.kind = kind
+        self.names = names
+        self.block_wise = block_wise
+        self.members: list[int] = []
+        self.rows: list[ShardRows] = []
+
+    def add(self, member: int, rows: ShardRows | None) -> None:
+        """Adds a parameter."""
+        self.members.append(member)
+        if rows is not None:
+            self.rows.append(rows)
+
+    def bucket(self, params: list[Tensor], grads: list[Tensor], columns: Columns) -> Bucket:
+        """The tensors of the call.
+
+        Args:
+            params: of the members.
+            grads: what lies on this rank.
+            columns: for each key of the state, the tensors of the members.
+        """
+        in_8bit, is_sharded = self.kind.in_8bit, self.kind.is_sharded
+        values = {n: columns[f"{n}_codes" if in_8bit else n] for n in self.names}
+        scales = {n: columns[f"{n}_scale"] if in_8bit else [] for n in self.names}
+        if is_sharded:
+            params = sharding.local_tensors(params)
+            values = {n: sharding.local_tensors(tensors) for n, tensors in values.items()}
+            scales = {n: sharding.local_tensors(tensors) for n, tensors in scales.items()}
+        bucket = Bucket(params, grads, columns["step"], values, scales, [], [], self.members)
+        if not self.rows:
+            return bucket
+        if not all(rows.whole and len(rows.runs) == 1 for rows in self.rows):
+            return self._pieces(bucket)
+        return bucket._replace(
+            shard_offsets=[rows.runs[0].offset for rows in self.rows],
+            shard_row_strides=[rows.runs[0].stride for rows in self.rows],
+        )
+
+    def _pieces(self, bucket: Bucket) -> Bucket:
+        """The same call, of runs of rows that lie at equal distances in their global tensor."""
+        none: Columns = {n: [] for n in self.names}
+        made = Bucket([], [], [], none, {n: [] for n in self.names}, [], [], [])
+        for i, rows in enumerate(self.rows):
+            p, grad = bucket.params[i], bucket.grads[i]
+            values = [bucket.values[n][i] for n in self.names]
+            scales = [bucket.scales[n][i] for n in self.names if self.kind.in_8bit]
+            runs: tuple[Run, ...] = rows.runs
+            if not runs:
+                # One scale for the whole parameter, which every rank steps, and nothing else here.
+                p, grad, values = p.reshape(0), grad.reshape(0), [t.reshape(0) for t in values]
+                runs = (Run(0, 0, 0, 0),)
+            elif not rows.whole:
+                # As matrices, whose rows are those of the global tensor whatever the local shape.
+                p, grad = p.view(-1, rows.row), grad.reshape(-1, rows.row)
+                values = [t.view(-1, rows.row) for t in values]
+                if self.block_wise:
+                    scales = [t.view(-1, rows.blocks) for t in scales]
+            for run in runs:
+                part = slice(run.first, run.last)
+                is_cut = bool(rows.runs) and not rows.whole
+                made.params.append(p[part] if is_cut else p)
+                made.grads.append(grad[part] if is_cut else grad)
+                made.steps.append(bucket.steps[i])
+                for n, t in zip(self.names, values, strict=True):
+                    made.values[n].append(t[part] if is_cut else t)
+                for n, t in zip(self.names, scales, strict=False):  # none in 32 bits
+                    made.scales[n].append(t[part] if is_cut and self.block_wise else t)
+                made.shard_offsets.append(run.offset)
+                made.shard_row_strides.append(run.stride)
+                made.numbers.append(self.members[i])
+        return made

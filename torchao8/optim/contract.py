@@ -1,0 +1,146 @@
+"""What an optimizer class tells of itself: its options, its states and the op of its rule.
+
+The step, the layout of the state and checkpoints ask for nothing else, so that they know no rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torchao8 import ops, sharding
+from torchao8.optim._state.spec import State, add_own_keys, has_state
+from torchao8.optim.options import LAYOUT_OPTIONS, Group, check_common_options, check_number
+
+if TYPE_CHECKING:
+    from torchao8.optim._step.bucket import Bucket
+
+
+class OptimizerContract(Optimizer):
+    """The attributes and methods that a class defines, with what holds for most of them.
+
+    Attributes:
+        _op: of :data:`torchao8.ops.STEP_OPS`.
+        _op_states: all states of the rule, in the order of the op's lists.
+        _own_options: the options that a checkpoint does not replace. A checkpoint whose state is
+            laid out otherwise is converted or refused, not taken over.
+        _resting: states that stay as they are while an option is 0: their names by the option's.
+        _compares_updates: whether trust ratios compare parameters with their updates
+            (:meth:`_update_sums`), or with their gradients, unscaled and clipped.
+        _paged: whether state is paged unless the option ``is_paged`` says otherwise.
+    """
+
+    _op: str
+    _op_states: tuple[str, ...]
+    _own_options: tuple[str, ...] = LAYOUT_OPTIONS
+    _resting: dict[str, str] = {}  # noqa: RUF012 (nobody writes to it)
+    _compares_updates = False
+    _paged = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        add_own_keys(getattr(cls, "_op_states", ()))
+
+    # -- options -------------------------------------------------------------------------------
+
+    def _check_options(self, group: Group) -> None:
+        """Raises ValueError or NotImplementedError for an option that is out of range."""
+        check_common_options(group)
+
+    def _check_new_group(self, group: Group) -> None:
+        """Raises ValueError for options of a new group that do not go together; a schedule may
+        change them later as it likes."""
+
+    def _check_new(self, group: Group) -> None:
+        """Raises ValueError or NotImplementedError for options that no group may begin with."""
+        check_number("lr", group["lr"])
+        self._check_options(group)
+        self._check_new_group(group)
+
+    # -- the state -----------------------------------------------------------------------------
+
+    def _states(self, group: Group) -> tuple[State, ...]:
+        """The states of a parameter under these options."""
+        raise NotImplementedError
+
+    def _states_in(self, group: Group, state: Collection[str]) -> tuple[State, ...]:
+        """The states of a parameter whose state has these keys: those under the options of its
+        group, and those that rest."""
+        on = {k: 1.0 for k, n in self._resting.items() if n in state or f"{n}_codes" in state}
+        return self._states({**group, **on} if on else group)
+
+    def _states_of(self, group: Group) -> tuple[State, ...]:
+        """The states of the parameters of a group."""
+        if self._resting:
+            for p in group["params"]:
+                state = self.state.get(p, {})
+                if has_state(state):
+                    return self._states_in(group, state)
+        return self._states(group)
+
+    # -- the step ------------------------------------------------------------------------------
+
+    def _op_flags(self, group: Group) -> dict[str, bool]:
+        """The options of a group that the op of the rule has, and that are no numbers."""
+        return {"maximize": group["maximize"]}
+
+    def _op_numbers(self, group: Group, device: torch.device) -> Tensor:
+        """The numbers of a group as the op of the rule takes them."""
+        betas = {f"beta{i}": beta for i, beta in enumerate(group.get("betas", ()), 1)}
+        return ops.rule_numbers(self._op, {**group, **betas}, device)
+
+    def _has_trust_ratios(self, group: Group) -> bool:
+        """Whether the learning rate of each parameter is multiplied by a ratio of norms."""
+        return False
+
+    def _trust_ratios(self, group: Group, param_norms: Tensor, norms: Tensor) -> Tensor:
+        """What learning rates are multiplied by, float64 of shape (n,).
+
+        Args:
+            param_norms, norms: of parameters and of what they are compared with, float64 of shape
+                (n,).
+        """
+        raise NotImplementedError
+
+    def _update_sums(
+        self, group: Group, bucket: Bucket, factors: list[Tensor], grad_scale: Tensor | None
+    ) -> Tensor:
+        """The exact sums of squares of the updates of an op call, rows as of
+        :func:`torchao8.ops.sum_squares`.
+
+        Args:
+            factors: of the parameters, see :func:`torchao8.ops.step_`.
+        """
+        raise NotImplementedError
+
+    # -- checkpoints ---------------------------------------------------------------------------
+
+    def _steps_untold(self, group: Group) -> int | None:
+        """The steps that state of another library counts as, which does not tell how many they
+        were; None where the rule cannot do without."""
+        return None
+
+    def _check_source(self, saved: Group) -> None:
+        """Raises ValueError where these options of a checkpoint tell that its state means something
+        else than the state of the same name here."""
+
+    def _mend_decoded(self, state: dict[str, Tensor]) -> None:
+        """Changes, in place, what 32-bit states that were rounded to 8 bits apart may not be."""
+
+    # -- what torch.compile runs as it is, once, when it traces a call -------------------------
+
+    def _init_states(self) -> None:
+        """Gives state to every parameter that lacks it, or, if anything is refused, to none."""
+        raise NotImplementedError
+
+    def _shard_rows(self, group: int, param: int, in_blocks: bool) -> sharding.ShardRows | None:
+        """Where the shard of a DTensor parameter lies; by its numbers, which can be traced."""
+        raise NotImplementedError
+
+    def _shard_groups(self, numbers: tuple[tuple[int, int], ...]) -> list[sharding.ShardGroup]:
+        """The process groups that share parameters; by their numbers, which can be traced."""
+        raise NotImplementedError
