@@ -71,8 +71,7 @@ def plan_step(optimizer: OptimizerContract, plan: Plan | None) -> tuple[Plan, li
     """
     if torch.compiler.is_compiling():
         optimizer._init_states()  # at trace time: the traced step finds every state in place
-        plan = Plan(optimizer)
-        return plan, plan.first_works(optimizer)
+        return make_plan(optimizer)
     works = None if plan is None else plan.works(optimizer)
     if plan is not None and works is not None:
         return plan, works
@@ -80,10 +79,23 @@ def plan_step(optimizer: OptimizerContract, plan: Plan | None) -> tuple[Plan, li
         plain_numbers(group)
         optimizer._check_options(known_options(group))
         wake(optimizer, group)
-    plan = Plan(optimizer)
-    works = plan.first_works(optimizer)
+    plan, works = make_plan(optimizer)
     plan.remember(optimizer)
     return plan, works
+
+
+def make_plan(optimizer: OptimizerContract) -> tuple[Plan, list[Work]]:
+    """A plan, and the works of the step that makes it."""
+    plans, works = [], []
+    for number, group in enumerate(optimizer.param_groups):
+        plan = GroupPlan(optimizer, number, group)
+        entries = plan.collect(optimizer)
+        for entry in entries:
+            plan.check(optimizer, entry)
+        plan.place(optimizer, entries)
+        plans.append(plan)
+        works.append(plan.first_work(optimizer, entries))
+    return Plan(plans), works
 
 
 class Entry:
@@ -101,16 +113,10 @@ class Entry:
 class Plan:
     """What a step does in all groups, as long as nothing but gradients and numbers changes."""
 
-    def __init__(self, optimizer: OptimizerContract) -> None:
-        self.groups = list(optimizer.param_groups)
-        self.plans = [
-            GroupPlan(optimizer, number, group) for number, group in enumerate(self.groups)
-        ]
+    def __init__(self, plans: list[GroupPlan]) -> None:
+        self.plans = plans
+        self.groups = [plan.group for plan in plans]
         self.owners: list[Any] = []
-
-    def first_works(self, optimizer: OptimizerContract) -> list[Work]:
-        """The works of the step that has made the plan."""
-        return [plan.first_work(optimizer) for plan in self.plans]
 
     def remember(self, optimizer: OptimizerContract) -> None:
         """Takes down what :meth:`works` compares."""
@@ -147,17 +153,14 @@ class GroupPlan:
         self.states = optimizer._states_of(group)
         self.names = [state.name for state in self.states]
         self.clips = clips(group)
-        entries = self._collect(optimizer)
-        for entry in entries:
-            self._check(optimizer, entry)
-        self.indices = [entry.index for entry in entries]
-        self.with_grad = [entry.param for entry in entries]
-        self.sharded = [i for i, e in enumerate(entries) if sharding.is_dtensor(e.param)]
-        self.calls = self._place(optimizer, entries)
+        self.indices: list[int] = []
+        self.with_grad: list[Tensor] = []
+        self.sharded: list[int] = []
+        self.calls: list[Calls] = []
 
     # -- making it -----------------------------------------------------------------------------
 
-    def _collect(self, optimizer: OptimizerContract) -> list[Entry]:
+    def collect(self, optimizer: OptimizerContract) -> list[Entry]:
         """The parameters that have a gradient, with the states that they may have got just now."""
         entries = []
         for i, p in enumerate(self.group["params"]):
@@ -171,7 +174,7 @@ class GroupPlan:
                 entries.append(Entry(i, p, grad, state))
         return entries
 
-    def _check(self, optimizer: OptimizerContract, entry: Entry) -> None:
+    def check(self, optimizer: OptimizerContract, entry: Entry) -> None:
         """Raises unless a step can read the gradient and step all of the state."""
         group, p, state = self.group, entry.param, entry.state
         if not is_readable_grad(p, entry.grad):
@@ -200,8 +203,11 @@ class GroupPlan:
         parts = [keys_of(state, in_8bit) for state in self.states]
         return [*beside, *(keys[0] for keys in parts), *(k for keys in parts for k in keys[1:])]
 
-    def _place(self, optimizer: OptimizerContract, entries: Sequence[Entry]) -> list[Calls]:
-        """The op calls that the parameters go into."""
+    def place(self, optimizer: OptimizerContract, entries: Sequence[Entry]) -> None:
+        """Finds the op calls that the parameters go into."""
+        self.indices = [entry.index for entry in entries]
+        self.with_grad = [entry.param for entry in entries]
+        self.sharded = [i for i, e in enumerate(entries) if sharding.is_dtensor(e.param)]
         made: dict[Kind, Calls] = {}
         one_scale = not self.group["block_wise"]
         for member, entry in enumerate(entries):
@@ -224,17 +230,17 @@ class GroupPlan:
             if kind not in made:
                 made[kind] = Calls(kind, self.names, not one_scale)
             made[kind].add(member, entry.rows)
-        return list(made.values())
+        self.calls = list(made.values())
 
     def _rows(self, optimizer: OptimizerContract, entry: Entry) -> ShardRows | None:
         if torch.compiler.is_compiling():
             return optimizer._shard_rows(self.number, entry.index, entry.in_8bit)
         return rows_of(optimizer, self.group, cast("DTensor", entry.param), entry.in_8bit)
 
-    def first_work(self, optimizer: OptimizerContract) -> Work:
+    def first_work(self, optimizer: OptimizerContract, entries: Sequence[Entry]) -> Work:
         """The work of the step that has made the plan."""
-        grads = [p.grad for p in self.with_grad]
-        states = [optimizer.state[p] for p in self.with_grad]
+        grads = [entry.grad for entry in entries]
+        states = [entry.state for entry in entries]
         keys = {in_8bit: self._keys(in_8bit) for in_8bit in (False, True)}
         columns = [
             {key: [states[i][key] for i in calls.members] for key in keys[calls.kind.in_8bit]}
@@ -403,6 +409,8 @@ class Options:
         )
         self.lr = one_number(group["lr"])
         self.numbers: dict[torch.device, Tensor] = {}
+        if torch.compiler.is_compiling():
+            return  # a traced step keeps none
         self.names = list(group)
         self.values = list(group.values())
         # Tensors and lists may change and stay the same objects. The parameters are compared apart.
@@ -425,7 +433,7 @@ class Options:
 def _may_change(value: object) -> bool:
     if isinstance(value, tuple):
         return any(map(_may_change, value))
-    return not isinstance(value, (int, float, str, type(None)))
+    return value is not None and not isinstance(value, (int, float, str))
 
 
 def _same(now: Iterable[Any], before: list[Any]) -> bool:
