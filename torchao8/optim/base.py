@@ -121,7 +121,7 @@ class LowPrecisionOptimizer(OptimizerContract):
                 self._warn_of_no_gradient()
             # The ops tell autograd of plain parameters and of the local tensors of DTensors only.
             for work in works:
-                ops.mark_modified([p for p in work.params if is_dtensor(p)])
+                ops.mark_modified(work.sharded)
         return loss
 
     def _warn_of_no_gradient(self) -> None:

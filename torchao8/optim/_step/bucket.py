@@ -66,6 +66,8 @@ class Work(NamedTuple):
         grads: what lies on this rank.
         steps: the counts of steps.
         histories: of the norms of gradients, where these are clipped.
+        counts: the same counts of steps by their devices, each device once or more.
+        sharded: the parameters that are DTensors.
         lr, rule_numbers: as the ops take them, the numbers by device; filled as they are wanted.
     """
 
@@ -77,5 +79,7 @@ class Work(NamedTuple):
     grads: list[Tensor]
     steps: list[Tensor]
     histories: list[Tensor]
+    counts: list[tuple[torch.device, list[Tensor]]]
+    sharded: list[Tensor]
     lr: Tensor
     rule_numbers: dict[torch.device, Tensor]

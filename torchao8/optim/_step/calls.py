@@ -78,8 +78,8 @@ def _steps_of(works: Sequence[Work]) -> dict[torch.device, list[Tensor]]:
     """The counts of steps on each device."""
     steps: dict[torch.device, list[Tensor]] = {}
     for work in works:
-        for step in work.steps:
-            steps.setdefault(step.device, []).append(step)
+        for device, counts in work.counts:
+            steps.setdefault(device, []).extend(counts)
     return steps
 
 

@@ -263,6 +263,10 @@ class GroupPlan:
             for calls, tensors in zip(self.calls, columns, strict=True)
             if not calls.kind.is_empty
         ]
+        counts = [
+            (calls.kind.device, tensors["step"])
+            for calls, tensors in zip(self.calls, columns, strict=True)
+        ]
         steps = self._in_order([tensors["step"] for tensors in columns])
         histories = self._in_order([tensors[NORMS] for tensors in columns] if self.clips else [])
         work = Work(
@@ -274,6 +278,11 @@ class GroupPlan:
             grads,
             steps,
             histories,
+            [
+                (c.kind.device, tensors["step"])
+                for c, tensors in zip(self.calls, columns, strict=True)
+            ],
+            _pick(params, self.sharded),
             options.lr,
             options.numbers,
         )
