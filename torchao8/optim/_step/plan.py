@@ -278,10 +278,7 @@ class GroupPlan:
             grads,
             steps,
             histories,
-            [
-                (c.kind.device, tensors["step"])
-                for c, tensors in zip(self.calls, columns, strict=True)
-            ],
+            counts,
             _pick(params, self.sharded),
             options.lr,
             options.numbers,
