@@ -223,17 +223,15 @@ def like(p: Tensor, local_tensor: Tensor, shape: Sequence[int]) -> Tensor:
 
 def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
     """What this rank holds of each of them, as :func:`local`, with less time spent on each."""
-    parts = [getattr(t, "_local_tensor", t) for t in tensors]
-    if all(cls is Tensor for cls in set(map(type, parts))):
-        return parts
+    if not torch.compiler.is_compiling():
+        parts = [getattr(t, "_local_tensor", t) for t in tensors]
+        if all(cls in (Tensor, torch.nn.Parameter) for cls in set(map(type, parts))):
+            return parts
     return [local(t) for t in tensors]
 
 
 def local_grads(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
     """The local gradient of each DTensor parameter, see :func:`placed_grad`."""
-    specs = [(g._spec, p._spec) for g, p in zip(grads, params, strict=True)]  # type: ignore[attr-defined]
-    if all(g is p or (g.mesh is p.mesh and g.placements == p.placements) for g, p in specs):
-        return local_tensors(grads)
     return [placed_grad(p, g) for p, g in zip(params, grads, strict=True)]  # type: ignore[arg-type]
 
 
@@ -247,17 +245,32 @@ def placed_grad(p: DTensor, grad: DTensor) -> Tensor:
 
 
 class Placements:
-    """How DTensor parameters are placed, to notice when they are placed otherwise."""
+    """How DTensor parameters are placed, to notice when they, or their gradients, are placed
+    otherwise.
+
+    A spec never changes: a tensor that is placed otherwise has another one.
+    """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
-        self.specs = [p._spec for p in params]  # type: ignore[attr-defined]
-        self.shapes = [p._local_tensor.shape for p in params]  # type: ignore[attr-defined]
+        self.specs = _specs_of(params)
+        # Of gradients that were compared: FSDP2 gives them the spec of the parameter.
+        self.grad_specs = self.specs
 
-    def hold(self, params: Sequence[Tensor]) -> bool:
-        """Whether the same parameters are placed as they were, and as large here."""
-        specs = [p._spec for p in params]  # type: ignore[attr-defined]
-        shapes = [p._local_tensor.shape for p in params]  # type: ignore[attr-defined]
-        return all(map(operator.is_, specs, self.specs)) and shapes == self.shapes
+    def hold(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+        """Whether the same parameters are placed as they were, and their gradients with them."""
+        if not all(map(operator.is_, _specs_of(params), self.specs)):
+            return False
+        specs = _specs_of(grads)
+        if not all(map(operator.is_, specs, self.grad_specs)):
+            pairs = zip(specs, self.specs, strict=True)
+            if any(g.placements != p.placements or g.mesh != p.mesh for g, p in pairs):
+                return False
+            self.grad_specs = specs
+        return True
+
+
+def _specs_of(tensors: Sequence[Tensor]) -> list[Any]:
+    return [t._spec for t in tensors]  # type: ignore[attr-defined]
 
 
 def is_placed_as(p: DTensor, value: DTensor) -> bool:

@@ -41,6 +41,8 @@ class Calls:
     Attributes:
         members: their numbers in the work of the group.
         rows: where their shards lie, if that matters.
+        offsets, strides: of their first rows, where none of them is cut.
+        is_cut: whether one of them is in several pieces.
     """
 
     def __init__(self, kind: Kind, names: Sequence[str], block_wise: bool) -> None:
@@ -49,6 +51,9 @@ class Calls:
         self.block_wise = block_wise
         self.members: list[int] = []
         self.rows: list[ShardRows] = []
+        self.offsets: list[int] = []
+        self.strides: list[int] = []
+        self.is_cut = False
 
     def add(self, member: int, rows: ShardRows | None) -> None:
         """Adds a parameter."""
@@ -56,30 +61,37 @@ class Calls:
         if rows is not None:
             self.rows.append(rows)
 
+    def finish(self) -> None:
+        """To be called when all parameters are there."""
+        self.is_cut = not all(rows.whole and len(rows.runs) == 1 for rows in self.rows)
+        if not self.is_cut:
+            self.offsets = [rows.runs[0].offset for rows in self.rows]
+            self.strides = [rows.runs[0].stride for rows in self.rows]
+
     def bucket(self, params: list[Tensor], grads: list[Tensor], columns: Columns) -> Bucket:
         """The tensors of the call.
 
         Args:
-            params: of the members.
-            grads: what lies on this rank.
+            params, grads: what lies on this rank, of the members.
             columns: for each key of the state, the tensors of the members.
         """
         in_8bit, is_sharded = self.kind.in_8bit, self.kind.is_sharded
         values = {n: columns[f"{n}_codes" if in_8bit else n] for n in self.names}
         scales = {n: columns[f"{n}_scale"] if in_8bit else [] for n in self.names}
         if is_sharded:
-            params = sharding.local_tensors(params)
             values = {n: sharding.local_tensors(tensors) for n, tensors in values.items()}
             scales = {n: sharding.local_tensors(tensors) for n, tensors in scales.items()}
-        bucket = Bucket(params, grads, columns["step"], values, scales, [], [], self.members)
-        if not self.rows:
-            return bucket
-        if not all(rows.whole and len(rows.runs) == 1 for rows in self.rows):
-            return self._pieces(bucket)
-        return bucket._replace(
-            shard_offsets=[rows.runs[0].offset for rows in self.rows],
-            shard_row_strides=[rows.runs[0].stride for rows in self.rows],
+        bucket = Bucket(
+            params,
+            grads,
+            columns["step"],
+            values,
+            scales,
+            self.offsets,
+            self.strides,
+            self.members,
         )
+        return self._pieces(bucket) if self.is_cut else bucket
 
     def _pieces(self, bucket: Bucket) -> Bucket:
         """The same call, of runs of rows that lie at equal distances in their global tensor."""

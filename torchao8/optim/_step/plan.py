@@ -8,8 +8,8 @@ Why this is safe. A plan holds no gradient and no state: every step takes both f
 so that no op gets a tensor that is out of date, and nothing lives longer because of a plan. A plan
 only remembers what was checked, and each step compares it with what is there now: the parameters,
 options and state dicts, by identity; the keys of the state; the state tensors, by ``id``; dtype,
-device and shape of each parameter; type, dtype and layout of each gradient; of a DTensor its
-placement and the shape of its local tensor too. At the first difference the plan is thrown away and
+device and shape of each parameter; type, dtype and layout of each gradient; of DTensors their
+placements, and the same of their local tensors. At the first difference the plan is thrown away and
 another one is made, with all checks. Addresses are read by the ops, at every call. Threads may
 share a plan: what changes in it is the snapshot of a group's options, which is exchanged as a
 whole. Copies and pickles of an optimizer carry none.
@@ -230,6 +230,8 @@ class GroupPlan:
             if kind not in made:
                 made[kind] = Calls(kind, self.names, not one_scale)
             made[kind].add(member, entry.rows)
+        for calls in made.values():
+            calls.finish()
         self.calls = list(made.values())
 
     def _rows(self, optimizer: OptimizerContract, entry: Entry) -> ShardRows | None:
@@ -246,20 +248,33 @@ class GroupPlan:
             {key: [states[i][key] for i in calls.members] for key in keys[calls.kind.in_8bit]}
             for calls in self.calls
         ]
-        return self._work(Options(optimizer, self.group), grads, columns)
-
-    def _work(self, options: Options, grads: list[Any], columns: Sequence[Columns]) -> Work:
-        """The work with these gradients and, for each op call, these tensors of state."""
-        params = self.with_grad
-        if self.sharded and len(self.sharded) == len(params):
-            grads = sharding.local_grads(params, grads)
-        elif self.sharded:
-            own = [params[i] for i in self.sharded], [grads[i] for i in self.sharded]
-            grads = list(grads)
+        parts = self._local(self.with_grad)
+        if self.sharded:
+            own = [self.with_grad[i] for i in self.sharded], [grads[i] for i in self.sharded]
             for i, grad in zip(self.sharded, sharding.local_grads(*own), strict=True):
                 grads[i] = grad
+        return self._work(Options(optimizer, self.group), parts, grads, columns)
+
+    def _local(self, tensors: list[Any]) -> list[Any]:
+        """What this rank holds of parameters, or of gradients that are placed as they are."""
+        return sharding.local_tensors(tensors) if self.sharded else tensors
+
+    def _work(
+        self,
+        options: Options,
+        parts: list[Tensor],
+        grads: list[Tensor],
+        columns: Sequence[Columns],
+    ) -> Work:
+        """The work with these tensors.
+
+        Args:
+            parts, grads: what this rank holds of the parameters and of their gradients.
+            columns: for each op call and each key, the state.
+        """
+        params = self.with_grad
         buckets = [
-            calls.bucket(_pick(params, calls.members), _pick(grads, calls.members), tensors)
+            calls.bucket(_pick(parts, calls.members), _pick(grads, calls.members), tensors)
             for calls, tensors in zip(self.calls, columns, strict=True)
             if not calls.kind.is_empty
         ]
@@ -310,10 +325,11 @@ class GroupPlan:
         grads = [p.grad for p in self.params]
         self.grad_types = list(map(type, grads))
         self.grad_dtypes = [g.dtype for g in grads if g is not None]
-        self.dtypes = list(map(_dtype, self.with_grad))
-        self.shapes = list(map(_shape, self.with_grad))
-        self.devices = list(map(_device, self.with_grad))
-        self.placements = sharding.Placements([self.with_grad[i] for i in self.sharded])
+        parts = self._local(self.with_grad)
+        self.dtypes = list(map(_dtype, parts))
+        self.shapes = list(map(_shape, parts))
+        self.devices = list(map(_device, parts))
+        self.placements = sharding.Placements(_pick(self.with_grad, self.sharded))
         self.memories = [
             _Memory(
                 [numbers[id(self.with_grad[i])] for i in calls.members],
@@ -338,16 +354,19 @@ class GroupPlan:
         if list(map(type, grads)) != self.grad_types:
             return None
         params, grads = self.with_grad, _pick(grads, self.indices)
+        if self.sharded and not self.placements.hold(
+            _pick(params, self.sharded), _pick(grads, self.sharded)
+        ):
+            return None
+        parts, grads = self._local(params), self._local(grads)
         if (
             list(map(_dtype, grads)) != self.grad_dtypes
             or any(layout is not torch.strided for layout in set(map(_layout, grads)))
-            or list(map(_dtype, params)) != self.dtypes
-            or list(map(_shape, params)) != self.shapes
-            or list(map(_device, params)) != self.devices
+            or list(map(_dtype, parts)) != self.dtypes
+            or list(map(_shape, parts)) != self.shapes
+            or list(map(_device, parts)) != self.devices
             or any(p.requires_grad for p in self.stateless)
         ):
-            return None
-        if self.sharded and not self.placements.hold(_pick(params, self.sharded)):
             return None
         columns = []
         for memory in self.memories:
@@ -357,7 +376,7 @@ class GroupPlan:
             columns.append(tensors)
         if self.group["is_paged"]:
             self._check_memory(optimizer, columns)
-        return self._work(options, grads, columns)
+        return self._work(options, parts, grads, columns)
 
     def _check_memory(self, optimizer: OptimizerContract, columns: Sequence[Columns]) -> None:
         """Raises RuntimeError where state has left its pages."""
