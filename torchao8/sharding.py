@@ -224,8 +224,11 @@ def like(p: Tensor, local_tensor: Tensor, shape: Sequence[int]) -> Tensor:
 def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
     """What this rank holds of each of them, as :func:`local`, with less time spent on each."""
     if not torch.compiler.is_compiling():
-        parts = [getattr(t, "_local_tensor", t) for t in tensors]
-        if all(cls in (Tensor, torch.nn.Parameter) for cls in set(map(type, parts))):
+        try:
+            parts: list[Tensor] = [t._local_tensor for t in tensors]  # type: ignore[attr-defined]
+        except AttributeError:  # plain ones among them
+            parts = []
+        if len(parts) == len(tensors) and set(map(type, parts)) == {Tensor}:
             return parts
     return [local(t) for t in tensors]
 
