@@ -1,12 +1,12 @@
-# Every target does the set-up that it needs, once, in a virtual environment inside the checkout;
-# `make help` lists them. Variables:
+# Every target first sets up what it needs, once, in a virtual environment inside the checkout.
+# `make help` lists the targets. Variables:
 #   PYTHON=python3.12     the Python to use (3.10 or newer)
 #   TORCH=torch==2.12.0   the torch to use, any pip requirement for torch >= 2.10
-#   ARGS="-k codec"       arguments for what the target runs (make gpu: the tests)
-#   BENCH_ARGS=...        of make gpu, arguments for benchmarks/step.py
-#   MAX_JOBS=4            compilations at once
-#   TEST_JOBS=4           tests at once (0: in one process, as a debugger wants it)
-# Each choice of PYTHON and TORCH has an environment of its own, .venv-<choice>.
+#   ARGS="-k codec"       arguments for the program that the target runs (make gpu: for the tests)
+#   BENCH_ARGS=...        make gpu: arguments for benchmarks/step.py
+#   MAX_JOBS=4            number of parallel compilations
+#   TEST_JOBS=4           number of parallel test processes (0: one process, for a debugger)
+# Each choice of PYTHON and TORCH has its own environment, .venv-<choice>.
 
 PINNED_TORCH := torch==2.13.0
 TORCH ?= $(PINNED_TORCH)
@@ -31,7 +31,7 @@ VENV := .venv$(SUFFIX)
 VPYTHON := $(VENV)/bin/python
 PIP_INSTALL := $(VPYTHON) -m pip install
 BUILD := build/env$(SUFFIX)
-# The compilers that torch and `build` start are looked up in PATH.
+# torch and `build` look up the compilers that they start in PATH.
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
 VENV_READY := $(VENV)/.ready
@@ -51,17 +51,17 @@ say = @printf '==> %s\n' '$(1)'
 help:
 	@echo 'make demo       train a small GPT with 8-bit Adam and compare (tutorials/train_gpt.py)'
 	@echo 'make demo-fsdp2 train it sharded on 2 processes, go on with 3 (tutorials/train_fsdp2.py)'
-	@echo 'make choose     which optimizer, how many bits? a lesson (tutorials/choose_an_optimizer.py)'
-	@echo 'make test       run the tests: every promise, every optimizer, in minutes'
-	@echo 'make test-all   run what make test leaves out: every combination, every mutant of the kernels'
-	@echo 'make test-slow  run the tests that take long or much memory'
-	@echo 'make gpu        build with the torch and nvcc at hand, no network; test and time on the GPU'
+	@echo 'make choose     measure which optimizer to take, and how many bits (tutorials/choose_an_optimizer.py)'
+	@echo 'make test       run the tests of every promise and every optimizer, in minutes'
+	@echo 'make test-all   run the tests that make test leaves out: combinations, mutants of the kernels'
+	@echo 'make test-slow  run the tests that need much time or memory'
+	@echo 'make gpu        build with the installed torch and nvcc, without network; test and time on the GPU'
 	@echo 'make bench      time a step against other libraries (benchmarks/step.py)'
 	@echo 'make lint       ruff, clang-format and mypy'
 	@echo 'make format     format Python and C++'
 	@echo 'make build      build the extension in place'
 	@echo 'make wheel      build dist/*.whl and check its ABI'
-	@echo 'make clean      remove what was built (distclean: the environments too)'
+	@echo 'make clean      remove what was built (distclean: also the environments)'
 	@echo 'Variables:'; sed -n 's/^#   /  /p' Makefile
 
 demo: $(call tools,demo) $(EXTENSION_READY)
@@ -79,7 +79,7 @@ choose: $(EXTENSION_READY)
 	$(call say,training a tiny GPT with several optimizers)
 	$(VPYTHON) tutorials/choose_an_optimizer.py $(ARGS)
 
-# Each process of tests computes on one thread, unless a test asks for more.
+# Each test process computes on one thread, unless a test sets more.
 PYTEST := OMP_NUM_THREADS=1 $(VPYTHON) -m pytest -n $(TEST_JOBS) --dist worksteal
 test: $(call tools,test demo) $(EXTENSION_READY)
 	$(call say,running the tests)
@@ -93,8 +93,8 @@ test-slow: $(call tools,test demo) $(EXTENSION_READY)
 	$(call say,running the slow tests)
 	$(VPYTHON) -m pytest -m slow $(ARGS)
 
-# On the machine as it is: no environment, nothing installed. What fails does not keep the rest from
-# being run: time on such a machine is precious.
+# Uses the machine as it is: makes no environment and installs nothing. If one part fails, the rest
+# still runs, because time on a GPU machine is scarce.
 SANITIZED := bad_gradients or tiny_and_huge or odd or codec or refills
 gpu:
 	@$(PYTHON) -c 'import hypothesis, numpy, pytest, torch; assert torch.cuda.is_available()' 2>/dev/null || \
@@ -139,7 +139,7 @@ format: $(call tools,lint)
 
 build: $(EXTENSION_READY)
 
-# Anything left in build/lib from an earlier state of the package would end up in the wheel.
+# Removes build/lib first: files of an earlier state of the package there would go into the wheel.
 wheel: $(call tools,build)
 	$(call say,building the wheel)
 	rm -rf build/lib* build/bdist.* dist/torchao8-*.whl
@@ -155,7 +155,7 @@ distclean: clean
 
 # --- set-up -------------------------------------------------------------------------------------
 
-# An environment that is there already is kept, whoever made it.
+# An existing environment is kept, whoever made it.
 $(VENV_READY):
 	@if [ ! -x $(VPYTHON) ]; then \
 	  command -v $(PYTHON) >/dev/null || { echo '$(PYTHON) not found; name a Python >= 3.10: make PYTHON=...'; exit 1; }; \
@@ -170,7 +170,7 @@ $(VENV_READY):
 	  pathlib.Path(sysconfig.get_path("purelib"), "torchao8-checkout.pth").write_text("$(CURDIR)\n")'
 	@touch $@
 
-# torch comes first, and is named in every later installation, so that no tool brings another.
+# Installs torch first. Every later installation names it again, so that no tool replaces it.
 $(TORCH_READY): $(VENV_READY)
 	$(call say,installing $(TORCH) into $(VENV))
 	$(PIP_INSTALL) '$(TORCH)'
@@ -182,7 +182,7 @@ $(VENV)/.has-tools-%: pyproject.toml tools/requirements.py $(TORCH_READY)
 	$(PIP_INSTALL) --quiet '$(TORCH)' -r $(VENV)/requirements-$*.txt
 	@touch $@
 
-# Some of these may not install on a given machine; the benchmark runs with those that do.
+# Some of these libraries do not install everywhere; the benchmark runs with those that do.
 $(VENV)/.has-tools-bench: pyproject.toml tools/requirements.py $(TORCH_READY)
 	$(call say,installing the libraries to compare with into $(VENV))
 	@$(VPYTHON) tools/requirements.py bench > $(VENV)/requirements-bench.txt
@@ -191,8 +191,8 @@ $(VENV)/.has-tools-bench: pyproject.toml tools/requirements.py $(TORCH_READY)
 	done < $(VENV)/requirements-bench.txt
 	@touch $@
 
-# All environments build into the one torchao8/: when the file there is another's, link it anew
-# (objects are kept per environment, and ninja compiles only what changed).
+# All environments build into the same torchao8/. If another environment built the file there, it is
+# linked again. (Each environment keeps its objects, and ninja compiles only what changed.)
 ifneq ($(shell test -f torchao8/_C.abi3.so && cat build/in-place 2>/dev/null),$(VENV))
 $(EXTENSION_READY): FORCE
 endif

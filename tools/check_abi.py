@@ -1,11 +1,11 @@
 """Check what a built extension needs at run time: `check_abi.py FILE...`, each a wheel or an .so.
 
-The extension is to run with every torch from 2.10 and every CPython from 3.10 on, so it may use
-torch's stable C interface and module creation of CPython's limited API, and nothing else of either.
-Symbols are looked up in the headers of the torch installed here: the functions of the stable C
-interface are declared there, within preprocessor gates that name the release that brought them.
+The extension must run with every torch from 2.10 and every CPython from 3.10 on. So it may use only
+torch's stable C interface and the functions of CPython's limited API in PYTHON_SYMBOLS. The headers
+of the torch installed here declare the functions of the stable C interface, each within a
+preprocessor condition (a gate) that names the first release with the function.
 
-Prints the oldest torch, glibc and libstdc++ that will do; exits with 1 if a file breaks the rules.
+Prints the oldest sufficient torch, glibc and libstdc++; exits with 1 if a file breaks the rules.
 Needs `readelf` (binutils), so it checks Linux builds only.
 """
 
@@ -26,11 +26,11 @@ Version = tuple[int, ...]
 OLDEST_TORCH: Version = (2, 10)
 OLDEST_PYTHON_TAG = "cp310"
 
-# Declared with no gate: part of the interface from the first release that had gates, or before.
+# Functions declared without a gate: they are as old as the first release with gates, or older.
 UNGATED: Version = (2, 9)
 
 # The headers that torch/csrc/stable includes. Inductor's own shims (c_shim_cpu.h and others) are
-# not among them: nothing promises that those last.
+# not among them: torch does not promise to keep those.
 SHIM_HEADERS = (
     "stable/c/shim.h",
     "inductor/aoti_torch/c/shim.h",
@@ -51,7 +51,7 @@ TORCH_CPP = re.compile(r"^_Z.*?(?<!\d)(2at|3c10|5torch|6caffe2)[A-Z\d]")
 
 @dataclass
 class Needs:
-    """What one shared library needs of the machine it is loaded on."""
+    """What one shared library needs from the machine that loads it."""
 
     libraries: list[str]
     undefined: list[str]
@@ -70,10 +70,10 @@ def show(version: Version) -> str:
 
 
 def declared_since(header: str) -> dict[str, Version]:
-    """Map the C functions that a header declares to the torch release that brought them.
+    """Map each C function that a header declares to the first torch release that has it.
 
-    Follows `#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_10_0` gates, nested ones too; any other
-    condition counts as always true.
+    Reads `#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_10_0` gates, also nested ones. Any other
+    condition is taken as true.
     """
     header = re.sub(r"/\*.*?\*/", " ", header, flags=re.DOTALL)
     since: dict[str, Version] = {}
@@ -95,7 +95,7 @@ def declared_since(header: str) -> dict[str, Version]:
 
 
 def stable_symbols() -> dict[str, Version]:
-    """Map every function of the stable C interface to its first release, by the installed torch."""
+    """Map every function of the stable C interface to its first release, from installed headers."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         raise SystemExit("check_abi: torch is not installed, and its headers are needed")
@@ -136,7 +136,7 @@ def torch_needed(needs: Needs, since: dict[str, Version]) -> tuple[Version, list
 
 
 def violations(needs: Needs, since: dict[str, Version]) -> list[str]:
-    """What the library uses and must not, one message each."""
+    """One message for each thing that the library uses and must not use."""
     found = []
     for library in needs.libraries:
         of_cuda = "PyInit__C_cuda" in needs.exported and CUDA_LIBRARIES.fullmatch(library)
@@ -180,7 +180,7 @@ def check_library(path: Path, label: str, since: dict[str, Version]) -> list[str
 
 
 def check_wheel(path: Path, since: dict[str, Version]) -> list[str]:
-    """Check the tags of a wheel and the extensions in it, one and at most one more for CUDA."""
+    """Check the tags of a wheel and its extensions: one, and at most one more for CUDA."""
     found = []
     tags = path.stem.split("-")[-3:]
     if tags[:2] != [OLDEST_PYTHON_TAG, "abi3"]:
@@ -198,7 +198,7 @@ def check_wheel(path: Path, since: dict[str, Version]) -> list[str]:
 
 
 def main(arguments: Iterable[str]) -> int:
-    """Check every file and return the exit status."""
+    """Check every file; return the exit status."""
     paths = [Path(argument) for argument in arguments]
     if not paths:
         print("usage: check_abi.py FILE...  (wheels or shared libraries)", file=sys.stderr)

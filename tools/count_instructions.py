@@ -2,10 +2,10 @@
 
     python tools/count_instructions.py nvdisasm kernel.cubin
 
-prints, for each step kernel in the file, instructions an element on the way with stochastic
-rounding: the shortest way through the kernel's loop that loads, takes roots, and turns floats into
-codes, as stochastic rounding alone does. What is rare (a bad block, a new tensor) lies on longer
-ways. ``nvdisasm`` comes with the CUDA toolkit, and alone as the package nvidia-cuda-nvdisasm.
+prints the instructions an element of each step kernel in the file, with stochastic rounding. It
+counts the shortest path through the kernel's loop that loads, takes roots, and converts floats to
+integers, which only stochastic rounding does. Rare cases (a bad block, a new tensor) are on longer
+paths. ``nvdisasm`` comes with the CUDA toolkit, or alone as the package nvidia-cuda-nvdisasm.
 """
 
 import heapq
@@ -22,11 +22,11 @@ PER_LANE = 8
 class Function(NamedTuple):
     name: str
     instructions: list[str]
-    labels: dict[str, int]  # the instruction that each stands before
+    labels: dict[str, int]  # the index of the instruction after each label
 
 
 def functions(text: str) -> Iterator[Function]:
-    """The functions of a disassembly, instructions without their addresses."""
+    """The functions of a disassembly; instructions are without their addresses."""
     for part in re.split(r"^\.text\.", text, flags=re.MULTILINE)[1:]:
         instructions: list[str] = []
         labels = {}
@@ -39,7 +39,7 @@ def functions(text: str) -> Iterator[Function]:
 
 
 def successors(f: Function, i: int) -> list[int]:
-    """Where the instruction may lead; calls come back."""
+    """The instructions that may follow; calls return."""
     code = f.instructions[i]
     conditional = code.startswith("@") or re.search(r"\bBRA[\w.]* !?U?P\d", code) is not None
     following = [i + 1] if i + 1 < len(f.instructions) else []
@@ -53,8 +53,8 @@ def successors(f: Function, i: int) -> list[int]:
 
 
 def way(f: Function, start: int, reached: Callable[[int], bool]) -> list[int] | None:
-    """The fewest instructions from `start` (excluded) to one that is wanted (included). A call is
-    rare, so it counts as a hundred."""
+    """The shortest path from `start` (excluded) to an instruction that is `reached` (included). A
+    call is rare, so it counts as a hundred."""
     queue, seen = [(0, start, -1)], {}
     while queue:
         cost, i, before = heapq.heappop(queue)
@@ -76,7 +76,7 @@ def way(f: Function, start: int, reached: Callable[[int], bool]) -> list[int] | 
 
 
 def eights(places: list[int]) -> set[int]:
-    """Those of an instruction's places where it stands once for each of a lane's elements."""
+    """The places of an instruction that is repeated nearby for each of a lane's elements."""
     return {i for i in places if sum(abs(i - j) < 300 for j in places) >= PER_LANE}
 
 
@@ -91,7 +91,7 @@ def loop(f: Function) -> Counter[str]:
     roots, codes = (
         eights(having("MUFU.RSQ")),
         eights(having("F2I.TRUNC")),
-    )  # of stochastic rounding alone
+    )  # only stochastic rounding has F2I.TRUNC
     total: Counter[str] = Counter()
     at = load
     for goals in (roots, codes, {load}):

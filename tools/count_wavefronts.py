@@ -1,11 +1,12 @@
-"""Estimates how long a warp's look-ups in shared memory take, in wavefronts an element.
+"""Estimates how long a warp's look-ups in shared memory take, in wavefronts for 32 elements.
 
     python tools/count_wavefronts.py
 
-A wavefront reads one word from each of the 32 banks; lanes that want different words of one bank
-take turns. The moments are those of Adam after 300 steps of normal gradients whose size differs
-within a block, and lane l has the elements 8 l to 8 l + 7, as in csrc/cuda/fast_block.cuh. An
-H100 serves one wavefront a cycle, and memory gives it 24 cycles for 32 elements in bfloat16.
+A wavefront reads one word from each of the 32 banks. If lanes need different words of one bank, the
+bank takes one wavefront for each. The moments are those of Adam after 300 steps of normal gradients
+whose size differs within a block. Lane l has the elements 8 l to 8 l + 7, as in
+csrc/cuda/fast_block.cuh. An H100 does one wavefront a cycle; memory takes 24 cycles for 32 elements
+in bfloat16.
 """
 
 import torch
@@ -28,7 +29,7 @@ def moments(blocks: int = 1500, steps: int = 300) -> tuple[Tensor, Tensor]:
 
 
 def wavefronts(word: Tensor) -> float:
-    """Of a look-up of one 4-byte word for each element, on average."""
+    """The mean number of wavefronts when each lane of a warp looks up one 4-byte word."""
     of_warps = word.reshape(-1, LANES, 8).transpose(1, 2).reshape(-1, LANES)
     worst = [
         torch.bincount(lanes.unique() % BANKS, minlength=BANKS).max() for lanes in of_warps[:8000]
@@ -46,7 +47,7 @@ def main() -> None:
         torchao8.quantize_blockwise(x, signed=signed) for x, signed in ((m, True), (v, False))
     )
     y = v / v.amax(1, keepdim=True) + 2.0**-31
-    lines = y.view(torch.int32).long() >> 24 & 15  # and 16 more, in banks of their own
+    lines = y.view(torch.int32).long() >> 24 & 15  # and 16 more lines, in other banks
     counts = {
         "decode m": wavefronts(m_codes.long()),
         "decode v": wavefronts(v_codes.long()),

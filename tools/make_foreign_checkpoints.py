@@ -7,12 +7,12 @@ and strings, so that the tests load it with weights_only=True and without the pa
     parameters  for each parameter: shape, state (as the package saves it), and moments (float32, as
                 the package itself dequantizes it)
 
-and those of bitsandbytes' other optimizers, bitsandbytes_lion.pt and so on, also
+The files of bitsandbytes' other optimizers, bitsandbytes_lion.pt and so on, also hold
 
-    options     the parameter group, and of each parameter a next step as the package makes it:
-                before, grad and after, in float32
+    options     the parameter group
+    parameters  the package's next step, too: before, grad and after, in float32
 
-A tensor subclass of torchao is a dict of its class, its tensors and `signed`.
+A tensor subclass of torchao is saved as a dict of its class, its tensors and `signed`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ import torch
 from torch import Tensor
 
 FOLDER = Path(__file__).resolve().parent.parent / "test" / "data" / "foreign"
-# Rows that blocks of 256 divide, rows that they do not, a vector, a convolution, a small one.
+# Rows that blocks of 256 divide, rows that they do not, a vector, a convolution, a small vector.
 BNB_SHAPES = ((4, 256), (2, 512), (3, 300), (600,), (4, 4, 3, 3), (5,))
-# torchao quantizes from 4096 elements on, where blocks divide the tensor.
+# torchao quantizes tensors of at least 4096 elements that blocks divide.
 TORCHAO_SHAPES = ((8, 512), (256, 17), (5, 30))
-# Blocks as ours, blocks that are not, and 32 bits.
+# The same blocks as ours, other blocks, and 32-bit state.
 FAMILY_SHAPES = ((1, 256), (3, 60), (5,))
-# Options with which every term of an update counts, and what the states are here.
+# Options that give every term of an update a weight, and our names of the states.
 FAMILY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "Adagrad": ({"weight_decay": 0.1}, ("sum",)),
     "AdEMAMix": ({"t_alpha": 9}, ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq")),
@@ -49,7 +49,7 @@ STEPS = 3
 
 
 def train(make: Callable[[list[Any]], torch.optim.Optimizer], shapes: Any) -> dict[str, Any]:
-    """The state dict after a few steps, with gradients of many magnitudes and a dead row."""
+    """The state dict after a few steps, with gradients of many magnitudes and a row of zeros."""
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
     optimizer = make(params)
@@ -115,7 +115,7 @@ def make_bitsandbytes_of(name: str) -> dict[str, Any]:
 
 
 def dequantized(state: dict[str, Any]) -> list[Tensor]:
-    """The states of a parameter in float32; AdEMAMix has the first two of three in a stack."""
+    """The states of a parameter in float32; AdEMAMix stacks the first two of its three."""
     import bitsandbytes
 
     tensors = state["__bnb_optimizer_quant_state__"]
@@ -174,7 +174,7 @@ def versions(package: Any) -> dict[str, str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the files, and print what made them."""
+    """Write the files, and print the versions that made them."""
     folder = Path(arguments[0]) if arguments else FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     makers: dict[str, Callable[[], dict[str, Any]]] = {

@@ -1,6 +1,6 @@
-"""Print the requirements of extras of pyproject.toml, one a line: `requirements.py EXTRA...`.
+"""Print the requirements of extras in pyproject.toml, one a line: `requirements.py EXTRA...`.
 
-The Makefile installs tools from this list. Installing `.[extra]` instead would build the package.
+The Makefile installs tools from this list: installing `.[extra]` would also build the package.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 if sys.version_info >= (3, 11):
     import tomllib
-else:  # pip carries the same parser
+else:  # pip contains the same parser
     from pip._vendor import tomli as tomllib
 
 PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"

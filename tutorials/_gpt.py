@@ -1,4 +1,4 @@
-"""A small byte-level GPT and the text it learns, for `train_gpt.py`."""
+"""A small byte-level GPT and the text it learns, for the tutorials."""
 
 import random
 import sysconfig
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Directories of the standard library that are not its own source, or tables rather than programs.
+# Skipped: directories that are not the library's own source, or hold tables, not programs.
 SKIPPED_DIRECTORIES = {
     "__pycache__",
     "dist-packages",
@@ -35,8 +35,8 @@ def stdlib_files() -> list[Path]:
 def split_files(files: list[Path]) -> tuple[list[Path], list[Path]]:
     """Shuffle the files and return those to train on and those held out.
 
-    The split is by file, so that no held-out text continues a text that was trained on. It depends
-    on nothing but the files: runs with different seeds are measured on the same text.
+    The split is by file, so that no held-out text continues a text that was trained on. The split
+    depends only on the files, so that runs with different seeds are measured on the same text.
     """
     shuffled = sorted(files)
     random.Random(0).shuffle(shuffled)
@@ -61,8 +61,8 @@ class Text:
     def batch(self, step: int, seed: int, size: int, context: int) -> tuple[Tensor, Tensor]:
         """Return the inputs and targets, both int64 of shape (size, context), of one step.
 
-        They depend on the seed and the step alone, so that every optimizer sees the same batches
-        and a run that is restarted at any step continues with the right one.
+        They depend only on the seed and the step. So every optimizer sees the same batches, and a
+        restarted run continues with the right one.
         """
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         starts = torch.randint(len(self.train) - context, (size,), generator=generator)
@@ -75,12 +75,12 @@ class Text:
 
 
 def to_bytes_tensor(text: bytes, device: str) -> Tensor:
-    # A bytearray is writable, which frombuffer asks for.
+    # frombuffer needs writable memory, as a bytearray has.
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
 
 
 def windows(text: Tensor, starts: Tensor, context: int) -> tuple[Tensor, Tensor]:
-    """Cut a window of context + 1 bytes at each start; the targets are the inputs one byte on."""
+    """Cut a window of context + 1 bytes at each start; the targets are one byte later."""
     index = starts[:, None] + torch.arange(context + 1)
     window = text[index.to(text.device)].long()
     return window[:, :-1], window[:, 1:]
@@ -97,8 +97,8 @@ class GPTConfig:
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Rotary position embedding of x, (..., length, size), by angles that grow with the position.
 
-    `rotation` holds their cosines and sines, (2, length, size / 2). Source: "RoFormer: Enhanced
-    Transformer with Rotary Position Embedding", Su et al.
+    `rotation` holds the angles' cosines and sines, (2, length, size / 2). Source: "RoFormer:
+    Enhanced Transformer with Rotary Position Embedding", Su et al.
     """
     cosine, sine = rotation
     first, second = x.chunk(2, dim=-1)
@@ -106,7 +106,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 def rotations(length: int, size: int) -> Tensor:
-    """Return what `rotate` wants for vectors of this size at positions 0 to length - 1."""
+    """Return `rotation` for `rotate`: vectors of this size at positions 0 to length - 1."""
     frequencies = 1000.0 ** -torch.linspace(0, 1, size // 2)
     angles = torch.outer(torch.arange(length), frequencies)
     return torch.stack([angles.cos(), angles.sin()])
@@ -157,7 +157,7 @@ class GPT(nn.Module):
         self.initialize()
 
     def initialize(self) -> None:
-        """GPT-2's initialization: what adds to the residual stream is smaller in a deeper model."""
+        """GPT-2's initialization: layers that add to the residual start smaller in a deep model."""
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 adds_to_residual = name.endswith(("attention_out.weight", "mlp_out.weight"))

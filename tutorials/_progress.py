@@ -1,14 +1,14 @@
-"""Says that a tutorial goes on: a first line at once, and then one every few seconds.
+"""Shows that a tutorial is running: prints a line at once, and then one every few seconds.
 
-Plain lines, for a terminal and for a file alike. This module imports nothing that takes time, so
-that a script can start it before it imports PyTorch.
+It prints plain lines, for a terminal or a file. This module imports nothing slow, so that a script
+can start it before it imports PyTorch.
 """
 
 import threading
 import time
 from collections.abc import Callable
 
-EVERY = 6.0  # seconds without a line until one is due
+EVERY = 6.0  # seconds without a line after which one is due
 
 
 def _print(line: str) -> None:
@@ -16,17 +16,17 @@ def _print(line: str) -> None:
 
 
 def minutes(seconds: float) -> str:
-    """Return a duration as it is said: "1 min 20 s"."""
+    """Return a duration as text: "1 min 20 s"."""
     whole = max(0, round(seconds))
     return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"
 
 
 class Pulse:
-    """Prints lines, and, where none is printed for a while, what is being done.
+    """Prints lines; after a while without a line, prints what the script is doing.
 
     Args:
-        every: seconds without a line until one is due.
-        clock, write: what tells the time and what prints a line; a test has its own.
+        every: seconds without a line after which one is due.
+        clock, write: give the time and print a line; tests pass their own.
     """
 
     def __init__(
@@ -38,13 +38,13 @@ class Pulse:
         self.every = every
         self.clock = clock
         self.write = write
-        self._lock = threading.Lock()  # a line is printed by the script or by the thread
+        self._lock = threading.Lock()  # the script and the thread both print
         self._last = self._since = clock()
         self._doing = "working"
         self._silent = True
 
     def start(self, line: str) -> None:
-        """Print a first line, and from here on say every few seconds what is being done."""
+        """Print a first line; from now on print every few seconds what the script is doing."""
         self._silent = False
         self.say(line)
         threading.Thread(target=self._beat_for_ever, daemon=True).start()
@@ -55,17 +55,17 @@ class Pulse:
             self.write(line)
 
     def doing(self, what: str) -> None:
-        """Tell what is being done from here on."""
+        """Set what the script is doing from now on."""
         with self._lock:
             self._doing = what
             self._since = self.clock()
 
     def due(self) -> bool:
-        """Whether no line was printed for so long that one is due."""
+        """Whether no line was printed for `every` seconds."""
         return self.clock() - self._last >= self.every
 
     def beat(self) -> None:
-        """Say what is being done, if a line is due."""
+        """Print what the script is doing, if a line is due."""
         if not self._silent and self.due():
             self.say(f"... {self._doing}, for {minutes(self.clock() - self._since)}")
 
@@ -76,12 +76,12 @@ class Pulse:
 
 
 class Remaining:
-    """How long the rest of the steps will take, by those that were made.
+    """Estimates how long the remaining steps take, from the steps that were made.
 
     Args:
-        steps: of all runs.
-        after: seconds for what comes after the last step.
-        clock: what tells the time.
+        steps: the steps of all runs.
+        after: seconds that the work after the last step takes.
+        clock: gives the time.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Remaining:
         self.left -= steps
 
     def step(self) -> None:
-        """Count a step. The first one is not timed: it makes what the others find."""
+        """Count a step. The first one is not timed: it allocates, and may compile."""
         self.left -= 1
         if self._first is None:
             self._first = self.clock()
@@ -118,7 +118,7 @@ PULSE = Pulse()
 def start(name: str, line: str) -> None:
     """Start the pulse of a script: ``start(__name__, "Loading PyTorch")``, before its imports.
 
-    Nothing is printed where the script is imported by another.
+    Nothing is printed when the script is imported.
     """
     if name == "__main__":
         PULSE.start(line)

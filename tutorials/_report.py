@@ -1,4 +1,4 @@
-"""What `train_gpt.py` measures beside the loss, and how it shows the results."""
+"""What `train_gpt.py` measures besides the loss, and how it shows the results."""
 
 import multiprocessing
 import os
@@ -21,8 +21,8 @@ matplotlib.use("Agg")  # draws to a file, also where there is no display
 import matplotlib.pyplot as plt
 
 STATUS = Path("/proc/self/status")
-# Read by glibc when a process starts: it then gives memory back as soon as it is freed. Otherwise
-# the heap keeps tens of megabytes, more or fewer each time, which hides how two optimizers differ.
+# glibc reads these when a process starts, and then returns freed memory to the system at once.
+# Otherwise the heap keeps tens of megabytes, not always as many, and hides how optimizers differ.
 EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 NOTES = """Peak memory: of a new process that takes three training steps; on the CPU all of its
 resident memory, Python and PyTorch included. Step: median time of the optimizer's compiled step."""
@@ -36,17 +36,17 @@ class Result:
     losses: list[float]
     held_out: list[tuple[int, float]]
     optimizer_bytes: float
-    peak_bytes: int | None  # these two: None where it was not measured
-    step_ms: float | None
+    peak_bytes: int | None  # None if not measured
+    step_ms: float | None  # None if not measured
 
 
 def peak_memory(device: str, work: Callable[..., object], *arguments: Any) -> int | None:
     """Return the peak memory in bytes of a new process that does some work.
 
-    That is the memory of all live tensors on a CUDA device, and the resident memory of the process
-    on the CPU, Python and PyTorch included; None where the system does not tell it.
+    On a CUDA device, it is the memory of all live tensors. On the CPU, it is the resident memory of
+    the process, Python and PyTorch included; None if the system does not report it.
     """
-    # A process of its own, because one that has done other work before keeps some of its memory.
+    # A new process, because one that has done other work keeps some of its memory.
     spawn = multiprocessing.get_context("spawn")
     with mock.patch.dict(os.environ, EXACT_MALLOC), ProcessPoolExecutor(1, spawn) as pool:
         return pool.submit(_peak_memory_here, device, work, *arguments).result()
@@ -63,7 +63,7 @@ def _peak_memory_here(device: str, work: Callable[..., object], *arguments: Any)
 
 
 def median_ms(calls: dict[str, Callable[[], object]], device: str, rounds: int) -> dict[str, float]:
-    """Time the calls in turn, so that a busy moment of the machine meets all of them."""
+    """Time the calls in turn, so that a busy moment of the machine slows all of them."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -120,7 +120,7 @@ def _pad(cell: str, width: int) -> str:
 
 
 def machine(device: str) -> str:
-    """Return what the numbers were measured on and with."""
+    """Return the processor and the versions of the measurement."""
     if torch.device(device).type == "cuda":
         processor = torch.cuda.get_device_name(device)
     else:
@@ -146,7 +146,7 @@ def plot(results: list[Result], path: Path) -> None:
     )
     reference = dict(results[0].held_out)
     for number, result in enumerate(results):
-        # The curves all but coincide, so each one is drawn thinner than those below it.
+        # The curves nearly coincide, so each one is drawn thinner than those below it.
         style = {"color": f"C{number}", "marker": "o", "linewidth": 2 * (len(results) - number)}
         style["markersize"] = 3 + style["linewidth"]
         steps, held_out = zip(*result.held_out, strict=True)

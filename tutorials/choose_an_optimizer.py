@@ -5,20 +5,20 @@
 
 Three questions, in the order in which they matter:
 
-1. What does the optimizer's memory cost? Adam keeps two numbers for each parameter, 8 bytes in 32
+1. How much memory does the optimizer take? Adam keeps two numbers for each parameter, 8 bytes in 32
    bits. For most models that is more than the weights themselves.
-2. Do 8 bits cost anything? Train the same model on the same batches with both, from several seeds.
-   Seeds differ among each other, too: a difference smaller than that is none.
-3. Is another rule better, or as good with less? Lion and SGD keep one number for each parameter,
-   AdEMAMix keeps three.
+2. Is the loss with 8 bits worse? Train the same model on the same batches with 8 and with 32 bits,
+   from several seeds. Seeds change the loss, too: a difference smaller than theirs says nothing.
+3. Is another rule better, or as good with less memory? Lion and SGD keep one number for each
+   parameter, AdEMAMix keeps three.
 
-Everything is measured here, and the advice at the end follows from the measured numbers: with
-another model, another text or other learning rates it may be another one. Replace `GPT` and `Text`
-by your own to have it for your own problem.
+Everything is measured here, and the advice at the end follows from the measured numbers. With
+another model, text or learning rate the advice may be another. Replace `GPT` and `Text` by your own
+to get advice for your own problem.
 
-Advice needs a model that has learned something: before, all optimizers are alike. So there is none
-while the model predicts no better than the frequencies of the bytes would, nor where the seeds
-differ so much that hardly any difference could be told from none.
+Advice needs a model that has learned something: before that, all optimizers are alike. So there is
+no advice if the model predicts no better than the frequencies of the bytes would, or if seeds
+differ so much that they hide nearly every difference.
 """
 
 import _progress
@@ -39,7 +39,7 @@ from torch import nn
 import torchao8
 
 CLIP_NORM = 1.0
-# Of the loss: where seeds differ by more, the runs are too short to tell optimizers apart.
+# A share of the loss: if seeds differ by more, the runs are too short to compare optimizers.
 LARGEST_SPREAD = 0.02
 WARMUP_SHARE = 0.1
 
@@ -52,13 +52,13 @@ class Choice:
     make: Callable[[nn.Module], torch.optim.Optimizer]
 
 
-# Each rule wants a learning rate of its own. These were found by trying, on this model; try again
-# whenever you change the rule. From 32 to 8 bits nothing changes: it is the same rule.
+# Each rule needs its own learning rate. These were found by trying, on this model; try again when
+# you change the rule. Between 32 and 8 bits the rate need not change: the rule is the same.
 ADAM = {"lr": 3e-3, "weight_decay": 0.1}
 YARDSTICK = Choice("AdamW, 32 bits", lambda m: torchao8.AdamW(m.parameters(), **ADAM))
 EIGHT_BITS = Choice("AdamW8bit", lambda m: torchao8.AdamW8bit(m.parameters(), **ADAM))
 # A row of an embedding gets a gradient only when its token occurs. `param_groups` gives embeddings
-# 32-bit state. It would also take the decay from vectors; here one thing is changed at a time.
+# 32-bit state. decay_vectors=True keeps the decay of vectors, so that only this one thing changes.
 EMBEDDINGS = Choice(
     "AdamW8bit, embeddings in 32 bits",
     lambda m: torchao8.AdamW8bit(torchao8.param_groups(m, decay_vectors=True), **ADAM),
@@ -76,7 +76,7 @@ CHOICES = [
 
 @dataclass
 class Result:
-    """What was measured of a choice: held-out loss, a number for each seed, and memory."""
+    """What was measured of a choice: memory, and for each seed the held-out loss."""
 
     name: str
     state_bytes: int
@@ -116,8 +116,8 @@ def train(
 ) -> tuple[float, int, int]:
     """Train a new model; return its held-out loss, the bytes of state, and its parameters.
 
-    The seed decides the model's first parameters and the batches. So all choices start from the
-    same place and see the same text, and what differs at the end is due to the optimizer.
+    The seed sets the model's first parameters and the batches. So all choices start from the same
+    parameters and see the same text: a difference at the end comes from the optimizer.
     """
     s = settings
     torch.manual_seed(seed)
@@ -125,7 +125,7 @@ def train(
     optimizer = choice.make(model)
     highest = [group["lr"] for group in optimizer.param_groups]
     for step in range(s.steps):
-        # A short warm-up, then down to zero in a line.
+        # A short warm-up, then a linear decay to zero.
         warm = (step + 1) / max(1, round(WARMUP_SHARE * s.steps))
         share = min(warm, (s.steps - step) / s.steps)
         for group, lr in zip(optimizer.param_groups, highest, strict=True):
@@ -144,7 +144,7 @@ def train(
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Return the bytes of every tensor that the optimizer keeps: those that a checkpoint holds."""
+    """Return the bytes of all tensors in the optimizer's state, as a checkpoint holds them."""
     states = optimizer.state_dict()["state"].values()
     return sum(value.nbytes for state in states for value in state.values())
 
@@ -157,21 +157,21 @@ def measure(choice: Choice, text: Text, settings: Settings, remaining: Remaining
     return Result(choice.name, memory, parameters, [loss for loss, _, _ in runs])
 
 
-# --- what follows from the numbers --------------------------------------------------------------
+# --- advice from the numbers --------------------------------------------------------------------
 
 
 def difference(one: Result, other: Result) -> float:
-    """How much larger the mean loss of one is."""
+    """How much larger the mean loss of one is than that of the other."""
     return one.loss - other.loss
 
 
 def as_good(result: Result, yardstick: Result) -> bool:
-    """Whether a choice loses no more to the yardstick than the yardstick's own seeds differ."""
+    """Whether the loss exceeds the yardstick's by at most the yardstick's spread over seeds."""
     return difference(result, yardstick) <= yardstick.spread
 
 
 def table(results: list[Result]) -> str:
-    """Return the results as a Markdown table; differences are to the first."""
+    """Return the results as a Markdown table; differences are from the first."""
     first = results[0]
     lines = [["optimizer", "state, bytes", "a parameter", "held-out loss", "difference", "as good"]]
     for result in results:
@@ -239,30 +239,30 @@ def advice_on_rule(results: list[Result]) -> str:
 
 
 def loss_of_frequencies(text: Text) -> float:
-    """Return the loss, in nats per byte, of a prediction that knows how often each byte comes."""
+    """Return the loss, in nats per byte, of predicting each byte by its frequency."""
     share = torch.bincount(text.train.long(), minlength=256).double() / len(text.train)
     return -torch.special.xlogy(share, share).sum().item()
 
 
 def advice(results: list[Result], least: float) -> str:
-    """Return what the measured numbers say, and no more than they say.
+    """Return the advice that the measured numbers support, or why they support none.
 
     Args:
         results: in the order of CHOICES.
-        least: the loss that a model must be below for having learned something.
+        least: a model whose loss is not below this has learned nothing.
     """
     if results[0].loss >= least:
         return (
             f"No advice: the loss of {results[0].name}, {results[0].loss:.4f}, is not below "
             f"{least:.4f}, that of predicting each byte by its frequency. In so few steps no model "
-            "has learned anything by which optimizers could be told apart: raise --steps."
+            "has learned enough to compare optimizers: raise --steps."
         )
     largest = LARGEST_SPREAD * results[0].loss
     if results[0].spread > largest:
         return (
             f"No advice: the losses of {results[0].name} from several seeds differ by "
-            f"{results[0].spread:.4f}, more than {largest:.4f}. In such runs a difference between "
-            "optimizers could not be seen: raise --steps, or --seeds."
+            f"{results[0].spread:.4f}, more than {largest:.4f}. That would hide a difference "
+            "between optimizers: raise --steps, or --seeds."
         )
     by_name = {result.name: result for result in results}
     three = (by_name[choice.name] for choice in (YARDSTICK, EIGHT_BITS, EMBEDDINGS))
@@ -292,12 +292,12 @@ def parse_arguments(argv: list[str] | None) -> Settings:
     add("--width", type=positive, default=64, help=f"size of the residual stream {default}")
     add("--heads", type=positive, default=2, help=f"attention heads {default}")
     add("--context", type=positive, default=64, help=f"bytes in a sequence {default}")
-    add("--held-out-batches", type=positive, default=32, help=f"for the loss {default}")
+    add("--held-out-batches", type=positive, default=32, help=f"batches for the loss {default}")
     settings = Settings(**vars(parser.parse_args(argv)))
     if settings.seeds < 2:
-        parser.error("--seeds must be 2 or more: one run does not tell how much runs differ")
+        parser.error("--seeds must be 2 or more: one run does not show how much runs differ")
     if settings.width % (2 * settings.heads):
-        parser.error("--width must be a multiple of twice --heads, for pairs of numbers to rotate")
+        parser.error("--width must be a multiple of twice --heads: a head rotates pairs of numbers")
     return settings
 
 
@@ -317,7 +317,7 @@ def main(argv: list[str] | None = None) -> int:
         memory = f"{last.state_bytes:,} bytes of state"
         PULSE.say(f"{last.name}: {memory}, held-out loss {last.loss:.4f}; {remaining}")
     print(f"\n{table(results)}\n")
-    print("± is the standard deviation over seeds; as good: no more than that above the first row.")
+    print("± is the standard deviation over seeds; as good: at most that above the first row.")
     print(f"\n{advice(results, loss_of_frequencies(text))}\n")
     print("For the memory of a model of your size: python -m torchao8 estimate --help")
     return 0

@@ -1,24 +1,24 @@
 """Train a small GPT that is sharded over several processes (FSDP2), with 8-bit AdamW.
 
     torchrun --nproc-per-node 2 tutorials/train_fsdp2.py --steps 40
-    torchrun --nproc-per-node 3 tutorials/train_fsdp2.py --steps 80    # goes on at step 40
-    python tutorials/train_fsdp2.py --help                             # one process does, too
+    torchrun --nproc-per-node 3 tutorials/train_fsdp2.py --steps 80    # continues at step 40
+    python tutorials/train_fsdp2.py --help                             # one process works, too
 
-Every rank, as the processes are called, keeps a part of each parameter and of its optimizer state:
-8-bit AdamW makes the state a fourth of its size, FSDP2 divides what remains. DCP, PyTorch's
-distributed checkpoint, saves the parts, and any number of ranks can load them. What the optimizer
-keeps does not depend on how many there are: the same bytes come back.
+Every process, called a rank, keeps a part of each parameter and of its optimizer state. 8-bit AdamW
+makes the state a fourth of its size, and FSDP2 divides it among the ranks. DCP, PyTorch's
+distributed checkpoint, saves the parts, and any number of ranks can load them: the optimizer state
+has the same bytes on any number of ranks.
 
-The batches do not depend on it either, so that a run that goes on with more or fewer ranks has the
-same losses, up to the order in which float32 numbers are added. A run that is killed, by Ctrl-C or
-otherwise, goes on from the last checkpoint that is whole.
+The batches do not depend on the number of ranks either. So a run that continues with more or fewer
+ranks has the same losses, except that float32 numbers are added in another order. A run that is
+killed, by Ctrl-C or otherwise, continues from the last complete checkpoint.
 """
 
 import os
 
 import _progress
 
-if int(os.environ.get("RANK", 0)) == 0:  # one of the processes speaks
+if int(os.environ.get("RANK", 0)) == 0:  # only one rank prints
     _progress.start(__name__, "Loading PyTorch")
 
 import argparse
@@ -46,16 +46,16 @@ from torchao8.checkpoint import load_dcp
 
 WARMUP_STEPS = 10
 CLIP_NORM = 1.0
-# The held-out loss after loading may differ from that before saving by rounding alone, 6e-8 at a
-# time: a rank with more or fewer sequences may add the same products in another order. This leaves
-# room for the sum of many roundings. A training step changes the loss by 1e-3 and more.
+# After loading, the held-out loss may differ from that before saving only by rounding: a rank with
+# more or fewer sequences may add the same products in another order. One rounding is 6e-8; this
+# allows many. A training step changes the loss by 1e-3 and more.
 LOSS_TOLERANCE = 1e-5
-# What the losses of a run depend on. The number of ranks is not among them.
+# The losses of a run depend on these, and not on the number of ranks.
 SETTINGS = ("batch", "lr", "layers", "width", "heads", "context", "seed", "held_out_batches")
 
 
 def start_ranks(device_type: str | None) -> torch.device:
-    """Join the other ranks, of which torchrun tells in the environment; return our device."""
+    """Join the ranks that torchrun names in the environment; return the device of this one."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device_type is None:
@@ -71,21 +71,21 @@ def start_ranks(device_type: str | None) -> torch.device:
 
 
 def say(text: str) -> None:
-    """Print on one rank what all know."""
+    """Print on one rank; all ranks call this."""
     if dist.get_rank() == 0:
         PULSE.say(text)
 
 
 def make_model(arguments: argparse.Namespace, device: torch.device) -> GPT:
     """Return the model, of which each rank keeps its shard."""
-    # All ranks draw the same whole model, so that its values do not depend on how it is sharded.
-    # One too large for that is made on the device "meta", sharded, then given memory and values.
+    # All ranks make the same whole model, so that its values do not depend on how it is sharded. A
+    # model too large for that is made on the meta device and sharded, and gets its values then.
     torch.manual_seed(arguments.seed)
     sizes = GPTConfig(arguments.layers, arguments.width, arguments.heads, arguments.context)
     model = GPT(sizes).to(device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    # A sharded module gathers its parameters when it runs and frees them after. With each block a
-    # module of its own, one at a time is whole. The root takes what is left: embedding and head.
+    # A sharded module gathers its parameters when it runs and frees them after. Each block is
+    # sharded by itself, so that one at a time is whole. The root has the rest: embedding and head.
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -95,8 +95,8 @@ def make_model(arguments: argparse.Namespace, device: torch.device) -> GPT:
 def my_share(batch: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor, Tensor], float]:
     """Return this rank's sequences of a batch, and which share of the batch they are.
 
-    Every rank draws the whole batch, which is small: so it is the same batch at any world size.
-    Where the ranks do not divide it, some have one sequence more.
+    Every rank draws the whole batch, which is small, so that it is the same at any world size. If
+    the number of ranks does not divide the batch, some ranks have one sequence more.
     """
     inputs, targets = batch
     mine = slice(dist.get_rank(), None, dist.get_world_size())
@@ -104,15 +104,15 @@ def my_share(batch: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor, Tensor], float
 
 
 class Training:
-    """A model, its optimizer, and how far they have come."""
+    """A model, its optimizer, and their progress."""
 
     def __init__(self, arguments: argparse.Namespace, device: torch.device) -> None:
         self.arguments = arguments
         self.settings = {name: getattr(arguments, name) for name in SETTINGS}
         self.text = Text.from_stdlib(str(device))
         self.model = make_model(arguments, device)
-        # After fully_shard, which puts sharded parameters in the place of the others. As a tensor
-        # lr is data to a compiled step; a number would be compiled in, and each new one anew.
+        # After fully_shard, which replaces the parameters by sharded ones. A tensor lr is an input
+        # of the compiled step; a number that changes would recompile it.
         lr = torch.tensor(arguments.lr, device=device)
         self.optimizer = torchao8.AdamW8bit(
             self.model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1
@@ -125,7 +125,7 @@ class Training:
 
     def train_step(self) -> None:
         a = self.arguments
-        # No decay to the last step: with another --steps, that would be another run.
+        # No decay to the last step, or earlier steps would depend on --steps.
         for group in self.optimizer.param_groups:
             group["lr"].fill_(a.lr * min(1.0, (self.step + 1) / WARMUP_STEPS))
         mine, share = my_share(self.text.batch(self.step, a.seed, a.batch, a.context))
@@ -133,7 +133,7 @@ class Training:
         # share. FSDP2 takes the mean of the ranks' gradients, not the sum: hence the last factor.
         loss = cross_entropy(self.model, *mine) * share * dist.get_world_size()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)  # of the whole, not the shards
+        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)  # norm over all shards
         self.optimizer_step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -156,31 +156,31 @@ class Training:
         return {**parts, "progress": self.progress(), "settings": self.settings}
 
     def progress(self) -> dict[str, Any]:
-        """Return what to go on from, and what to compare with then."""
+        """Return the step to continue from, and the loss to compare with then."""
         return {"step": self.step, "held_out": self.held_out, "ranks": dist.get_world_size()}
 
     def save(self) -> None:
-        """Write a checkpoint into a folder that gets its name when all of it is there."""
+        """Write a checkpoint into a folder, and rename the folder when it is complete."""
         folder = self.arguments.out / f"step-{self.step:08}"
         unfinished = folder.with_suffix(".unfinished")
         if dist.get_rank() == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-            shutil.rmtree(folder, ignore_errors=True)  # there, but not whole, or we had loaded it
+            shutil.rmtree(unfinished, ignore_errors=True)  # left by a run that was killed
+            shutil.rmtree(folder, ignore_errors=True)  # incomplete: it was not loaded
         dist.barrier()
-        # Each rank writes its shards, and none gets on before all have.
+        # Each rank writes its shards, and waits until all have.
         dcp.save(self.state_dict(), checkpoint_id=unfinished)
         if dist.get_rank() == 0:
             unfinished.replace(folder)
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint, and check that the model is what it was."""
-        # DCP reads just what it is given, and into it.
+        """Continue from a checkpoint, and check that the model has the loss that it had."""
+        # DCP reads only the entries of this dict, and writes them into it.
         saved = {"settings": dict(self.settings)}
         dcp.load(saved, checkpoint_id=folder)
         for name, value in saved["settings"].items():
             if value != self.settings[name]:
                 raise SystemExit(f"{folder} was made with {name} {value}: use another --out")
-        # Each rank asks for its own shards, from whichever files: the number of ranks may change.
+        # Each rank reads its own shards from whichever files: the number of ranks may change.
         state = {"model": get_model_state_dict(self.model), "progress": self.progress()}
         dcp.load(state, checkpoint_id=folder)
         set_model_state_dict(self.model, state["model"])
@@ -208,10 +208,10 @@ class Training:
                 self.save()
 
     def report_memory(self) -> None:
-        """Print each rank's bytes of optimizer state, and those of two float32 an element."""
+        """Print each rank's bytes of optimizer state, and the bytes of two float32 an element."""
         tensors = [t for state in self.optimizer.state.values() for t in state.values()]
         shards = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
-        # Of the optimizer: after an evaluation FSDP2 leaves the root's own parameters whole.
+        # The optimizer's: in the model, FSDP2 leaves the root's own ones whole after an evaluation.
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         elements = sum(p.to_local().numel() for p in params)
         mine = sum(shard.nbytes for shard in shards), 8 * elements
@@ -222,7 +222,7 @@ class Training:
 
 
 def newest_checkpoint(out: Path) -> Path | None:
-    """Return the newest folder that is whole. DCP writes .metadata when all else is there."""
+    """Return the newest complete folder. DCP writes .metadata last."""
     return max((path.parent for path in out.glob("step-????????/.metadata")), default=None)
 
 
@@ -234,22 +234,22 @@ def parse_arguments() -> argparse.Namespace:
     default = "(%(default)s)"
     add("--out", type=Path, default=Path("runs/fsdp2"), help=f"where checkpoints go {default}")
     add("--steps", type=int, default=40, help=f"train up to this step {default}")
-    add("--save-every", type=int, default=20, help=f"steps, evaluate as often {default}")
+    add("--save-every", type=int, default=20, help=f"steps between checkpoints {default}")
     add("--compile", action="store_true", help="torch.compile the optimizer's step")
-    add("--device", choices=["cpu", "cuda"], help="cuda where there is a GPU for each rank")
+    add("--device", choices=["cpu", "cuda"], help="by default cuda if there is a GPU for each rank")
 
-    add = parser.add_argument_group("the run; a checkpoint is only for the same run").add_argument
+    add = parser.add_argument_group("the run; a checkpoint needs the same values").add_argument
     add("--batch", type=int, default=12, help=f"sequences a step, on all ranks {default}")
     add("--lr", type=float, default=1e-3, help=f"learning rate after the warm-up {default}")
     add("--layers", type=int, default=2, help=f"transformer blocks {default}")
     add("--width", type=int, default=128, help=f"size of the residual stream {default}")
     add("--heads", type=int, default=4, help=f"attention heads {default}")
     add("--context", type=int, default=64, help=f"bytes in a sequence {default}")
-    add("--seed", type=int, default=0, help=f"of the parameters and the batches {default}")
-    add("--held-out-batches", type=int, default=8, help=f"in an evaluation {default}")
+    add("--seed", type=int, default=0, help=f"seed of the parameters and the batches {default}")
+    add("--held-out-batches", type=int, default=8, help=f"batches in an evaluation {default}")
     arguments = parser.parse_args()
     if arguments.width % (2 * arguments.heads):
-        parser.error("--width must be a multiple of twice --heads, for pairs of numbers to rotate")
+        parser.error("--width must be a multiple of twice --heads: a head rotates pairs of numbers")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU and a torch that is built for it")
     if arguments.batch < int(os.environ.get("WORLD_SIZE", 1)):
@@ -266,7 +266,7 @@ def main() -> None:
         training.load(checkpoint)
     training.train()
     training.report_memory()
-    dist.barrier()  # no rank leaves while another still talks to it
+    dist.barrier()  # no rank leaves while another still communicates
     dist.destroy_process_group()
 
 

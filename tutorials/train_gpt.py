@@ -47,8 +47,8 @@ WEIGHT_DECAY = 0.1
 CLIP_NORM = 1.0
 WARMUP_SHARE = 0.1
 
-# A model whose losses tell the optimizers apart as a large one's do; and one of the size at which
-# times and memory say something.
+# SMALL is large enough to compare losses as on a large model. FULL is large enough for times and
+# memory to mean something.
 SMALL = {"steps": 240, "layers": 2, "width": 128, "context": 64, "evaluations": 4,
          "held_out_batches": 16, "lr": 2e-3}  # fmt: skip
 FULL = {"steps": 600, "layers": 3, "width": 256, "context": 128, "evaluations": 6,
@@ -94,13 +94,13 @@ def learning_rate(step: int, settings: Settings) -> float:
 
 
 class Training:
-    """A model, its optimizer, and what they have been through."""
+    """A model, its optimizer, and their losses so far."""
 
     def __init__(self, name: str, settings: Settings) -> None:
         self.name = name
         self.settings = settings
         self.model = settings.model()
-        # As a tensor the learning rate is data to the compiled step; a number would be compiled in.
+        # A tensor lr is an input of the compiled step; a number would be a constant in it.
         lr = torch.tensor(settings.lr, device=settings.device)
         self.optimizer = OPTIMIZERS[name](
             self.model.parameters(), lr=lr, betas=BETAS, weight_decay=WEIGHT_DECAY
@@ -129,7 +129,7 @@ class Training:
 
     @torch.no_grad()
     def evaluate(self, text: Text) -> None:
-        """Measure the held-out loss, eagerly: to compile that costs more than it saves."""
+        """Measure the held-out loss, eagerly: compiling would take longer than it saves."""
         s = self.settings
         batches = text.held_out_batches(s.held_out_batches, s.batch, s.context)
         losses = [cross_entropy(self.model, *batch).item() for batch in batches]
@@ -146,7 +146,7 @@ class Training:
             "losses": self.losses,
             "held_out": self.held_out,
         }
-        # Under another name first, so that a run that dies here leaves the last checkpoint whole.
+        # Under another name first: if the run is killed here, the last checkpoint is still whole.
         unfinished = path.with_suffix(".unfinished")
         torch.save(content, unfinished)
         unfinished.replace(path)
@@ -181,7 +181,7 @@ class Training:
 
 
 def show(title: str, training: Training, remaining: Remaining) -> None:
-    """A line after the first step, which compiles, every few seconds, and after the last step."""
+    """Print a line after the first step, which compiles, every few seconds, and after the last."""
     remaining.step()
     if len(training.losses) == 1 or training.finished or PULSE.due():
         total, loss = training.settings.steps, training.losses[-1]
@@ -190,13 +190,13 @@ def show(title: str, training: Training, remaining: Remaining) -> None:
 
 @contextmanager
 def delayed_interrupt() -> Iterator[threading.Event]:
-    """Let Ctrl-C wait for the end of a step, where model and optimizer agree with each other."""
+    """Delay Ctrl-C to the end of a step, when model and optimizer are at the same step."""
     requested = threading.Event()
 
     def handle(_number: int, _frame: object) -> None:
         requested.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        # Not through PULSE: the signal may come while a line is being printed.
+        # Not through PULSE: the signal may come while PULSE prints and holds its lock.
         print("\nStopping after this step; Ctrl-C again to stop at once.", flush=True)
 
     previous = signal.signal(signal.SIGINT, handle)
@@ -209,7 +209,7 @@ def delayed_interrupt() -> Iterator[threading.Event]:
 def train(
     training: Training, text: Text, path: Path, halfway: Path | None, remaining: Remaining
 ) -> None:
-    """Train to the end, saving to `path` now and then and on Ctrl-C, and once to `halfway`."""
+    """Train to the end; save to `path` at evaluations and on Ctrl-C, and once to `halfway`."""
     steps, evaluations = training.settings.steps, training.settings.evaluations
     PULSE.doing(f"{path.stem}: training")
     with delayed_interrupt() as interrupt:
@@ -247,7 +247,7 @@ def run(
     source = path if path.exists() else start
     if source:
         training.load(source)
-        # A repeated run is counted from where it starts.
+        # Only the second half of a repeated run was counted.
         remaining.skip(training.step - (settings.steps // 2 if start else 0))
         what = "is finished in" if training.finished else f"continues at step {training.step} from"
         PULSE.say(f"{path.stem} {what} {source}")
@@ -267,7 +267,7 @@ def differing_tensors(one: Training, other: Training) -> list[str]:
 
 
 def check_restart(training: Training, text: Text, out: Path, remaining: Remaining) -> bool:
-    """Repeat the second half of a run in new objects, and compare every bit with what it gave."""
+    """Repeat the second half of a run in new objects, and compare every bit with the run's."""
     _, halfway, path = checkpoints(out, training.name)
     repeated = run(training.name, training.settings, text, path, remaining, start=halfway)
     differing = differing_tensors(training, repeated)
@@ -301,18 +301,18 @@ def train_briefly(name: str, settings: Settings) -> None:
 
 
 def prepare(settings: Settings) -> None:
-    # Some gradients are sums in an order that threads decide unless this is asked for, and then no
-    # two runs have the same bits. The variable is what it needs of cuBLAS.
+    # Without deterministic algorithms the order of threads decides the order of some sums in
+    # gradients, and no two runs have the same bits. With them, cuBLAS needs the variable.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     if not settings.compile:
         torch.compiler.set_stance("force_eager")
-    # Says at each compilation that the step's mark in profiles is left out.
+    # This logger warns at each compilation that the profiler's record of the step is ignored.
     logging.getLogger("torch._dynamo.variables.ctx_manager").setLevel(logging.ERROR)
 
 
 def default_device() -> str:
-    """Return "cuda" where there is one that this build of torchao8 has kernels for."""
+    """Return "cuda" if there is a GPU that this build of torchao8 has kernels for, else "cpu"."""
     if not torch.cuda.is_available():
         return "cpu"
     parameter = nn.Parameter(torch.zeros(1, device="cuda"))
@@ -342,9 +342,9 @@ def make_parser(sizes: dict[str, float]) -> argparse.ArgumentParser:
     add("--full", action="store_true", help="a larger model, compiled; measures times and memory")
     add("--fresh", action="store_true", help="remove the checkpoints in --out and start again")
     names = list(OPTIMIZERS)
-    add("--optimizers", nargs="+", choices=names, default=names, help="which of the runs to make")
+    add("--optimizers", nargs="+", choices=names, default=names, help="those to train with")
 
-    add = parser.add_argument_group("the run; a checkpoint is only for the same run").add_argument
+    add = parser.add_argument_group("the run; a checkpoint needs the same values").add_argument
     add("--steps", type=positive, help=f"training steps {default}")
     add("--batch", type=positive, default=8, help=f"sequences in a step {default}")
     add("--lr", type=float, help=f"highest learning rate {default}")
@@ -353,11 +353,11 @@ def make_parser(sizes: dict[str, float]) -> argparse.ArgumentParser:
     add("--heads", type=positive, default=4, help=f"attention heads {default}")
     add("--context", type=positive, help=f"bytes in a sequence {default}")
     dtypes = ["float32", "bfloat16"]
-    add("--dtype", choices=dtypes, default=dtypes[0], help=f"of the parameters {default}")
-    add("--device", default="auto", help="such as cpu or cuda; auto is CUDA where there is one")
-    add("--seed", type=int, default=0, help=f"of the parameters and the batches {default}")
-    add("--evaluations", type=positive, help=f"of the held-out loss {default}")
-    add("--held-out-batches", type=positive, help=f"in an evaluation {default}")
+    add("--dtype", choices=dtypes, default=dtypes[0], help=f"dtype of the parameters {default}")
+    add("--device", default="auto", help="such as cpu or cuda; auto is CUDA if there is a GPU")
+    add("--seed", type=int, default=0, help=f"seed of the parameters and the batches {default}")
+    add("--evaluations", type=positive, help=f"how often to measure the held-out loss {default}")
+    add("--held-out-batches", type=positive, help=f"batches in an evaluation {default}")
     compiles = argparse.BooleanOptionalAction
     add("--compile", action=compiles, default=sizes is FULL, help="use torch.compile (--full does)")
     parser.set_defaults(**sizes)
@@ -369,7 +369,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Setting
     parser = make_parser(FULL if "--full" in given else SMALL)
     arguments = parser.parse_args(given)
     if arguments.width % (2 * arguments.heads):
-        parser.error("--width must be a multiple of twice --heads, for pairs of numbers to rotate")
+        parser.error("--width must be a multiple of twice --heads: a head rotates pairs of numbers")
     if arguments.device == "auto":
         arguments.device = default_device()
     values = vars(arguments)
@@ -401,8 +401,8 @@ def measured(name: str, training: Training, step_ms: float | None, peak: int | N
 def report(trainings: dict[str, Training], settings: Settings, out: Path, full: bool) -> None:
     """Show all results on the screen and in two files; with ``full``, also times and memory.
 
-    They are not measured of a small model, which lies in the caches and takes less memory than
-    Python and PyTorch do: there they would say nothing.
+    Times and memory of a small model would say nothing: it fits into the caches, and takes less
+    memory than Python and PyTorch do.
     """
     step_ms: dict[str, float] = {}
     peaks: dict[str, int | None] = {}
@@ -418,7 +418,7 @@ def report(trainings: dict[str, Training], settings: Settings, out: Path, full: 
         for name, training in trainings.items()
     ]
     last = results[-1].name
-    PULSE.doing(f"writing with the GPT that {last} trained")
+    PULSE.doing(f"sampling from the GPT that {last} trained")
     PULSE.say(f"\nWritten by the GPT that {last} trained:\n{sample(trainings[last].model)}\n")
     text = f"{machine(settings.device)}\n`{command()}`\n\n{table(results)}\n"
     PULSE.say(text)

@@ -1,5 +1,6 @@
-// The kernels of csrc/cuda/lamb.cuh on emulated warps against the CPU's plain C++ path, bit for
-// bit. Prints a line for each configuration that differs; the exit status tells whether one does.
+// Compares the kernels of csrc/cuda/lamb.cuh on emulated warps with the CPU's plain C++ path, bit
+// for bit. Prints a line for each configuration that differs; the exit status tells whether one
+// does.
 #define TORCHAO8_EMULATE
 #include <cstdio>
 #include <memory>
@@ -18,7 +19,7 @@ emulation::Failures failures;
 constexpr int N = LambRule::kStates;
 const cuda::Tables kTables = cuda::make_tables();
 
-// The state of a run that has lasted, and a block of it that is none.
+// State as after many steps; some scales of the second moment are 0 or NaN.
 TensorOf live_tensor(const Shape& shape, FloatType type, int block_size, int number,
                      std::mt19937& random) {
   TensorOf t = make_tensor<LambRule>(shape, type, type, block_size, random);

@@ -1,7 +1,7 @@
-// The kernels of csrc/cuda/one_scale.cuh on emulated warps against the CPU's plain C++ path, bit
-// for bit: the extreme elements that are found, the step that they lead to, and the scales. Prints
-// a line for each configuration that differs; the exit status tells whether one does. With -DQUICK,
-// one rule: enough to catch the mutants of test_cuda_source.py.
+// Compares the kernels of csrc/cuda/one_scale.cuh on emulated warps with the CPU's plain C++ path,
+// bit for bit: the extreme elements, the step that uses them, and the scales. Prints a line for
+// each configuration that differs; the exit status tells whether one does. With -DQUICK it checks
+// one rule, which is enough to catch the mutants of test_cuda_source.py.
 #define TORCHAO8_EMULATE
 #include <cstdio>
 #include <random>
@@ -22,7 +22,7 @@ emulation::Failures failures;
 const cuda::Tables kTables = cuda::make_tables();
 constexpr uint64_t kSeed = 11;
 
-// type: that of the launch.
+// type: the type of the kernel's instance.
 struct Case {
   FloatType type, param_type, grad_type;
   int block_size;
@@ -38,7 +38,7 @@ Rule rule_of(const TensorOf& t, const typename Rule::Options& options) {
 
 // ---- the CPU ------------------------------------------------------------------------------------
 
-// rounds: bfloat16 parameters, stochastically.
+// rounds: whether bfloat16 parameters are rounded stochastically.
 template <class Rule>
 void cpu_step(TensorOf& t, const typename Rule::Options& options, const Case& c, bool rounds,
               std::vector<int64_t>& keys) {
@@ -108,7 +108,7 @@ void cpu_step(TensorOf& t, const typename Rule::Options& options, const Case& c,
 
 // ---- the kernels --------------------------------------------------------------------------------
 
-// As the op does: numbers on the device, which the kernels read.
+// As in the op, the kernels read the numbers from the device's memory.
 struct OnDevice {
   float lr, grad_scale, found_inf;
 

@@ -1,5 +1,5 @@
-// The stochastic encoder of the signed map: what it means, in double, and that the vector path or
-// the GPU's function gives the same codes. Which of these: -DPATH_AVX2, -DPATH_AVX512, or neither.
+// Checks the stochastic encoder of the signed map: its mean, in double, and that another path gives
+// the same codes. That path is AVX2 with -DPATH_AVX2, AVX-512 with -DPATH_AVX512, else the GPU's.
 // Prints a line for each failure; the exit status tells whether there is one.
 #if !defined(PATH_AVX2) && !defined(PATH_AVX512)
 #define TORCHAO8_EMULATE
@@ -51,9 +51,9 @@ float number(uint32_t r) {  // 1 + (r + 1/2) / 2^14
 }
 constexpr uint32_t kNumbers = 1 << 14;
 
-// The mean of what all random numbers give is the value itself, to 2^-13 of the distance between
-// the codes around it: the numbers are 2^-14 apart, and the position, up to 127 in float32, is off
-// by some 2^-17 after three roundings. Only -1 to -0.993, for which there is no code, is not in it.
+// The mean over all random numbers is the value itself, to 2^-13 of the distance between the codes
+// around it: the numbers are 2^-14 apart, and the position, up to 127 in float32, is off by some
+// 2^-17 after three roundings. This does not hold from -1 to -0.993, where there is no code.
 void check_mean(double y) {
   const double last = value_of_code(true, 254);
   double sum = 0;

@@ -1,6 +1,6 @@
-// The kernels of csrc/cuda on emulated warps against the CPU's plain C++ path, bit for bit.
+// Compares the kernels of csrc/cuda on emulated warps with the CPU's plain C++ path, bit for bit.
 // Prints a line for each configuration that differs; the exit status tells whether one does.
-// With -DQUICK, one rule and two types: enough to catch the mutants of test_cuda_source.py.
+// With -DQUICK it checks one rule and two types, enough for the mutants of test_cuda_source.py.
 #define TORCHAO8_EMULATE
 #include <cstdio>
 #include <random>
@@ -25,7 +25,7 @@ namespace {
 
 emulation::Failures failures;
 
-// rounds: bfloat16 parameters, stochastically.
+// rounds: whether bfloat16 parameters are rounded stochastically.
 template <class Rule>
 void cpu_step(TensorOf& t, const typename Rule::Options& options, bool scaled, int block_size,
               bool stochastic, bool rounds, uint64_t seed) {
@@ -105,7 +105,7 @@ struct StepNumbers {
   bool rest_on_device;
 };
 
-// As the op does: numbers on the device, which the kernels read.
+// As in the op, the kernels read the numbers from the device's memory.
 template <class Rule>
 cuda::Numbers<Rule> numbers_of(const StepNumbers<Rule>& from, bool scaled) {
   cuda::Numbers<Rule> numbers = {};
@@ -310,8 +310,8 @@ void check_rule(const char* name, const typename Rule::Options& options) {
 #endif
 }
 
-// The same for a rule of the family: that its types, blocks and memory are handled alike is shown
-// by Adam's.
+// A shorter check of a rule. The kernels handle types, blocks and memory alike for all rules, which
+// the checks of Adam show.
 template <class Rule>
 void check_briefly(const char* name, const typename Rule::Options& options) {
   const FloatType f32 = FloatType::kFloat32, bf16 = FloatType::kBFloat16;
@@ -374,7 +374,7 @@ void check_codec(int block_size) {
               long(differences(back, want_back)));
 }
 
-// Every float from 2^-32 up to the largest that a value divided by its scale can be.
+// Every third float from 2^-32 up to the largest quotient of a value and its scale.
 void check_every_nearest_code() {
   const scalar::NearestEncoder<true> is_signed(codec_tables());
   const scalar::NearestEncoder<false> is_unsigned(codec_tables());

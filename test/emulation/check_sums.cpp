@@ -1,6 +1,6 @@
-// The kernels of sum_squares and norms on emulated warps against the CPU's plain C++ path, bit for
-// bit. Prints a line for each case that differs; the exit status tells whether one does.
-// With -DQUICK, without the one that takes seconds.
+// Compares the kernels of sum_squares and norms on emulated warps with the CPU's plain C++ path,
+// bit for bit. Prints a line for each case that differs; the exit status tells whether one does.
+// With -DQUICK it leaves out the case that takes seconds.
 #define TORCHAO8_EMULATE
 #include <cstdio>
 #include <random>
@@ -18,8 +18,8 @@ emulation::Failures failures;
 
 struct Case {
   int64_t count;
-  int low, high;  // exponents are between these
-  int bad = 0;    // elements that are no numbers
+  int low, high;  // the range of exponents
+  int bad = 0;    // elements that are NaN or infinite
   bool zeros = false;
   int shift = 0;  // elements between the start of the memory and the tensor
   FloatType type = FloatType::kFloat32;
@@ -69,7 +69,7 @@ Input make_input(const Case& how, std::mt19937& random) {
     if (how.zeros && random() % 3 == 0) x = random() % 2 ? 0.0f : -0.0f;
     cuda::store_as(how.type, data, i, x);
   }
-  // Numbers that grow, as in a network: the window follows them.
+  // Smaller numbers at the start: the window of exponents has to move up.
   for (int64_t i = 0; i < how.count / 4; i++)
     cuda::store_as(how.type, data, i, cuda::load_as(how.type, data, i) * 0x1p-40f);
   for (int k = 0; k < how.bad; k++)
@@ -89,7 +89,7 @@ void check(const std::string& name, const std::vector<Input>& inputs, unsigned b
     filler.add({inputs[i].data(), inputs[i].how.count, int64_t(i), 0, inputs[i].how.type});
   filler.flush();
   const unsigned row_blocks = unsigned(rows + cuda::kThreads - 1) / cuda::kThreads;
-  // Carries out of canonical limbs too, as after adding rows.
+  // Limbs that are not canonical, as after rows were added up.
   for (size_t i = 0; i < rows; i++) got[i * kLimbs + 4] += int64_t(i % 3) << 40;
   emulation::launch(row_blocks, cuda::kThreads,
                     [&] { cuda::round_norms(got.data(), got_norms.data(), int64_t(rows)); });
@@ -129,7 +129,7 @@ int main() {
   for (int i = 0; i < kTiny; i++) inputs.push_back(make_input({i % 5, -3, 3}, random));
   check("tiny", inputs, 3);
 #ifndef QUICK
-  // More than the registers of a lane hold: 2^18 elements and a quarter.
+  // 1.25 x 2^18 elements a lane, more than its registers can sum up.
   Input large = {{(int64_t(5) << 16) * cuda::kThreads, 127, 127, 0, false, 0, kBf16}, {}};
   large.memory.assign(size_t(large.how.count) * 2, 0x7f);  // 3.4e38
   check("large", {large}, 1);

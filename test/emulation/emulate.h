@@ -1,10 +1,11 @@
-// A thread block of a GPU on a host, for tests: every thread is a fiber that runs until it meets an
-// exchange within its warp or a barrier. Stands in for what csrc/cuda/device.cuh asks of a GPU.
+// Emulates a thread block of a GPU on the host, for tests. Every thread is a fiber, which runs
+// until its next exchange within the warp or its next barrier. Replaces the functions of a GPU that
+// csrc/cuda/device.cuh uses.
 //
-// The order is unkind on purpose. A warp runs until all its lanes wait at a block-wide barrier or
-// are done before another starts, the last warp first, and the lanes of a warp take turns in
-// alternating directions, so that a missing barrier or a dependence on order shows. Shared memory
-// starts as garbage, and approximations are off by a unit in the last place at random.
+// The order of threads is chosen so that a missing barrier or a dependence on order changes
+// results. The last warp runs first. The next one starts when all its lanes wait at a block-wide
+// barrier or are done. The lanes of a warp take turns in alternating directions. Shared memory
+// starts as garbage, and approximations are off by up to a unit in the last place, at random.
 #pragma once
 
 #include <ucontext.h>
@@ -49,13 +50,13 @@ struct Index {
 };
 struct Fiber {
   ucontext_t start;
-  jmp_buf at;  // ucontext starts a fiber, setjmp switches: it makes no system call
+  jmp_buf at;  // ucontext starts a fiber; setjmp switches without a system call
   std::unique_ptr<char[]> stack;
   bool fresh, done, waiting;
 };
 
 constexpr size_t kStack = 1 << 17;
-constexpr size_t kSharedBytes = 100 << 10;  // of which a GPU lets a kernel use up to 48 KB unasked
+constexpr size_t kSharedBytes = 100 << 10;  // a GPU's default limit is 48 KB a kernel
 
 inline std::vector<Fiber> fibers;
 inline std::vector<uint32_t> mail;  // one word a thread
@@ -86,7 +87,7 @@ inline void block_barrier() {
   yield();
 }
 
-// Writes a word, lets every lane of the warp pass, reads, and lets them pass again.
+// Writes a word, yields to every lane of the warp, reads, and yields again.
 template <class Read>
 uint32_t exchange(uint32_t x, Read read) {
   mail[thread.x] = x;
@@ -147,8 +148,8 @@ inline float nudge(float x) {
   return x;
 }
 
-// Configurations that differ, so far. With -DQUICK the second one ends the program: the first has
-// been told, and a mutant need not differ more often.
+// Counts the configurations that differ. With -DQUICK the second one ends the program: by then the
+// first is printed, and one is enough to detect a mutant.
 struct Failures {
   int count = 0;
 
@@ -188,8 +189,8 @@ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   }
   return result;
 }
-// Off by a unit where the refinement, which is the compiler's own, repairs it. It does for all but
-// a few mantissas, where a GPU's approximation must be better.
+// Off by up to a unit in the last place, if the compiler's refinement, repeated here, corrects it.
+// It does for all but a few mantissas, where a GPU's approximation must be better.
 inline float approximate_inverse_root(float x) {
   const float r = float(1 / std::sqrt(double(x))), nudged = emulation::nudge(r), s = x * nudged;
   return std::fma(std::fma(-s, s, x), nudged * 0.5f, s) == std::sqrt(x) ? nudged : r;

@@ -1,5 +1,5 @@
-// Tensors and gradients of the checks: shapes, addresses and numbers that tell right kernels from
-// wrong ones.
+// Tensors and gradients of the checks, with shapes, addresses and numbers that make wrong kernels
+// differ.
 #pragma once
 
 #include <cmath>
@@ -14,8 +14,8 @@ using namespace torchao8;
 struct Shape {
   int64_t rows, columns;
   int shift;     // elements between the start of the memory and the tensor
-  float spread;  // of gradients
-  int bad;       // gradient elements that are no numbers, in each step
+  float spread;  // standard deviation of gradients
+  int bad;       // gradient elements that are NaN, infinite or 3e38, in each step
   int64_t shard_offset = 0, row_stride = 0;
 };
 
@@ -45,8 +45,8 @@ inline const Shape kShapes[] = {
     {9, 251, 0, 1, 1, 77, 1003},
 };
 
-// More blocks than a warp prepares random numbers for at a time, and more tensors than a thread
-// block prepares rules for at a time.
+// kMany has more blocks than a warp prepares random numbers for at a time. kTinyOnes are more
+// tensors than a thread block prepares rules for at a time.
 constexpr Shape kMany = {400, 1024, 0, 1, 0};
 constexpr Shape kTiny = {1, 24, 0, 1, 0};
 constexpr int kTinyOnes = 80;
