@@ -376,6 +376,10 @@ RULES = {"adagrad": (1, 1), "adam": (4, 4), "ademamix": (1, 1), "lion": (1, 1), 
          "sgd": (2, 3)}  # fmt: skip
 
 
+def test_each_family_has_a_source() -> None:
+    assert {f"{name}.cu" for name in RULES} <= set(SOURCES)
+
+
 def nvcc(source: str, *flags: str) -> Path:
     """The file that nvcc makes of a source."""
     include = Path(torch.__file__).parent / "include"

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "common/exact_sum.h"
+#include "codec/exact_sum.h"
 
 namespace torchao8 {
 

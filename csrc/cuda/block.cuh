@@ -3,8 +3,9 @@
 
 #include <type_traits>
 
-#include "common/block_scale.h"
+#include "codec/block_scale.h"
 #include "cuda/table.cuh"
+#include "rules/update.h"
 
 namespace torchao8::cuda {
 
@@ -36,8 +37,8 @@ struct BlockPlace {
     length = row_length - column < block_size ? int(row_length - column) : block_size;
     first_element = shard_offset + uint64_t(row) * uint64_t(row_stride) + uint64_t(column);
   }
-  template <int N>
-  TORCHAO8_HD BlockPlace(const BlockEntry<N>& e, int block_size, uint32_t block)
+  template <class Entry>
+  TORCHAO8_HD BlockPlace(const Entry& e, int block_size, uint32_t block)
       : BlockPlace(e.row_length, e.blocks_per_row, block_size, block, e.shard_offset,
                    e.row_stride) {}
 };

@@ -1,9 +1,9 @@
 // The codec on a GPU: every direction a look-up in shared memory. The same bits as the CPU's
-// (cpu/vec_scalar.h is the definition), from the same tables (common/dynamic_map.h).
+// (cpu/vec/scalar.h is the definition), from the same tables (codec/dynamic_map.h).
 #pragma once
 
-#include "common/dynamic_map.h"
-#include "common/random.h"
+#include "codec/dynamic_map.h"
+#include "codec/random.h"
 #include "cuda/device.cuh"
 
 namespace torchao8::cuda {

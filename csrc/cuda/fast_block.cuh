@@ -48,8 +48,8 @@ struct LaneElements {
   }
 
   // kRounds: stochastically, by these numbers; `eight` as in store_stochastic.
-  template <bool kRounds>
-  __device__ __forceinline__ void update(const Rule& rule, const BlockEntry<N>& entry, int64_t at,
+  template <bool kRounds, class Entry>
+  __device__ __forceinline__ void update(const Rule& rule, const Entry& entry, int64_t at,
                                          const BlockRandom& random, uint32_t eight) {
 #pragma unroll
     for (int i = 0; i < kPerLane; i += 2) {
@@ -58,7 +58,7 @@ struct LaneElements {
       for (int j = 0; j < 2; j++) {
         BoundedReal x[Rule::kValues];
         for_each_value<Rule>([&](auto v) { x[v] = BoundedReal(values[v][i + j]); });
-        updated[j] = rule.template update<true>(BoundedReal(param.get(i + j)), x).x;
+        updated[j] = torchao8::update<true>(rule, BoundedReal(param.get(i + j)), x).x;
       }
       if constexpr (kRounds) {
         const BlockRandom here = random.from(eight);
@@ -71,8 +71,8 @@ struct LaneElements {
     param.store(static_cast<T*>(entry.param) + at);
   }
 
-  template <class S>
-  __device__ __forceinline__ void store_nearest(S s, const BlockEntry<N>& entry, int64_t at,
+  template <class S, class Entry>
+  __device__ __forceinline__ void store_nearest(S s, const Entry& entry, int64_t at,
                                                 const Tables& tables, float inverse) const {
     constexpr bool is_signed = Rule::kSigned[s];
     *reinterpret_cast<uint2*>(entry.codes[s] + at) =
@@ -81,8 +81,8 @@ struct LaneElements {
   }
 
   // eight: number of these elements among the block's eights.
-  template <class S>
-  __device__ __forceinline__ void store_stochastic(S s, const BlockEntry<N>& entry, int64_t at,
+  template <class S, class Entry>
+  __device__ __forceinline__ void store_stochastic(S s, const Entry& entry, int64_t at,
                                                    const Tables& tables, float inverse,
                                                    const BlockRandom& random,
                                                    uint32_t eight) const {
@@ -180,8 +180,8 @@ struct LanePlace {
   int64_t at;
   uint32_t block, eight;
 
-  template <int N>
-  TORCHAO8_HD LanePlace(const BlockEntry<N>& entry, uint32_t unit, int lane, int log_of_block) {
+  template <class Entry>
+  TORCHAO8_HD LanePlace(const Entry& entry, uint32_t unit, int lane, int log_of_block) {
     const int per_unit = kSpan >> log_of_block;
     const int lanes = kLanes / per_unit;
     int number = lane >> (log_of_block - 3);
@@ -260,7 +260,7 @@ __device__ __forceinline__ bool step_span(const Entry& entry, const Prepared<Rul
 
 // A block of more than kSpan elements: twice over its spans, the second time from the cache.
 template <class Rule, class T, bool kRounds>
-__device__ __forceinline__ bool step_long_block(const BlockEntry<Rule::kStates>& entry,
+__device__ __forceinline__ bool step_long_block(const BlockEntryOf<Rule>& entry,
                                                 const Prepared<Rule>& prepared,
                                                 const Tables& tables,
                                                 RandomsAhead<Rule, kRounds>& randoms, int& turn,
@@ -268,7 +268,7 @@ __device__ __forceinline__ bool step_long_block(const BlockEntry<Rule::kStates>&
                                                 int lane) {
   constexpr int N = Rule::kStates;
   const BlockPlace place(entry, block_size, block);
-  BlockScales<Rule, BlockEntry<N>> scales;
+  BlockScales<Rule, BlockEntryOf<Rule>> scales;
   scales.load(entry, block);
   const Rule rule = prepared.rule.with_scales(scales.scale);
   Extremes<Rule> extremes;

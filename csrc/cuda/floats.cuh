@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "common/floats.h"
+#include "codec/floats.h"
 #include "cuda/device.cuh"
 
 namespace torchao8::cuda {

@@ -48,10 +48,10 @@ class RowSum {
 
 // The update of an element, 0 where it is not usable.
 template <class Rule, bool kScaledState>
-__device__ __forceinline__ float update_of(const Rule& rule, const Places& places, int64_t at,
+__device__ __forceinline__ float update_of(const Rule& rule, const Addresses& tensor, int64_t at,
                                            Real* values) {
-  const Real p(load_as(places.param_type, places.param, at));
-  rule.template moments<kScaledState>(p, Real(load_as(places.grad_type, places.grad, at)), values);
+  const Real p(load_as(tensor.param_type, tensor.param, at));
+  rule.template moments<kScaledState>(p, Real(load_as(tensor.grad_type, tensor.grad, at)), values);
   bool good = true;
   for_each_state<Rule::kStates>(
       [&](auto s) { good = good && usable<Rule::kSigned[s]>(values[s].x); });
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     measure_blocks(const __grid_constant__ Table<Rule, Measured<BlockEntry<Rule::kStates>>> table,
                    const Tables* source, int64_t* sums) {
   static_assert(sizeof table + sizeof source + sizeof sums <= kArgumentBytes);
-  static_assert(sizeof(SharedOfMeasure<Rule>) <= 48 << 10);  // that a kernel has unasked
+  static_assert(sizeof(SharedOfMeasure<Rule>) <= 48 << 10);  // the default limit of shared memory
   TORCHAO8_SHARED(SharedOfMeasure<Rule>, shared);
   copy_tables(shared.tables, *source);  // for_each_unit has the barrier
   const int lane = int(threadIdx.x % kLanes);

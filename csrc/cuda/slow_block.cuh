@@ -76,7 +76,7 @@ __device__ __noinline__ void slow_block(const Entry& entry, const Prepared<Rule>
       Real x[Rule::kValues];
       for_each_value<Rule>([&](auto v) { x[v] = Real(values[v]); });
       const Real p(load_as(entry.param_type, entry.param, at));
-      const float updated = rule.template update<true>(p, x).x;
+      const float updated = update<true>(rule, p, x).x;
       if constexpr (kRounds) {
         store_as(entry.param_type, entry.param, at, updated, of_param(uint32_t(i)));
       } else {

@@ -20,7 +20,8 @@ struct AdemamixOptions : CommonOptions {
       {"t_beta3", &AdemamixOptions::t_beta3, Range::kNotNegative},
       {"eps", &AdemamixOptions::eps, Range::kNotNegative},
       {"weight_decay", &AdemamixOptions::weight_decay, Range::kNotNegative}};
-  static constexpr bool AdemamixOptions::* kFlags[] = {&AdemamixOptions::maximize};
+  static constexpr FlagArgument<AdemamixOptions> kFlags[] = {
+      {"maximize", &AdemamixOptions::maximize}};
 };
 
 // Of a number in (0, 1), and e to the power of one that is not positive. By series of IEEE
@@ -117,18 +118,13 @@ struct AdemamixRule {
   TORCHAO8_HD F apply(F p, F step) const {
     return fma(p, F(shrink), step);
   }
-  template <bool kScaledState, class F>
-  TORCHAO8_HD F update(F p, const F* values) const {
-    return apply(p, step(values, root<kScaledState>(values)));
-  }
 };
 
 struct AdemamixFamily {
-  static constexpr const char* kOp = "ademamix_step_";
-  static constexpr const char* kExtremesOp = "ademamix_extremes";
-  static constexpr const char* kStates[] = {"exp_avg_fast", "exp_avg_slow", "exp_avg_sq"};
-  static constexpr bool kOptional[] = {false, false, false};
+  static constexpr const char* kName = "ademamix";
+  static constexpr State kStates[] = {{"exp_avg_fast"}, {"exp_avg_slow"}, {"exp_avg_sq"}};
   using Options = AdemamixOptions;
+  using Rules = Types<AdemamixRule>;
 
   template <class Visit>
   static void choose(const Options&, const bool*, bool, Visit visit) {

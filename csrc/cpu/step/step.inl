@@ -180,7 +180,7 @@ struct Moments {
     if constexpr (kSelect) {
       const Mask good = all_in_range<Rule>(values);
       if (all(good)) {
-        write(block.param + i, rule.template update<true>(load(block.param + i), values));
+        write(block.param + i, update<true>(rule, load(block.param + i), values));
       } else {
         write.skip();
       }
@@ -315,7 +315,7 @@ struct UpdateAndEncode {
       }
     });
     if constexpr (!kPipelined && kWidth > 1)
-      write.quiet(block.param + i, rule.template update<true>(load(block.param + i), values));
+      write.quiet(block.param + i, update<true>(rule, load(block.param + i), values));
   }
 
   TORCHAO8_HD void finish(int length) const {
@@ -414,7 +414,7 @@ TORCHAO8_HD void step_vector(const Rule& r, T* param, const T* grad, float* cons
   r.template moments<false>(p, load(grad), values);
   const Mask good = all_in_range<Rule>(values);
   for (int s = 0; s < N; s++) store(states[s], select(good, values[s], old[s]));
-  write(param, select(good, r.template update<false>(p, values), p));
+  write(param, select(good, update<false>(r, p, values), p));
 }
 
 // Elements [i, end): as vectors, and at the end what fills none.
