@@ -26,8 +26,6 @@
 #include "cpu/squares.inl"
 #include "cpu/step/step.inl"
 
-#include "cpu/step/measure.inl"  // behind what it uses
-
 #define TORCHAO8_KERNELS avx2_kernel_table
 #define TORCHAO8_MEASURES avx2_measures
 #define TORCHAO8_CODEC avx2_codec

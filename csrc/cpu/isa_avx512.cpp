@@ -36,8 +36,6 @@
 #include "cpu/squares.inl"
 #include "cpu/step/step.inl"
 
-#include "cpu/step/measure.inl"  // behind what it uses
-
 #define TORCHAO8_KERNELS avx512_kernel_table
 #define TORCHAO8_MEASURES avx512_measures
 #define TORCHAO8_CODEC avx512_codec

@@ -13,8 +13,6 @@
 #include "cpu/squares.inl"
 #include "cpu/step/step.inl"
 
-#include "cpu/step/measure.inl"  // behind what it uses
-
 #define TORCHAO8_KERNELS scalar_kernel_table
 #define TORCHAO8_MEASURES scalar_measures
 #define TORCHAO8_CODEC scalar_codec
