@@ -32,7 +32,8 @@ class DefaultFloatingPoint {
 #endif
 };
 
-// What tensors share that are at the same step, with the same factors.
+// The rule and the keys of random numbers. Tensors at the same step, with the same factors, share
+// them.
 template <class Rule>
 struct StepOfRule {
   Rule rule;
@@ -48,7 +49,7 @@ struct Item {
   float* scales[kMaxStates] = {};
   float* states[kMaxStates] = {};
   bool rounds_param = false;        // stochastically
-  bool one_scale = false;           // for all blocks, which are encoded with
+  bool one_scale = false;           // whether all blocks share a scale, that of
   float extremes[kMaxStates] = {};  // these extreme elements, in units
   int64_t rows = 1, row_length = 0, units_per_row = 0;
   int64_t shard_offset = 0, row_stride = 0;  // global index of the first element; between rows
@@ -118,7 +119,7 @@ class Engine {
 
  private:
   static constexpr int64_t kChunk = 1024;        // elements of 32-bit state in a unit of work
-  static constexpr int64_t kUnitOverhead = 64;   // what a unit costs beside its elements
+  static constexpr int64_t kUnitOverhead = 64;   // cost of a unit without its elements
   static constexpr int64_t kRunOfOneScale = 64;  // blocks
   static constexpr int64_t kGrain = 32768;       // less work than this is not worth a thread
 
@@ -154,7 +155,8 @@ class Engine {
         run.scales[s] = item.scales[s] + first;
         run.keys[s] = item.step->keys[s];
         if (!item.one_scale) continue;
-        // A copy for each block, as the kernels read and write scales; write_scales() is to come.
+        // The kernels write the scale of each block. The one scale is still needed by other blocks,
+        // so each block gets a copy; write_scales() writes the new one at the end.
         run.scales[s] = one_scale[s];
         std::fill_n(run.scales[s], count, *item.scales[s]);
       }
@@ -188,7 +190,7 @@ class Engine {
     }
     run.param = param;
     run.grad = grad;
-    run.rounds_param = false;  // here, behind the kernel
+    run.rounds_param = false;  // it is rounded below, when it is written to the tensor
     run.length = padded;
     run.blocks = 1;
     for (int64_t block = 0; block < blocks; block++) {
@@ -252,7 +254,7 @@ class Engine {
     alignas(64) float param[kChunk], grad[kChunk];
     run.param = param;
     run.grad = grad;
-    run.rounds_param = false;  // here, behind the kernel
+    run.rounds_param = false;  // it is rounded below, when it is written to the tensor
     for (; begin < end; begin += run.count) {
       run.count = std::min(kChunk, end - begin);
       item.param.read(codec_, begin, run.count, param);

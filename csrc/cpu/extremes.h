@@ -77,7 +77,8 @@ class ExtremeFinder {
       find_staged(item, begin, int(std::min(kChunk, end - begin)), run, keys);
   }
 
-  // Through buffers, as float32, padded with the last element: that changes no extreme one.
+  // Goes through buffers of float32. They are padded with the last element, which does not change
+  // the extreme one.
   void find_staged(const Item<Rule>& item, int64_t begin, int length, ExtremeRun run,
                    int64_t* keys) const {
     alignas(64) float param[kChunk], grad[kChunk];

@@ -1,4 +1,4 @@
-// A sum of squares in the making: what one thread has of one tensor.
+// The sum of squares that one thread has added up of one tensor so far.
 #pragma once
 
 #include <cstdint>

@@ -84,7 +84,7 @@ class RulesOfCall {
   RulesOfCall(const StepCall& call, const typename Rule::Options& options)
       : call_(call), options_(options) {}
 
-  // Of one tensor; kept as long as this is.
+  // The rule of tensor i. It lives as long as this object.
   const StepOfRule<Rule>* at(size_t i) {
     const int64_t t = int64_t(*call_.steps[i].const_data_ptr<float>()) + 1;
     if (t == latest_ && call_.factors.empty() && kScalarsOf<Rule> == 0) return &steps_.back();
@@ -103,7 +103,7 @@ class RulesOfCall {
     return &step;
   }
 
-  // The new scalar states of all tensors, each of which has been asked for once, in their order.
+  // Writes the new scalar states of all tensors. at(i) has been called once for each, in order.
   void write_scalars() const {
     auto value = scalars_.begin();
     for (size_t i = 0; i < call_.params.size(); i++) {

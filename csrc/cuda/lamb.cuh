@@ -11,11 +11,11 @@ namespace torchao8::cuda {
 
 template <class Entry>
 struct Measured : Entry {
-  uint32_t row;    // of the sums
+  uint32_t row;    // of the sums, to which the entry adds
   bool one_scale;  // of all blocks
 };
 
-// The sum of a warp, which goes to the row of the entry that it comes from.
+// The sum of a warp. It is added to the row of the entry that the warp has worked on.
 class RowSum {
  public:
   __device__ __forceinline__ RowSum(BlockSum& limbs, int64_t* sums, int lane)
@@ -81,19 +81,20 @@ struct BlockMeasurer {
 
   __device__ __forceinline__ void measure(const Entry& entry, const Prepared<Rule>& prepared,
                                           uint32_t block) {
-    const BlockPlace place(entry, block_size, block);
+    const BlockPosition position(entry, block_size, block);
     float scale[N];
     for_each_state<N>([&](auto s) { scale[s] = entry.scales[s][entry.one_scale ? 0 : block]; });
     const Rule rule = prepared.rule.with_scales(scale);
 #pragma unroll 1
-    for (int i = lane; i < place.length + lane; i += kLanes) {  // all lanes as often
+    for (int i = lane; i < position.length + lane;
+         i += kLanes) {  // all lanes make as many turns: sum.add() has barriers
       float update = 0;
-      if (i < place.length) {
+      if (i < position.length) {
         Real values[Rule::kValues];
         for_each_state<N>([&](auto s) {
-          values[s] = Real(decode<Rule::kSigned[s]>(tables, entry.codes[s][place.begin + i]));
+          values[s] = Real(decode<Rule::kSigned[s]>(tables, entry.codes[s][position.begin + i]));
         });
-        update = update_of<Rule, true>(rule, entry, place.begin + i, values);
+        update = update_of<Rule, true>(rule, entry, position.begin + i, values);
       }
       sum.add(update);
     }
@@ -115,7 +116,8 @@ struct ElementMeasurer {
     const int64_t begin = int64_t(unit) * kChunk;
     const int64_t end = begin + kChunk < entry.count ? begin + kChunk : entry.count;
 #pragma unroll 1
-    for (int64_t at = begin + lane; at < end + lane; at += kLanes) {  // all lanes as often
+    for (int64_t at = begin + lane; at < end + lane;
+         at += kLanes) {  // all lanes make as many turns: sum.add() has barriers
       float update = 0;
       if (at < end) {
         Real values[Rule::kValues];

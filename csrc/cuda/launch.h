@@ -15,7 +15,7 @@ namespace torchao8::cuda {
 
 inline void check_cuda(cudaError_t error, const char* op, int32_t device) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // it is told of here, and not by the next launch
+  cudaGetLastError();  // clears the error, which the next launch would report again
   refuse(op, ": CUDA error on cuda:", device, ": ", cudaGetErrorString(error));
 }
 
@@ -50,14 +50,14 @@ inline RuleNumbers rule_numbers(const Argument& a, const TensorView& t, int coun
   return {nullptr, data};
 }
 
-// Of a kernel that gives a thread to each row.
+// The thread blocks of a kernel that gives a thread to each row.
 inline unsigned blocks_of_rows(const char* op, int64_t rows) {
   const int64_t blocks = (rows + kThreads - 1) / kThreads;
   TORCHAO8_CHECK(blocks < int64_t(1) << 31, op, ": more than 2^39 rows");
   return unsigned(blocks);
 }
 
-// The current device becomes the one of the call; the stream is the current one there.
+// Makes the device of the call the current one, and launches on its current stream.
 class Launcher {
  public:
   Launcher(const char* op, int32_t device) : op_(op), device_(device), guard_(device) {

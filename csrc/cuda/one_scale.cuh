@@ -15,7 +15,7 @@ struct ExtremesEntry : Addresses, ScalarAddresses<kScalars> {
   float* scales[N];
   int64_t* keys;  // of the tensor, one a state; 0 at first
   int64_t count;
-  bool fast;  // follows from the others
+  bool fast;  // whether runs of elements can be loaded as words; finish() sets it
 
   int64_t units() const { return (count + kChunk - 1) / kChunk; }
 
@@ -28,7 +28,7 @@ struct ExtremesEntry : Addresses, ScalarAddresses<kScalars> {
 template <class Rule>
 using ExtremesEntryOf = ExtremesEntry<Rule::kStates, kScalarsOf<Rule>>;
 
-// What the lanes of a warp find goes to the entry that it comes from.
+// Finds the extreme elements of an entry; the lanes of a warp raise the entry's keys together.
 template <class Rule, class T>
 struct ExtremesFinder {
   static constexpr int N = Rule::kStates;
@@ -134,7 +134,8 @@ struct OneScaleEntry : BlockEntry<N, kScalars> {
 template <class Rule>
 using OneScaleEntryOf = OneScaleEntry<Rule::kStates, kScalarsOf<Rule>>;
 
-// Blocks of a span are what is fast: they only say which random numbers an element gets.
+// The fast path takes blocks of kSpan elements only. With one scale, the block size decides nothing
+// but which random numbers an element gets.
 template <class Rule, class T, bool kRounds>
 struct OneScaleWorker {
   static constexpr int N = Rule::kStates;
@@ -158,7 +159,7 @@ struct OneScaleWorker {
     for (uint32_t i = 0; i < per_unit && column + i < entry.blocks_per_row; i++)
       slow_block<Rule, kRounds>(entry, prepared, tables, block_size, stochastic,
                                 row * entry.blocks_per_row + column + i, lane);
-    return false;  // keeping anything across the call would take a stack
+    return false;  // values that are kept across the call would need a stack frame
   }
 };
 

@@ -36,7 +36,8 @@ int64_t allocate_managed_cuda(Tensor like, int64_t size) {
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* memory = nullptr;
   const cudaError_t error = cudaMallocManaged(&memory, size_t(size), cudaMemAttachGlobal);
-  if (error != cudaSuccess) cudaGetLastError();  // it is told of here, and not by the next launch
+  if (error != cudaSuccess)
+    cudaGetLastError();  // clears the error, which the next launch would report again
   TORCHAO8_CHECK(error == cudaSuccess, kAllocate, ": no ", size,
                  " bytes of managed memory for paged state on cuda:", device, ": ",
                  cudaGetErrorString(error));

@@ -39,7 +39,7 @@ struct BlockWorker {
         slow_block<Rule, kRounds>(entry, prepared, tables, block_size, stochastic,
                                   row * entry.blocks_per_row + column + i, lane);
     }
-    return false;  // keeping anything across the call would take a stack
+    return false;  // values that are kept across the call would need a stack frame
   }
 };
 

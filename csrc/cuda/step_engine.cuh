@@ -43,7 +43,8 @@ class Dense {
   void* data_;
 };
 
-// The numbers of a call: read where they are on the CPU; what is on the device, nobody looks at.
+// The numbers of a call. Those on the CPU are read and checked; for those on the device the kernels
+// get the address.
 template <class Options>
 struct CudaNumbers {
   Options options;
@@ -78,7 +79,7 @@ struct Step {
   const Launcher launcher;
   const Numbers<Rule> numbers;
   std::vector<Dense> params, grads;
-  const bool rounds_params;  // some of them, stochastically
+  const bool rounds_params;  // whether some parameters are rounded stochastically
 
   Step(const StepCall& c, const CudaNumbers<typename Rule::Options>& n)
       : call(c),

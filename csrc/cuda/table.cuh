@@ -14,7 +14,7 @@
 namespace torchao8::cuda {
 
 constexpr int kBlocksPerProcessor = 3;  // thread blocks that are resident together
-constexpr int kArgumentBytes = 32764;   // that a kernel may have
+constexpr int kArgumentBytes = 32764;   // the most that a kernel's arguments may have
 
 // A number that lies on the device, or is known to the host.
 struct Scalar {
@@ -70,10 +70,10 @@ constexpr int kSpan = kLanes * kPerLane;  // elements that a warp takes at a tim
 constexpr int kPerThread = 4;
 constexpr int kChunk = kPerThread * kLanes * 8;
 
-// How blocks lie in the warps that take them: several to a warp, one, or longer than it takes.
+// How many blocks a warp takes at a time: several short ones, one, or a part of a long one.
 enum class Blocks { kShort, kSpan, kLong };
 
-// Array sizes of what a rule has one of for each state: no array is empty.
+// The size of an array with an element for each of N states. C++ has no empty arrays.
 template <int N>
 constexpr int kSlots = N > 0 ? N : 1;
 
@@ -97,10 +97,10 @@ struct BlockEntry : Addresses, ScalarAddresses<kScalars> {
   int64_t rows, row_length, row_stride;
   uint64_t shard_offset;
   uint32_t blocks_per_row;
-  // What follows from the others.
+  // finish() sets these from the others.
   uint32_t units_per_row;
-  uint32_t fast_units;  // the units that the fast path takes are those before this one
-  bool whole_spans;     // whose elements are all there, and follow each other from unit to unit
+  uint32_t fast_units;  // the fast path takes the units before this one
+  bool whole_spans;     // whether every unit has kSpan elements, right behind those of the last
 
   int64_t units() const { return rows * units_per_row; }
 
@@ -123,7 +123,7 @@ template <int N, int kScalars = 0>
 struct ElementEntry : Addresses, ScalarAddresses<kScalars> {
   float* states[kSlots<N>];
   int64_t count;
-  bool fast;  // follows from the others
+  bool fast;  // whether runs of elements can be loaded as words; finish() sets it
 
   int64_t units() const { return (count + kChunk - 1) / kChunk; }
 
@@ -255,7 +255,8 @@ TORCHAO8_HD uint32_t end_of_entries(const T& table, uint32_t end) {
   return end < table.count ? table.entries[end].first_unit : table.units;
 }
 
-// The Prepared of neighbouring entries, in shared memory: a thread makes one, for all warps.
+// How many neighbouring entries have their Prepared in shared memory at a time. One thread prepares
+// one entry, for all warps.
 constexpr uint32_t kWindow = 32;
 
 // Goes through a thread block's units. For each of its warps, worker.enter(entry, prepared) comes
