@@ -130,7 +130,7 @@ def relative(*patterns: str) -> list[str]:
 
 def make_extension(with_torch: bool) -> Extension:
     """Describe `torchao8._C`."""
-    sources = relative("csrc/*.cpp", "csrc/cpu/*.cpp")
+    sources = relative("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/op/*.cpp")
     options = {
         "depends": relative("csrc/**/*.h", "csrc/**/*.inl"),
         "include_dirs": [str(ROOT / "csrc")],
@@ -167,7 +167,7 @@ def make_cuda_extension() -> Extension | None:
     )
     extension = CUDAExtension(
         "torchao8._C_cuda",
-        relative("csrc/cuda/*.cu", "csrc/cuda/*.cpp"),
+        relative("csrc/cuda/*.cu", "csrc/cuda/*.cpp", "csrc/op/*.cpp"),
         depends=relative("csrc/**/*.h", "csrc/**/*.cuh"),
         include_dirs=[str(ROOT / "csrc")],
         extra_compile_args={"cxx": compile_flags(), "nvcc": nvcc_flags()},

@@ -19,6 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from torchao8 import ops
+
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 EMULATION = ROOT / "test" / "emulation"
@@ -44,7 +46,7 @@ MUTANTS = {
     ),
     "factors not read": (
         "table.cuh",
-        "if (places.factors) options.multiply(places.factors);",
+        "if (entry.factors) options.multiply(entry.factors);",
         "",
     ),
     "numbers on the device not read": (
@@ -371,9 +373,15 @@ SOURCES = sorted(path.name for path in (ROOT / "csrc/cuda").glob("*.cu"))
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # In the common run: a rule with every kind of kernel, and what is quick.
 COMMON_SOURCES = ("count.cu", "lion.cu", "pages.cu", "quantize.cu")
-# Of each op, the rules that have states, and all of its rules.
-RULES = {"adagrad": (1, 1), "adam": (4, 4), "ademamix": (1, 1), "lion": (1, 1), "rmsprop": (4, 4),
-         "sgd": (2, 3)}  # fmt: skip
+# Of each family, the rules that have states, and all of its rules.
+RULES = {
+    family.name: (sum(states > 0 for states in family.rules), len(family.rules))
+    for family in ops.FAMILIES
+}
+
+
+def test_each_family_has_a_source() -> None:
+    assert {f"{name}.cu" for name in RULES} <= set(SOURCES)
 
 
 def nvcc(source: str, *flags: str) -> Path:

@@ -164,7 +164,7 @@ def test_rounding_beside_any_extreme(exponent: int, stochastic: bool, device: st
 
 
 def mix_bits(z: Tensor) -> Tensor:
-    """csrc/common/random.h, in int64 with logical shifts."""
+    """csrc/codec/random.h, in int64 with logical shifts."""
 
     def shifted(x: Tensor, bits: int) -> Tensor:
         return (x >> bits) & ((1 << (64 - bits)) - 1)
@@ -263,7 +263,7 @@ def test_uncorrelated_from_step_to_step(chance: float, device: str) -> None:
 @pytest.mark.parametrize("chance", [0.5, 0.1])
 def test_uncorrelated_from_element_to_element(chance: float, device: str) -> None:
     """Within blocks (lags across the vector width, too), across blocks, and three at a time where
-    that is promised: not at multiples of 8 (csrc/common/random.h)."""
+    that is promised: not at multiples of 8 (csrc/codec/random.h)."""
     (tosses,) = coin_tosses(chance, device, rows=16384)
     for lag in (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 64, 100, 127, 128, 129, 200, 253):
         assert_uncorrelated(tosses[:, lag:], tosses[:, :-lag])

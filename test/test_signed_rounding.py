@@ -19,17 +19,17 @@ PATHS = {
 }
 # Each breaks one thing that the encoder must do.
 MUTANTS = {
-    "the sign mirrored": ("cpu/vec_scalar.h", "((magnitude ^ minus) - minus)", "magnitude"),
-    "-1.0 not avoided": ("cpu/vec_scalar.h", "most = 128 + minus", "most = 128"),
+    "the sign mirrored": ("cpu/vec/scalar.h", "((magnitude ^ minus) - minus)", "magnitude"),
+    "-1.0 not avoided": ("cpu/vec/scalar.h", "most = 128 + minus", "most = 128"),
     "never rounded to zero": (
-        "cpu/vec_scalar.h",
+        "cpu/vec/scalar.h",
         "int32_t kk = int32_t(",
         "int32_t kk = 1 | int32_t(",
     ),
-    "no line from zero": ("common/dynamic_map.h", "Point{0.0, -1.0}", "Point{0.0, 0.0}"),
-    "the gap of class 0": ("common/dynamic_map.h", "is_signed ? 1.0f : 0.0f", "0.0f"),
+    "no line from zero": ("codec/dynamic_map.h", "Point{0.0, -1.0}", "Point{0.0, 0.0}"),
+    "the gap of class 0": ("codec/dynamic_map.h", "is_signed ? 1.0f : 0.0f", "0.0f"),
     "the extreme's line": (
-        "common/dynamic_map.h",
+        "codec/dynamic_map.h",
         "is_signed ? 0.5 : 1.1",
         "is_signed ? 4.0 : 1.1",
     ),

@@ -39,7 +39,14 @@ SHIM_HEADERS = (
 )
 
 SHIM_PREFIXES = ("torch_", "aoti_torch_")
-PYTHON_SYMBOLS = {"PyModuleDef_Init"}
+PYTHON_SYMBOLS = {
+    "PyModuleDef_Init",
+    # torchao8._C.FAMILIES
+    *("PyList_Append", "PyList_AsTuple", "PyList_New", "PyModule_AddObjectRef", "Py_BuildValue"),
+    *("PyBool_FromLong", "Py_DecRef"),
+    # Python's lock, to let go of arguments under it (csrc/op/interpreter.h)
+    *("PyGILState_Ensure", "PyGILState_Release", "Py_IsInitialized"),
+}
 LIBRARIES = re.compile(
     r"(libtorch_cpu|libstdc\+\+|libgcc_s|libm|libc|libpthread|ld-linux.*)\.so(\..*)?"
 )

@@ -38,22 +38,40 @@ if torch.version.cuda is not None:
 
 _quantize = torch.ops.torchao8.quantize_blockwise.default
 _dequantize = torch.ops.torchao8.dequantize_blockwise.default
-# An update rule each, see csrc/rules: its numbers, in the order of the op's tensor of them.
-NUMBERS = {
-    "adagrad_step_": ("lr_decay", "eps", "weight_decay"),
-    "adam_step_": ("beta1", "beta2", "eps", "weight_decay"),
-    "ademamix_step_": (
-        *("beta1", "beta2", "beta3", "alpha", "t_alpha", "t_beta3"),
-        *("eps", "weight_decay"),
-    ),
-    "lion_step_": ("beta1", "beta2", "weight_decay"),
-    "rmsprop_step_": ("alpha", "eps", "weight_decay", "momentum"),
-    "sgd_step_": ("momentum", "dampening", "weight_decay"),
-}
+
+
+class FamilyState(NamedTuple):
+    """A state of a family of update rules; its lists in the op are <name>s and <name>_scales."""
+
+    name: str
+    optional: bool  # the lists may be empty
+    signed: bool
+    stochastic: bool  # rounded so, where the caller says so
+    scalar: bool  # one float32 number a parameter, of shape (), without scales
+
+
+class Family(NamedTuple):
+    """A family of update rules, as the extension names it (csrc/rules)."""
+
+    name: str
+    step_op: str
+    extremes_op: str  # finds what the step has to know of tensors with one scale
+    states: tuple[FamilyState, ...]
+    numbers: tuple[str, ...]  # in the order of the op's tensor of them
+    flags: tuple[str, ...]
+    rules: tuple[int, ...]  # the number of states of each
+
+
+FAMILIES = tuple(
+    Family(name, step, find, tuple(FamilyState(*s) for s in states), numbers, flags, rules)
+    for name, step, find, states, numbers, flags, rules in _C.FAMILIES
+)
+NUMBERS = {family.step_op: family.numbers for family in FAMILIES}
 STEP_OPS = tuple(NUMBERS)
 _STEP_OPS = {op: getattr(torch.ops.torchao8, op).default for op in STEP_OPS}
-# What each of them has to know before a step of tensors with one scale.
-_EXTREMES_OPS = {op: op.replace("_step_", "_extremes") for op in STEP_OPS}
+_EXTREMES_OPS = {
+    family.step_op: getattr(torch.ops.torchao8, family.extremes_op).default for family in FAMILIES
+}
 _count_step_ = torch.ops.torchao8.count_step_.default
 _sum_squares = torch.ops.torchao8.sum_squares.default
 _lamb_update_sums = torch.ops.torchao8.lamb_update_sums.default
@@ -279,8 +297,7 @@ def extremes(
     Raises:
         RuntimeError: an argument does not fit the others.
     """
-    find = getattr(torch.ops.torchao8, _EXTREMES_OPS[op]).default
-    found: Tensor = find(
+    found: Tensor = _EXTREMES_OPS[op](
         params, grads, *values, *scales, steps, factors, lr, numbers, grad_scale, **flags
     )
     return found
@@ -462,18 +479,24 @@ def _fake_step(op: str) -> None:
         _check_devices(op, "params", params, *others)
 
 
-def _fake_extremes(op: str) -> None:
+def _fake_extremes(family: Family) -> None:
+    op = family.extremes_op
+
     @torch.library.register_fake(f"torchao8::{op}")
     def _(params: list[Tensor], *others: Any, **options: object) -> Tensor:
         _check_devices(op, "params", params, *others)
-        values_and_scales = others[1:-5]  # grads; steps, factors, lr, numbers and grad_scale
-        states = sum(bool(states) for states in values_and_scales[: len(values_and_scales) // 2])
+        values = others[1 : 1 + len(family.states)]  # behind the gradients
+        states = sum(
+            bool(tensors)
+            for state, tensors in zip(family.states, values, strict=True)
+            if not state.scalar
+        )
         return torch.empty(len(params), states, dtype=torch.int64, device=params[0].device)
 
 
-for _op in STEP_OPS:
-    _fake_step(_op)
-    _fake_extremes(_EXTREMES_OPS[_op])
+for _family in FAMILIES:
+    _fake_step(_family.step_op)
+    _fake_extremes(_family)
 
 
 @torch.library.register_fake("torchao8::count_step_")

@@ -2,8 +2,8 @@
 #include <cstdlib>
 #include <string>
 
-#include "common/checks.h"
 #include "cpu/kernels.h"
+#include "op/checks.h"
 
 namespace torchao8 {
 namespace {

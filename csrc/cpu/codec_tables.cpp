@@ -3,7 +3,7 @@
 namespace torchao8 {
 namespace {
 
-// Vector paths hold 4 * kk (signed) or 2 * kk (unsigned): see vec_*.h.
+// Vector paths hold 4 * kk (signed) or 2 * kk (unsigned): see vec/.
 void build_decode_lines(DecodeLines& t, bool is_signed) {
   const double step = is_signed ? 4 : 2;
   for (int half = 0; half < 16; half += 8) {

@@ -1,9 +1,9 @@
-// The tables behind the CPU's codec, built once, from common/dynamic_map.h.
+// The tables behind the CPU's codec, built once, from codec/dynamic_map.h.
 #pragma once
 
 #include <cstdint>
 
-#include "common/dynamic_map.h"
+#include "codec/dynamic_map.h"
 
 namespace torchao8 {
 

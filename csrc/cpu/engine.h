@@ -10,8 +10,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "common/block_layout.h"
-#include "cpu/kernels.h"
+#include "codec/block_layout.h"
+#include "cpu/kernel_tables.h"
 #include "cpu/memory.h"
 #if TORCHAO8_X86
 #include <xmmintrin.h>
@@ -32,22 +32,29 @@ class DefaultFloatingPoint {
 #endif
 };
 
+// The rule and the keys of random numbers. Tensors at the same step, with the same factors, share
+// them.
+template <class Rule>
+struct StepOfRule {
+  Rule rule;
+  uint64_t keys[kMaxStates] = {}, param_key = 0;
+};
+
 // One tensor and its state: 8-bit where codes are set, else 32-bit.
 template <class Rule>
 struct Item {
-  Rule rule;
+  const StepOfRule<Rule>* step = nullptr;
   FloatArray param, grad;
   uint8_t* codes[kMaxStates] = {};
   float* scales[kMaxStates] = {};
   float* states[kMaxStates] = {};
-  uint64_t keys[kMaxStates] = {}, param_key = 0;
   bool rounds_param = false;        // stochastically
-  bool one_scale = false;           // for all blocks, which are encoded with
+  bool one_scale = false;           // whether all blocks share a scale, that of
   float extremes[kMaxStates] = {};  // these extreme elements, in units
   int64_t rows = 1, row_length = 0, units_per_row = 0;
   int64_t shard_offset = 0, row_stride = 0;  // global index of the first element; between rows
   int64_t run_length = 0;                    // of 32-bit state: elements of what is a row then
-  int64_t first_cost = 0, unit_cost = 0;     // place in the sum of all work
+  int64_t first_cost = 0, unit_cost = 0;     // where its work begins in the sum of all
   int64_t units() const { return rows * units_per_row; }
   bool direct() const {  // the kernels can work on the memory itself
     return param.dense() && grad.dense() && param.type() == grad.type() &&
@@ -58,17 +65,23 @@ struct Item {
 template <class Rule>
 class Engine {
  public:
-  Engine(int64_t block_size, bool stochastic) : block_size_(block_size), stochastic_(stochastic) {}
+  Engine(int64_t block_size, bool stochastic, size_t items)
+      : block_size_(block_size), stochastic_(stochastic) {
+    items_.reserve(items);
+  }
 
-  void add(Item<Rule> item) {
+  // fill(item) makes the item where it is to stay.
+  template <class Fill>
+  void add(Fill fill) {
+    Item<Rule>& item = items_.emplace_back();
+    fill(item);
     if (item.one_scale) with_one_scale_.push_back(item);  // a part of a tensor may be empty
-    if (item.units() == 0) return;
+    if (item.units() == 0) return items_.pop_back();
     const bool blocks = item.codes[0] != nullptr;
     const int64_t unit = blocks ? block_size_ : kChunk;
     item.unit_cost = std::min(unit, item.row_length) * (item.direct() ? 1 : 4) + kUnitOverhead;
     item.first_cost = total_cost_;
     total_cost_ += item.units() * item.unit_cost;
-    items_.push_back(std::move(item));
   }
 
   void run() const {
@@ -95,8 +108,9 @@ class Engine {
   void write_scales() const {
     for (const Item<Rule>& item : with_one_scale_) {
       for (int s = 0; s < Rule::kStates; s++) {
-        *item.scales[s] = Rule::kSigned[s] ? scale_of<true>(item.extremes[s], item.rule.unit[s])
-                                           : scale_of<false>(item.extremes[s], item.rule.unit[s]);
+        *item.scales[s] = Rule::kSigned[s]
+                              ? scale_of<true>(item.extremes[s], item.step->rule.unit[s])
+                              : scale_of<false>(item.extremes[s], item.step->rule.unit[s]);
       }
     }
   }
@@ -105,7 +119,7 @@ class Engine {
 
  private:
   static constexpr int64_t kChunk = 1024;        // elements of 32-bit state in a unit of work
-  static constexpr int64_t kUnitOverhead = 64;   // what a unit costs beside its elements
+  static constexpr int64_t kUnitOverhead = 64;   // cost of a unit without its elements
   static constexpr int64_t kRunOfOneScale = 64;  // blocks
   static constexpr int64_t kGrain = 32768;       // less work than this is not worth a thread
 
@@ -133,15 +147,16 @@ class Engine {
       run.length = int(length);
       run.stochastic = stochastic_;
       run.rounds_param = item.rounds_param;
-      run.param_key = item.param_key;
+      run.param_key = item.step->param_key;
       run.first_element = uint64_t(item.shard_offset) + uint64_t(row) * uint64_t(item.row_stride) +
                           uint64_t(column * block_size_);
       for (int s = 0; s < Rule::kStates; s++) {
         run.codes[s] = item.codes[s] + begin;
         run.scales[s] = item.scales[s] + first;
-        run.keys[s] = item.keys[s];
+        run.keys[s] = item.step->keys[s];
         if (!item.one_scale) continue;
-        // A copy for each block, as the kernels read and write scales; write_scales() is to come.
+        // The kernels write the scale of each block. The one scale is still needed by other blocks,
+        // so each block gets a copy; write_scales() writes the new one at the end.
         run.scales[s] = one_scale[s];
         std::fill_n(run.scales[s], count, *item.scales[s]);
       }
@@ -149,7 +164,7 @@ class Engine {
       if (item.direct() && length % kWidest == 0) {
         run.param = item.param.at(begin);
         run.grad = item.grad.at(begin);
-        blocks_kernel(item.param.type())(item.rule, tables_, run);
+        blocks_kernel(item.param.type())(item.step->rule, tables_, run);
       } else {
         step_staged(item, begin, run);
       }
@@ -175,7 +190,7 @@ class Engine {
     }
     run.param = param;
     run.grad = grad;
-    run.rounds_param = false;  // here, behind the kernel
+    run.rounds_param = false;  // it is rounded below, when it is written to the tensor
     run.length = padded;
     run.blocks = 1;
     for (int64_t block = 0; block < blocks; block++) {
@@ -188,10 +203,10 @@ class Engine {
         std::memset(codes[s] + length, Rule::kSigned[s] ? kZeroCodeSigned : kZeroCodeUnsigned,
                     size_t(padded - length));
       }
-      kernels_.blocks_float32(item.rule, tables_, run);
+      kernels_.blocks_float32(item.step->rule, tables_, run);
       if (item.rounds_param) {
         BlockRandom random;
-        random.start(item.param_key, run.first_element);
+        random.start(item.step->param_key, run.first_element);
         uint32_t hashes[kMaxBlock];
         for (int i = 0; i < length; i++) hashes[i] = random(uint32_t(i));
         item.param.write(hashes, param, begin, length);
@@ -225,7 +240,7 @@ class Engine {
   void step_run(const Item<Rule>& item, int64_t begin, int64_t end, uint64_t first_element) const {
     ElementRun run = {};
     run.rounds_param = item.rounds_param;
-    run.param_key = item.param_key;
+    run.param_key = item.step->param_key;
     run.first_element = first_element;
     for (int s = 0; s < Rule::kStates; s++) run.states[s] = item.states[s] + begin;
     if (item.direct()) {
@@ -234,19 +249,19 @@ class Engine {
       run.count = end - begin;
       const auto kernel = item.param.type() == FloatType::kBFloat16 ? kernels_.elements_bfloat16
                                                                     : kernels_.elements_float32;
-      return kernel(item.rule, run);
+      return kernel(item.step->rule, run);
     }
     alignas(64) float param[kChunk], grad[kChunk];
     run.param = param;
     run.grad = grad;
-    run.rounds_param = false;  // here, behind the kernel
+    run.rounds_param = false;  // it is rounded below, when it is written to the tensor
     for (; begin < end; begin += run.count) {
       run.count = std::min(kChunk, end - begin);
       item.param.read(codec_, begin, run.count, param);
       item.grad.read(codec_, begin, run.count, grad);
-      kernels_.elements_float32(item.rule, run);
+      kernels_.elements_float32(item.step->rule, run);
       if (item.rounds_param) {
-        ElementRandom random(item.param_key);
+        ElementRandom random(item.step->param_key);
         uint32_t hashes[kChunk];
         for (int64_t i = 0; i < run.count; i++) hashes[i] = random(first_element++);
         item.param.write(hashes, param, begin, run.count);

@@ -4,10 +4,8 @@
 
 #include <algorithm>
 #include <mutex>
-#include <utility>
 #include <vector>
 
-#include "common/extremes_call.h"
 #include "cpu/engine.h"
 
 namespace torchao8 {
@@ -15,12 +13,15 @@ namespace torchao8 {
 template <class Rule>
 class ExtremeFinder {
  public:
-  // The keys, which are 0, are raised to those of what is found.
-  void add(Item<Rule> item, int64_t* keys) {
-    const int64_t elements = item.rows * item.row_length;
-    item.first_cost = chunks_;
-    chunks_ += Engine<Rule>::chunks(elements);
-    items_.push_back({std::move(item), elements, keys});
+  // fill(item) makes the item. The keys, which are 0, are raised to those of what is found.
+  template <class Fill>
+  void add(Fill fill, int64_t* keys) {
+    Part& part = items_.emplace_back();
+    fill(part.item);
+    part.elements = part.item.rows * part.item.row_length;
+    part.keys = keys;
+    part.item.first_cost = chunks_;
+    chunks_ += Engine<Rule>::chunks(part.elements);
   }
 
   void run() const {
@@ -42,8 +43,8 @@ class ExtremeFinder {
  private:
   struct Part {
     Item<Rule> item;
-    int64_t elements;
-    int64_t* keys;
+    int64_t elements = 0;
+    int64_t* keys = nullptr;
   };
   static constexpr int64_t kChunk = 1024;  // elements, as Engine::chunks() has them
   static constexpr int64_t kGrainChunks = 32;
@@ -67,7 +68,7 @@ class ExtremeFinder {
       const auto kernel = item.param.type() == FloatType::kBFloat16 ? kernels_.extremes_bfloat16
                                                                     : kernels_.extremes_float32;
       if (run.count > 0) {
-        kernel(item.rule, tables_, run, found);
+        kernel(item.step->rule, tables_, run, found);
         raise(keys, found);
       }
       begin += run.count;
@@ -76,7 +77,8 @@ class ExtremeFinder {
       find_staged(item, begin, int(std::min(kChunk, end - begin)), run, keys);
   }
 
-  // Through buffers, as float32, padded with the last element: that changes no extreme one.
+  // Goes through buffers of float32. They are padded with the last element, which does not change
+  // the extreme one.
   void find_staged(const Item<Rule>& item, int64_t begin, int length, ExtremeRun run,
                    int64_t* keys) const {
     alignas(64) float param[kChunk], grad[kChunk];
@@ -95,7 +97,7 @@ class ExtremeFinder {
     run.grad = grad;
     run.count = padded;
     float found[kMaxStates];
-    kernels_.extremes_float32(item.rule, tables_, run, found);
+    kernels_.extremes_float32(item.step->rule, tables_, run, found);
     raise(keys, found);
   }
 

@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "cpu/kernels.h"
-#include "cpu/vec_scalar.h"
+#include "cpu/vec/scalar.h"
 
 #if TORCHAO8_X86
 #include <immintrin.h>
@@ -17,17 +17,16 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
-#include "cpu/vec_avx2.h"
+#include "cpu/vec/avx2.h"
 
 #define TORCHAO8_ISA avx2
 #include "cpu/codec.inl"
 #define TORCHAO8_WINDOWS 1
+#include "cpu/kernel_tables.h"
 #include "cpu/squares.inl"
-#include "cpu/step.inl"
+#include "cpu/step/step.inl"
 
-#include "cpu/measure.inl"  // behind what it uses
-
-#define TORCHAO8_KERNELS avx2_kernels
+#define TORCHAO8_KERNELS avx2_kernel_table
 #define TORCHAO8_MEASURES avx2_measures
 #define TORCHAO8_CODEC avx2_codec
 #define TORCHAO8_ADD_SQUARES avx2_add_squares

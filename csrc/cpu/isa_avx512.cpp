@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "cpu/kernels.h"
-#include "cpu/vec_scalar.h"
+#include "cpu/vec/scalar.h"
 
 #if TORCHAO8_X86
 #if defined(__GNUC__) && !defined(__clang__)
@@ -27,17 +27,16 @@
     "prefer-vector-width=512")
 #endif
 
-#include "cpu/vec_avx512.h"
+#include "cpu/vec/avx512.h"
 
 #define TORCHAO8_ISA avx512
 #include "cpu/codec.inl"
 #define TORCHAO8_WINDOWS 1
+#include "cpu/kernel_tables.h"
 #include "cpu/squares.inl"
-#include "cpu/step.inl"
+#include "cpu/step/step.inl"
 
-#include "cpu/measure.inl"  // behind what it uses
-
-#define TORCHAO8_KERNELS avx512_kernels
+#define TORCHAO8_KERNELS avx512_kernel_table
 #define TORCHAO8_MEASURES avx512_measures
 #define TORCHAO8_CODEC avx512_codec
 #define TORCHAO8_ADD_SQUARES avx512_add_squares

@@ -4,17 +4,16 @@
 #include <type_traits>
 
 #include "cpu/kernels.h"
-#include "cpu/vec_scalar.h"
+#include "cpu/vec/scalar.h"
 
 #define TORCHAO8_ISA scalar
 #include "cpu/codec.inl"
 #define TORCHAO8_WINDOWS 0
+#include "cpu/kernel_tables.h"
 #include "cpu/squares.inl"
-#include "cpu/step.inl"
+#include "cpu/step/step.inl"
 
-#include "cpu/measure.inl"  // behind what it uses
-
-#define TORCHAO8_KERNELS scalar_kernels
+#define TORCHAO8_KERNELS scalar_kernel_table
 #define TORCHAO8_MEASURES scalar_measures
 #define TORCHAO8_CODEC scalar_codec
 #define TORCHAO8_ADD_SQUARES scalar_add_squares

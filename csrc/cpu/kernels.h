@@ -5,9 +5,9 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "common/block_scale.h"
-#include "common/floats.h"
-#include "common/random.h"
+#include "codec/block_scale.h"
+#include "codec/floats.h"
+#include "codec/random.h"
 #include "cpu/codec_tables.h"
 #include "cpu/square_sum.h"
 #include "rules/rule.h"
@@ -95,14 +95,8 @@ using AddSquares = void(const float* x, int64_t n, SquareSum& sum);
 enum class Capability : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
 Capability cpu_capability();
 
-// One table or function per instruction set; step_kernels(), codec_kernels() and
-// add_squares_kernel() are those of the path in use.
-template <class Rule>
-const StepKernels<Rule>& scalar_kernels();
-template <class Rule>
-const StepKernels<Rule>& avx2_kernels();
-template <class Rule>
-const StepKernels<Rule>& avx512_kernels();
+// One table or function per instruction set; measure_kernels(), codec_kernels() and
+// add_squares_kernel() are those of the path in use. Those of all rules: kernel_tables.h.
 template <class Rule>
 const MeasureKernels<Rule>& scalar_measures();
 template <class Rule>
@@ -114,14 +108,6 @@ const CodecKernels& avx2_codec();
 const CodecKernels& avx512_codec();
 AddSquares scalar_add_squares, avx2_add_squares, avx512_add_squares;
 
-template <class Rule>
-const StepKernels<Rule>& step_kernels() {
-#if TORCHAO8_X86
-  if (cpu_capability() == Capability::kAvx512) return avx512_kernels<Rule>();
-  if (cpu_capability() == Capability::kAvx2) return avx2_kernels<Rule>();
-#endif
-  return scalar_kernels<Rule>();
-}
 template <class Rule>
 const MeasureKernels<Rule>& measure_kernels() {
 #if TORCHAO8_X86

@@ -3,9 +3,9 @@
 
 #include <mutex>
 
-#include "common/lamb_call.h"
-#include "common/sums_call.h"
-#include "cpu/step_op.h"
+#include "cpu/step_engine.h"
+#include "op/lamb_call.h"
+#include "op/sums_call.h"
 
 namespace torchao8 {
 namespace {
@@ -19,14 +19,16 @@ class Measurer {
  public:
   explicit Measurer(const StepCall& call) : call_(call) {}
 
-  void add(Item<LambRule> item) {
-    if (item.units() == 0) return;
+  // fill(item) makes the item, whose updates are summed up in this row.
+  template <class Fill>
+  void add(Fill fill, int64_t row) {
+    Item<LambRule>& item = items_.emplace_back();
+    fill(item);
+    if (item.units() == 0) return items_.pop_back();
     item.first_cost = units_;
     units_ += item.units();
-    items_.push_back(std::move(item));
-    rows_.push_back(row_);
+    rows_.push_back(row);
   }
-  void next_row() { row_++; }
 
   void run(int64_t* limbs) {
     std::mutex adding;
@@ -74,7 +76,7 @@ class Measurer {
         std::memset(codes[s] + length, 0, size_t(padded - length));
         run.codes[s] = codes[s];
       }
-      kernels_.block(item.rule, tables_, run, updates);
+      kernels_.block(item.step->rule, tables_, run, updates);
     } else {
       alignas(64) float states[LambRule::kStates][kChunk];
       ElementRun run = {};
@@ -88,7 +90,7 @@ class Measurer {
         std::fill(states[s] + length, states[s] + padded, 0.0f);
         run.states[s] = states[s];
       }
-      kernels_.elements(item.rule, run, updates);
+      kernels_.elements(item.step->rule, run, updates);
     }
     add_squares_(updates, length, sum);
   }
@@ -100,41 +102,30 @@ class Measurer {
   AddSquares* const add_squares_ = add_squares_kernel();
   std::vector<Item<LambRule>> items_;
   std::vector<int64_t> rows_;
-  int64_t units_ = 0, row_ = 0;
+  int64_t units_ = 0;
 };
 
-Tensor lamb_update_sums_cpu(TensorList params, TensorList grads, TensorList exp_avgs,
-                            TensorList exp_avg_sqs, TensorList exp_avg_scales,
-                            TensorList exp_avg_sq_scales, TensorList steps, TensorList factors,
-                            Tensor numbers, std::optional<Tensor> grad_scale, bool maximize,
-                            int64_t block_size, bool block_wise) {
-  const char* op = LambFamily::kOp;
-  TORCHAO8_CHECK(!params.empty(), op, ": params must not be empty");
-  const LambCall lamb(params, grads, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales,
-                      steps, factors, block_size, block_wise, kCpu);
-  const StepCall& call = lamb.call;
+Tensor lamb_update_sums_cpu(LambCall& call) {
   const DefaultFloatingPoint guard;
-  const auto options =
-      read_options<AdamOptions>(op, std::nullopt, numbers, grad_scale, true, maximize);
+  check_block_size(call.op, call.block_size);
+  const CpuNumbers<AdamOptions> numbers(call);
   check_call(call);
-  for (size_t i = 0; i < steps.size(); i++) check_count({op, "steps", int64_t(i)}, steps[i]);
-  for (size_t i = 0; i < factors.size(); i++)
-    check_factor_values({op, "factors", int64_t(i)}, factors[i]);
+  CpuStep::check_values(call);
 
-  Tensor sums = new_sums(params);
+  Tensor sums = new_sums(call.params);
+  RulesOfCall<LambRule> rules(call, numbers.options);
   Measurer measurer(call);
-  for (size_t i = 0; i < params.size(); i++) {
-    Item<LambRule> item = make_item<LambRule>(call, int64_t(i));
-    AdamOptions own = options;
-    if (!factors.empty()) own.multiply(factors[i].const_data_ptr<double>());
-    item.rule =
-        LambRule::at_step(own, int64_t(*steps[i].const_data_ptr<float>()) + 1, call.quantized());
-    measurer.add(std::move(item));
-    measurer.next_row();
+  for (size_t i = 0; i < call.params.size(); i++) {
+    measurer.add(
+        [&](Item<LambRule>& item) {
+          fill_item(item, call, i);
+          item.step = rules.at(i);
+        },
+        int64_t(i));
   }
   int64_t* const limbs = sums.mutable_data_ptr<int64_t>();
   measurer.run(limbs);
-  for (size_t i = 0; i < params.size(); i++) make_canonical(limbs + int64_t(i) * kLimbs);
+  for (size_t i = 0; i < call.params.size(); i++) make_canonical(limbs + int64_t(i) * kLimbs);
   return sums;
 }
 
@@ -142,5 +133,5 @@ Tensor lamb_update_sums_cpu(TensorList params, TensorList grads, TensorList exp_
 }  // namespace torchao8
 
 STABLE_TORCH_LIBRARY_IMPL(torchao8, CPU, m) {
-  m.impl("lamb_update_sums", TORCH_BOX(&torchao8::lamb_update_sums_cpu));
+  m.impl("lamb_update_sums", &torchao8::lamb_update_sums<torchao8::lamb_update_sums_cpu>);
 }

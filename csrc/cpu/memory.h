@@ -3,11 +3,10 @@
 
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
-#include "common/checks.h"
 #include "cpu/kernels.h"
-#include "cpu/vec_scalar.h"
+#include "cpu/vec/scalar.h"
+#include "op/checks.h"
 
 namespace torchao8 {
 
@@ -19,12 +18,12 @@ constexpr int64_t size_of(FloatType type) {
 class FloatArray {
  public:
   FloatArray() = default;
-  FloatArray(const Tensor& t, FloatType type, const void* data)
-      : type_(type), data_(static_cast<char*>(const_cast<void*>(data))), dense_(t.is_contiguous()) {
+  // The tensor must outlive it.
+  FloatArray(const TensorView& t, FloatType type, const void* data)
+      : type_(type), dense_(t.is_contiguous()), data_(static_cast<char*>(const_cast<void*>(data))) {
     if (dense_) return;
-    const auto sizes = t.sizes(), strides = t.strides();
-    sizes_.assign(sizes.begin(), sizes.end());
-    strides_.assign(strides.begin(), strides.end());
+    sizes_ = t.sizes();
+    strides_ = t.strides();
   }
 
   // Of elements without gaps, in whatever order.
@@ -92,9 +91,9 @@ class FloatArray {
   }
 
   FloatType type_ = FloatType::kFloat32;
-  char* data_ = nullptr;
   bool dense_ = true;
-  std::vector<int64_t> sizes_, strides_;
+  char* data_ = nullptr;
+  Sizes sizes_, strides_;
 };
 
 }  // namespace torchao8

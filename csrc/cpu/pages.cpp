@@ -1,7 +1,8 @@
 // The op prefetch_pages_ on the CPU: the system reads mapped files ahead of the step.
 #include <torch/csrc/stable/library.h>
 
-#include "common/checks.h"
+#include "op/boxed.h"
+#include "op/checks.h"
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <sys/mman.h>
@@ -29,7 +30,7 @@ bool is_resident(void* begin, size_t bytes, size_t page) {
 #endif
 
 // Advice, which may be ignored: so are its errors. It begins at the border of a page.
-void read_ahead(const Tensor& t) {
+void read_ahead(const TensorView& t) {
 #if defined(__unix__) || defined(__APPLE__)
   static const auto page = size_t(sysconf(_SC_PAGESIZE));
   const auto first = reinterpret_cast<uintptr_t>(t.const_data_ptr());
@@ -42,18 +43,18 @@ void read_ahead(const Tensor& t) {
 #endif
 }
 
-void prefetch_pages_cpu(TensorList pages, Tensor now) {
+void prefetch_pages_cpu(const TensorList& pages, const Tensor&) {
   for (size_t i = 0; i < pages.size(); i++) {
     const Argument a = {kOp, "pages", int64_t(i)};
-    check_place(a, pages[i], kCpu);
+    check_device(a, pages[i], kCpu);
     check_contiguous(a, pages[i]);
   }
-  for (const Tensor& t : pages) read_ahead(t);
+  for (const TensorView& t : pages) read_ahead(t);
 }
 
 }  // namespace
 }  // namespace torchao8
 
 STABLE_TORCH_LIBRARY_IMPL(torchao8, CPU, m) {
-  m.impl("prefetch_pages_", TORCH_BOX(&torchao8::prefetch_pages_cpu));
+  m.impl("prefetch_pages_", torchao8::boxed<torchao8::prefetch_pages_cpu>);
 }

@@ -7,10 +7,10 @@
 #include <cmath>
 #include <tuple>
 
-#include "common/block_layout.h"
-#include "common/codec_call.h"
+#include "codec/block_layout.h"
 #include "cpu/engine.h"
 #include "cpu/memory.h"
+#include "op/codec_call.h"
 
 namespace torchao8 {
 namespace {
@@ -34,13 +34,13 @@ void for_each_block(const BlockLayout& layout, int64_t block_size, const Functio
 std::tuple<Tensor, Tensor> quantize_blockwise_cpu(Tensor input, int64_t block_size,
                                                   bool is_signed) {
   const char* op = "quantize_blockwise";
-  check_place({op, "input"}, input, kCpu);
+  check_device({op, "input"}, input, kCpu);
   const FloatType type = check_float_type({op, "input"}, input);
   check_block_size(op, block_size);
   const auto sizes = input.sizes();
   const BlockLayout layout = block_layout(sizes, block_size);
   Tensor codes = new_contiguous(input, {sizes.begin(), sizes.end()}, ScalarType::Byte);
-  Tensor scale = new_contiguous(input, layout.scale_shape, ScalarType::Float);
+  Tensor scale = new_contiguous(input, layout.scale_shape(sizes), ScalarType::Float);
   const FloatArray values(input, type, input.const_data_ptr());
   const CodecTables& tables = codec_tables();
   const CodecKernels& codec = codec_kernels();

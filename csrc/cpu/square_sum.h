@@ -1,10 +1,10 @@
-// A sum of squares in the making: what one thread has of one tensor.
+// The sum of squares that one thread has added up of one tensor so far.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#include "common/exact_sum.h"
+#include "codec/exact_sum.h"
 
 namespace torchao8 {
 

@@ -32,8 +32,8 @@ TORCHAO8_HD uint64_t start_bits(int unit) {
   return (uint64_t(1023 + 52 + unit) << 52) | (uint64_t(1) << 51);
 }
 
-// While a chunk is summed, the memory would rest: the next one, which the search for the extremes
-// comes upon, is on its way then. An address may be past the end, or of nothing.
+// Loads the next chunk into the cache while this one is summed, which needs no memory. The address
+// may be past the end of the tensor: a prefetch of an invalid address does nothing.
 TORCHAO8_HD void prefetch(uintptr_t address) {
   __builtin_prefetch(reinterpret_cast<const void*>(address));
 }

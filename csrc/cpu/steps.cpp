@@ -1,27 +1,12 @@
-// The step ops on the CPU.
-#include "cpu/step_op.h"
-#include "rules/adagrad.h"
-#include "rules/adam.h"
-#include "rules/ademamix.h"
-#include "rules/lion.h"
-#include "rules/rmsprop.h"
-#include "rules/sgd.h"
+// The ops of the families on the CPU.
+#include <torch/csrc/stable/library.h>
 
-namespace {
-
-template <class Family, class Library>
-void implement(Library& m) {
-  m.impl(Family::kOp, TORCH_BOX(&torchao8::StepOp<Family>::run));
-  m.impl(Family::kExtremesOp, TORCH_BOX(&torchao8::StepOp<Family>::extremes));
-}
-
-}  // namespace
+#include "cpu/kernel_tables.h"
+#include "cpu/step_engine.h"
+#include "op/family_ops.h"
 
 STABLE_TORCH_LIBRARY_IMPL(torchao8, CPU, m) {
-  implement<torchao8::AdagradFamily>(m);
-  implement<torchao8::AdamFamily>(m);
-  implement<torchao8::AdemamixFamily>(m);
-  implement<torchao8::LionFamily>(m);
-  implement<torchao8::RmspropFamily>(m);
-  implement<torchao8::SgdFamily>(m);
+  torchao8::for_each_type(torchao8::Families(), [&](auto type) {
+    torchao8::implement<torchao8::CpuStep, typename decltype(type)::type>(m);
+  });
 }

@@ -8,9 +8,10 @@
 #include <mutex>
 #include <vector>
 
-#include "common/sums_call.h"
 #include "cpu/engine.h"
 #include "cpu/memory.h"
+#include "op/boxed.h"
+#include "op/sums_call.h"
 
 namespace torchao8 {
 namespace {
@@ -37,12 +38,12 @@ void add_elements(const FloatArray& values, int64_t begin, int64_t end, SquareSu
   }
 }
 
-Tensor sum_squares_cpu(TensorList tensors) {
+Tensor sum_squares_cpu(const TensorList& tensors) {
   TORCHAO8_CHECK(!tensors.empty(), kSumOp, ": tensors must not be empty");
   std::vector<Summand> summands;
   int64_t elements = 0;
   for (size_t i = 0; i < tensors.size(); i++) {
-    const Tensor& t = tensors[i];
+    const TensorView& t = tensors[i];
     const FloatType type = check_summand(tensors, i, kCpu);
     if (t.numel() == 0) continue;
     const void* data = t.const_data_ptr();
@@ -72,7 +73,7 @@ Tensor sum_squares_cpu(TensorList tensors) {
 }
 
 Tensor norms_cpu(Tensor sums) {
-  check_place({kNormOp, "sums"}, sums, kCpu);
+  check_device({kNormOp, "sums"}, sums, kCpu);
   const int64_t rows = check_norms(sums);
   const Tensor dense = torch::stable::contiguous(sums);
   Tensor norms = new_norms(sums);
@@ -86,6 +87,6 @@ Tensor norms_cpu(Tensor sums) {
 }  // namespace torchao8
 
 STABLE_TORCH_LIBRARY_IMPL(torchao8, CPU, m) {
-  m.impl("sum_squares", TORCH_BOX(&torchao8::sum_squares_cpu));
+  m.impl("sum_squares", torchao8::boxed<torchao8::sum_squares_cpu>);
   m.impl("norms", TORCH_BOX(&torchao8::norms_cpu));
 }

@@ -1,8 +1,7 @@
 #include "rules/adagrad.h"
 
-#include "cuda/step_op.cuh"
+#include "cuda/step_engine.cuh"
 
 STABLE_TORCH_LIBRARY_IMPL(torchao8, CUDA, m) {
-  m.impl("adagrad_step_", TORCH_BOX(&torchao8::cuda::StepOp<torchao8::AdagradFamily>::run));
-  m.impl("adagrad_extremes", TORCH_BOX(&torchao8::cuda::StepOp<torchao8::AdagradFamily>::extremes));
+  torchao8::implement<torchao8::cuda::CudaStep, torchao8::AdagradFamily>(m);
 }

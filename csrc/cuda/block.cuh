@@ -3,8 +3,9 @@
 
 #include <type_traits>
 
-#include "common/block_scale.h"
+#include "codec/block_scale.h"
 #include "cuda/table.cuh"
+#include "rules/update.h"
 
 namespace torchao8::cuda {
 
@@ -23,23 +24,23 @@ TORCHAO8_HD void for_each_value(Function f) {
   static_assert(Rule::kValues <= Rule::kStates + 1);
 }
 
-struct BlockPlace {
+struct BlockPosition {
   int64_t begin;  // of the block in the tensor
   int length;
   uint64_t first_element;  // global index, for the random numbers
 
-  TORCHAO8_HD BlockPlace(int64_t row_length, uint32_t blocks_per_row, int block_size,
-                         uint32_t block, uint64_t shard_offset, int64_t row_stride) {
+  TORCHAO8_HD BlockPosition(int64_t row_length, uint32_t blocks_per_row, int block_size,
+                            uint32_t block, uint64_t shard_offset, int64_t row_stride) {
     const uint32_t row = block / blocks_per_row;
     const int64_t column = int64_t(block - row * blocks_per_row) * block_size;
     begin = row * row_length + column;
     length = row_length - column < block_size ? int(row_length - column) : block_size;
     first_element = shard_offset + uint64_t(row) * uint64_t(row_stride) + uint64_t(column);
   }
-  template <int N>
-  TORCHAO8_HD BlockPlace(const BlockEntry<N>& e, int block_size, uint32_t block)
-      : BlockPlace(e.row_length, e.blocks_per_row, block_size, block, e.shard_offset,
-                   e.row_stride) {}
+  template <class Entry>
+  TORCHAO8_HD BlockPosition(const Entry& e, int block_size, uint32_t block)
+      : BlockPosition(e.row_length, e.blocks_per_row, block_size, block, e.shard_offset,
+                      e.row_stride) {}
 };
 
 // Whether the magnitude of a float, or of NaN the bits, is not above that of another one.
@@ -78,7 +79,7 @@ struct Extreme {
   }
 };
 
-// One for each state of a rule.
+// The extreme elements of all states of a rule.
 template <class Rule>
 struct Extremes {
   Extreme<true> of_signed[Rule::kStates];

@@ -1,9 +1,9 @@
 // The codec on a GPU: every direction a look-up in shared memory. The same bits as the CPU's
-// (cpu/vec_scalar.h is the definition), from the same tables (common/dynamic_map.h).
+// (cpu/vec/scalar.h is the definition), from the same tables (codec/dynamic_map.h).
 #pragma once
 
-#include "common/dynamic_map.h"
-#include "common/random.h"
+#include "codec/dynamic_map.h"
+#include "codec/random.h"
 #include "cuda/device.cuh"
 
 namespace torchao8::cuda {
@@ -22,8 +22,8 @@ struct alignas(16) Tables {
   uint32_t nearest_signed[kCells - kLowestSigned];
   uint32_t nearest_unsigned[kCells - kLowestUnsigned];
   float map[2][256];  // [signed][code]
-  // As many as there are banks, in arrays of their own: no look-up of a warp meets a conflict.
-  // [signed]
+  // As many entries as shared memory has banks, and an array for each column: the look-ups of a
+  // warp have no bank conflicts. [signed]
   float position_a[2][32], position_b[2][32], position_c[2][32];
   float position_start[2][16];
 };

@@ -6,18 +6,19 @@
 #include <memory>
 #include <optional>
 
-#include "common/count_call.h"
 #include "cuda/launch.h"
+#include "op/boxed.h"
+#include "op/count_call.h"
 
 namespace torchao8::cuda {
 namespace {
 
-void count_step_cuda(TensorList steps, std::optional<Tensor> found_inf) {
+void count_step_cuda(const TensorList& steps, const std::optional<Tensor>& found_inf) {
   if (steps.empty()) return;
-  const Place place = place_of({kCountOp, "steps", 0}, steps[0]);
-  check_count_call(steps, place);
-  const Scalar found = scalar_argument({kCountOp, "found_inf"}, found_inf, 0, place);
-  const Launcher launcher(kCountOp, place.index);
+  const Device device = device_of({kCountOp, "steps", 0}, steps[0]);
+  check_count_call(steps, device);
+  const Scalar found = scalar_argument({kCountOp, "found_inf"}, found_inf, 0, device);
+  const Launcher launcher(kCountOp, device.index);
   auto table = std::make_unique<StepTable>();
   for (size_t first = 0; first < steps.size(); first += StepTable::kCapacity) {
     table->count = uint32_t(std::min<size_t>(steps.size() - first, StepTable::kCapacity));
@@ -31,5 +32,5 @@ void count_step_cuda(TensorList steps, std::optional<Tensor> found_inf) {
 }  // namespace torchao8::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(torchao8, CUDA, m) {
-  m.impl("count_step_", TORCH_BOX(&torchao8::cuda::count_step_cuda));
+  m.impl("count_step_", torchao8::boxed<torchao8::cuda::count_step_cuda>);
 }

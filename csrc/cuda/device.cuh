@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "common/macros.h"
+#include "macros.h"
 
 #ifdef TORCHAO8_EMULATE
 #include "emulate.h"

@@ -25,7 +25,7 @@ struct LaneElements {
     if (with_param) param.load(static_cast<const T*>(entry.param) + at);
   }
 
-  // rule: with the block's scales.
+  // `rule` already has the block's scales.
   __device__ __forceinline__ void find_moments(const Rule& rule, const Tables& tables) {
 #pragma unroll
     for (int i = 0; i < kPerLane; i++) {
@@ -48,8 +48,8 @@ struct LaneElements {
   }
 
   // kRounds: stochastically, by these numbers; `eight` as in store_stochastic.
-  template <bool kRounds>
-  __device__ __forceinline__ void update(const Rule& rule, const BlockEntry<N>& entry, int64_t at,
+  template <bool kRounds, class Entry>
+  __device__ __forceinline__ void update(const Rule& rule, const Entry& entry, int64_t at,
                                          const BlockRandom& random, uint32_t eight) {
 #pragma unroll
     for (int i = 0; i < kPerLane; i += 2) {
@@ -58,7 +58,7 @@ struct LaneElements {
       for (int j = 0; j < 2; j++) {
         BoundedReal x[Rule::kValues];
         for_each_value<Rule>([&](auto v) { x[v] = BoundedReal(values[v][i + j]); });
-        updated[j] = rule.template update<true>(BoundedReal(param.get(i + j)), x).x;
+        updated[j] = torchao8::update<true>(rule, BoundedReal(param.get(i + j)), x).x;
       }
       if constexpr (kRounds) {
         const BlockRandom here = random.from(eight);
@@ -71,8 +71,8 @@ struct LaneElements {
     param.store(static_cast<T*>(entry.param) + at);
   }
 
-  template <class S>
-  __device__ __forceinline__ void store_nearest(S s, const BlockEntry<N>& entry, int64_t at,
+  template <class S, class Entry>
+  __device__ __forceinline__ void store_nearest(S s, const Entry& entry, int64_t at,
                                                 const Tables& tables, float inverse) const {
     constexpr bool is_signed = Rule::kSigned[s];
     *reinterpret_cast<uint2*>(entry.codes[s] + at) =
@@ -81,8 +81,8 @@ struct LaneElements {
   }
 
   // eight: number of these elements among the block's eights.
-  template <class S>
-  __device__ __forceinline__ void store_stochastic(S s, const BlockEntry<N>& entry, int64_t at,
+  template <class S, class Entry>
+  __device__ __forceinline__ void store_stochastic(S s, const Entry& entry, int64_t at,
                                                    const Tables& tables, float inverse,
                                                    const BlockRandom& random,
                                                    uint32_t eight) const {
@@ -108,7 +108,8 @@ struct RandomsAhead {
   };
   Coefficients of_unit[Rule::kStates + kRounds][kLanes];
 
-  // turn: how many blocks have used these. first_element_of: of a unit's block.
+  // turn: how many blocks have used these coefficients. first_element_of(unit): the global index of
+  // the first element of the unit's block.
   template <class FirstElement>
   __device__ __forceinline__ void prepare(int& turn, const Prepared<Rule>& prepared,
                                           const FirstElement& first_element_of, uint32_t unit,
@@ -146,14 +147,15 @@ struct BlockScales {
       if constexpr (Entry::kOneScale) extreme[s] = entry.template extreme<Rule::kSigned[s]>(s);
     });
   }
-  // Whether no element needs more than the fast path does.
+  // Whether the fast path can take all elements of the block.
   __device__ __forceinline__ bool finish(const Rule& rule, const Extremes<Rule>& extremes,
                                          int lanes) {
     bool good = true;
     for_each_state<N>([&](auto s) {
       const float own = extremes.result(s, lanes);
       if constexpr (Entry::kOneScale) {
-        // Its elements are usable, and none is above that of the tensor.
+        // All elements of the block are usable, and none is larger than the tensor's extreme
+        // element.
         good = good && usable<Rule::kSigned[s]>(own) && is_within(own, extreme[s]);
       } else {
         extreme[s] = own;
@@ -176,12 +178,12 @@ struct BlockScales {
 // Where the 8 elements of a lane lie when a warp takes the blocks of up to kSpan elements that
 // begin within a span of a row. Lanes past the row's end repeat what others do: its last block, of
 // which the last 8 elements. What they write is the same.
-struct LanePlace {
+struct LanePosition {
   int64_t at;
   uint32_t block, eight;
 
-  template <int N>
-  TORCHAO8_HD LanePlace(const BlockEntry<N>& entry, uint32_t unit, int lane, int log_of_block) {
+  template <class Entry>
+  TORCHAO8_HD LanePosition(const Entry& entry, uint32_t unit, int lane, int log_of_block) {
     const int per_unit = kSpan >> log_of_block;
     const int lanes = kLanes / per_unit;
     int number = lane >> (log_of_block - 3);
@@ -213,15 +215,15 @@ __device__ __forceinline__ bool step_span(const Entry& entry, const Prepared<Rul
   constexpr int N = Rule::kStates;
   if (kOneBlock) log_of_block = 8;
   const int lanes = 1 << (log_of_block - 3);
-  const LanePlace place(entry, unit, lane, log_of_block);
+  const LanePosition position(entry, unit, lane, log_of_block);
   const auto first_element_of_block = [&](uint32_t block) {
-    return BlockPlace(entry, 1 << log_of_block, block).first_element;
+    return BlockPosition(entry, 1 << log_of_block, block).first_element;
   };
   LaneElements<Rule, T> elements;
   BlockScales<Rule, Entry> scales;
-  scales.load(entry, place.block);
-  elements.load(entry, place.at, true);
-  warp_barrier();  // every lane has read before any writes; and the loads stay up here
+  scales.load(entry, position.block);
+  elements.load(entry, position.at, true);
+  warp_barrier();  // every lane has read before any writes; the compiler keeps the loads above
   const Rule rule = prepared.rule.with_scales(scales.scale);
   elements.find_moments(rule, tables);
   Extremes<Rule> extremes;
@@ -234,51 +236,52 @@ __device__ __forceinline__ bool step_span(const Entry& entry, const Prepared<Rul
       randoms.prepare(turn, prepared, first_element_of_block, unit, lane);
       of_param = randoms.get(N, turn);
     } else {
-      of_param.start(prepared.param_key, first_element_of_block(place.block));
+      of_param.start(prepared.param_key, first_element_of_block(position.block));
     }
   }
-  elements.template update<kRounds>(rule, entry, place.at, of_param, place.eight);
+  elements.template update<kRounds>(rule, entry, position.at, of_param, position.eight);
   if (!kRounds && stochastic && kOneBlock)
     randoms.prepare(turn, prepared, first_element_of_block, unit, lane);
   for_each_state<N>([&](auto s) {
     constexpr bool is_stochastic = Rule::kStochastic[s];
     if (!is_stochastic || !stochastic) {
-      elements.store_nearest(s, entry, place.at, tables, scales.inverse[s]);
+      elements.store_nearest(s, entry, position.at, tables, scales.inverse[s]);
       return;
     }
     BlockRandom random;
     if (kOneBlock) {
       random = randoms.get(s, turn);
     } else {
-      random.start(prepared.keys[s], first_element_of_block(place.block));
+      random.start(prepared.keys[s], first_element_of_block(position.block));
     }
-    elements.store_stochastic(s, entry, place.at, tables, scales.inverse[s], random, place.eight);
+    elements.store_stochastic(s, entry, position.at, tables, scales.inverse[s], random,
+                              position.eight);
   });
-  if (lane % lanes == 0) scales.store(rule, entry, place.block);
+  if (lane % lanes == 0) scales.store(rule, entry, position.block);
   return true;
 }
 
 // A block of more than kSpan elements: twice over its spans, the second time from the cache.
 template <class Rule, class T, bool kRounds>
-__device__ __forceinline__ bool step_long_block(const BlockEntry<Rule::kStates>& entry,
+__device__ __forceinline__ bool step_long_block(const BlockEntryOf<Rule>& entry,
                                                 const Prepared<Rule>& prepared,
                                                 const Tables& tables,
                                                 RandomsAhead<Rule, kRounds>& randoms, int& turn,
                                                 int block_size, bool stochastic, uint32_t block,
                                                 int lane) {
   constexpr int N = Rule::kStates;
-  const BlockPlace place(entry, block_size, block);
-  BlockScales<Rule, BlockEntry<N>> scales;
+  const BlockPosition position(entry, block_size, block);
+  BlockScales<Rule, BlockEntryOf<Rule>> scales;
   scales.load(entry, block);
   const Rule rule = prepared.rule.with_scales(scales.scale);
   Extremes<Rule> extremes;
   const auto start_of_lane = [&](int span) {
-    const int start = span + lane * kPerLane, last = place.length - kPerLane;
+    const int start = span + lane * kPerLane, last = position.length - kPerLane;
     return start < last ? start : last;
   };
-  for (int span = 0; span < place.length; span += kSpan) {
+  for (int span = 0; span < position.length; span += kSpan) {
     LaneElements<Rule, T> elements;
-    elements.load(entry, place.begin + start_of_lane(span), Rule::kMomentsNeedParam);
+    elements.load(entry, position.begin + start_of_lane(span), Rule::kMomentsNeedParam);
     elements.find_moments(rule, tables);
     elements.add_to(extremes);
   }
@@ -286,12 +289,12 @@ __device__ __forceinline__ bool step_long_block(const BlockEntry<Rule::kStates>&
 
   if (stochastic || kRounds) {
     randoms.prepare(
-        turn, prepared, [&](uint32_t b) { return BlockPlace(entry, block_size, b).first_element; },
-        block, lane);
+        turn, prepared,
+        [&](uint32_t b) { return BlockPosition(entry, block_size, b).first_element; }, block, lane);
   }
-  for (int span = 0; span < place.length; span += kSpan) {
+  for (int span = 0; span < position.length; span += kSpan) {
     const int start = start_of_lane(span);
-    const int64_t at = place.begin + start;
+    const int64_t at = position.begin + start;
     LaneElements<Rule, T> elements;
     elements.load(entry, at, true);
     warp_barrier();  // every lane has read, the lanes past the end too, before any writes

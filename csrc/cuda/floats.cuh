@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "common/floats.h"
+#include "codec/floats.h"
 #include "cuda/device.cuh"
 
 namespace torchao8::cuda {
@@ -30,7 +30,7 @@ TORCHAO8_HD void store_as(FloatType type, void* to, int64_t i, float x) {
       static_cast<float*>(to)[i] = x;
   }
 }
-// The same, rounded stochastically where it is bfloat16.
+// The same; a bfloat16 is rounded stochastically.
 TORCHAO8_HD void store_as(FloatType type, void* to, int64_t i, float x, uint32_t hash) {
   if (type == FloatType::kBFloat16) {
     static_cast<BFloat16*>(to)[i] = to_bfloat16(x, hash);

@@ -11,11 +11,11 @@ namespace torchao8::cuda {
 
 template <class Entry>
 struct Measured : Entry {
-  uint32_t row;    // of the sums
+  uint32_t row;    // of the sums, to which the entry adds
   bool one_scale;  // of all blocks
 };
 
-// The sum of a warp, which goes to the row of the entry that it comes from.
+// The sum of a warp. It is added to the row of the entry that the warp has worked on.
 class RowSum {
  public:
   __device__ __forceinline__ RowSum(BlockSum& limbs, int64_t* sums, int lane)
@@ -48,10 +48,10 @@ class RowSum {
 
 // The update of an element, 0 where it is not usable.
 template <class Rule, bool kScaledState>
-__device__ __forceinline__ float update_of(const Rule& rule, const Places& places, int64_t at,
+__device__ __forceinline__ float update_of(const Rule& rule, const Addresses& tensor, int64_t at,
                                            Real* values) {
-  const Real p(load_as(places.param_type, places.param, at));
-  rule.template moments<kScaledState>(p, Real(load_as(places.grad_type, places.grad, at)), values);
+  const Real p(load_as(tensor.param_type, tensor.param, at));
+  rule.template moments<kScaledState>(p, Real(load_as(tensor.grad_type, tensor.grad, at)), values);
   bool good = true;
   for_each_state<Rule::kStates>(
       [&](auto s) { good = good && usable<Rule::kSigned[s]>(values[s].x); });
@@ -81,19 +81,20 @@ struct BlockMeasurer {
 
   __device__ __forceinline__ void measure(const Entry& entry, const Prepared<Rule>& prepared,
                                           uint32_t block) {
-    const BlockPlace place(entry, block_size, block);
+    const BlockPosition position(entry, block_size, block);
     float scale[N];
     for_each_state<N>([&](auto s) { scale[s] = entry.scales[s][entry.one_scale ? 0 : block]; });
     const Rule rule = prepared.rule.with_scales(scale);
 #pragma unroll 1
-    for (int i = lane; i < place.length + lane; i += kLanes) {  // all lanes as often
+    for (int i = lane; i < position.length + lane;
+         i += kLanes) {  // all lanes make as many turns: sum.add() has barriers
       float update = 0;
-      if (i < place.length) {
+      if (i < position.length) {
         Real values[Rule::kValues];
         for_each_state<N>([&](auto s) {
-          values[s] = Real(decode<Rule::kSigned[s]>(tables, entry.codes[s][place.begin + i]));
+          values[s] = Real(decode<Rule::kSigned[s]>(tables, entry.codes[s][position.begin + i]));
         });
-        update = update_of<Rule, true>(rule, entry, place.begin + i, values);
+        update = update_of<Rule, true>(rule, entry, position.begin + i, values);
       }
       sum.add(update);
     }
@@ -115,7 +116,8 @@ struct ElementMeasurer {
     const int64_t begin = int64_t(unit) * kChunk;
     const int64_t end = begin + kChunk < entry.count ? begin + kChunk : entry.count;
 #pragma unroll 1
-    for (int64_t at = begin + lane; at < end + lane; at += kLanes) {  // all lanes as often
+    for (int64_t at = begin + lane; at < end + lane;
+         at += kLanes) {  // all lanes make as many turns: sum.add() has barriers
       float update = 0;
       if (at < end) {
         Real values[Rule::kValues];
@@ -140,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     measure_blocks(const __grid_constant__ Table<Rule, Measured<BlockEntry<Rule::kStates>>> table,
                    const Tables* source, int64_t* sums) {
   static_assert(sizeof table + sizeof source + sizeof sums <= kArgumentBytes);
-  static_assert(sizeof(SharedOfMeasure<Rule>) <= 48 << 10);  // that a kernel has unasked
+  static_assert(sizeof(SharedOfMeasure<Rule>) <= 48 << 10);  // the default limit of shared memory
   TORCHAO8_SHARED(SharedOfMeasure<Rule>, shared);
   copy_tables(shared.tables, *source);  // for_each_unit has the barrier
   const int lane = int(threadIdx.x % kLanes);

@@ -8,54 +8,56 @@
 #include <algorithm>
 #include <optional>
 
-#include "common/numbers.h"
 #include "cuda/table.cuh"
+#include "op/numbers.h"
 
 namespace torchao8::cuda {
 
 inline void check_cuda(cudaError_t error, const char* op, int32_t device) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // it is told of here, and not by the next launch
+  cudaGetLastError();  // clears the error, which the next launch would report again
   refuse(op, ": CUDA error on cuda:", device, ": ", cudaGetErrorString(error));
 }
 
 // Where a call takes place: where the first tensor of its arguments is.
-inline Place place_of(const Argument& a, const Tensor& first) {
+inline Device device_of(const Argument& a, const TensorView& first) {
   TORCHAO8_CHECK(first.is_cuda(), a.text(),
                  " must be on a GPU, as another argument is; it is on the CPU");
   return {true, first.get_device_index()};
 }
 
 // A number on the device of the call, or on the CPU, where it is read now.
-inline Scalar scalar_argument(const Argument& a, const std::optional<Tensor>& t, double otherwise,
-                              const Place& place) {
-  if (!t) return {nullptr, otherwise, false};
-  check_number(a, *t);
-  if (t->is_cpu()) return {nullptr, read_number(*t), false};
-  check_place(a, *t, place);
-  return {t->const_data_ptr(), 0, t->scalar_type() == ScalarType::Double};
+inline Scalar scalar_argument(const Argument& a, const std::optional<Tensor>& tensor,
+                              double otherwise, const Device& device) {
+  if (!tensor) return {nullptr, otherwise, false};
+  const TensorView t(*tensor);
+  check_number(a, t);
+  if (t.is_cpu()) return {nullptr, read_number(t), false};
+  check_device(a, t, device);
+  return {t.const_data_ptr(), 0, t.scalar_type() == ScalarType::Double};
 }
 
 // The numbers of a rule: on the CPU, where they are read now, or on the device of the call.
 struct RuleNumbers {
   const double *known, *on_device;  // one of them is null
 };
-inline RuleNumbers rule_numbers(const Argument& a, const Tensor& t, int count, const Place& place) {
+inline RuleNumbers rule_numbers(const Argument& a, const TensorView& t, int count,
+                                const Device& device) {
   check_numbers(a, t, count);
   const double* data = t.const_data_ptr<double>();
   if (t.is_cpu()) return {data, nullptr};
-  check_place(a, t, place);
+  check_device(a, t, device);
   return {nullptr, data};
 }
 
-// Of a kernel that gives a thread to each row.
+// The thread blocks of a kernel that gives a thread to each row.
 inline unsigned blocks_of_rows(const char* op, int64_t rows) {
   const int64_t blocks = (rows + kThreads - 1) / kThreads;
   TORCHAO8_CHECK(blocks < int64_t(1) << 31, op, ": more than 2^39 rows");
   return unsigned(blocks);
 }
 
-// The current device becomes the one of the call; the stream is the current one there.
+// Makes the device of the call the current one, and launches on its current stream.
 class Launcher {
  public:
   Launcher(const char* op, int32_t device) : op_(op), device_(device), guard_(device) {

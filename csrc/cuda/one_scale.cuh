@@ -9,13 +9,13 @@ namespace torchao8::cuda {
 // ---- the extreme elements ----------------------------------------------------------------------
 
 // A unit is a chunk of elements, in their order in memory.
-template <int N>
-struct ExtremesEntry : Places {
+template <int N, int kScalars = 0>
+struct ExtremesEntry : Addresses, ScalarAddresses<kScalars> {
   uint8_t* codes[N];
   float* scales[N];
   int64_t* keys;  // of the tensor, one a state; 0 at first
   int64_t count;
-  bool fast;  // follows from the others
+  bool fast;  // whether runs of elements can be loaded as words; finish() sets it
 
   int64_t units() const { return (count + kChunk - 1) / kChunk; }
 
@@ -25,11 +25,14 @@ struct ExtremesEntry : Places {
   }
 };
 
-// What the lanes of a warp find goes to the entry that it comes from.
+template <class Rule>
+using ExtremesEntryOf = ExtremesEntry<Rule::kStates, kScalarsOf<Rule>>;
+
+// Finds the extreme elements of an entry; the lanes of a warp raise the entry's keys together.
 template <class Rule, class T>
 struct ExtremesFinder {
   static constexpr int N = Rule::kStates;
-  using Entry = ExtremesEntry<N>;
+  using Entry = ExtremesEntryOf<Rule>;
   const Tables& tables;
   int lane;
   int64_t* keys;  // of the entry at work; none before the first
@@ -104,10 +107,10 @@ struct SharedOfExtremes {
 // T: the type that fast entries have.
 template <class Rule, class T>
 __global__ void __launch_bounds__(kThreads, 2)
-    find_extremes(const __grid_constant__ Table<Rule, ExtremesEntry<Rule::kStates>> table,
+    find_extremes(const __grid_constant__ Table<Rule, ExtremesEntryOf<Rule>> table,
                   const Tables* source) {
   static_assert(sizeof table + sizeof source <= kArgumentBytes);
-  static_assert(sizeof(SharedOfExtremes<Rule>) <= 48 << 10);  // that a kernel has unasked
+  static_assert(sizeof(SharedOfExtremes<Rule>) <= 48 << 10);  // the default limit of shared memory
   TORCHAO8_SHARED(SharedOfExtremes<Rule>, shared);
   copy_tables(shared.tables, *source);  // for_each_unit has the barrier
   ExtremesFinder<Rule, T> finder = {shared.tables, int(threadIdx.x % kLanes), nullptr, {}};
@@ -117,8 +120,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // ---- the step ----------------------------------------------------------------------------------
 
-template <int N>
-struct OneScaleEntry : BlockEntry<N> {
+template <int N, int kScalars = 0>
+struct OneScaleEntry : BlockEntry<N, kScalars> {
   static constexpr bool kOneScale = true;
   const int64_t* extremes;  // keys, one a state
 
@@ -128,11 +131,15 @@ struct OneScaleEntry : BlockEntry<N> {
   }
 };
 
-// Blocks of a span are what is fast: they only say which random numbers an element gets.
+template <class Rule>
+using OneScaleEntryOf = OneScaleEntry<Rule::kStates, kScalarsOf<Rule>>;
+
+// The fast path takes blocks of kSpan elements only. With one scale, the block size decides nothing
+// but which random numbers an element gets.
 template <class Rule, class T, bool kRounds>
 struct OneScaleWorker {
   static constexpr int N = Rule::kStates;
-  using Entry = OneScaleEntry<N>;
+  using Entry = OneScaleEntryOf<Rule>;
   const Tables& tables;
   RandomsAhead<Rule, kRounds>& randoms;
   int lane, block_size, log_of_block;
@@ -152,7 +159,7 @@ struct OneScaleWorker {
     for (uint32_t i = 0; i < per_unit && column + i < entry.blocks_per_row; i++)
       slow_block<Rule, kRounds>(entry, prepared, tables, block_size, stochastic,
                                 row * entry.blocks_per_row + column + i, lane);
-    return false;  // keeping anything across the call would take a stack
+    return false;  // values that are kept across the call would need a stack frame
   }
 };
 
@@ -160,7 +167,7 @@ struct OneScaleWorker {
 template <class Rule, class T, bool kRounds>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor -
                                                 (Rule::kStates > 2 || Rule::kMomentsNeedParam))
-    step_one_scale(const __grid_constant__ Table<Rule, OneScaleEntry<Rule::kStates>> table,
+    step_one_scale(const __grid_constant__ Table<Rule, OneScaleEntryOf<Rule>> table,
                    const Tables* source) {
   static_assert(sizeof table + sizeof source <= kArgumentBytes);
   if (table.numbers.found_inf.get() != 0) return;
@@ -180,17 +187,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor -
 // ---- the scales --------------------------------------------------------------------------------
 
 // A unit is a tensor, or a part of one: an empty one has scales too.
-template <int N>
-struct ScalesEntry : Places {
+template <int N, int kScalars = 0>
+struct ScalesEntry : Addresses, ScalarAddresses<kScalars> {
   float* scales[N];
   const int64_t* extremes;
   int64_t units() const { return 1; }
 };
 
+template <class Rule>
+using ScalesEntryOf = ScalesEntry<Rule::kStates, kScalarsOf<Rule>>;
+
 // One thread a tensor, when all of its blocks have been stepped with the old scales.
 template <class Rule>
 __global__ void __launch_bounds__(kThreads)
-    write_scales(const __grid_constant__ Table<Rule, ScalesEntry<Rule::kStates>> table) {
+    write_scales(const __grid_constant__ Table<Rule, ScalesEntryOf<Rule>> table) {
   static_assert(sizeof table <= kArgumentBytes);
   const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
   if (i >= table.count || table.numbers.found_inf.get() != 0) return;

@@ -10,6 +10,7 @@
 #include <mutex>
 
 #include "cuda/launch.h"
+#include "op/boxed.h"
 
 namespace torchao8::cuda {
 namespace {
@@ -35,7 +36,8 @@ int64_t allocate_managed_cuda(Tensor like, int64_t size) {
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* memory = nullptr;
   const cudaError_t error = cudaMallocManaged(&memory, size_t(size), cudaMemAttachGlobal);
-  if (error != cudaSuccess) cudaGetLastError();  // it is told of here, and not by the next launch
+  if (error != cudaSuccess)
+    cudaGetLastError();  // clears the error, which the next launch would report again
   TORCHAO8_CHECK(error == cudaSuccess, kAllocate, ": no ", size,
                  " bytes of managed memory for paged state on cuda:", device, ": ",
                  cudaGetErrorString(error));
@@ -85,14 +87,14 @@ bool is_managed(const void* data, int32_t device) {
   return attributes.type == cudaMemoryTypeManaged;
 }
 
-void prefetch_pages_cuda(TensorList pages, Tensor now) {
-  const Place place = place_of({kPrefetch, "now"}, now);
+void prefetch_pages_cuda(const TensorList& pages, const Tensor& now) {
+  const Device where = device_of({kPrefetch, "now"}, now);
   for (size_t i = 0; i < pages.size(); i++) {
     const Argument a = {kPrefetch, "pages", int64_t(i)};
-    check_place(a, pages[i], place);
+    check_device(a, pages[i], where);
     check_contiguous(a, pages[i]);
   }
-  const int32_t device = place.index;
+  const int32_t device = where.index;
   const Launcher launcher(kPrefetch, device);
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   launcher.check(cudaStreamIsCapturing(launcher.stream(), &status));
@@ -109,7 +111,7 @@ void prefetch_pages_cuda(TensorList pages, Tensor now) {
   // those that are wanted first.
   launcher.check(cudaEventRecord(c.begin, launcher.stream()));
   launcher.check(cudaStreamWaitEvent(c.stream, c.begin, 0));
-  for (const Tensor& t : pages) {
+  for (const TensorView& t : pages) {
     const void* data = t.const_data_ptr();
     const size_t bytes = size_t(t.numel()) * t.element_size();
     if (bytes > 0 && is_managed(data, device))
@@ -125,5 +127,5 @@ void prefetch_pages_cuda(TensorList pages, Tensor now) {
 STABLE_TORCH_LIBRARY_IMPL(torchao8, CUDA, m) {
   m.impl("allocate_managed", TORCH_BOX(&torchao8::cuda::allocate_managed_cuda));
   m.impl("free_managed", TORCH_BOX(&torchao8::cuda::free_managed_cuda));
-  m.impl("prefetch_pages_", TORCH_BOX(&torchao8::cuda::prefetch_pages_cuda));
+  m.impl("prefetch_pages_", torchao8::boxed<torchao8::cuda::prefetch_pages_cuda>);
 }

@@ -8,10 +8,10 @@
 #include <tuple>
 #include <vector>
 
-#include "common/block_layout.h"
-#include "common/codec_call.h"
+#include "codec/block_layout.h"
 #include "cuda/launch.h"
 #include "cuda/tables.cuh"
+#include "op/codec_call.h"
 
 namespace torchao8::cuda {
 namespace {
@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor> quantize_blockwise_cuda(Tensor input, int64_t block_s
   const Launcher launcher(op, input.get_device_index());
   const Tensor dense = input.is_contiguous() ? input : torch::stable::contiguous(input);
   Tensor codes = new_contiguous(input, {sizes.begin(), sizes.end()}, ScalarType::Byte);
-  Tensor scale = new_contiguous(input, layout.scale_shape, ScalarType::Float);
+  Tensor scale = new_contiguous(input, layout.scale_shape(sizes), ScalarType::Float);
   const QuantizeArguments arguments = {dense.const_data_ptr(),
                                        codes.mutable_data_ptr<uint8_t>(),
                                        scale.mutable_data_ptr<float>(),
@@ -49,11 +49,11 @@ std::tuple<Tensor, Tensor> quantize_blockwise_cuda(Tensor input, int64_t block_s
 Tensor dequantize_blockwise_cuda(Tensor codes, Tensor scale, int64_t block_size, bool is_signed,
                                  ScalarType dtype) {
   const char* op = "dequantize_blockwise";
-  const Place place = place_of({op, "codes"}, codes);
-  const BlockLayout layout = check_dequantize(op, codes, scale, block_size, dtype, place);
+  const Device device = device_of({op, "codes"}, codes);
+  const BlockLayout layout = check_dequantize(op, codes, scale, block_size, dtype, device);
   const auto sizes = codes.sizes();
   Tensor result = new_contiguous(codes, {sizes.begin(), sizes.end()}, dtype);
-  const Launcher launcher(op, place.index);
+  const Launcher launcher(op, device.index);
   const DequantizeArguments arguments = {codes.const_data_ptr<uint8_t>(),
                                          scale.const_data_ptr<float>(),
                                          result.mutable_data_ptr(),

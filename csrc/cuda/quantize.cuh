@@ -21,26 +21,27 @@ struct QuantizeArguments {
 template <bool kSigned>
 __device__ __forceinline__ void quantize_block(const QuantizeArguments& a, const Tables& tables,
                                                uint32_t block, int lane) {
-  const BlockPlace place(a.row_length, a.blocks_per_row, a.block_size, block, 0, a.row_length);
+  const BlockPosition position(a.row_length, a.blocks_per_row, a.block_size, block, 0,
+                               a.row_length);
   const auto value = [&](int i) {
-    const float x = load_as(a.type, a.input, place.begin + i);
+    const float x = load_as(a.type, a.input, position.begin + i);
     return !kSigned && x <= 0.0f && x >= -3.4028235e38f ? 0.0f : x;
   };
   Extreme<kSigned> of_lane;
-  for (int i = lane; i < place.length; i += kLanes) of_lane.add(value(i));
+  for (int i = lane; i < position.length; i += kLanes) of_lane.add(value(i));
   const float extreme = of_lane.result(kLanes);
   const bool finite = (float_bits(extreme) & 0x7fffffffu) < 0x7f800000u;
   // From 2^126 on the inverse would be subnormal.
   const float factor = !usable<kSigned>(extreme) && finite ? 0.25f : 1.0f;
   const float inverse = inverse_of<kSigned>(extreme * factor);
-  for (int i = lane; i < place.length; i += kLanes) {
+  for (int i = lane; i < position.length; i += kLanes) {
     const float x = value(i);
     uint32_t code = zero_code<kSigned>();
     if (inverse != 0.0f) {
       code = encode_nearest<kSigned>(tables, x * factor, inverse);
       if (!kSigned && x > 0.0f && code == 0) code = 1;
     }
-    a.codes[place.begin + i] = uint8_t(code);
+    a.codes[position.begin + i] = uint8_t(code);
   }
   if (lane == 0) {
     a.scales[block] = inverse != 0.0f ? extreme : finite ? 0.0f : bits_float(0x7fc00000u);
@@ -78,12 +79,12 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = int(threadIdx.x % kLanes);
   for (uint64_t block = uint64_t(blockIdx.x) * kWarps + threadIdx.x / kLanes; block < a.blocks;
        block += uint64_t(gridDim.x) * kWarps) {
-    const BlockPlace place(a.row_length, a.blocks_per_row, a.block_size, uint32_t(block), 0,
-                           a.row_length);
+    const BlockPosition position(a.row_length, a.blocks_per_row, a.block_size, uint32_t(block), 0,
+                                 a.row_length);
     const Real scale(a.scales[block]);
-    for (int i = lane; i < place.length; i += kLanes) {
-      const Real x(decode<kSigned>(tables, a.codes[place.begin + i]));
-      store_as(a.type, a.output, place.begin + i, (x * scale).x);
+    for (int i = lane; i < position.length; i += kLanes) {
+      const Real x(decode<kSigned>(tables, a.codes[position.begin + i]));
+      store_as(a.type, a.output, position.begin + i, (x * scale).x);
     }
   }
 }

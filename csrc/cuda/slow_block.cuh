@@ -1,5 +1,5 @@
 // The slow path of a block of 8-bit state: any row length and address, mixed dtypes, elements that
-// are not usable, scales that are none. It reads twice what the fast path reads once.
+// are not usable, scales that are NaN or infinite. It reads each element twice, the fast path once.
 #pragma once
 
 #include "cuda/block.cuh"
@@ -16,14 +16,14 @@ __device__ __noinline__ void slow_block(const Entry& entry, const Prepared<Rule>
                                         const Tables& tables, int block_size, bool stochastic,
                                         uint32_t block, int lane) {
   constexpr int N = Rule::kStates;
-  const BlockPlace place(entry, block_size, block);
+  const BlockPosition position(entry, block_size, block);
   float scale[N];
   for_each_state<N>([&](auto s) { scale[s] = entry.scales[s][Entry::kOneScale ? 0 : block]; });
   const Rule rule = prepared.rule.with_scales(scale);
 
   // The new values; whether the element is updated.
   const auto moments = [&](int i, float* values) {
-    const int64_t at = place.begin + i;
+    const int64_t at = position.begin + i;
     float old[N];
     Real x[Rule::kValues], p(0.0f);
     for_each_state<N>([&](auto s) {
@@ -50,7 +50,7 @@ __device__ __noinline__ void slow_block(const Entry& entry, const Prepared<Rule>
     });
   } else {
     Extremes<Rule> extremes;
-    for (int i = lane; i < place.length; i += kLanes) {
+    for (int i = lane; i < position.length; i += kLanes) {
       float values[Rule::kValues];
       moments(i, values);
       for_each_state<N>([&](auto s) { extremes.add(s, values[s]); });
@@ -63,20 +63,20 @@ __device__ __noinline__ void slow_block(const Entry& entry, const Prepared<Rule>
   bool encodes[N];
   BlockRandom random[N];
   [[maybe_unused]] BlockRandom of_param;
-  if constexpr (kRounds) of_param.start(prepared.param_key, place.first_element);
+  if constexpr (kRounds) of_param.start(prepared.param_key, position.first_element);
   for_each_state<N>([&](auto s) {
     encodes[s] = has_scale<Rule::kSigned[s]>(extreme[s], rule.unit[s]);
-    if constexpr (Rule::kStochastic[s]) random[s].start(prepared.keys[s], place.first_element);
+    if constexpr (Rule::kStochastic[s]) random[s].start(prepared.keys[s], position.first_element);
   });
   warp_barrier();  // every lane has read the scales
-  for (int i = lane; i < place.length; i += kLanes) {
-    const int64_t at = place.begin + i;
+  for (int i = lane; i < position.length; i += kLanes) {
+    const int64_t at = position.begin + i;
     float values[Rule::kValues];
     if (moments(i, values)) {
       Real x[Rule::kValues];
       for_each_value<Rule>([&](auto v) { x[v] = Real(values[v]); });
       const Real p(load_as(entry.param_type, entry.param, at));
-      const float updated = rule.template update<true>(p, x).x;
+      const float updated = update<true>(rule, p, x).x;
       if constexpr (kRounds) {
         store_as(entry.param_type, entry.param, at, updated, of_param(uint32_t(i)));
       } else {
@@ -86,7 +86,7 @@ __device__ __noinline__ void slow_block(const Entry& entry, const Prepared<Rule>
     for_each_state<N>([&](auto s) {
       constexpr bool is_stochastic = Rule::kStochastic[s];
       uint32_t code = zero_code<Rule::kSigned[s]>();
-      if constexpr (Entry::kOneScale) {  // of the tensor's extreme element: no table is left
+      if constexpr (Entry::kOneScale) {  // larger ones have no code
         if (!is_within(values[s], extreme[s])) values[s] = extreme[s];
       }
       if (encodes[s] && is_stochastic && stochastic) {

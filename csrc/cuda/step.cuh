@@ -13,7 +13,7 @@ namespace torchao8::cuda {
 template <class Rule, class T, Blocks kBlocks, bool kRounds>
 struct BlockWorker {
   static constexpr int N = Rule::kStates;
-  using Entry = BlockEntry<N>;
+  using Entry = BlockEntryOf<Rule>;
   const Tables& tables;
   RandomsAhead<Rule, kRounds>& randoms;
   int lane, block_size, log_of_block;
@@ -39,7 +39,7 @@ struct BlockWorker {
         slow_block<Rule, kRounds>(entry, prepared, tables, block_size, stochastic,
                                   row * entry.blocks_per_row + column + i, lane);
     }
-    return false;  // keeping anything across the call would take a stack
+    return false;  // values that are kept across the call would need a stack frame
   }
 };
 
@@ -54,12 +54,12 @@ struct SharedOfBlocks {
 template <class Rule, class T, Blocks kBlocks, bool kRounds>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor -
                                                 (Rule::kStates > 2 || Rule::kMomentsNeedParam))
-    step_blocks(const __grid_constant__ Table<Rule, BlockEntry<Rule::kStates>> table,
+    step_blocks(const __grid_constant__ Table<Rule, BlockEntryOf<Rule>> table,
                 const Tables* source) {
   static_assert(sizeof table + sizeof source <= kArgumentBytes);
   if (table.numbers.found_inf.get() != 0) return;
   using Shared = SharedOfBlocks<Rule, kRounds>;
-  static_assert(sizeof(Shared) <= 48 << 10);  // that a kernel has unasked
+  static_assert(sizeof(Shared) <= 48 << 10);  // the default limit of shared memory
   TORCHAO8_SHARED(Shared, shared);
   copy_tables(shared.tables, *source);  // for_each_unit has the barrier
   BlockWorker<Rule, T, kBlocks, kRounds> worker = {shared.tables,
@@ -73,13 +73,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor -
 
 // ---- 32-bit state ----------------------------------------------------------------------------
 
-template <int N, bool kRounds>
-using ElementEntryOf = std::conditional_t<kRounds, PlacedEntry<N>, ElementEntry<N>>;
-
 template <class Rule, class T, bool kRounds>
 struct ElementWorker {
   static constexpr int N = Rule::kStates;
-  using Entry = ElementEntryOf<N, kRounds>;
+  using Entry = ElementEntryOf<Rule, kRounds>;
   int lane;
   Rule rule;
   uint64_t param_key;
@@ -109,7 +106,7 @@ struct ElementWorker {
     rule.template moments<false>(Real(p), Real(g), values);
     bool good = usable<Rule::kSigned[0]>(values[0].x);
     for_each_state<N>([&](auto s) { good = good && usable<Rule::kSigned[s]>(values[s].x); });
-    p = rule.template update<false>(Real(p), values).x;
+    p = update<false>(rule, Real(p), values).x;
     for_each_state<N>([&](auto s) { states[s] = values[s].x; });
     return good;
   }
@@ -171,13 +168,35 @@ struct SharedOfElements {
 
 // T: the type that fast entries have.
 template <class Rule, class T, bool kRounds>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) step_elements(
-    const __grid_constant__ Table<Rule, ElementEntryOf<Rule::kStates, kRounds>> table) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+    step_elements(const __grid_constant__ Table<Rule, ElementEntryOf<Rule, kRounds>> table) {
   static_assert(sizeof table <= kArgumentBytes);
   if (table.numbers.found_inf.get() != 0) return;
   TORCHAO8_SHARED(SharedOfElements<Rule>, shared);
   ElementWorker<Rule, T, kRounds> worker = {int(threadIdx.x % kLanes)};
   for_each_unit(table, shared.window, worker);
+}
+
+// ---- scalar states -----------------------------------------------------------------------------
+
+// A unit is a tensor.
+template <class Rule>
+struct ScalarsEntryOf : Addresses, ScalarAddresses<kScalarsOf<Rule>> {
+  int64_t units() const { return 1; }
+};
+
+// One thread a tensor, when all kernels that read the old ones are done.
+template <class Rule>
+__global__ void __launch_bounds__(kThreads)
+    write_scalars(const __grid_constant__ Table<Rule, ScalarsEntryOf<Rule>> table) {
+  static_assert(sizeof table <= kArgumentBytes);
+  const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
+  if (i >= table.count || table.numbers.found_inf.get() != 0) return;
+  const auto& entry = table.entries[i];
+  typename Rule::Options options;
+  float scalars[kMaxScalars];
+  rule_of(table.numbers, entry, int64_t(*entry.step) + 1, options, scalars);
+  for (int s = 0; s < kScalarsOf<Rule>; s++) *entry.scalars[s] = scalars[s];
 }
 
 }  // namespace torchao8::cuda

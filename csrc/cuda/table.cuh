@@ -3,27 +3,28 @@
 #pragma once
 
 #include <memory>
+#include <type_traits>
 
-#include "common/block_scale.h"
-#include "common/floats.h"
-#include "common/random.h"
+#include "codec/block_scale.h"
+#include "codec/floats.h"
+#include "codec/random.h"
 #include "cuda/device.cuh"
 #include "rules/rule.h"
 
 namespace torchao8::cuda {
 
 constexpr int kBlocksPerProcessor = 3;  // thread blocks that are resident together
-constexpr int kArgumentBytes = 32764;   // that a kernel may have
+constexpr int kArgumentBytes = 32764;   // the most that a kernel's arguments may have
 
 // A number that lies on the device, or is known to the host.
 struct Scalar {
-  const void* place;  // null: value
+  const void* address;  // null: value
   double value;
   bool is_double;
   TORCHAO8_HD double get() const {
-    if (!place) return value;
-    return is_double ? *static_cast<const double*>(place)
-                     : double(*static_cast<const float*>(place));
+    if (!address) return value;
+    return is_double ? *static_cast<const double*>(address)
+                     : double(*static_cast<const float*>(address));
   }
 };
 
@@ -45,7 +46,8 @@ constexpr size_t bytes_of(FloatType type) {
   return type == FloatType::kFloat32 ? 4 : 2;
 }
 
-struct Places {
+// What every entry of a table has.
+struct Addresses {
   void* param;
   const void* grad;
   const float* step;      // the steps that the tensor has made
@@ -68,26 +70,37 @@ constexpr int kSpan = kLanes * kPerLane;  // elements that a warp takes at a tim
 constexpr int kPerThread = 4;
 constexpr int kChunk = kPerThread * kLanes * 8;
 
-// How blocks lie in the warps that take them: several to a warp, one, or longer than it takes.
+// How many blocks a warp takes at a time: several short ones, one, or a part of a long one.
 enum class Blocks { kShort, kSpan, kLong };
 
-// Array sizes of what a rule has one of for each state: no array is empty.
+// The size of an array with an element for each of N states. C++ has no empty arrays.
 template <int N>
 constexpr int kSlots = N > 0 ? N : 1;
 
+// Where a tensor's scalar states lie: in entries of rules that have some.
+template <int kScalars>
+struct ScalarAddresses {
+  float* scalars[kScalars];
+};
+template <>
+struct ScalarAddresses<0> {};
+
+// N: states of the rule, kScalars: its scalar ones. A unit of work is what is numbered through a
+// table's entries.
+//
 // Of 8-bit state. A unit is a block, or the neighbouring blocks of a row that fill a warp.
-template <int N>
-struct BlockEntry : Places {
+template <int N, int kScalars = 0>
+struct BlockEntry : Addresses, ScalarAddresses<kScalars> {
   static constexpr bool kOneScale = false;
   uint8_t* codes[N];
   float* scales[N];
   int64_t rows, row_length, row_stride;
   uint64_t shard_offset;
   uint32_t blocks_per_row;
-  // What follows from the others.
+  // finish() sets these from the others.
   uint32_t units_per_row;
-  uint32_t fast_units;  // the units that the fast path takes are those before this one
-  bool whole_spans;     // whose elements are all there, and follow each other from unit to unit
+  uint32_t fast_units;  // the fast path takes the units before this one
+  bool whole_spans;     // whether every unit has kSpan elements, right behind those of the last
 
   int64_t units() const { return rows * units_per_row; }
 
@@ -106,11 +119,11 @@ struct BlockEntry : Places {
 };
 
 // Of 32-bit state. A unit is a chunk of elements.
-template <int N>
-struct ElementEntry : Places {
+template <int N, int kScalars = 0>
+struct ElementEntry : Addresses, ScalarAddresses<kScalars> {
   float* states[kSlots<N>];
   int64_t count;
-  bool fast;  // follows from the others
+  bool fast;  // whether runs of elements can be loaded as words; finish() sets it
 
   int64_t units() const { return (count + kChunk - 1) / kChunk; }
 
@@ -122,13 +135,13 @@ struct ElementEntry : Places {
 
 // The same where parameters are rounded stochastically, by the place of an element in the whole
 // tensor: rows of a shard, as in BlockEntry, or one where there are no gaps between them.
-template <int N>
-struct PlacedEntry : ElementEntry<N> {
+template <int N, int kScalars = 0>
+struct PlacedEntry : ElementEntry<N, kScalars> {
   int64_t row_length, row_stride;
   uint64_t shard_offset;
 
   void finish(FloatType type) {
-    ElementEntry<N>::finish(type);
+    ElementEntry<N, kScalars>::finish(type);
     this->fast = this->fast && (row_length == this->count || row_length % kPerThread == 0);
   }
   TORCHAO8_HD uint64_t element(int64_t at) const {
@@ -137,6 +150,12 @@ struct PlacedEntry : ElementEntry<N> {
     return shard_offset + uint64_t(row) * uint64_t(row_stride) + uint64_t(at - row * row_length);
   }
 };
+
+template <class Rule>
+using BlockEntryOf = BlockEntry<Rule::kStates, kScalarsOf<Rule>>;
+template <class Rule, bool kRounds>
+using ElementEntryOf = std::conditional_t<kRounds, PlacedEntry<Rule::kStates, kScalarsOf<Rule>>,
+                                          ElementEntry<Rule::kStates, kScalarsOf<Rule>>>;
 
 // The tensors of a launch.
 template <class Rule, class Entry>
@@ -182,6 +201,21 @@ class Filler {
   Launch launch_;
 };
 
+// The rule of a tensor at a step. `options` are written to; so are `scalars`: the new ones.
+template <class Rule, class Entry>
+TORCHAO8_HD Rule rule_of(const Numbers<Rule>& numbers, const Entry& entry, int64_t step,
+                         typename Rule::Options& options, float* scalars) {
+  options = numbers.options;
+  if (numbers.rest) set_numbers(options, numbers.rest);
+  options.lr = numbers.lr.get();
+  options.grad_scale = numbers.grad_scale.get();
+  if (entry.factors) options.multiply(entry.factors);
+  if constexpr (kScalarsOf<Rule> > 0) {
+    for (int s = 0; s < kScalarsOf<Rule>; s++) scalars[s] = *entry.scalars[s];
+  }
+  return rule_at_step<Rule>(options, step, numbers.scaled_state, scalars);
+}
+
 // What a tensor's step makes of the numbers.
 template <class Rule>
 struct Prepared {
@@ -190,17 +224,14 @@ struct Prepared {
   uint64_t keys[kMaxStates], param_key;
   typename Rule::Options options;  // here, in shared memory: in registers they would spill
 
-  TORCHAO8_HD void set(const Numbers<Rule>& numbers, const Places& places) {
-    const int64_t step = int64_t(*places.step) + 1;
+  template <class Entry>
+  TORCHAO8_HD void set(const Numbers<Rule>& numbers, const Entry& entry) {
+    const int64_t step = int64_t(*entry.step) + 1;
     for (int s = 0; s < Rule::kStates; s++)
       keys[s] = random_key(numbers.seed, uint64_t(step), uint64_t(s));
     param_key = random_key(numbers.seed, uint64_t(step), kParamStream);
-    options = numbers.options;
-    if (numbers.rest) set_numbers(options, numbers.rest);
-    options.lr = numbers.lr.get();
-    options.grad_scale = numbers.grad_scale.get();
-    if (places.factors) options.multiply(places.factors);
-    rule = Rule::at_step(options, step, numbers.scaled_state);
+    float scalars[kMaxScalars];
+    rule = rule_of(numbers, entry, step, options, scalars);
     is_bounded = rule.is_bounded();
   }
 };
@@ -224,7 +255,8 @@ TORCHAO8_HD uint32_t end_of_entries(const T& table, uint32_t end) {
   return end < table.count ? table.entries[end].first_unit : table.units;
 }
 
-// The Prepared of neighbouring entries, in shared memory: a thread makes one, for all warps.
+// How many neighbouring entries have their Prepared in shared memory at a time. One thread prepares
+// one entry, for all warps.
 constexpr uint32_t kWindow = 32;
 
 // Goes through a thread block's units. For each of its warps, worker.enter(entry, prepared) comes

@@ -10,9 +10,9 @@ namespace {
 __device__ const Tables device_tables = make_tables();
 
 const Tables* tables_on(const Launcher& launcher) {
-  void* place = nullptr;
-  launcher.check(cudaGetSymbolAddress(&place, device_tables));
-  return static_cast<const Tables*>(place);
+  void* address = nullptr;
+  launcher.check(cudaGetSymbolAddress(&address, device_tables));
+  return static_cast<const Tables*>(address);
 }
 
 }  // namespace

@@ -7,7 +7,7 @@
 // memory by itself.
 #pragma once
 
-#include "common/exact_sum.h"
+#include "codec/exact_sum.h"
 #include "cuda/floats.cuh"
 #include "cuda/table.cuh"
 

@@ -15,7 +15,8 @@ struct AdagradOptions : CommonOptions {
       {"lr_decay", &AdagradOptions::lr_decay, Range::kNotNegative},
       {"eps", &AdagradOptions::eps, Range::kNotNegative},
       {"weight_decay", &AdagradOptions::weight_decay, Range::kNotNegative}};
-  static constexpr bool AdagradOptions::* kFlags[] = {&AdagradOptions::maximize};
+  static constexpr FlagArgument<AdagradOptions> kFlags[] = {
+      {"maximize", &AdagradOptions::maximize}};
 };
 
 struct AdagradRule {
@@ -65,18 +66,13 @@ struct AdagradRule {
   TORCHAO8_HD F apply(F p, F step) const {
     return p + step;
   }
-  template <bool kScaledState, class F>
-  TORCHAO8_HD F update(F p, const F* values) const {
-    return apply(p, step(values, root<kScaledState>(values)));
-  }
 };
 
 struct AdagradFamily {
-  static constexpr const char* kOp = "adagrad_step_";
-  static constexpr const char* kExtremesOp = "adagrad_extremes";
-  static constexpr const char* kStates[] = {"sum"};
-  static constexpr bool kOptional[] = {false};
+  static constexpr const char* kName = "adagrad";
+  static constexpr State kStates[] = {{"sum"}};
   using Options = AdagradOptions;
+  using Rules = Types<AdagradRule>;
 
   template <class Visit>
   static void choose(const Options&, const bool*, bool, Visit visit) {

@@ -18,7 +18,8 @@ struct AdamOptions : CommonOptions {
       {"beta2", &AdamOptions::beta2, Range::kDecayRate},
       {"eps", &AdamOptions::eps, Range::kNotNegative},
       {"weight_decay", &AdamOptions::weight_decay, Range::kNotNegative}};
-  static constexpr bool AdamOptions::* kFlags[] = {&AdamOptions::decoupled, &AdamOptions::maximize};
+  static constexpr FlagArgument<AdamOptions> kFlags[] = {
+      {"decoupled_weight_decay", &AdamOptions::decoupled}, {"maximize", &AdamOptions::maximize}};
 };
 
 // kPlainGradient: the gradient goes into the moments as it comes. Else it is scaled, negated or has
@@ -94,18 +95,15 @@ struct AdamRule {
   TORCHAO8_HD F apply(F p, F step) const {
     return fma(p, F(shrink), step);
   }
-  template <bool kScaledState, class F>
-  TORCHAO8_HD F update(F p, const F* state) const {
-    return apply(p, step(state, root<kScaledState>(state)));
-  }
 };
 
 struct AdamFamily {
-  static constexpr const char* kOp = "adam_step_";
-  static constexpr const char* kExtremesOp = "adam_extremes";
-  static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
-  static constexpr bool kOptional[] = {false, false, true};
+  static constexpr const char* kName = "adam";
+  static constexpr State kStates[] = {
+      {"exp_avg"}, {"exp_avg_sq"}, {"max_exp_avg_sq", Presence::kOptional}};
   using Options = AdamOptions;
+  using Rules = Types<AdamRule<false, false>, AdamRule<false, true>, AdamRule<true, false>,
+                      AdamRule<true, true>>;
 
   template <class Visit>
   static void choose(const Options& o, const bool* has, bool scaled_gradient, Visit visit) {

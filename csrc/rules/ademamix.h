@@ -4,6 +4,7 @@
 #pragma once
 
 #include "rules/rule.h"
+#include "rules/series.h"
 
 namespace torchao8 {
 
@@ -20,27 +21,9 @@ struct AdemamixOptions : CommonOptions {
       {"t_beta3", &AdemamixOptions::t_beta3, Range::kNotNegative},
       {"eps", &AdemamixOptions::eps, Range::kNotNegative},
       {"weight_decay", &AdemamixOptions::weight_decay, Range::kNotNegative}};
-  static constexpr bool AdemamixOptions::* kFlags[] = {&AdemamixOptions::maximize};
+  static constexpr FlagArgument<AdemamixOptions> kFlags[] = {
+      {"maximize", &AdemamixOptions::maximize}};
 };
-
-// Of a number in (0, 1), and e to the power of one that is not positive. By series of IEEE
-// operations: libm's may differ between machines.
-TORCHAO8_HD double series_log(double x) {
-  double halvings = 0;
-  for (; x < 0.7; x *= 2) halvings++;
-  const double z = (x - 1) / (x + 1), square = z * z;
-  double sum = 0;
-  for (int k = 41; k > 0; k -= 2) sum = sum * square + 1.0 / k;
-  return 2 * z * sum - halvings * 0.6931471805599453;
-}
-TORCHAO8_HD double series_exp(double y) {
-  int halvings = 0;
-  for (; y < -0.5; y /= 2) halvings++;
-  double sum = 1;
-  for (int k = 18; k > 0; k--) sum = 1 + y * sum / k;
-  for (; halvings > 0; halvings--) sum *= sum;
-  return sum;
-}
 
 // beta3 at step t: its half-life grows linearly from that of beta1. With
 // ratio = log(beta3) / log(beta1), which is 0 for beta1 = 0,
@@ -117,18 +100,13 @@ struct AdemamixRule {
   TORCHAO8_HD F apply(F p, F step) const {
     return fma(p, F(shrink), step);
   }
-  template <bool kScaledState, class F>
-  TORCHAO8_HD F update(F p, const F* values) const {
-    return apply(p, step(values, root<kScaledState>(values)));
-  }
 };
 
 struct AdemamixFamily {
-  static constexpr const char* kOp = "ademamix_step_";
-  static constexpr const char* kExtremesOp = "ademamix_extremes";
-  static constexpr const char* kStates[] = {"exp_avg_fast", "exp_avg_slow", "exp_avg_sq"};
-  static constexpr bool kOptional[] = {false, false, false};
+  static constexpr const char* kName = "ademamix";
+  static constexpr State kStates[] = {{"exp_avg_fast"}, {"exp_avg_slow"}, {"exp_avg_sq"}};
   using Options = AdemamixOptions;
+  using Rules = Types<AdemamixRule>;
 
   template <class Visit>
   static void choose(const Options&, const bool*, bool, Visit visit) {

@@ -32,9 +32,4 @@ struct LambRule : AdamRule<false, false> {
   }
 };
 
-// The op that measures it takes what adam_step_ does, but for lr.
-struct LambFamily : AdamFamily {
-  static constexpr const char* kOp = "lamb_update_sums";
-};
-
 }  // namespace torchao8

@@ -15,7 +15,7 @@ struct LionOptions : CommonOptions {
       {"beta1", &LionOptions::beta1, Range::kDecayRate},
       {"beta2", &LionOptions::beta2, Range::kDecayRate},
       {"weight_decay", &LionOptions::weight_decay, Range::kNotNegative}};
-  static constexpr bool LionOptions::* kFlags[] = {&LionOptions::maximize};
+  static constexpr FlagArgument<LionOptions> kFlags[] = {{"maximize", &LionOptions::maximize}};
 };
 
 struct LionRule {
@@ -68,18 +68,13 @@ struct LionRule {
   TORCHAO8_HD F apply(F p, F step) const {
     return fma(p, F(shrink), step);
   }
-  template <bool kScaledState, class F>
-  TORCHAO8_HD F update(F p, const F* values) const {
-    return apply(p, step(values, root<kScaledState>(values)));
-  }
 };
 
 struct LionFamily {
-  static constexpr const char* kOp = "lion_step_";
-  static constexpr const char* kExtremesOp = "lion_extremes";
-  static constexpr const char* kStates[] = {"exp_avg"};
-  static constexpr bool kOptional[] = {false};
+  static constexpr const char* kName = "lion";
+  static constexpr State kStates[] = {{"exp_avg"}};
   using Options = LionOptions;
+  using Rules = Types<LionRule>;
 
   template <class Visit>
   static void choose(const Options&, const bool*, bool, Visit visit) {

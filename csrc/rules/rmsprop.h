@@ -16,7 +16,8 @@ struct RmspropOptions : CommonOptions {
       {"eps", &RmspropOptions::eps, Range::kNotNegative},
       {"weight_decay", &RmspropOptions::weight_decay, Range::kNotNegative},
       {"momentum", &RmspropOptions::momentum, Range::kNotNegative}};
-  static constexpr bool RmspropOptions::* kFlags[] = {&RmspropOptions::maximize};
+  static constexpr FlagArgument<RmspropOptions> kFlags[] = {
+      {"maximize", &RmspropOptions::maximize}};
 };
 
 template <bool kCentered, bool kMomentum>
@@ -103,18 +104,15 @@ struct RmspropRule {
   TORCHAO8_HD F apply(F p, F step) const {
     return p + step;
   }
-  template <bool kScaledState, class F>
-  TORCHAO8_HD F update(F p, const F* values) const {
-    return apply(p, step(values, root<kScaledState>(values)));
-  }
 };
 
 struct RmspropFamily {
-  static constexpr const char* kOp = "rmsprop_step_";
-  static constexpr const char* kExtremesOp = "rmsprop_extremes";
-  static constexpr const char* kStates[] = {"square_avg", "grad_avg", "momentum_buffer"};
-  static constexpr bool kOptional[] = {false, true, true};
+  static constexpr const char* kName = "rmsprop";
+  static constexpr State kStates[] = {
+      {"square_avg"}, {"grad_avg", Presence::kOptional}, {"momentum_buffer", Presence::kOptional}};
   using Options = RmspropOptions;
+  using Rules = Types<RmspropRule<false, false>, RmspropRule<false, true>, RmspropRule<true, false>,
+                      RmspropRule<true, true>>;
 
   template <class Visit>
   static void choose(const Options& o, const bool* has, bool, Visit visit) {

@@ -1,4 +1,4 @@
-// What an update rule is, and what its family tells of the op that applies it.
+// What an update rule is, and what its family tells of the ops that apply it.
 //
 // A rule sees values, never memory: F is float, or a vector of floats with the same operations.
 // Each operation is one IEEE operation in the order written, which is what makes every engine agree
@@ -6,12 +6,14 @@
 //     Options         the op's own arguments, and the numbers that all ops take; kNumbers names
 //                     those that are numbers, in the order of the op's tensor of numbers, kFlags
 //                     those that are true or false, in the order of its schema
-//     kStates         states that are stored; kSigned[s] whether their numbers may be negative,
-//                     kStochastic[s] whether they are rounded stochastically (if the caller says
-//                     so)
+//     kStates         states of the parameter's shape that are stored; kSigned[s] whether their
+//                     numbers may be negative, kStochastic[s] whether they are rounded
+//                     stochastically (if the caller says so)
 //     kValues         numbers that moments() leaves for the update: the new states, then any others
 //     kMomentsNeedParam   whether moments() reads the parameter
-//     at_step(options, t, scaled_state)   the rule of one tensor at its step t, counted from 1
+//     at_step(options, t, scaled_state)   the rule of one tensor at its step t, counted from 1. A
+//                     rule with scalar states says how many, kScalars, and takes a fourth argument,
+//                     `float* scalars`: the stored ones on entry, the new ones when it returns
 //     unit[s]         what one unit of a value is worth: scaled (8-bit) state may be computed in
 //                     units of what a gradient adds, as the unit disappears in the scale
 //     with_scales(scale)   the same, with the states stored as multiples of these; decay[s] is then
@@ -21,17 +23,19 @@
 //                     a GPU computes it without a branch (cuda/device.cuh)
 //     moments<kScaledState>(p, g, values)   values: the stored states on entry
 //     root<kScaledState>(values), step(values, root), apply(p, step)   the new parameter in three
-//                     parts, so that a loop can start long operations ahead
+//                     parts, so that a loop can start long operations ahead; update(), in update.h,
+//                     is the three in a row
 // An element whose new states are not all in range (finite, and not negative where unsigned) has a
 // bad gradient: it keeps its parameter and states. A rule without states has its first value
-// judged.
+// judged. A scalar state changes at every step.
 //
-// A family is the set of rules that one op chooses from. It has
-//     kOp             the op's name
-//     kExtremesOp     that of the op which finds the extreme elements of the new states
-//     kStates         the names of the states; the op's lists are <name>s and <name>_scales. Those
-//     kOptional[s]    may be empty
+// A family is the set of rules that one op chooses from (families.h lists them all). It has
+//     kName           of which the ops' names are made: <name>_step_, and <name>_extremes, which
+//                     finds the extreme elements of the new states
+//     kStates         the states, in the order of the op's lists: <name>s, and, but for scalar
+//                     ones, <name>_scales
 //     Options         of its rules
+//     Rules           all of them; the one with the most states has every state that is no scalar
 //     choose(options, has, scaled_gradient, visit)   calls visit(Type<Rule>()), has[s] telling
 //                     which states there are, scaled_gradient whether the op got a gradient scale
 //                     or factors. A number that only the GPU knows is NaN here. A rule may do
@@ -42,15 +46,28 @@
 #include <type_traits>
 #include <utility>
 
-#include "common/macros.h"
+#include "macros.h"
 
 namespace torchao8 {
 
-constexpr int kMaxStates = 3;  // of any rule
+constexpr int kMaxStates = 3;   // of any rule, in tensors of the parameter's shape
+constexpr int kMaxScalars = 1;  // states that are one number a parameter
 
 template <class T>
 struct Type {
   using type = T;
+};
+template <class... T>
+struct Types {};
+
+enum class Presence {
+  kAlways,
+  kOptional,  // the list of it may be empty
+  kScalar,    // one float32 number a parameter, of shape (), always there
+};
+struct State {
+  const char* name;
+  Presence presence = Presence::kAlways;
 };
 
 constexpr int kFactors = 2;  // numbers of a parameter, that CommonOptions::multiply takes
@@ -81,6 +98,12 @@ struct NumberArgument {
 };
 
 template <class Options>
+struct FlagArgument {
+  const char* name;
+  bool Options::* value;
+};
+
+template <class Options>
 constexpr int kNumberCount = int(std::size(Options::kNumbers));
 
 // Sets the numbers of a family from the values of the op's tensor of numbers.
@@ -95,6 +118,35 @@ TORCHAO8_HD void set_numbers(Options& options, const double* values, std::index_
 template <class Options>
 TORCHAO8_HD void set_numbers(Options& options, const double* values) {
   set_numbers(options, values, std::make_index_sequence<kNumberCount<Options>>());
+}
+
+// How many of a family's states are scalar ones, and how many are not.
+template <class Family>
+constexpr int count_scalars() {
+  int count = 0;
+  for (const State& state : Family::kStates) count += state.presence == Presence::kScalar;
+  return count;
+}
+template <class Family>
+constexpr int count_tensors() {
+  return int(std::size(Family::kStates)) - count_scalars<Family>();
+}
+
+// kScalars of a rule, which those without scalar states leave out.
+template <class Rule, class = void>
+constexpr int kScalarsOf = 0;
+template <class Rule>
+constexpr int kScalarsOf<Rule, std::void_t<decltype(Rule::kScalars)>> = Rule::kScalars;
+
+// The rule of a tensor at its step t; its scalar states become the new ones.
+template <class Rule>
+TORCHAO8_HD Rule rule_at_step(const typename Rule::Options& options, int64_t t, bool scaled_state,
+                              float* scalars) {
+  if constexpr (kScalarsOf<Rule> > 0) {
+    return Rule::at_step(options, t, scaled_state, scalars);
+  } else {
+    return Rule::at_step(options, t, scaled_state);
+  }
 }
 
 // base^t by repeated squaring: libm's pow may differ between machines.

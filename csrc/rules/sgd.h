@@ -19,8 +19,10 @@ struct SgdOptions : CommonOptions {
       {"momentum", &SgdOptions::momentum, Range::kNotNegative},
       {"dampening", &SgdOptions::dampening, Range::kFinite},
       {"weight_decay", &SgdOptions::weight_decay, Range::kNotNegative}};
-  static constexpr bool SgdOptions::* kFlags[] = {
-      &SgdOptions::nesterov, &SgdOptions::rate_in_buffer, &SgdOptions::maximize};
+  static constexpr FlagArgument<SgdOptions> kFlags[] = {
+      {"nesterov", &SgdOptions::nesterov},
+      {"rate_in_buffer", &SgdOptions::rate_in_buffer},
+      {"maximize", &SgdOptions::maximize}};
 };
 
 // Without a buffer there is no state, and the gradient is the only value. kOfGradient: a step also
@@ -80,18 +82,13 @@ struct SgdRule {
   TORCHAO8_HD F apply(F p, F step) const {
     return p + step;
   }
-  template <bool kScaledState, class F>
-  TORCHAO8_HD F update(F p, const F* values) const {
-    return apply(p, step(values, root<kScaledState>(values)));
-  }
 };
 
 struct SgdFamily {
-  static constexpr const char* kOp = "sgd_step_";
-  static constexpr const char* kExtremesOp = "sgd_extremes";
-  static constexpr const char* kStates[] = {"momentum_buffer"};
-  static constexpr bool kOptional[] = {true};
+  static constexpr const char* kName = "sgd";
+  static constexpr State kStates[] = {{"momentum_buffer", Presence::kOptional}};
   using Options = SgdOptions;
+  using Rules = Types<SgdRule<false, false>, SgdRule<true, false>, SgdRule<true, true>>;
 
   template <class Visit>
   static void choose(const Options& o, const bool* has, bool, Visit visit) {

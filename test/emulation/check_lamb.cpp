@@ -8,7 +8,7 @@
 #include <string>
 
 #include "cpu/kernels.h"
-#include "cpu/vec_scalar.h"
+#include "cpu/vec/scalar.h"
 #include "cuda/lamb.cuh"
 #include "rules/lamb.h"
 #include "tensors.h"
@@ -53,24 +53,13 @@ cuda::Numbers<LambRule> numbers_of(const AdamOptions& options, const float& grad
   return numbers;
 }
 
-cuda::Places places_of(TensorOf& t) {
-  cuda::Places places;
-  places.param = t.place(t.param, t.param_type);
-  places.grad = t.place(t.grad, t.grad_type);
-  places.step = &t.step;
-  places.factors = t.has_factors ? t.factors : nullptr;
-  places.param_type = t.param_type;
-  places.grad_type = t.grad_type;
-  return places;
-}
-
 template <class Entry, class Launch, class Fill>
 void measure(std::vector<TensorOf>& tensors, const cuda::Numbers<LambRule>& numbers, int block_size,
              Launch launch, Fill fill) {
   cuda::Filler<LambRule, Entry, Launch> filler(numbers, block_size, false, launch);
   for (size_t i = 0; i < tensors.size(); i++) {
     Entry e = {};
-    static_cast<cuda::Places&>(e) = places_of(tensors[i]);
+    set_addresses<LambRule>(e, tensors[i]);
     fill(e, tensors[i]);
     e.row = uint32_t(i);
     filler.add(e);

@@ -7,13 +7,9 @@
 #include <random>
 #include <string>
 
-#include "cpu/kernels.h"
-#include "cpu/vec_scalar.h"
+#include "cpu/kernel_tables.h"
+#include "cpu/vec/scalar.h"
 #include "cuda/one_scale.cuh"
-#include "rules/adam.h"
-#include "rules/ademamix.h"
-#include "rules/lion.h"
-#include "rules/sgd.h"
 #include "tensors.h"
 
 namespace {
@@ -29,13 +25,6 @@ struct Case {
   bool stochastic;
 };
 
-template <class Rule>
-Rule rule_of(const TensorOf& t, const typename Rule::Options& options) {
-  typename Rule::Options own = options;
-  if (t.has_factors) own.multiply(t.factors);
-  return Rule::at_step(own, int64_t(t.step) + 1, true);
-}
-
 // ---- the CPU ------------------------------------------------------------------------------------
 
 // rounds: whether bfloat16 parameters are rounded stochastically.
@@ -43,7 +32,8 @@ template <class Rule>
 void cpu_step(TensorOf& t, const typename Rule::Options& options, const Case& c, bool rounds,
               std::vector<int64_t>& keys) {
   constexpr int N = Rule::kStates;
-  const Rule rule = rule_of<Rule>(t, options);
+  float scalars[kMaxScalars];
+  const Rule rule = next_rule<Rule>(t, options, true, scalars);
   const auto& kernels = scalar_kernels<Rule>();
   unsigned char *param = t.place(t.param, t.param_type), *grad = t.place(t.grad, t.grad_type);
   std::vector<float> p(size_t(t.count())), g(p);
@@ -126,15 +116,6 @@ struct OnDevice {
   }
 };
 
-void set_places(cuda::Places& places, TensorOf& t) {
-  places.param = t.place(t.param, t.param_type);
-  places.grad = t.place(t.grad, t.grad_type);
-  places.step = &t.step;
-  places.factors = t.has_factors ? t.factors : nullptr;
-  places.param_type = t.param_type;
-  places.grad_type = t.grad_type;
-}
-
 template <class Rule, class Entry, class Kernel, class Fill>
 void launch(std::vector<TensorOf>& tensors, const cuda::Numbers<Rule>& numbers, const Case& c,
             unsigned blocks, Kernel kernel, Fill fill) {
@@ -144,7 +125,7 @@ void launch(std::vector<TensorOf>& tensors, const cuda::Numbers<Rule>& numbers, 
   cuda::Filler<Rule, Entry, decltype(run)> filler(numbers, c.block_size, c.stochastic, run);
   for (size_t i = 0; i < tensors.size(); i++) {
     Entry e = {};
-    set_places(e, tensors[i]);
+    set_addresses<Rule>(e, tensors[i]);
     for (int s = 0; s < Rule::kStates; s++) e.scales[s] = tensors[i].scales[s].data();
     fill(e, i);
     filler.add(e);
@@ -159,7 +140,7 @@ void cuda_step(std::vector<TensorOf>& tensors, const typename Rule::Options& opt
   const OnDevice device = {float(options.lr), float(options.grad_scale), found_inf};
   const auto numbers = device.numbers<Rule>(options);
   keys.assign(tensors.size() * N, 0);
-  using Finds = cuda::ExtremesEntry<N>;
+  using Finds = cuda::ExtremesEntryOf<Rule>;
   launch<Rule, Finds>(
       tensors, numbers, c, 3,
       [&](const cuda::Table<Rule, Finds>& table) { cuda::find_extremes<Rule, T>(table, &kTables); },
@@ -169,7 +150,7 @@ void cuda_step(std::vector<TensorOf>& tensors, const typename Rule::Options& opt
         e.count = tensors[i].count();
         e.finish(c.type);
       });
-  using Steps = cuda::OneScaleEntry<N>;
+  using Steps = cuda::OneScaleEntryOf<Rule>;
   launch<Rule, Steps>(
       tensors, numbers, c, 3,
       [&](const cuda::Table<Rule, Steps>& table) {
@@ -186,7 +167,7 @@ void cuda_step(std::vector<TensorOf>& tensors, const typename Rule::Options& opt
         e.extremes = &keys[i * N];
         e.finish(c.type, c.block_size);
       });
-  using Scales = cuda::ScalesEntry<N>;
+  using Scales = cuda::ScalesEntryOf<Rule>;
   launch<Rule, Scales>(
       tensors, numbers, c, unsigned(tensors.size() / cuda::kThreads + 1),
       [](const cuda::Table<Rule, Scales>& table) { cuda::write_scales<Rule>(table); },

@@ -12,16 +12,16 @@
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "cpu/vec_scalar.h"
+#include "cpu/vec/scalar.h"
 #if defined(PATH_AVX2)
 #include <immintrin.h>
 
-#include "cpu/vec_avx2.h"
+#include "cpu/vec/avx2.h"
 namespace path = torchao8::avx2;
 #elif defined(PATH_AVX512)
 #include <immintrin.h>
 
-#include "cpu/vec_avx512.h"
+#include "cpu/vec/avx512.h"
 namespace path = torchao8::avx512;
 #else
 #include "cuda/codec.cuh"

@@ -6,17 +6,11 @@
 #include <random>
 #include <string>
 
-#include "cpu/kernels.h"
-#include "cpu/vec_scalar.h"
+#include "cpu/kernel_tables.h"
+#include "cpu/vec/scalar.h"
 #include "cuda/count.cuh"
 #include "cuda/quantize.cuh"
 #include "cuda/step.cuh"
-#include "rules/adagrad.h"
-#include "rules/adam.h"
-#include "rules/ademamix.h"
-#include "rules/lion.h"
-#include "rules/rmsprop.h"
-#include "rules/sgd.h"
 #include "tensors.h"
 
 using namespace torchao8;
@@ -30,9 +24,9 @@ template <class Rule>
 void cpu_step(TensorOf& t, const typename Rule::Options& options, bool scaled, int block_size,
               bool stochastic, bool rounds, uint64_t seed) {
   const int64_t step = int64_t(t.step) + 1;
-  typename Rule::Options own = options;
-  if (t.has_factors) own.multiply(t.factors);
-  const Rule rule = Rule::at_step(own, step, scaled);
+  float scalars[kMaxScalars];
+  const Rule rule = next_rule<Rule>(t, options, scaled, scalars);
+  std::copy(scalars, scalars + kMaxScalars, t.scalars);
   const auto& kernels = scalar_kernels<Rule>();
   unsigned char *param = t.place(t.param, t.param_type), *grad = t.place(t.grad, t.grad_type);
   std::vector<float> p(4096), g(4096);
@@ -125,21 +119,10 @@ cuda::Numbers<Rule> numbers_of(const StepNumbers<Rule>& from, bool scaled) {
   return numbers;
 }
 
-cuda::Places places_of(TensorOf& t) {
-  cuda::Places places;
-  places.param = t.place(t.param, t.param_type);
-  places.grad = t.place(t.grad, t.grad_type);
-  places.step = &t.step;
-  places.factors = t.has_factors ? t.factors : nullptr;
-  places.param_type = t.param_type;
-  places.grad_type = t.grad_type;
-  return places;
-}
-
 template <class Rule, class T, bool kRounds>
 void cuda_block_step(std::vector<TensorOf>& tensors, FloatType type,
                      const StepNumbers<Rule>& numbers, int block_size, bool stochastic) {
-  using Entry = cuda::BlockEntry<Rule::kStates>;
+  using Entry = cuda::BlockEntryOf<Rule>;
   const auto launch = [&](const cuda::Table<Rule, Entry>& table) {
     emulation::launch(3, cuda::kThreads, [&] {
       if (block_size > cuda::kSpan) {
@@ -155,7 +138,7 @@ void cuda_block_step(std::vector<TensorOf>& tensors, FloatType type,
                                                      stochastic, launch);
   for (TensorOf& t : tensors) {
     Entry e = {};
-    static_cast<cuda::Places&>(e) = places_of(t);
+    set_addresses<Rule>(e, t);
     for (int s = 0; s < Rule::kStates; s++) {
       e.codes[s] = t.code_place(s);
       e.scales[s] = t.scales[s].data();
@@ -174,7 +157,7 @@ void cuda_block_step(std::vector<TensorOf>& tensors, FloatType type,
 template <class Rule, class T, bool kRounds>
 void cuda_element_step(std::vector<TensorOf>& tensors, FloatType type,
                        const StepNumbers<Rule>& numbers) {
-  using Entry = cuda::ElementEntryOf<Rule::kStates, kRounds>;
+  using Entry = cuda::ElementEntryOf<Rule, kRounds>;
   const auto launch = [&](const cuda::Table<Rule, Entry>& table) {
     emulation::launch(3, cuda::kThreads, [&] { cuda::step_elements<Rule, T, kRounds>(table); });
   };
@@ -182,7 +165,7 @@ void cuda_element_step(std::vector<TensorOf>& tensors, FloatType type,
                                                      launch);
   for (TensorOf& t : tensors) {
     Entry e = {};
-    static_cast<cuda::Places&>(e) = places_of(t);
+    set_addresses<Rule>(e, t);
     for (int s = 0; s < Rule::kStates; s++) e.states[s] = t.states[s].data();
     e.count = t.count();
     if constexpr (kRounds) {
@@ -191,6 +174,24 @@ void cuda_element_step(std::vector<TensorOf>& tensors, FloatType type,
       e.row_stride = t.shape.row_stride;
     }
     e.finish(type);
+    filler.add(e);
+  }
+  filler.flush();
+}
+
+template <class Rule>
+void cuda_write_scalars(std::vector<TensorOf>& tensors, const StepNumbers<Rule>& numbers,
+                        bool scaled) {
+  using Entry = cuda::ScalarsEntryOf<Rule>;
+  const auto launch = [&](const cuda::Table<Rule, Entry>& table) {
+    emulation::launch((table.count + cuda::kThreads - 1) / cuda::kThreads, cuda::kThreads,
+                      [&] { cuda::write_scalars<Rule>(table); });
+  };
+  cuda::Filler<Rule, Entry, decltype(launch)> filler(numbers_of<Rule>(numbers, scaled), 256, false,
+                                                     launch);
+  for (TensorOf& t : tensors) {
+    Entry e = {};
+    set_addresses<Rule>(e, t);
     filler.add(e);
   }
   filler.flush();
@@ -215,6 +216,7 @@ void compare(const std::string& what, std::vector<TensorOf>& gpu, std::vector<Te
   for (size_t i = 0; i < gpu.size(); i++) {
     TensorOf &a = gpu[i], &b = cpu[i];
     int64_t n = differences(a.param, b.param) + (a.step != b.step), in_state = 0;
+    for (int s = 0; s < kMaxScalars; s++) in_state += a.scalars[s] != b.scalars[s];
     for (int s = 0; s < kMaxStates; s++) {
       in_state += differences(a.codes[s], b.codes[s]) + differences(a.scales[s], b.scales[s]) +
                   differences(a.states[s], b.states[s]);
@@ -271,6 +273,7 @@ void check(const char* rule_name, FloatType type, FloatType param_type, FloatTyp
     } else {
       cuda_block_step<Rule, T, kRounds>(gpu, type, numbers, block_size, stochastic);
     }
+    if constexpr (kScalarsOf<Rule> > 0) cuda_write_scalars<Rule>(gpu, numbers, scaled);
     cuda_count(gpu, found_inf);
     if (found_inf == 0) {
       for (TensorOf& t : cpu)
@@ -394,6 +397,42 @@ void check_every_nearest_code() {
   std::printf("%ld codes of single numbers differ\n", long(wrong));
 }
 
+// Numbers that show what a rule does with each: decay rates of 0.9 and nearer to 1, schedules that
+// end within the few steps here.
+template <class Options>
+Options options_of_family() {
+  Options options = {};
+  options.grad_scale = 4;
+  double decay = 1;
+  for (const auto& number : Options::kNumbers) {
+    const std::string name = number.name;
+    decay = number.range == Range::kDecayRate ? decay / 10 : decay;
+    options.*number.value = number.range == Range::kDecayRate             ? 1 - decay
+                            : name == "eps"                               ? 1e-8
+                            : name == "momentum"                          ? 0.9
+                            : name == "alpha" || name.rfind("t_", 0) == 0 ? 5
+                                                                          : 0.1;
+  }
+  return options;
+}
+
+// Every rule of every family, without flags and with all of them.
+void check_families() {
+  for_each_type(Families(), [](auto family) {
+    using Family = typename decltype(family)::type;
+    using Options = typename Family::Options;
+    for_each_type(typename Family::Rules(), [](auto rule) {
+      using Rule = typename decltype(rule)::type;
+      Options options = options_of_family<Options>();
+      const std::string name =
+          std::string(Family::kName) + " with " + std::to_string(Rule::kStates) + " states";
+      check_briefly<Rule>(name.c_str(), options);
+      for (const auto& flag : Options::kFlags) options.*flag.value = true;
+      check_briefly<Rule>((name + ", all flags").c_str(), options);
+    });
+  });
+}
+
 }  // namespace
 
 int main() {
@@ -414,51 +453,7 @@ int main() {
   check_rule<AdamRule<true, true>>("AdamW, amsgrad", decoupled);
   check_rule<AdamRule<false, false>>("Adam", coupled);
   check_rule<AdamRule<true, false>>("Adam, amsgrad", coupled);
-  AdagradOptions adagrad = {};
-  adagrad.lr_decay = 0.1;
-  adagrad.eps = 1e-10;
-  adagrad.weight_decay = 0.1;
-  adagrad.grad_scale = 4;
-  check_briefly<AdagradRule>("Adagrad", adagrad);
-  AdemamixOptions ademamix = {};
-  ademamix.beta1 = 0.9;
-  ademamix.beta2 = 0.999;
-  ademamix.beta3 = 0.9999;
-  ademamix.alpha = 5;
-  ademamix.t_alpha = ademamix.t_beta3 = 5;
-  ademamix.eps = 1e-8;
-  ademamix.weight_decay = 0.1;
-  ademamix.grad_scale = 4;
-  check_briefly<AdemamixRule>("AdEMAMix", ademamix);
-  LionOptions lion = {};
-  lion.beta1 = 0.9;
-  lion.beta2 = 0.99;
-  lion.weight_decay = 0.1;
-  lion.grad_scale = 4;
-  lion.maximize = true;
-  check_briefly<LionRule>("Lion", lion);
-  RmspropOptions rmsprop = {};
-  rmsprop.alpha = 0.9;
-  rmsprop.eps = 1e-8;
-  rmsprop.weight_decay = 0.1;
-  rmsprop.momentum = 0.9;
-  rmsprop.grad_scale = 4;
-  check_briefly<RmspropRule<false, false>>("RMSprop", rmsprop);
-  check_briefly<RmspropRule<false, true>>("RMSprop, momentum", rmsprop);
-  check_briefly<RmspropRule<true, false>>("RMSprop, centered", rmsprop);
-  check_briefly<RmspropRule<true, true>>("RMSprop, centered, momentum", rmsprop);
-  SgdOptions sgd = {};
-  sgd.momentum = 0.9;
-  sgd.dampening = 0.3;
-  sgd.weight_decay = 0.1;
-  sgd.grad_scale = 4;
-  check_briefly<SgdRule<false, false>>("SGD without momentum", sgd);
-  check_briefly<SgdRule<true, false>>("SGD", sgd);
-  sgd.nesterov = true;
-  check_briefly<SgdRule<true, true>>("SGD, nesterov", sgd);
-  sgd.nesterov = false;
-  sgd.rate_in_buffer = true;
-  check_briefly<SgdRule<true, false>>("LARS", sgd);
+  check_families();
   for (int block_size : {64, 256, 2048}) {
     check_codec<true>(block_size);
     check_codec<false>(block_size);

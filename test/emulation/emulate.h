@@ -23,7 +23,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "common/floats.h"
+#include "codec/floats.h"
 
 #define __global__
 #define __device__

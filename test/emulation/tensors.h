@@ -2,6 +2,7 @@
 // differ.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <random>
 #include <vector>
@@ -60,6 +61,7 @@ struct TensorOf {
   float step = 0;
   bool has_factors = false;
   double factors[kFactors] = {};
+  float scalars[kMaxScalars] = {};
 
   int64_t count() const { return shape.rows * shape.columns; }
   int64_t blocks_per_row(int block_size) const {
@@ -93,7 +95,32 @@ TensorOf make_tensor(const Shape& shape, FloatType param_type, FloatType grad_ty
     t.scales[s].assign(size_t(shape.rows * t.blocks_per_row(block_size)), 0.0f);
     t.states[s].assign(size_t(t.count()), 0.0f);
   }
+  for (float& scalar : t.scalars) scalar = 1;
   return t;
+}
+
+// What every entry of a kernel's table has of it.
+template <class Rule, class Entry>
+void set_addresses(Entry& entry, TensorOf& t) {
+  entry.param = t.place(t.param, t.param_type);
+  entry.grad = t.place(t.grad, t.grad_type);
+  entry.step = &t.step;
+  entry.factors = t.has_factors ? t.factors : nullptr;
+  entry.param_type = t.param_type;
+  entry.grad_type = t.grad_type;
+  if constexpr (kScalarsOf<Rule> > 0) {
+    for (int s = 0; s < kScalarsOf<Rule>; s++) entry.scalars[s] = &t.scalars[s];
+  }
+}
+
+// Its rule at its next step; `scalars` gets the new scalar states.
+template <class Rule>
+Rule next_rule(const TensorOf& t, const typename Rule::Options& options, bool scaled_state,
+               float* scalars) {
+  typename Rule::Options own = options;
+  if (t.has_factors) own.multiply(t.factors);
+  std::copy(t.scalars, t.scalars + kMaxScalars, scalars);
+  return rule_at_step<Rule>(own, int64_t(t.step) + 1, scaled_state, scalars);
 }
 
 inline void new_gradient(TensorOf& t, int step, std::mt19937& random) {

@@ -15,7 +15,23 @@ struct BlockLayout {
   int64_t rows = 1;
   int64_t row_length = 1;
   int64_t blocks_per_row = 1;
-  std::vector<int64_t> scale_shape;
+  int64_t leading_dims = 0;  // those that count the rows
+
+  // The shape of the scales of a tensor of these sizes.
+  template <class Shape>
+  std::vector<int64_t> scale_shape(const Shape& sizes) const {
+    std::vector<int64_t> shape(sizes.begin(), sizes.begin() + leading_dims);
+    shape.push_back(blocks_per_row);
+    return shape;
+  }
+  template <class Shape, class ScaleShape>
+  bool is_scale_shape(const Shape& sizes, const ScaleShape& shape) const {
+    if (int64_t(shape.size()) != leading_dims + 1) return false;
+    for (int64_t d = 0; d < leading_dims; d++) {
+      if (shape[d] != sizes[d]) return false;
+    }
+    return shape[leading_dims] == blocks_per_row;
+  }
 };
 
 // `sizes` is anything with size() and operator[].
@@ -36,11 +52,8 @@ BlockLayout block_layout(const Sizes& sizes, int64_t block_size) {
   BlockLayout layout;
   layout.row_length = elements_from(k);
   layout.blocks_per_row = (layout.row_length + block_size - 1) / block_size;
-  for (int64_t d = 0; d < k; d++) {
-    layout.rows *= sizes[d];
-    layout.scale_shape.push_back(sizes[d]);
-  }
-  layout.scale_shape.push_back(layout.blocks_per_row);
+  layout.leading_dims = k;
+  for (int64_t d = 0; d < k; d++) layout.rows *= sizes[d];
   return layout;
 }
 

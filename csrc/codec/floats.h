@@ -2,7 +2,7 @@
 // hardware's bfloat16 conversion, which flushes subnormal numbers.
 #pragma once
 
-#include "common/macros.h"
+#include "macros.h"
 
 namespace torchao8 {
 

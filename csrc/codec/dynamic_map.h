@@ -13,7 +13,7 @@
 
 #include <limits>
 
-#include "common/macros.h"
+#include "macros.h"
 
 namespace torchao8 {
 

@@ -1,5 +1,7 @@
-// The loops that look at an update before it is made, written once for every instruction set as
-// those of step.inl are, and behind it. They write nothing but the result.
+// The loops that look at an update before it is made. They write nothing but the result.
+#pragma once
+
+#include "cpu/step/states.inl"
 
 namespace torchao8::TORCHAO8_ISA {
 
@@ -8,8 +10,7 @@ namespace torchao8::TORCHAO8_ISA {
 template <class Rule>
 void measure_block(const Rule& r, const CodecTables& tables, const BlockRun& run, float* updates) {
   constexpr int N = Rule::kStates;
-  const Decoder<true> decode_signed(tables);
-  const Decoder<false> decode_unsigned(tables);
+  const StateDecoder<Rule> decode(tables);
   const float* param = static_cast<const float*>(run.param);
   const float* grad = static_cast<const float*>(run.grad);
   float scale[N];
@@ -17,13 +18,7 @@ void measure_block(const Rule& r, const CodecTables& tables, const BlockRun& run
   const Rule rule = r.with_scales(scale);
   for (int i = 0; i < run.length; i += kWidth) {
     F values[Rule::kValues];
-    for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
-      if constexpr (Rule::kSigned[s]) {
-        values[s] = decode_signed(run.codes[s] + i);
-      } else {
-        values[s] = decode_unsigned(run.codes[s] + i);
-      }
-    });
+    decode(run.codes, i, values);
     const F p = load(param + i);
     rule.template moments<true>(p, load(grad + i), values);
     const F update = rule.template update_of<true>(p, values);

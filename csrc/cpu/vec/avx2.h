@@ -1,5 +1,5 @@
 // Sixteen floats in two AVX registers (AVX2, FMA, F16C: Haswell and later, Zen and later). Included
-// inside a region compiled for that target: see isa_avx2.cpp. The bits are those of vec_scalar.h.
+// inside a region compiled for that target: see isa_avx2.cpp. The bits are those of scalar.h.
 //
 // Two, so that every instruction has an independent twin beside it, and codes are packed and stored
 // sixteen at a time.
@@ -319,7 +319,7 @@ struct Decoder {
   TORCHAO8_HD explicit Decoder(const CodecTables& t)
       : a(t.decode[kSigned].a), b(t.decode[kSigned].b) {}
 
-  // As in vec_avx512.h; the tables' period is 8.
+  // As in avx512.h; the tables' period is 8.
   TORCHAO8_HD F operator()(const uint8_t* codes) const {
     const __m128i* p = reinterpret_cast<const __m128i*>(codes);
     const __m128i* q = reinterpret_cast<const __m128i*>(codes + 8);

@@ -2,7 +2,7 @@
 // too, so this is Ice Lake and later, Zen 4 and later; what has AVX-512 without them takes the AVX2
 // path.
 // Included inside a region compiled for that target: see isa_avx512.cpp. The arithmetic is that of
-// vec_scalar.h.
+// scalar.h.
 #pragma once
 
 namespace torchao8::avx512 {

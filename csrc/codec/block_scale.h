@@ -1,7 +1,7 @@
 // A block's extreme element, its scale, and what its values are multiplied by before encoding.
 #pragma once
 
-#include "common/dynamic_map.h"
+#include "codec/dynamic_map.h"
 
 namespace torchao8 {
 

@@ -2,9 +2,6 @@
 // each is made before anything is written.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <sstream>
@@ -13,13 +10,10 @@
 #include <utility>
 #include <vector>
 
-#include "common/floats.h"
+#include "codec/floats.h"
+#include "op/tensor_list.h"
 
 namespace torchao8 {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using TensorList = std::vector<Tensor>;
 
 template <class... Parts>
 [[noreturn]] void refuse(const Parts&... parts) {
@@ -82,30 +76,32 @@ bool same_shape(const A& a, const B& b) {
   return true;
 }
 
-// An argument's place: its op, its name, and its index if it is an element of a list.
+// Which argument a check is about: its op, its name, and its index if it is an element of a list.
+// The texts are put together when a check fails.
 struct Argument {
   const char* op;
   const char* name;
   int64_t index = -1;
+  const char* suffix = "";  // of the name
   std::string text() const {
     std::ostringstream out;
-    out << op << ": " << name;
+    out << op << ": " << name << suffix;
     if (index >= 0) out << "[" << index << "]";
     return out.str();
   }
 };
 
 // Where all tensors of a call must be.
-struct Place {
+struct Device {
   bool cuda;
   int32_t index;
 };
-constexpr Place kCpu = {false, 0};
+constexpr Device kCpu = {false, 0};
 
-inline void check_place(const Argument& a, const Tensor& t, const Place& place) {
-  if (place.cuda) {
-    TORCHAO8_CHECK(t.is_cuda() && t.get_device_index() == place.index, a.text(),
-                   " must be on cuda:", place.index, ", where another argument is; it is on ",
+inline void check_device(const Argument& a, const TensorView& t, const Device& device) {
+  if (device.cuda) {
+    TORCHAO8_CHECK(t.is_cuda() && t.get_device_index() == device.index, a.text(),
+                   " must be on cuda:", device.index, ", where another argument is; it is on ",
                    t.is_cuda()  ? "cuda:" + std::to_string(t.get_device_index())
                    : t.is_cpu() ? std::string("the CPU")
                                 : std::string("another device"));
@@ -115,23 +111,23 @@ inline void check_place(const Argument& a, const Tensor& t, const Place& place) 
   }
 }
 
-inline void check_dtype(const Argument& a, const Tensor& t, ScalarType expected) {
+inline void check_dtype(const Argument& a, const TensorView& t, ScalarType expected) {
   TORCHAO8_CHECK(t.scalar_type() == expected, a.text(), " must be ", dtype_name(expected), ", got ",
                  dtype_name(t.scalar_type()));
 }
 
 template <class Sizes>
-void check_shape(const Argument& a, const Tensor& t, const Sizes& expected, const char* why) {
+void check_shape(const Argument& a, const TensorView& t, const Sizes& expected, const char* why) {
   TORCHAO8_CHECK(same_shape(t.sizes(), expected), a.text(), " must have shape ",
                  shape_text(expected), " (", why, "), got ", shape_text(t.sizes()));
 }
 
-inline void check_contiguous(const Argument& a, const Tensor& t) {
+inline void check_contiguous(const Argument& a, const TensorView& t) {
   TORCHAO8_CHECK(t.is_contiguous(), a.text(), " must be contiguous, got strides ",
                  shape_text(t.strides()), " for shape ", shape_text(t.sizes()));
 }
 
-inline FloatType check_float_type(const Argument& a, const Tensor& t) {
+inline FloatType check_float_type(const Argument& a, const TensorView& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
       return FloatType::kFloat32;
@@ -152,7 +148,7 @@ inline void check_block_size(const char* op, int64_t block_size) {
 }
 
 // Refuses a tensor that is written to and may hold an element twice.
-inline void check_no_overlap(const Argument& a, const Tensor& t) {
+inline void check_no_overlap(const Argument& a, const TensorView& t) {
   if (t.is_contiguous()) return;
   const auto sizes = t.sizes(), strides = t.strides();
   std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
@@ -169,17 +165,53 @@ inline void check_no_overlap(const Argument& a, const Tensor& t) {
   }
 }
 
-// Two threads may work on two entries of a list at once.
-inline void check_distinct(const char* op, const char* name, const TensorList& tensors) {
-  std::vector<std::pair<const void*, size_t>> places;
-  for (size_t i = 0; i < tensors.size(); i++) {
-    if (tensors[i].numel() > 0) places.emplace_back(tensors[i].const_data_ptr(), i);
+// Tells whether a pointer has been there before: a hash table with open addressing, for up to so
+// many pointers.
+class PointerSet {
+ public:
+  explicit PointerSet(size_t most) {
+    while (size_t(1) << log_size_ < 2 * most) log_size_++;
+    slots_.assign(size_t(1) << log_size_, nullptr);
   }
-  std::sort(places.begin(), places.end());
-  for (size_t i = 1; i < places.size(); i++) {
-    TORCHAO8_CHECK(places[i].first != places[i - 1].first, op, ": ", name, "[",
-                   places[i - 1].second, "] and ", name, "[", places[i].second,
-                   "] must be different tensors, got the same memory twice");
+  bool insert(const void* pointer) {
+    if (pointer == nullptr) return !std::exchange(has_null_, true);
+    const uint64_t hash = uint64_t(reinterpret_cast<uintptr_t>(pointer)) * 0x9e3779b97f4a7c15u;
+    const size_t mask = slots_.size() - 1;
+    for (size_t i = size_t(hash >> (64 - log_size_));; i = (i + 1) & mask) {
+      if (slots_[i] == pointer) return false;
+      if (slots_[i] != nullptr) continue;
+      slots_[i] = pointer;
+      return true;
+    }
+  }
+
+ private:
+  int log_size_ = 1;
+  std::vector<const void*> slots_;  // null: free
+  bool has_null_ = false;
+};
+
+[[noreturn]] inline void refuse_same_memory(const char* op, const char* name, const char* suffix,
+                                            const TensorList& tensors) {
+  std::vector<std::pair<const void*, size_t>> addresses;
+  for (size_t i = 0; i < tensors.size(); i++) {
+    if (tensors[i].numel() > 0) addresses.emplace_back(tensors[i].mutable_data_ptr(), i);
+  }
+  std::sort(addresses.begin(), addresses.end());
+  size_t i = 1;
+  while (addresses[i].first != addresses[i - 1].first) i++;
+  refuse(op, ": ", name, suffix, "[", addresses[i - 1].second, "] and ", name, suffix, "[",
+         addresses[i].second, "] must be different tensors, got the same memory twice");
+}
+
+// Of tensors that are written to: two threads may work on two entries of a list at once.
+inline void check_distinct(const char* op, const char* name, const char* suffix,
+                           const TensorList& tensors) {
+  if (tensors.size() < 2) return;
+  PointerSet seen(tensors.size());
+  for (const TensorView& t : tensors) {
+    if (t.numel() > 0 && !seen.insert(t.mutable_data_ptr()))
+      refuse_same_memory(op, name, suffix, tensors);
   }
 }
 

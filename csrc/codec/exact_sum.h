@@ -7,7 +7,7 @@
 // limbs, canonical once carries are propagated, do not depend on the order of the elements.
 #pragma once
 
-#include "common/macros.h"
+#include "macros.h"
 
 namespace torchao8 {
 

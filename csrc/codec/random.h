@@ -28,7 +28,7 @@
 // optional, and shapes are alike where draws are shared. A group has one: its seed.
 #pragma once
 
-#include "common/macros.h"
+#include "macros.h"
 
 namespace torchao8 {
 

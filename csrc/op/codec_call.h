@@ -5,8 +5,8 @@
 
 #include <vector>
 
-#include "common/block_layout.h"
-#include "common/checks.h"
+#include "codec/block_layout.h"
+#include "op/checks.h"
 
 namespace torchao8 {
 
@@ -18,16 +18,17 @@ inline Tensor new_contiguous(const Tensor& like, const std::vector<int64_t>& sha
 
 // The arguments of dequantize_blockwise; returns where the blocks lie.
 inline BlockLayout check_dequantize(const char* op, const Tensor& codes, const Tensor& scale,
-                                    int64_t block_size, ScalarType dtype, const Place& place) {
-  check_place({op, "codes"}, codes, place);
-  check_place({op, "scale"}, scale, place);
+                                    int64_t block_size, ScalarType dtype, const Device& device) {
+  check_device({op, "codes"}, codes, device);
+  check_device({op, "scale"}, scale, device);
   check_dtype({op, "codes"}, codes, ScalarType::Byte);
   check_dtype({op, "scale"}, scale, ScalarType::Float);
   check_block_size(op, block_size);
   check_contiguous({op, "codes"}, codes);
   check_contiguous({op, "scale"}, scale);
   const BlockLayout layout = block_layout(codes.sizes(), block_size);
-  check_shape({op, "scale"}, scale, layout.scale_shape, "one scale per block of a row of codes");
+  check_shape({op, "scale"}, scale, layout.scale_shape(codes.sizes()),
+              "one scale per block of a row of codes");
   TORCHAO8_CHECK(
       dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op,
       ": dtype must be float32, bfloat16 or float16, got ", dtype_name(dtype));

@@ -7,17 +7,17 @@
 #include <utility>
 #include <vector>
 
-#include "common/checks.h"
-#include "common/exact_sum.h"
+#include "codec/exact_sum.h"
+#include "op/checks.h"
 
 namespace torchao8 {
 
 constexpr const char* kSumOp = "sum_squares";
 constexpr const char* kNormOp = "norms";
 
-inline FloatType check_summand(const TensorList& tensors, size_t i, const Place& place) {
+inline FloatType check_summand(const TensorList& tensors, size_t i, const Device& device) {
   const Argument argument = {kSumOp, "tensors", int64_t(i)};
-  check_place(argument, tensors[i], place);
+  check_device(argument, tensors[i], device);
   return check_float_type(argument, tensors[i]);
 }
 
@@ -25,13 +25,13 @@ inline FloatType check_summand(const TensorList& tensors, size_t i, const Place&
 inline Tensor new_sums(const TensorList& tensors) {
   const std::vector<int64_t> shape = {int64_t(tensors.size()), kLimbs};
   return torch::stable::new_zeros(
-      tensors[0], torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()),
+      tensors[0].tensor(), torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()),
       ScalarType::Long);
 }
 
 // Whether a tensor's elements are a piece of memory without gaps, in whatever order: a sum does not
 // ask for it.
-inline bool is_packed(const Tensor& t) {
+inline bool is_packed(const TensorView& t) {
   if (t.is_contiguous()) return true;
   const auto sizes = t.sizes(), strides = t.strides();
   std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size

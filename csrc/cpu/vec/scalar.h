@@ -1,11 +1,11 @@
 // The vector interface at width one, in plain C++ that any compiler accepts. It is the definition:
-// vec_avx2.h and vec_avx512.h give the same bits, sixteen values at a time.
+// avx2.h and avx512.h give the same bits, sixteen values at a time.
 #pragma once
 
 #include <cstdint>
 
-#include "common/floats.h"
-#include "common/random.h"
+#include "codec/floats.h"
+#include "codec/random.h"
 #include "cpu/codec_tables.h"
 
 namespace torchao8::scalar {

@@ -1,0 +1,345 @@
+// What CUDA does with a checked call of a family's ops: makes tables of tensors of it and launches
+// the kernels.
+//
+// One launch updates a bucket; longer lists take more. The host waits for nothing, and reads
+// nothing from the device, so that a step can be captured in a CUDA graph. A step count, a learning
+// rate or a gradient scale that is out of range on the device is therefore not refused.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "cuda/launch.h"
+#include "cuda/one_scale.cuh"
+#include "cuda/tables.cuh"
+#include "op/family_ops.h"
+
+namespace torchao8::cuda {
+
+// Kernels read dense memory in row-major order. What is not like that is copied, and back.
+class Dense {
+ public:
+  Dense(const TensorView& t, Access access) {
+    if (!t.is_contiguous()) {
+      original_ = t.tensor();
+      copy_ = torch::stable::contiguous(*original_);
+      data_ = copy_->mutable_data_ptr();
+    } else if (access == Access::kWrite) {
+      data_ = t.mutable_data_ptr();
+    } else {
+      data_ = const_cast<void*>(t.const_data_ptr());
+    }
+  }
+  void* data() const { return data_; }
+  void write_back() {
+    if (copy_) torch::stable::copy_(*original_, *copy_);
+  }
+
+ private:
+  std::optional<Tensor> original_, copy_;
+  void* data_;
+};
+
+// The numbers of a call. Those on the CPU are read and checked; for those on the device the kernels
+// get the address.
+template <class Options>
+struct CudaNumbers {
+  Options options;
+  Scalar lr, grad_scale, found_inf;
+  const double* rest;  // where the other numbers lie, if the host has not read them
+
+  explicit CudaNumbers(const StepCall& call)
+      : lr(scalar_argument({call.op, "lr"}, call.lr, 1, call.device)),
+        grad_scale(scalar_argument({call.op, "grad_scale"}, call.grad_scale, 1, call.device)),
+        found_inf(scalar_argument({call.op, "found_inf"}, call.found_inf, 0, call.device)) {
+    const RuleNumbers numbers =
+        rule_numbers({call.op, "numbers"}, *call.numbers, kNumberCount<Options>, call.device);
+    rest = numbers.on_device;
+    const CommonOptions common = {lr.address ? 0 : lr.value,
+                                  grad_scale.address ? 1 : grad_scale.value};
+    options = make_options<Options>(common, numbers.known, call.flags);
+    check_options(call.op, options, numbers.known != nullptr);
+  }
+  bool skips() const { return false; }  // the kernels read found_inf
+
+  // As the kernels take them.
+  template <class Rule>
+  cuda::Numbers<Rule> of(const StepCall& call) const {
+    return {options, lr, grad_scale, found_inf, uint64_t(call.seed), call.quantized, rest};
+  }
+};
+
+// A call on its way to the kernels, and the copies that must live until the launches are made.
+template <class Rule>
+struct Step {
+  const StepCall& call;
+  const Launcher launcher;
+  const Numbers<Rule> numbers;
+  std::vector<Dense> params, grads;
+  const bool rounds_params;  // whether some parameters are rounded stochastically
+
+  Step(const StepCall& c, const CudaNumbers<typename Rule::Options>& n)
+      : call(c),
+        launcher(c.op, c.device.index),
+        numbers(n.template of<Rule>(c)),
+        rounds_params(c.stochastic_params &&
+                      std::any_of(c.params.begin(), c.params.end(), [](const TensorView& p) {
+                        return p.scalar_type() == ScalarType::BFloat16;
+                      })) {
+    params.reserve(c.params.size());
+    grads.reserve(c.grads.size());
+    for (const TensorView& param : c.params) params.emplace_back(param, Access::kWrite);
+    for (const TensorView& grad : c.grads) grads.emplace_back(grad, Access::kRead);
+  }
+};
+
+// Sets what all entries have.
+template <class Rule, class Entry>
+void set_addresses(Entry& entry, const Step<Rule>& step, size_t i) {
+  const StepCall& call = step.call;
+  entry.param = step.params[i].data();
+  entry.grad = step.grads[i].data();
+  entry.step = call.steps[i].template const_data_ptr<float>();
+  entry.factors =
+      call.factors.empty() ? nullptr : call.factors[i].template const_data_ptr<double>();
+  entry.param_type = check_float_type({call.op, "params", int64_t(i)}, call.params[i]);
+  entry.grad_type = check_float_type({call.op, "grads", int64_t(i)}, call.grads[i]);
+  if constexpr (kScalarsOf<Rule> > 0) {
+    for (int s = 0; s < kScalarsOf<Rule>; s++)
+      entry.scalars[s] = call.scalars[s]->values[i].template mutable_data_ptr<float>();
+  }
+}
+template <class Rule, class Entry>
+void set_codes(Entry& entry, const Step<Rule>& step, size_t i) {
+  for (int s = 0; s < Rule::kStates; s++) {
+    entry.codes[s] = step.call.values(s, i).template mutable_data_ptr<uint8_t>();
+    entry.scales[s] = step.call.scales(s, i).template mutable_data_ptr<float>();
+  }
+}
+
+// The type that fast entries have: that of the first parameter, or what is rounded stochastically.
+template <class Rule>
+FloatType type_of(const Step<Rule>& step) {
+  if (step.rounds_params) return FloatType::kBFloat16;
+  return check_float_type({step.call.op, "params", 0}, step.call.params[0]);
+}
+
+// Fills an entry of 8-bit state.
+template <class Rule, class Entry>
+void set_blocks(Entry& entry, const Step<Rule>& step, size_t i) {
+  const StepCall& call = step.call;
+  const BlockLayout layout = block_layout(call.params[i].sizes(), call.block_size);
+  TORCHAO8_CHECK(layout.rows * layout.blocks_per_row <= kMostUnits,
+                 Argument{call.op, "params", int64_t(i)}.text(), " has more than 2^31 blocks");
+  set_addresses(entry, step, i);
+  set_codes(entry, step, i);
+  entry.rows = layout.rows;
+  entry.row_length = entry.row_stride = layout.row_length;
+  entry.blocks_per_row = uint32_t(layout.blocks_per_row);
+  if (!call.shard_offsets.empty()) {
+    entry.shard_offset = uint64_t(call.shard_offsets[i]);
+    entry.row_stride = call.shard_row_strides[i];
+  }
+  entry.finish(type_of(step), int(call.block_size));
+}
+
+// The same of 32-bit state.
+template <class Rule, class Entry>
+void set_elements(Entry& entry, const Step<Rule>& step, size_t i) {
+  set_addresses(entry, step, i);
+  for (int s = 0; s < Rule::kStates; s++)
+    entry.states[s] = step.call.values(s, i).template mutable_data_ptr<float>();
+  entry.count = step.call.params[i].numel();
+  entry.finish(type_of(step));
+}
+
+// The same with the place of a shard.
+template <class Rule, class Entry>
+void set_placed_elements(Entry& entry, const Step<Rule>& step, size_t i) {
+  const StepCall& call = step.call;
+  const TensorView& param = call.params[i];
+  set_elements(entry, step, i);
+  entry.row_length = entry.count;
+  if (!call.shard_offsets.empty()) {
+    entry.shard_offset = uint64_t(call.shard_offsets[i]);
+    if (param.dim() > 1 && call.shard_row_strides[i] != param.sizes().back()) {
+      entry.row_length = param.sizes().back();
+      entry.row_stride = call.shard_row_strides[i];
+    }
+  }
+  entry.finish(type_of(step));
+}
+
+// Fills a table with an entry for each parameter, set(entry, i), and launches it when it is full.
+template <class Entry, class Rule, class Launch, class Set>
+void launch_tables(const Step<Rule>& step, Launch launch, Set set) {
+  Filler<Rule, Entry, Launch> filler(step.numbers, int(step.call.block_size),
+                                     step.call.stochastic_rounding, launch);
+  for (size_t i = 0; i < step.call.params.size(); i++) {
+    Entry entry = {};
+    set(entry, i);
+    filler.add(entry);
+  }
+  filler.flush();
+}
+
+template <class Rule, class T, bool kRounds>
+void step_blocks_of(const Step<Rule>& step) {
+  using Entry = BlockEntryOf<Rule>;
+  const Tables* tables = tables_on(step.launcher);
+  const int64_t size = step.call.block_size;
+  const auto kernel = size > kSpan    ? step_blocks<Rule, T, Blocks::kLong, kRounds>
+                      : size == kSpan ? step_blocks<Rule, T, Blocks::kSpan, kRounds>
+                                      : step_blocks<Rule, T, Blocks::kShort, kRounds>;
+  launch_tables<Entry>(
+      step,
+      [&](const Table<Rule, Entry>& table) {
+        step.launcher.launch_over(table.units, kernel, sizeof(SharedOfBlocks<Rule, kRounds>), table,
+                                  tables);
+      },
+      [&](Entry& entry, size_t i) { set_blocks(entry, step, i); });
+}
+
+template <class Rule, class T, bool kRounds>
+void step_elements_of(const Step<Rule>& step) {
+  using Entry = ElementEntryOf<Rule, kRounds>;
+  launch_tables<Entry>(
+      step,
+      [&](const Table<Rule, Entry>& table) {
+        step.launcher.launch_over(table.units, step_elements<Rule, T, kRounds>,
+                                  sizeof(SharedOfElements<Rule>), table);
+      },
+      [&](Entry& entry, size_t i) {
+        if constexpr (kRounds) {
+          set_placed_elements(entry, step, i);
+        } else {
+          set_elements(entry, step, i);
+        }
+      });
+}
+
+template <class Rule, class T, bool kRounds>
+void step_one_scale_of(const Step<Rule>& step) {
+  using Entry = OneScaleEntryOf<Rule>;
+  using Scales = ScalesEntryOf<Rule>;
+  const StepCall& call = step.call;
+  const Tables* tables = tables_on(step.launcher);
+  launch_tables<Entry>(
+      step,
+      [&](const Table<Rule, Entry>& table) {
+        step.launcher.launch_over(table.units, step_one_scale<Rule, T, kRounds>,
+                                  sizeof(SharedOfBlocks<Rule, kRounds>), table, tables);
+      },
+      [&](Entry& entry, size_t i) {
+        set_blocks(entry, step, i);
+        entry.extremes = call.extremes[i].template const_data_ptr<int64_t>();
+      });
+  launch_tables<Scales>(
+      step,
+      [&](const Table<Rule, Scales>& table) {
+        step.launcher.launch(write_scales<Rule>, blocks_of_rows(call.op, table.count), 0, table);
+      },
+      [&](Scales& entry, size_t i) {
+        set_addresses(entry, step, i);
+        for (int s = 0; s < Rule::kStates; s++)
+          entry.scales[s] = call.scales(s, i).template mutable_data_ptr<float>();
+        entry.extremes = call.extremes[i].template const_data_ptr<int64_t>();
+      });
+}
+
+// When all kernels that read the old ones have been launched.
+template <class Rule>
+void write_scalars_of(const Step<Rule>& step) {
+  using Entry = ScalarsEntryOf<Rule>;
+  launch_tables<Entry>(
+      step,
+      [&](const Table<Rule, Entry>& table) {
+        step.launcher.launch(write_scalars<Rule>, blocks_of_rows(step.call.op, table.count), 0,
+                             table);
+      },
+      [&](Entry& entry, size_t i) { set_addresses(entry, step, i); });
+}
+
+template <class Rule, class T>
+void find_extremes_of(const Step<Rule>& step, int64_t* keys) {
+  using Entry = ExtremesEntryOf<Rule>;
+  const Tables* tables = tables_on(step.launcher);
+  launch_tables<Entry>(
+      step,
+      [&](const Table<Rule, Entry>& table) {
+        step.launcher.launch_over(table.units, find_extremes<Rule, T>,
+                                  sizeof(SharedOfExtremes<Rule>), table, tables);
+      },
+      [&](Entry& entry, size_t i) {
+        set_addresses(entry, step, i);
+        set_codes(entry, step, i);
+        entry.keys = keys + i * size_t(step.call.state_count);
+        entry.count = step.call.params[i].numel();
+        entry.finish(type_of(step));
+      });
+}
+
+template <class Rule, class T, bool kRounds = false>
+void step_all_of(const Step<Rule>& step) {
+  if constexpr (Rule::kStates > 0) {
+    if (step.call.one_scale) return step_one_scale_of<Rule, T, kRounds>(step);
+    if (step.call.quantized) return step_blocks_of<Rule, T, kRounds>(step);
+  }
+  step_elements_of<Rule, T, kRounds>(step);
+}
+
+// See FamilyOps.
+struct CudaStep {
+  static constexpr bool kNeedsTensors = true;
+  struct Guard {
+    Guard() {}
+  };
+  template <class Options>
+  using Numbers = CudaNumbers<Options>;
+
+  static Device device_of(const StepCall& call) {
+    return cuda::device_of({call.op, "params", 0}, call.params[0]);
+  }
+  static void check_values(const StepCall&) {}
+
+  template <class Rule>
+  static void step(const StepCall& call, const Numbers<typename Rule::Options>& numbers) {
+    Step<Rule> step(call, numbers);
+    switch (type_of(step)) {
+      case FloatType::kFloat32:
+        step_all_of<Rule, float>(step);
+        break;
+      case FloatType::kBFloat16:
+        if (step.rounds_params) {
+          step_all_of<Rule, BFloat16, true>(step);
+        } else {
+          step_all_of<Rule, BFloat16>(step);
+        }
+        break;
+      case FloatType::kFloat16:
+        step_all_of<Rule, Half>(step);
+        break;
+    }
+    if constexpr (kScalarsOf<Rule> > 0) write_scalars_of(step);
+    for (Dense& param : step.params) param.write_back();
+  }
+
+  template <class Rule>
+  static void find_extremes(const StepCall& call, const Numbers<typename Rule::Options>& numbers,
+                            int64_t* keys) {
+    const Step<Rule> step(call, numbers);
+    switch (type_of(step)) {
+      case FloatType::kFloat32:
+        return find_extremes_of<Rule, float>(step, keys);
+      case FloatType::kBFloat16:
+        return find_extremes_of<Rule, BFloat16>(step, keys);
+      case FloatType::kFloat16:
+        return find_extremes_of<Rule, Half>(step, keys);
+    }
+  }
+};
+
+}  // namespace torchao8::cuda

@@ -1,0 +1,122 @@
+// The ops of a family: their names, their schemas, and what torch calls. An engine (of the CPU, of
+// CUDA) plugs in what it does with a checked call.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <string>
+
+#include "op/step_call.h"
+
+namespace torchao8 {
+
+template <class Family>
+const char* step_op() {
+  static const std::string name = std::string(Family::kName) + "_step_";
+  return name.c_str();
+}
+template <class Family>
+const char* extremes_op() {
+  static const std::string name = std::string(Family::kName) + "_extremes";
+  return name.c_str();
+}
+
+template <class Family>
+std::string step_schema() {
+  StepCall call(step_op<Family>());
+  call.set_family(Type<Family>());
+  SchemaWriter writer;
+  visit_step<Family>(writer, call);
+  return call.op + ("(" + writer.text() + ") -> ()");
+}
+template <class Family>
+std::string extremes_schema() {
+  StepCall call(extremes_op<Family>());
+  call.set_family(Type<Family>());
+  SchemaWriter writer;
+  visit_extremes<Family>(writer, call);
+  return call.op + ("(" + writer.text() + ") -> Tensor");
+}
+
+// Of the device of the call; rows of zeros.
+inline Tensor new_extremes(const StepCall& call) {
+  const int64_t shape[] = {int64_t(call.params.size()), call.state_count};
+  return torch::stable::new_zeros(call.params[0].tensor(), Sizes(shape, 2), ScalarType::Long);
+}
+
+// The kernels of a family's two ops. An engine has
+//     kNeedsTensors   whether a call without tensors has no device, and does nothing
+//     Guard           lives as long as the call is worked on
+//     device_of(call)
+//     Numbers<Options>(call)   reads, or finds, the numbers of the call and checks them; has
+//                     `options`, and skips(), whether found_inf is known to forbid the step
+//     check_values(call)       of numbers that the host can read
+//     step<Rule>(call, numbers)
+//     find_extremes<Rule>(call, numbers, keys)
+template <class Engine, class Family>
+class FamilyOps {
+ public:
+  static void step(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+    Held<StepCall> held(std::in_place, step_op<Family>());
+    StepCall& call = *held;
+    call.set_family(Type<Family>());
+    StackReader reader(stack, inputs);
+    visit_step<Family>(reader, call);
+    STD_TORCH_CHECK(reader.done() && outputs == 0, call.op, ": the schema is not the kernel's");
+    if (Engine::kNeedsTensors && call.params.empty()) return;
+    const typename Engine::Guard guard;
+    prepare(call);
+    call.one_scale = !call.extremes.empty();
+    check_block_size(call.op, call.block_size);
+    const Numbers numbers(call);
+    check_call(call);
+    Engine::check_values(call);
+    if (numbers.skips()) return;
+    Family::choose(numbers.options, call.has, call.scales_gradient(), [&](auto type) {
+      using Rule = typename decltype(type)::type;
+      static_assert(kScalarsOf<Rule> == count_scalars<Family>());
+      Engine::template step<Rule>(call, numbers);
+    });
+  }
+
+  static void extremes(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+    Held<StepCall> held(std::in_place, extremes_op<Family>());
+    StepCall& call = *held;
+    call.set_family(Type<Family>());
+    StackReader reader(stack, inputs);
+    visit_extremes<Family>(reader, call);
+    STD_TORCH_CHECK(reader.done() && outputs == 1, call.op, ": the schema is not the kernel's");
+    TORCHAO8_CHECK(!call.params.empty(), call.op, ": params must not be empty");
+    const typename Engine::Guard guard;
+    prepare(call);
+    call.one_scale = true;
+    const Numbers numbers(call);
+    check_extremes_call(call);
+    Engine::check_values(call);
+    Tensor keys = new_extremes(call);
+    Family::choose(numbers.options, call.has, call.scales_gradient(), [&](auto type) {
+      using Rule = typename decltype(type)::type;
+      if constexpr (Rule::kStates > 0)
+        Engine::template find_extremes<Rule>(call, numbers, keys.mutable_data_ptr<int64_t>());
+    });
+    stack[0] = torch::stable::detail::from(keys);
+  }
+
+ private:
+  using Numbers = typename Engine::template Numbers<typename Family::Options>;
+
+  static void prepare(StepCall& call) {
+    call.inspect();
+    call.find_states();
+    call.device = Engine::device_of(call);
+  }
+};
+
+// Registers an engine's kernels of a family.
+template <class Engine, class Family, class Library>
+void implement(Library& m) {
+  m.impl(step_op<Family>(), &FamilyOps<Engine, Family>::step);
+  m.impl(extremes_op<Family>(), &FamilyOps<Engine, Family>::extremes);
+}
+
+}  // namespace torchao8
