@@ -284,6 +284,11 @@ def schedule(optimizer: Any) -> None:
     scheduler.step()
 
 
+def lr_and_decay(optimizer: Any) -> None:
+    group = optimizer.param_groups[0]
+    group["lr"] = group["weight_decay"] = 0.3
+
+
 def other_betas(optimizer: Any) -> None:
     group = optimizer.param_groups[0]
     group["betas"] = tuple(beta / 2 for beta in group["betas"])
@@ -375,6 +380,7 @@ CHANGES = {
     "other steps": Change(other_steps),
     "other steps in place": Change(steps_in_place, keeps=True),
     "lr": Change(set_option("lr", 0.5), keeps=True),
+    "lr and weight_decay, one number": Change(lr_and_decay, keeps=True),
     "lr as a tensor": Change(set_option("lr", torch.tensor(0.5)), keeps=True),
     "lr in place": Change(lr_in_place, keeps=True),
     "lr that is infinite": Change(

@@ -17,6 +17,8 @@ whole. Copies and pickles of an optimizer carry none.
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from operator import is_
@@ -448,11 +450,24 @@ class Options:
             ValueError: an option is out of range now.
         """
         group = self.group
-        if not self.may_change and _same(group.values(), self.values) and list(group) == self.names:
-            return self
+        if not self.may_change and list(group) == self.names:
+            if _same(group.values(), self.values):
+                return self
+            lr, before = group["lr"], self.values[self.names.index("lr")]
+            values = [before if v is lr else v for v in group.values()]
+            if type(lr) is float and math.isfinite(lr) and _same(values, self.values):
+                return self._with_lr(lr)  # what a schedule changes at every step, and no more
         plain_numbers(group)
         optimizer._check_options(known_options(group))
         return Options(optimizer, group)
+
+    def _with_lr(self, lr: float) -> Options:
+        """The same with another learning rate. Any finite number is one, see
+        :func:`torchao8.optim.options.check_common_options`."""
+        options = copy.copy(self)
+        options.lr = one_number(lr)
+        options.values = list(self.group.values())
+        return options
 
 
 def _may_change(value: object) -> bool:
