@@ -134,6 +134,14 @@ _CONTENDERS = [
     ),
     Contender("32bit", "torchao8.AdamW", "torchao8", _torchao8_32bit),
     Contender(
+        "32bit-compiled",
+        "torch.compile of torchao8.AdamW.step",
+        "torchao8",
+        _torchao8_32bit,
+        lists=(),
+        compiled=True,
+    ),
+    Contender(
         "torch-compiled",
         "torch.compile of torch.optim.AdamW.step",
         "torch",

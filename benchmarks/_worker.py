@@ -200,9 +200,13 @@ def _message(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line}"
 
 
-def _serve(requests: Iterator[str], reply: Callable[[dict[str, Any]], None]) -> None:
+def _serve(
+    make_server: Callable[[dict[str, Any]], Server],
+    requests: Iterator[str],
+    reply: Callable[[dict[str, Any]], None],
+) -> None:
     try:
-        server = Server(json.loads(next(requests)))
+        server = make_server(json.loads(next(requests)))
         reply({"ready": True})
     except Exception as error:  # whatever a library raises is a result: the parent reports it
         traceback.print_exc()
@@ -226,7 +230,7 @@ def _serve(requests: Iterator[str], reply: Callable[[dict[str, Any]], None]) -> 
             return
 
 
-def main() -> None:
+def main(make_server: Callable[[dict[str, Any]], Server] = Server) -> None:
     """Serves the process that started this one."""
     # Libraries print to standard output; replies go to a copy of it that they do not know.
     replies = os.fdopen(os.dup(1), "w")
@@ -236,7 +240,7 @@ def main() -> None:
         sys.stderr.flush()
         print(json.dumps(message), file=replies, flush=True)
 
-    _serve(iter(sys.stdin), reply)
+    _serve(make_server, iter(sys.stdin), reply)
 
 
 if __name__ == "__main__":

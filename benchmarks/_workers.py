@@ -40,6 +40,8 @@ class Worker:
         env.pop("TORCHAO8_CPU", None)
         if spec["cpu_path"] is not None:
             env["TORCHAO8_CPU"] = spec["cpu_path"]
+        if "source" in spec:  # the directory to import torchao8 from
+            env["PYTHONPATH"] = spec["source"]
         # Where a library compiles code at run time, ninja stands beside the interpreter.
         env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
         self._log = tempfile.TemporaryFile()  # stop() closes it

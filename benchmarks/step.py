@@ -23,7 +23,7 @@ from _common import RESULTS, CpuWatch, installed, usable_cores, versions, write_
 from _contenders import BASELINE, CONTENDERS, Contender
 from _devices import Cpu, open_device
 from _family import RULES, Rule
-from _lists import LISTS, tensor_list
+from _lists import GROUPS, LISTS, tensor_list
 from _measure import MIN_ROUNDS, Bench, Plan, say
 from _tables import draw, rules_table, table, title
 from _workers import PROGRAM, Workers
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         return f"({_DEFAULTS['cpu'][option]:g}; {_DEFAULTS['cuda'][option]:g} on a GPU)"
 
     add("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
-    add("--list", choices=[*labels, "all"], help="tensors to step over (gpt2; all on a GPU)")
+    add("--list", choices=[*labels, *GROUPS, "all"], help="tensors (gpt2; all on a GPU)")
     add(
         "--dtype",
         choices=["float32", "bfloat16", "both"],
@@ -131,7 +131,8 @@ def _parse(argv: Iterable[str] | None) -> tuple[argparse.Namespace, Cpu]:
     for option, value in _DEFAULTS[device.kind].items():
         if getattr(args, option) is None:
             setattr(args, option, value)
-    if args.list not in (*device.lists, "all"):
+    args.lists = device.lists if args.list == "all" else GROUPS.get(args.list, (args.list,))
+    if not {*args.lists} <= {*device.lists}:
         parser.error(f"--list: on {device.kind} one of {', '.join(device.lists)}, got {args.list}")
     if args.family is not None and args.contenders is not None:
         parser.error("--family: expected no --contenders with it")
@@ -189,7 +190,7 @@ def measure(
     cases: Cases = []
     left_out: Cases = []
     try:
-        for list_name in device.lists if args.list == "all" else [args.list]:
+        for list_name in args.lists:
             for dtype in ["float32", "bfloat16"] if args.dtype == "both" else [args.dtype]:
                 for rule in _rules(args):
                     if plan.late():
