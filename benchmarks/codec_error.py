@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import RESULTS, describe_machine, format_table, versions, write_results
 from torch import Tensor
 
 import torchao8
+from benchmarks.reporting import RESULTS, describe_machine, format_table, versions, write_results
 
 Codec = Callable[[Tensor, bool], Tensor]  # (x, signed) -> x quantized and dequantized
 

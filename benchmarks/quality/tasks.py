@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tutorials"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tutorials"))
 
 from _gpt import GPT, VOCABULARY, GPTConfig, Text, cross_entropy
 

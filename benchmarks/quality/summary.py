@@ -1,4 +1,4 @@
-"""What the records of `quality.py` say, in numbers."""
+"""What the records of the runs say, in numbers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from _quality_runs import (
+from benchmarks.quality.runs import (
     CODECS,
     EMBEDDINGS,
     FAMILY,

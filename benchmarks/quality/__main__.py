@@ -1,7 +1,7 @@
 """Shows that 8-bit state trains: held-out losses over seeds, against 32-bit state.
 
-    python benchmarks/quality.py             # hours on one core; may be stopped and started again
-    python benchmarks/quality.py --report    # what is recorded so far
+    python -m benchmarks.quality             # hours on one core; may be stopped and started again
+    python -m benchmarks.quality --report    # what is recorded so far
 
 Three studies. `family`: every optimizer with 32-bit and with 8-bit state, torch.optim's and
 bitsandbytes' own where there are such, on a small GPT and on handwritten digits. `ablation`: AdamW
@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import RESULTS, describe_machine, installed, versions, write_results
-from _quality_report import summarize
-from _quality_runs import FULL, QUICK, Run, Tasks, attempt, plan
-from _quality_show import draw, page
+
+from benchmarks.quality.page import draw, page
+from benchmarks.quality.runs import FULL, QUICK, Run, Tasks, attempt, plan
+from benchmarks.quality.summary import summarize
+from benchmarks.reporting import RESULTS, describe_machine, installed, versions, write_results
 
 Record = dict[str, Any]
 
@@ -109,7 +110,9 @@ def report(runs: list[Run], records: Records, args: argparse.Namespace) -> None:
 
 def _parse(argv: Iterable[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.quality",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="a few steps of tiny models, two seeds: seconds")

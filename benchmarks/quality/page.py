@@ -1,13 +1,13 @@
-"""How `quality.py` shows its numbers: tables on a page of Markdown, and a picture."""
+"""How the summary is shown: tables on a page of Markdown, and a picture."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from _common import format_table
-from _quality_runs import OURS_8BIT, OURS_32BIT, REFERENCE, SOURCES
-from _quality_update import PERCENTILES
+from benchmarks.quality.moments import PERCENTILES
+from benchmarks.quality.runs import OURS_8BIT, OURS_32BIT, REFERENCE, SOURCES
+from benchmarks.reporting import format_table
 
 
 def _plus_minus(mean: float | None, deviation: float | None, form: str = ".4f") -> str:
@@ -103,7 +103,8 @@ def page(summary: dict[str, Any]) -> str:
     )
     parts = [
         "# Training with 8-bit state: what it costs in loss",
-        f"`benchmarks/quality.py`, {summary['runs_recorded']} of {summary['runs_planned']} runs, "
+        f"`python -m benchmarks.quality`, {summary['runs_recorded']} of "
+        f"{summary['runs_planned']} runs, "
         f"{summary['hours']:.1f} hours of one core ({machines}).",
     ]
     sections = [

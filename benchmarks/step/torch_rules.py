@@ -1,4 +1,4 @@
-"""What torch.optim lacks, as it would have it, for `step.py --family`: Lion, AdEMAMix, LARS, LAMB.
+"""What torch.optim lacks, as it would have it, to be compared with: Lion, AdEMAMix, LARS, LAMB.
 
 Each in two forms, as torch's own: with `foreach`, every operation goes over all tensors before the
 next one; without, all operations go over one tensor before the next, which stays in the cache if it
@@ -20,9 +20,12 @@ Tensors = list[Tensor]
 class _Reference(torch.optim.Optimizer):
     """Makes the state and goes over the tensors; a subclass is an update rule."""
 
+    names: tuple[str, ...]  # of the options, all of which must be given
     _state_names: tuple[str, ...]
 
     def __init__(self, params: Iterable[Tensor], foreach: bool, **options: Any) -> None:
+        if options.keys() != {*self.names}:
+            raise TypeError(f"{type(self).__name__}: expected {self.names}, got {list(options)}")
         super().__init__(params, {"foreach": foreach, **options})
 
     @torch.no_grad()
@@ -51,16 +54,7 @@ class Lion(_Reference):
     """Algorithm 2 of "Symbolic Discovery of Optimization Algorithms" (Chen et al., 2023)."""
 
     _state_names = ("exp_avg",)
-
-    def __init__(
-        self,
-        params: Iterable[Tensor],
-        lr: float,
-        betas: tuple[float, float],
-        weight_decay: float,
-        foreach: bool,
-    ) -> None:
-        super().__init__(params, foreach, lr=lr, betas=betas, weight_decay=weight_decay)
+    names = ("lr", "betas", "weight_decay")
 
     def _update(  # type: ignore[override]
         self, params: Tensors, grads: Tensors, averages: Tensors, group: dict[str, Any]
@@ -77,19 +71,7 @@ class AdEMAMix(_Reference):
     """Algorithm 1 of "The AdEMAMix Optimizer" (Pagliardini et al., 2024), without warm-ups."""
 
     _state_names = ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq")
-
-    def __init__(
-        self,
-        params: Iterable[Tensor],
-        lr: float,
-        betas: tuple[float, float, float],
-        alpha: float,
-        eps: float,
-        weight_decay: float,
-        foreach: bool,
-    ) -> None:
-        options = {"lr": lr, "betas": betas, "alpha": alpha, "eps": eps}
-        super().__init__(params, foreach, **options, weight_decay=weight_decay)
+    names = ("lr", "betas", "alpha", "eps", "weight_decay")
 
     def _update(  # type: ignore[override]
         self,
@@ -127,18 +109,7 @@ class LARS(_Reference):
     """Algorithm 1 of "Large Batch Training of Convolutional Networks" (You et al., 2017)."""
 
     _state_names = ("momentum_buffer",)
-
-    def __init__(
-        self,
-        params: Iterable[Tensor],
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        foreach: bool,
-        trust_coefficient: float = 0.001,
-    ) -> None:
-        options = {"lr": lr, "momentum": momentum, "trust_coefficient": trust_coefficient}
-        super().__init__(params, foreach, **options, weight_decay=weight_decay)
+    names = ("lr", "momentum", "weight_decay", "trust_coefficient")
 
     def _update(  # type: ignore[override]
         self, params: Tensors, grads: Tensors, buffers: Tensors, group: dict[str, Any]
@@ -158,18 +129,7 @@ class LAMB(_Reference):
     """Algorithm 2 of "Large Batch Optimization for Deep Learning" (You et al., 2019)."""
 
     _state_names = ("exp_avg", "exp_avg_sq")
-
-    def __init__(
-        self,
-        params: Iterable[Tensor],
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        foreach: bool,
-    ) -> None:
-        options = {"lr": lr, "betas": betas, "eps": eps}
-        super().__init__(params, foreach, **options, weight_decay=weight_decay)
+    names = ("lr", "betas", "eps", "weight_decay")
 
     def _update(  # type: ignore[override]
         self,

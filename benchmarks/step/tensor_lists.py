@@ -1,4 +1,4 @@
-"""The tensor lists that `step.py` steps over."""
+"""The lists of parameter shapes to step over."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The runs of `quality.py`: which there are, in which order, and how one is made."""
+"""The runs of the studies: which there are, in which order, and how one is made."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from _common import installed
-from _quality_emulation import MAPS, SCOPES, EmulatedAdamW8bit
-from _quality_tasks import DigitsSize, GptSize, Size, Task, open_task
-from _quality_update import UpdateError
-from _worker import state_bytes
 from torch import nn
 
 import torchao8
+from benchmarks.quality.moments import MAPS, SCOPES, EmulatedAdamW8bit, UpdateError
+from benchmarks.quality.tasks import DigitsSize, GptSize, Size, Task, open_task
+from benchmarks.reporting import installed
+from benchmarks.step.contenders import rule_names
+from benchmarks.step.job import state_bytes
 
 Options = dict[str, Any]
 
@@ -28,36 +28,41 @@ LAST_LR = 0.1  # of the highest
 
 @dataclass(frozen=True)
 class Rule:
-    """An update rule in the study of the family: options, and the learning rate for each task.
+    """An update rule in the study of the family, and the learning rate for each task.
 
     It is run under its name with 32-bit and, with "8bit" behind it, with 8-bit state; by
     torch.optim and bitsandbytes where they have a class of that name.
     """
 
     name: str
-    options: Options
-    lr: dict[str, float]
+    gpt_lr: float = 1e-3
+    digits_lr: float = 2e-3
+    options: Options = field(default_factory=dict)
+
+    @property
+    def lr(self) -> dict[str, float]:
+        """By task."""
+        return {"gpt": self.gpt_lr, "digits": self.digits_lr}
 
 
-# A rule more is a row more. The learning rates were chosen by a few runs with 32-bit state.
+_DECAY = {"weight_decay": 0.1}
+# The learning rates were chosen by a few runs with 32-bit state.
+_CHOSEN = [
+    Rule("Adam", 1e-3, 2e-3, {"betas": (0.9, 0.999)}),
+    Rule("AdamW", 2e-3, 2e-3, {"betas": (0.9, 0.95), **_DECAY}),
+    Rule("AdEMAMix", 1e-3, 2e-3,
+         {"betas": (0.9, 0.999, 0.9999), "alpha": 2.0, "t_alpha": 600, "t_beta3": 600}),
+    Rule("Adagrad", 1e-2, 2e-2),
+    Rule("LAMB", 1e-2, 2e-2, {"betas": (0.9, 0.999), **_DECAY}),
+    Rule("LARS", 0.3, 1.0, {"momentum": 0.9, "weight_decay": 1e-4, "trust_coefficient": 0.02}),
+    Rule("Lion", 5e-4, 2e-4, {"betas": (0.9, 0.99), **_DECAY}),
+    Rule("RMSprop", 1e-3, 2e-3, {"alpha": 0.99}),
+    Rule("SGD", 1e-1, 1e-1, {"momentum": 0.9}),
+]  # fmt: skip
+# Every rule of the library; one that nobody has chosen numbers for has its defaults.
 FAMILY = [
-    Rule("Adam", {"betas": (0.9, 0.999)}, {"gpt": 1e-3, "digits": 2e-3}),
-    Rule("AdamW", {"betas": (0.9, 0.95), "weight_decay": 0.1}, {"gpt": 2e-3, "digits": 2e-3}),
-    Rule(
-        "AdEMAMix",
-        {"betas": (0.9, 0.999, 0.9999), "alpha": 2.0, "t_alpha": 600, "t_beta3": 600},
-        {"gpt": 1e-3, "digits": 2e-3},
-    ),
-    Rule("Adagrad", {}, {"gpt": 1e-2, "digits": 2e-2}),
-    Rule("LAMB", {"betas": (0.9, 0.999), "weight_decay": 0.1}, {"gpt": 1e-2, "digits": 2e-2}),
-    Rule(
-        "LARS",
-        {"momentum": 0.9, "weight_decay": 1e-4, "trust_coefficient": 0.02},
-        {"gpt": 0.3, "digits": 1.0},
-    ),
-    Rule("Lion", {"betas": (0.9, 0.99), "weight_decay": 0.1}, {"gpt": 5e-4, "digits": 2e-4}),
-    Rule("RMSprop", {"alpha": 0.99}, {"gpt": 1e-3, "digits": 2e-3}),
-    Rule("SGD", {"momentum": 0.9}, {"gpt": 1e-1, "digits": 1e-1}),
+    *_CHOSEN,
+    *(Rule(name) for name in rule_names() if name not in {rule.name for rule in _CHOSEN}),
 ]
 OURS_32BIT = "32-bit"
 OURS_8BIT = "8-bit"
