@@ -1,4 +1,4 @@
-"""What `quality.py` trains: a byte-level GPT, and a convolutional net on handwritten digits."""
+"""What the studies train: a byte-level GPT, and a convolutional net on handwritten digits."""
 
 from __future__ import annotations
 
