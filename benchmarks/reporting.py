@@ -37,6 +37,16 @@ def at_least(kind: type, least: float) -> Any:
     return parse
 
 
+def parser(description: str | None, name: str) -> argparse.ArgumentParser:
+    """A parser with what every benchmark knows: the name and the folder of its result files."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--name", default=name, help=f"name of the result files ({name})")
+    made.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
+    return made
+
+
 def installed(package: str) -> bool:
     """Whether `package` can be imported, without importing it."""
     return importlib.util.find_spec(package) is not None

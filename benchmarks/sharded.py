@@ -174,17 +174,13 @@ def tables(rows: list[dict[str, Any]], saved: list[dict[str, Any]], saved_list: 
 
 def main(argv: Iterable[str] | None = None) -> None:
     """Runs the benchmark with the command line `argv` (of the process if None)."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = reporting.parser(__doc__, "sharded-cpu")
     add = parser.add_argument
     add("--ranks", type=int, default=2, help="processes (2)")
     add("--lists", nargs="+", default=["gpt2", "tiny"], help="of tensors (gpt2 tiny)")
     add("--saved", default="gpt2", help="the list whose state is saved (gpt2)")
     add("--rounds", type=int, default=15, help="steps of each kind (15)")
     add("--timeout", type=float, default=900, help="seconds for each list (900)")
-    add("--name", default="sharded-cpu", help="name of the result file (sharded-cpu)")
-    add("--out", type=Path, default=reporting.RESULTS, help="folder of the result file")
     args = parser.parse_args(argv)
     watch = reporting.CpuWatch()
     rows, saved = run(args)

@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 
+from benchmarks import reporting
 from benchmarks.quality.page import draw, page
 from benchmarks.quality.runs import FULL, QUICK, Run, Tasks, attempt, plan
 from benchmarks.quality.summary import summarize
-from benchmarks.reporting import RESULTS, describe_machine, installed, versions, write_results
 
 Record = dict[str, Any]
 
@@ -98,22 +98,18 @@ def report(runs: list[Run], records: Records, args: argparse.Namespace) -> None:
     summary = summarize(runs, list(records))
     text = page(summary)
     print(text)
-    machine = describe_machine(args.threads)
-    written = [write_results(args.name, {"device": machine, **summary}, args.out)]
+    machine = reporting.describe_machine(args.threads)
+    written = [reporting.write_results(args.name, {"device": machine, **summary}, args.out)]
     written.append(args.out / f"{args.name}.md")
     written[-1].write_text(text)
-    if installed("matplotlib") and summary["runs_recorded"]:
+    if reporting.installed("matplotlib") and summary["runs_recorded"]:
         written.append(args.out / f"{args.name}.png")
         draw(summary, written[-1])
     print("wrote " + ", ".join(str(path) for path in written))
 
 
 def _parse(argv: Iterable[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.quality",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = reporting.parser(__doc__, "quality")
     add = parser.add_argument
     add("--quick", action="store_true", help="a few steps of tiny models, two seeds: seconds")
     add("--only", nargs="+", default=["*"], metavar="PATTERN",
@@ -123,8 +119,6 @@ def _parse(argv: Iterable[str] | None) -> argparse.Namespace:
     records = Path("runs/quality/records.jsonl")
     add("--records", type=Path, default=records, help="file of records (%(default)s)")
     add("--threads", type=int, default=1, help="of torch (1)")
-    add("--name", default="quality", help="name of the result files (quality)")
-    add("--out", type=Path, default=RESULTS, help="folder of the result files")
     args = parser.parse_args(argv)
     if args.threads < 1:
         parser.error(f"--threads: must be above 0, got {args.threads}")
@@ -146,14 +140,14 @@ def main(argv: Iterable[str] | None = None) -> int:
     if args.report:
         report(chosen, records, args)
         return 0
-    if any(run.task == "digits" for run in chosen) and not installed("sklearn"):
+    if any(run.task == "digits" for run in chosen) and not reporting.installed("sklearn"):
         print("the digits need scikit-learn: pip install scikit-learn", file=sys.stderr)
         return 2
     torch.set_num_threads(args.threads)
     machine = {
-        "cpu": describe_machine(args.threads)["cpu"],
+        "cpu": reporting.describe_machine(args.threads)["cpu"],
         "threads": args.threads,
-        "versions": versions(["torchao8", "bitsandbytes", "scikit-learn"]),
+        "versions": reporting.versions(["torchao8", "bitsandbytes", "scikit-learn"]),
     }
     try:
         make_runs(chosen, records, machine)
