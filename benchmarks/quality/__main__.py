@@ -29,7 +29,7 @@ import torch
 
 from benchmarks import reporting
 from benchmarks.quality.page import draw, page
-from benchmarks.quality.runs import FULL, QUICK, Run, Tasks, attempt, plan
+from benchmarks.quality.runs import FULL, QUICK, Run, attempt, plan
 from benchmarks.quality.summary import summarize
 
 Record = dict[str, Any]
@@ -80,11 +80,10 @@ def _key(identity: dict[str, Any]) -> str:
 
 def make_runs(runs: list[Run], records: Records, machine: dict[str, Any]) -> None:
     """Makes those of the runs that have no result yet."""
-    tasks = Tasks()
     missing = [run for run in runs if not records.has(run)]
     print(f"{len(runs)} runs, {len(runs) - len(missing)} of them recorded", flush=True)
     for number, run in enumerate(missing, 1):
-        result = attempt(run, tasks)
+        result = attempt(run)
         records.add(run, result, machine)
         text = result.get("error") or (
             f"{'diverged' if result['diverged'] else format(result['held_out'], '.4f')} "

@@ -129,15 +129,8 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    panels = [
-        (draw_panel, summary[name])
-        for name, draw_panel in (
-            ("family", _draw_family),
-            ("ablation", _draw_ablation),
-            ("rounding", _draw_rounding),
-        )
-        if summary[name]
-    ]
+    studies = {"family": _draw_family, "ablation": _draw_ablation, "rounding": _draw_rounding}
+    panels = [(studies[name], summary[name]) for name in studies if summary[name]]
     figure, axes = pyplot.subplots(
         len(panels), 1, figsize=(9, 4.2 * len(panels)), squeeze=False, layout="constrained"
     )

@@ -142,16 +142,14 @@ def _class_of(source: str, name: str) -> Callable[..., torch.optim.Optimizer] | 
     return getattr(torchao8, name if source == OURS_32BIT else f"{name}8bit")
 
 
-def family(settings: Settings) -> Iterator[Run]:
+def family(settings: Settings, seed: int) -> Iterator[Run]:
     """Every rule on every task: 32-bit and 8-bit state, torch's own and bitsandbytes' own."""
-    for seed in range(settings.seeds):
-        for task, size in settings.sizes.items():
-            for rule in FAMILY:
-                for source in SOURCES:
-                    if _class_of(source, rule.name) is not None:
-                        place = {"row": rule.name, "column": source, "seed": seed}
-                        values = {"steps": settings.steps[task], "lr": rule.lr[task]}
-                        yield Run("family", task, size, **place, **values, options=rule.options)
+    for task, size in settings.sizes.items():
+        for rule in FAMILY:
+            for source in SOURCES:
+                if _class_of(source, rule.name) is not None:
+                    how = settings.steps[task], rule.lr[task], rule.options
+                    yield Run("family", task, size, rule.name, source, seed, *how)
 
 
 def codec_name(map_name: str, scope: str) -> str:
@@ -165,31 +163,27 @@ LIBRARY = "torchao8.AdamW8bit"
 EMBEDDINGS = {"embeddings in 8 bits": 8, "embeddings in 32 bits": 32}
 
 
-def ablation(settings: Settings) -> Iterator[Run]:
+def ablation(settings: Settings, seed: int) -> Iterator[Run]:
     """The GPT with each codec, with and without 32-bit embeddings, at several learning rates."""
-    options = {"betas": (0.9, 0.999), "weight_decay": 0.1}
-    for seed in range(settings.seeds):
-        for lr in settings.ablation_lrs:
-            for row in (REFERENCE, LIBRARY, *CODECS):
-                for column in list(EMBEDDINGS)[: 1 if row == REFERENCE else None]:
-                    steps, size = settings.steps["ablation"], settings.sizes["gpt"]
-                    yield Run("ablation", "gpt", size, row, column, seed, steps, lr, options)
+    options = {"betas": (0.9, 0.999), **_DECAY}
+    for lr in settings.ablation_lrs:
+        for row in (REFERENCE, LIBRARY, *CODECS):
+            for column in list(EMBEDDINGS)[: 1 if row == REFERENCE else None]:
+                how = settings.steps["ablation"], lr, options
+                yield Run("ablation", "gpt", settings.sizes["gpt"], row, column, seed, *how)
 
 
-def rounding(settings: Settings) -> Iterator[Run]:
+def rounding(settings: Settings, seed: int) -> Iterator[Run]:
     """The GPT for long, with second moments rounded either way, at two decay rates."""
-    for seed in range(settings.seeds):
-        for beta2 in BETA2S:
-            for way in (*ROUNDINGS, OURS_32BIT):
-                options: Options = {"betas": (0.9, beta2), "weight_decay": 0.1}
-                every = 0
-                if way != OURS_32BIT:
-                    options["state_rounding"] = way
-                    every = settings.error_every
-                place = {"row": f"beta2 {beta2}", "column": way, "seed": seed}
-                values = {"steps": settings.steps["rounding"], "lr": 2e-3, "error_every": every}
-                size = settings.sizes["gpt"]
-                yield Run("rounding", "gpt", size, **place, **values, options=options)
+    for beta2 in BETA2S:
+        for way in (*ROUNDINGS, OURS_32BIT):
+            options: Options = {"betas": (0.9, beta2), **_DECAY}
+            every = 0
+            if way != OURS_32BIT:
+                options["state_rounding"] = way
+                every = settings.error_every
+            how = settings.steps["rounding"], 2e-3, options, every
+            yield Run("rounding", "gpt", settings.sizes["gpt"], f"beta2 {beta2}", way, seed, *how)
 
 
 STUDIES = {"family": family, "ablation": ablation, "rounding": rounding}
@@ -200,7 +194,8 @@ def plan(settings: Settings) -> list[Run]:
 
     Seed by seed within a study; the longest runs come last.
     """
-    return [run for study in STUDIES.values() for run in study(settings)]
+    seeds = range(settings.seeds)
+    return [run for study in STUDIES.values() for seed in seeds for run in study(settings, seed)]
 
 
 # --- a run --------------------------------------------------------------------------------------
@@ -271,24 +266,12 @@ def train(run: Run, task: Task) -> dict[str, Any]:
     return result
 
 
-class Tasks:
-    """Tasks by size, each opened once."""
-
-    def __init__(self) -> None:
-        self._open: dict[Size, Task] = {}
-
-    def __getitem__(self, size: Size) -> Task:
-        if size not in self._open:
-            self._open[size] = open_task(size)
-        return self._open[size]
-
-
-def attempt(run: Run, tasks: Tasks) -> dict[str, Any]:
+def attempt(run: Run) -> dict[str, Any]:
     """`train`, or {"error": message} of whatever another library raises."""
-    if run.study == "family" and run.column == BITSANDBYTES:
-        try:
-            return train(run, tasks[run.size])
-        except Exception as error:  # not every rule of theirs has a kernel for every device
-            first_line = (str(error).strip() or "no message").splitlines()[0]
-            return {"error": f"{type(error).__name__}: {first_line}"}
-    return train(run, tasks[run.size])
+    try:
+        return train(run, open_task(run.size))
+    except Exception as error:  # not every rule of theirs has a kernel for every device
+        if run.column != BITSANDBYTES:
+            raise
+        first_line = (str(error).strip() or "no message").splitlines()[0]
+        return {"error": f"{type(error).__name__}: {first_line}"}

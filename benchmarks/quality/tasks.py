@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from dataclasses import dataclass
@@ -127,6 +128,7 @@ class DigitsTask:
 Size = GptSize | DigitsSize
 
 
+@functools.cache
 def open_task(size: Size) -> Task:
     """The task of this size, with its data in memory."""
     return GptTask(size) if isinstance(size, GptSize) else DigitsTask(size)

@@ -135,18 +135,14 @@ class Stepper:
         """Makes the tensors of a list and takes the first steps."""
         self.free()
         tensors, dtype = tensor_list(list_name, layers), getattr(torch, dtype_name)
-        try:
-            if self._name in MEMORY_JOBS:
-                self._job = MemoryJob(self._name, tensors, dtype, self._device)
-            else:
-                chosen = contender(self._name)
-                self._job = OptimizerJob(chosen, tensors, dtype, self._device.device)
-            first = self._device.seconds_of_first_step(self._job.step)  # makes state; some compile
-            step_s = self._device.seconds_of_step(self._job.step, 0.0)
-            return {**self._job.describe(), "first_step_s": first, "step_s": step_s}
-        except BaseException:
-            self._job = None
-            raise
+        if self._name in MEMORY_JOBS:
+            self._job = MemoryJob(self._name, tensors, dtype, self._device)
+        else:
+            chosen = contender(self._name)
+            self._job = OptimizerJob(chosen, tensors, dtype, self._device.device)
+        first = self._device.seconds_of_first_step(self._job.step)  # makes state; some compile
+        step_s = self._device.seconds_of_step(self._job.step, 0.0)
+        return {**self._job.describe(), "first_step_s": first, "step_s": step_s}
 
     @property
     def _step(self) -> Callable[[], object]:
@@ -174,4 +170,5 @@ class Stepper:
     def free(self) -> None:
         """Lets go of the tensors, and of the memory they had."""
         self._job = None
+        self._device.finish_steps()  # raises where a GPU's context did not outlive an error
         self._device.free()

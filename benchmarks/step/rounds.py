@@ -138,7 +138,16 @@ class Bench:
                 answers.append((row, self._workers[row.name].receive(left)))
             except WorkerError as error:
                 row.skip(str(error))
+                self._clear(row)
         return answers
+
+    def _clear(self, row: Row) -> None:
+        """Has what a failed row held given back; ends the process if it cannot even do that."""
+        self._workers[row.name].send("free")
+        try:
+            self._workers[row.name].receive(60)
+        except WorkerError:
+            self._workers[row.name].stop()
 
     def _start(self, rows: list[Row]) -> None:
         """Starts the processes that do not run; one that ended gets another for the next list."""
@@ -150,9 +159,7 @@ class Bench:
                     self.make_stepper, row.name, device, threads,
                     threads=threads, environment={"TORCHAO8_CPU": path},
                 )  # fmt: skip
-                self._workers[row.name].send("ready")
-            else:
-                self._workers[row.name].send("ready")
+            self._workers[row.name].send("ready")
         for row in rows:
             try:
                 self._workers[row.name].receive(self.plan.setup_timeout)
