@@ -242,6 +242,7 @@ class Cuda(Cpu):
         return count_kernels(profiler.events() or ()) or None
 
     def free(self) -> None:
+        torch.cuda.synchronize()  # raises where the context did not outlive an error
         gc.collect()
         torch.cuda.empty_cache()
 

@@ -170,5 +170,4 @@ class Stepper:
     def free(self) -> None:
         """Lets go of the tensors, and of the memory they had."""
         self._job = None
-        self._device.finish_steps()  # raises where a GPU's context did not outlive an error
         self._device.free()

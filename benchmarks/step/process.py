@@ -52,7 +52,7 @@ class Worker:
 
     def send(self, method: str, *arguments: Any) -> None:
         """Calls a method there; `receive` has what it returns."""
-        with contextlib.suppress(BrokenPipeError):  # it has ended, which `receive` tells
+        with contextlib.suppress(OSError):  # it has ended, which `receive` tells
             self._pipe.send((method, arguments))
 
     def receive(self, timeout: float) -> Any:
