@@ -3,7 +3,7 @@
 #   PYTHON=python3.12     the Python to use (3.10 or newer)
 #   TORCH=torch==2.12.0   the torch to use, any pip requirement for torch >= 2.10
 #   ARGS="-k codec"       arguments for the program that the target runs (make gpu: for the tests)
-#   BENCH_ARGS=...        make gpu: arguments for benchmarks/step.py
+#   BENCH_ARGS=...        make gpu: arguments for benchmarks.step
 #   MAX_JOBS=4            number of parallel compilations
 #   TEST_JOBS=4           number of parallel test processes (0: one process, for a debugger)
 # Each choice of PYTHON and TORCH has its own environment, .venv-<choice>.
@@ -56,7 +56,7 @@ help:
 	@echo 'make test-all   run the tests that make test leaves out: combinations, mutants of the kernels'
 	@echo 'make test-slow  run the tests that need much time or memory'
 	@echo 'make gpu        build with the installed torch and nvcc, without network; test and time on the GPU'
-	@echo 'make bench      time a step against other libraries (benchmarks/step.py)'
+	@echo 'make bench      time a step against other libraries (benchmarks/step)'
 	@echo 'make lint       ruff, clang-format and mypy'
 	@echo 'make format     format Python and C++'
 	@echo 'make build      build the extension in place'
@@ -116,12 +116,12 @@ gpu:
 				$(PYTHON) -m pytest -q test/test_cuda.py -k '$(SANITIZED)'; \
 		done; \
 	else echo 'skipped: no compute-sanitizer in PATH'; fi; \
-	run $(PYTHON) benchmarks/step.py --device cuda $(BENCH_ARGS); \
+	run $(PYTHON) -m benchmarks.step --device cuda $(BENCH_ARGS); \
 	exit $$status
 
 bench: $(call tools,bench) $(EXTENSION_READY)
 	$(call say,timing a step)
-	$(VPYTHON) benchmarks/step.py $(ARGS)
+	$(VPYTHON) -m benchmarks.step $(ARGS)
 
 lint: $(call tools,lint)
 	$(call say,checking style and types)

@@ -1,5 +1,7 @@
 """Quantization error of 8-bit codecs: dynamic against linear map, blockwise against tensor-wise.
 
+    python -m benchmarks.codec_error
+
 The table has the form of the one in "8-bit Optimizers via Block-wise Quantization" (Dettmers et
 al., 2022): mean absolute and relative error of a tensor quantized and dequantized once. The data
 are normal (signed maps), normal with a few outliers (what blocks are for) and the second moment of
@@ -12,17 +14,14 @@ The rows "dynamic" with blocks run `torchao8.quantize_blockwise` and
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from _common import RESULTS, describe_machine, format_table, versions, write_results
 from torch import Tensor
 
 import torchao8
+from benchmarks import reporting
 
 Codec = Callable[[Tensor, bool], Tensor]  # (x, signed) -> x quantized and dequantized
 
@@ -62,32 +61,17 @@ def torchao8_codec(block_size: int) -> Codec:
     return codec
 
 
-@dataclass(frozen=True)
-class Row:
-    """A codec under test: its map, and what shares one scale."""
-
-    map_name: str
-    scope: str
-    codec: Codec
-
-
-def codecs(block_sizes: list[int]) -> list[Row]:
-    """The codecs to compare, the crudest first."""
-    rows = [
-        Row("linear", "tensor", absmax_codec(linear_map, None)),
-        Row("dynamic", "tensor", absmax_codec(torchao8.dynamic_map, None)),
-    ]
+def codecs(block_sizes: list[int]) -> dict[tuple[str, str], Codec]:
+    """The codecs to compare by map and by what shares one scale, the crudest first."""
+    dynamic = torchao8.dynamic_map
+    found = {("linear", "tensor"): absmax_codec(linear_map, None),
+             ("dynamic", "tensor"): absmax_codec(dynamic, None)}  # fmt: skip
     for size in block_sizes:
-        rows += [
-            Row("linear", f"blocks of {size}", absmax_codec(linear_map, size)),
-            Row(
-                "dynamic, positive scale",
-                f"blocks of {size}",
-                absmax_codec(torchao8.dynamic_map, size),
-            ),
-            Row("dynamic", f"blocks of {size}", torchao8_codec(size)),
-        ]
-    return rows
+        scope = f"blocks of {size}"
+        found["linear", scope] = absmax_codec(linear_map, size)
+        found["dynamic, positive scale", scope] = absmax_codec(dynamic, size)
+        found["dynamic", scope] = torchao8_codec(size)
+    return found
 
 
 def _with_outliers(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -143,25 +127,18 @@ def measure(elements: int, block_sizes: list[int], seed: int) -> list[dict[str, 
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(elements, generator=generator)
     m, v = adam_moments(elements, 50, generator)
-    values = [
-        ("normal", normal, True),
-        ("normal, 1 in 10,000 is 100 times as large", _with_outliers(normal, generator), True),
-        ("second moment v", v, False),
+    unlike = _with_outliers(normal, generator)
+    kinds: dict[str, Callable[[Codec], dict[str, float]]] = {
+        "normal": lambda codec: error_of_values(normal, True, codec),
+        "normal, 1 in 10,000 is 100 times as large": lambda c: error_of_values(unlike, True, c),
+        "second moment v": lambda codec: error_of_values(v, False, codec),
+        "update m / sqrt(v)": lambda codec: error_of_update(m, v, codec),
+    }
+    rows = codecs(block_sizes).items()
+    return [
+        {"data": data, "errors": [{"map": m, "scope": s, **error(codec)} for (m, s), codec in rows]}
+        for data, error in kinds.items()
     ]
-    rows = codecs(block_sizes)
-    tables: list[dict[str, Any]] = []
-    for name, x, signed in values:
-        errors = [
-            {"map": row.map_name, "scope": row.scope, **error_of_values(x, signed, row.codec)}
-            for row in rows
-        ]
-        tables.append({"data": name, "errors": errors})
-    errors = [
-        {"map": row.map_name, "scope": row.scope, **error_of_update(m, v, row.codec)}
-        for row in rows
-    ]
-    tables.append({"data": "update m / sqrt(v)", "errors": errors})
-    return tables
 
 
 def table(errors: list[dict[str, Any]]) -> str:
@@ -169,39 +146,30 @@ def table(errors: list[dict[str, Any]]) -> str:
     names = [name for name in errors[0] if name not in ("map", "scope")]
     headers = ["map", "scale of", *(name.replace("_", " ") for name in names)]
     lines = [[row["map"], row["scope"], *(f"{row[name]:.3g}" for name in names)] for row in errors]
-    return format_table(headers, lines, left=2)
-
-
-def _parse(argv: Iterable[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--elements", type=int, default=1 << 22, help="elements of each tensor (2^22)")
-    add("--block-sizes", type=int, nargs="+", default=[64, 256, 2048], help="(64 256 2048)")
-    add("--seed", type=int, default=0, help="of the random data (0)")
-    add("--name", default="codec-error", help="name of the result file (codec-error)")
-    add("--out", type=Path, default=RESULTS, help="folder of the result file")
-    args = parser.parse_args(argv)
-    if args.elements < 2048 or args.elements % 2048:
-        parser.error(f"--elements: must be a multiple of 2048, got {args.elements}")
-    return args
+    return reporting.format_table(headers, lines, left=2)
 
 
 def main(argv: Iterable[str] | None = None) -> None:
     """Runs the benchmark with the command line `argv` (of the process if None)."""
-    args = _parse(argv)
+    parser = reporting.parser(__doc__, "codec-error")
+    add = parser.add_argument
+    add("--elements", type=int, default=1 << 22, help="elements of each tensor (2^22)")
+    add("--block-sizes", type=int, nargs="+", default=[64, 256, 2048], help="(64 256 2048)")
+    add("--seed", type=int, default=0, help="of the random data (0)")
+    args = parser.parse_args(argv)
+    if args.elements < 2048 or args.elements % 2048:
+        parser.error(f"--elements: must be a multiple of 2048, got {args.elements}")
     tables = measure(args.elements, args.block_sizes, args.seed)
     for one in tables:
         print(f"\n{one['data']}, {args.elements:,} elements\n{table(one['errors'])}")
     record = {
-        "device": describe_machine(torch.get_num_threads()),
-        "versions": versions(["torchao8"]),
+        "device": reporting.describe_machine(torch.get_num_threads()),
+        "versions": reporting.versions(["torchao8"]),
         "elements": args.elements,
         "seed": args.seed,
         "tables": tables,
     }
-    print(f"\nwrote {write_results(args.name, record, args.out)}")
+    print(f"\nwrote {reporting.write_results(args.name, record, args.out)}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""``benchmarks/step.py`` on a GPU, with a CPU in the GPU's place: processes, results, bars."""
+"""``benchmarks.step``: contenders, rules, lists; what is timed and how; contenders that fail."""
 
 import functools
 import itertools
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,38 +12,28 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import make_params, set_grads
 from torch import Tensor
 from torch.autograd import DeviceType
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+import benchmarks.step.__main__ as command
+import torchao8
+from benchmarks import reporting
+from benchmarks.step import contenders, devices, job, rounds, tables, tensor_lists
 
-import _bars  # noqa: E402
-import _contenders  # noqa: E402
-import _devices  # noqa: E402
-import _lists  # noqa: E402
-import _measure  # noqa: E402
-import _tables  # noqa: E402
-import _workers  # noqa: E402
-import step  # noqa: E402
-
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 Step = Callable[[], object]
 
 
-class FakeGpu(_devices.Cpu):
+class FakeGpu(devices.Cpu):
     """Is treated as a GPU, and computes on the CPU."""
 
     kind = "cuda"
-    keeps_workers = True
     settle_s = 0.0
-    trial_steps = 1
+    lists = ("mixed", "deadly")  # type: ignore[assignment]
 
     def __init__(self, name: str) -> None:
-        self.device = torch.device("cpu")
-
-    @property
-    def lists(self) -> tuple[str, ...]:
-        return ("mixed", "deadly")
+        super().__init__("cpu")
 
     def describe(self, threads: int) -> dict[str, Any]:
         return {"cpu": "some CPU", "gpu": {"name": "Fake GPU 8"}}
@@ -57,13 +46,6 @@ class FakeGpu(_devices.Cpu):
 
     def free_bytes(self) -> int:
         return 1 << 40
-
-    def timed_steps(self, step: Step, count: int, warm_up: bool) -> list[float]:
-        times = [time.perf_counter()]
-        for _ in range(count):
-            step()
-            times.append(time.perf_counter())
-        return [end - start for start, end in itertools.pairwise(times)]
 
     def launches(self, step: Step) -> int | None:
         step()
@@ -86,145 +68,153 @@ class Fragile(torch.optim.SGD):
 
 def install(set_item: Callable[[Any, str, Any], None] = dict.__setitem__) -> None:
     """Makes the names above known to the benchmark, in this process."""
-    set_item(_devices.DEVICES, "fake", FakeGpu)
-    set_item(_lists._FIXED, "mixed", _lists.TensorList("mixed", [(64, 256), (300,)]))
-    set_item(_lists._FIXED, "deadly", _lists.TensorList("deadly", [(32, 256)] * 3))
-    fragile = _contenders.Contender("fragile", "Fragile", "torch", Fragile)
-    set_item(_contenders.CONTENDERS, "fragile", fragile)
+    set_item(devices.DEVICES, "fake", FakeGpu)
+    mixed = tensor_lists.TensorList("mixed", [(64, 256), (300,)])
+    set_item(tensor_lists._FIXED, "mixed", mixed)
+    set_item(tensor_lists._FIXED, "deadly", tensor_lists.TensorList("deadly", [(32, 256)] * 3))
+    fragile = contenders.Contender("fragile", "Fragile", "test_benchmark.Fragile", {})
+    set_item(contenders.CONTENDERS, "fragile", fragile)
 
 
-WORKER = """\
-import sys
-sys.path.insert(0, {folder!r})
-import test_benchmark
-import _worker
-test_benchmark.install()
-_worker.main()
-"""
+def fake_stepper(name: str, device: str, threads: int) -> job.Stepper:
+    """What a process holds in these tests."""
+    install()
+    return job.Stepper(name, device, threads)
+
+
+class FakeBench(rounds.Bench):
+    """Starts processes that know the names above."""
+
+    make_stepper = staticmethod(fake_stepper)
 
 
 @pytest.fixture
-def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A worker that knows the fake GPU and its lists, as this process does from now on."""
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch.setitem)
-    path = tmp_path / "program.py"
-    path.write_text(WORKER.format(folder=str(Path(__file__).parent)))
-    return path
 
 
 ARGS = ["--device", "fake", "--no-plot", "--repeats", "3", "--turn", "0.002", "--threads", "1"]
 
 
-def test_workers_outlive_lists_and_failures(
-    program: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+# -- from end to end -------------------------------------------------------------------------------
+
+
+def test_rows_are_right_and_failures_stay_with_their_contender(
+    known: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    started = []
-
-    class CountedWorker(_workers.Worker):
-        def __init__(self, spec: dict[str, Any], program: Path) -> None:
-            started.append(spec["contender"])
-            super().__init__(spec, program)
-
-    monkeypatch.setattr(_workers, "Worker", CountedWorker)
-    monkeypatch.setattr(step, "measure", functools.partial(step.measure, program=program))
-    step.main([*ARGS, "--contenders", "8bit", "fragile", "--out", str(tmp_path)])
-
-    # Four cases; one process for each but the one that died, and that is given up at its second.
-    assert sorted(started) == ["8bit", "copy", "fragile", "fragile", "scale", "torch"]
+    arguments = [*ARGS, "--contenders", "8bit", "fragile", "--out", str(tmp_path)]
+    command.main(arguments, FakeBench)
     record = json.loads((tmp_path / "fake-gpu-8.json").read_text())
     assert [(case["list"], case["dtype"]) for case in record["cases"]] == [
-        ("mixed", "float32"),
-        ("mixed", "bfloat16"),
-        ("deadly", "float32"),
-        ("deadly", "bfloat16"),
+        (name, dtype) for name in ("mixed", "deadly") for dtype in ("float32", "bfloat16")
     ]
     rows = [{row["name"]: row for row in case["rows"]} for case in record["cases"]]
     assert rows[0]["fragile"]["skipped"] == "ValueError: float32 is"
-    assert rows[1]["fragile"]["rounds"] == 3
+    assert rows[1]["fragile"]["rounds"] == 3  # in a process that goes on, or in a new one
     assert rows[2]["fragile"]["skipped"] == "the process ended (exit status 7)"
     assert rows[3]["fragile"]["skipped"] == "the process ended (exit status 7)"
-    for case in rows:
-        ours = case["8bit"]
-        assert case["torch"]["speedup"] == 1
+    for case, numel, itemsize in zip(rows, (16684, 16684, 24576, 24576), (4, 2, 4, 2), strict=True):
+        ours, theirs = case["8bit"], case["torch"]
+        assert theirs["speedup"] == 1
+        pairs = zip(theirs["ms_of_rounds"], ours["ms_of_rounds"], strict=True)
+        assert ours["speedup"] == pytest.approx(sorted(a / b for a, b in pairs)[1])
+        assert ours["ms"] == sorted(ours["ms_of_rounds"])[1]
         assert ours["rounds"] == len(ours["ms_of_rounds"]) == 3
-        assert ours["speedup"] > 0
         assert ours["launches"] == 3
-        assert case["copy"]["gb_per_s"] * ours["share_of_copy_rate"] == pytest.approx(
-            ours["gb_per_s"]
-        )
+        # torch's state has the dtype of the parameter, and a step count of float32 for each.
+        tensors = 2 if numel == 16684 else 3
+        state = 2 * itemsize * numel + 4 * tensors
+        assert theirs["state_bytes_per_parameter"] == pytest.approx(state / numel)
+        moved = 3 * itemsize * numel + 2 * state
+        assert theirs["moved_bytes_per_parameter"] == pytest.approx(moved / numel)
+        assert theirs["gb_per_s"] == pytest.approx(moved / theirs["ms"] / 1e6)
+        rate = case["copy"]["gb_per_s"] * ours["share_of_copy_rate"]
+        assert rate == pytest.approx(ours["gb_per_s"])
         assert case["copy"]["launches"] is None
     assert [case["8bit"]["buckets"] for case in rows] == [2, 2, 1, 1]
     assert record["left_out"] == []
     assert record["device"]["gpu"]["name"] == "Fake GPU 8"
-    assert [(bar["asked"], bar["met"]) for bar in record["bars"]] == [(3, True)] * 2 + [
-        (2, False)
-    ] * 2
     output = capsys.readouterr().out
     assert "skipped: Fragile: the process ended (exit status 7)" in output
-    assert output.count("bar: ") == 4
 
 
-def test_what_the_time_limit_leaves_out_is_named(program: Path) -> None:
-    args, device = step._parse([*ARGS, "--time-limit", "1e-9"])
-    cases, left_out = step.measure(args, device, program=program)
+def test_a_rule_is_measured_against_its_fastest_form(
+    known: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*ARGS, "--list", "mixed", "--dtype", "float32", "--family", "SGD"]
+    command.main([*arguments, "--out", str(tmp_path)], FakeBench)
+    (found,) = json.loads((tmp_path / "fake-gpu-8-mixed-family.json").read_text())["cases"]
+    rows = {row["name"]: row for row in found["rows"]}
+    rivals = ["sgd-for-loop", "sgd-foreach", "sgd-fused"]
+    assert list(rows) == [*rivals, "sgd-8bit", "copy", "scale"]
+    assert found["rule"] == "SGD"
+    assert found["fastest"] == min(rivals, key=lambda name: rows[name]["ms"])
+    fastest, ours = rows[found["fastest"]], rows["sgd-8bit"]
+    assert fastest["speedup"] == 1
+    pairs = zip(fastest["ms_of_rounds"], ours["ms_of_rounds"], strict=True)
+    assert ours["speedup"] == pytest.approx(sorted(a / b for a, b in pairs)[1])
+    line = capsys.readouterr().out.split("| fastest")[1].splitlines()[2]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[:3] == ["torchao8.SGD8bit", fastest["label"], "float32"]
+    assert cells[5] == f"{ours['speedup']:.2f}"
+
+
+def test_what_the_time_limit_leaves_out_is_named(known: None) -> None:
+    args, device = command.parse([*ARGS, "--time-limit", "1e-9"])
+    bench = FakeBench(device, "fake", 1, rounds.Plan(3, 0.1, 1, 1, deadline=0))
+    cases, left_out = command.measure(args, device, bench)
     assert cases == []
     assert [(one["list"], one["dtype"]) for one in left_out] == [
-        ("mixed", "float32"),
-        ("mixed", "bfloat16"),
-        ("deadly", "float32"),
-        ("deadly", "bfloat16"),
+        (name, dtype) for name in ("mixed", "deadly") for dtype in ("float32", "bfloat16")
     ]
 
 
-def test_who_dies_twice_gets_no_further_process() -> None:
-    workers = _workers.Workers("cpu", 1, Path("/nothing/is/started"))
-    workers.bury("8bit", "first reason")
-    workers.bury("8bit", "second reason")
-    assert workers.ensure(["8bit"], 1) == {
-        "8bit": "given up after 2 processes, the last with: second reason"
-    }
+# -- how it is measured ----------------------------------------------------------------------------
 
 
-def test_who_cannot_start_is_not_tried_again(tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text("raise SystemExit(5)")
-    workers = _workers.Workers("cpu", 1, program)
-    for _ in range(2):
-        assert workers.ensure(["8bit"], 20) == {
-            "8bit": "did not start: the process ended (exit status 5)"
-        }
-    assert workers.started == 1
+def test_slow_contenders_sit_out_rounds_evenly() -> None:
+    plan = rounds.Plan(rounds=10, turn=0.1, budget=5, setup_timeout=1)
+    for step_s, count in ((0.01, 10), (1.0, 5), (1.6, 3)):
+        turns = [number for number in range(10) if plan.takes_part(number, step_s)]
+        assert len(turns) == count
+        gaps = [b - a for a, b in itertools.pairwise(turns)]
+        assert max(gaps) - min(gaps) <= 1
 
 
 @pytest.mark.parametrize(
     ("gigabytes", "batches"),
     [
         (200, [["8bit", "32bit", "bitsandbytes", "flashoptim"]]),
-        (64, [["8bit", "32bit", "bitsandbytes"], ["flashoptim"]]),
-        (40, [["8bit"], ["32bit"], ["bitsandbytes"]]),
+        (64, [["8bit", "32bit"], ["bitsandbytes"], ["flashoptim"]]),
         (20, [[]]),
     ],
 )
 def test_batches_fit_into_memory(
     gigabytes: int, batches: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # One tensor of 1e9 float32: 8 GB, and 8 of 32-bit state, 2.2 of 8-bit state or, for FlashOptim
-    # at its start, 10.2. torch's 16 GB are in every batch.
+    # One tensor of 1e9 float32: 8 GB, and 8 of 32-bit state or 3 of 8-bit state; 28 and 8 more
+    # while bitsandbytes and FlashOptim make it. torch's 16 GB are in every batch.
     device = FakeGpu("fake")
     monkeypatch.setattr(device, "free_bytes", lambda: gigabytes * 10**9)
-    bench = _measure.Bench(device, _workers.Workers("fake", 1), _measure.Plan(3, 1, 1, 1))
+    bench = rounds.Bench(device, "fake", 1, rounds.Plan(3, 1, 1, 1))
     names = ["8bit", "32bit", "bitsandbytes", "flashoptim"]
-    contenders = [_contenders.CONTENDERS[name] for name in names]
-    found, too_large = bench._batches(contenders, _lists.tensor_list("one"), 4)
+    chosen = [contenders.CONTENDERS[name] for name in names]
+    always, tensors = [contenders.CONTENDERS["torch"]], tensor_lists.tensor_list("one")
+    found, too_large = bench.batches(chosen, always, tensors, 4)
     assert [[one.name for one in batch] for batch in found] == batches
     assert {row.name for row in too_large} == set(names) - {n for batch in batches for n in batch}
     assert all(" GB of memory, of " in str(row.skipped) for row in too_large)
 
 
-# -- the real device, as far as it goes without one ------------------------------------------------
+def test_steps_on_a_cpu_are_timed_one_by_one() -> None:
+    calls: list[float] = []
+
+    def step() -> None:
+        calls.append(1)
+        time.sleep(0.004 if len(calls) % 5 else 0.1)
+
+    assert 0.004 <= devices.Cpu("cpu").seconds_of_step(step, 0.5) < 0.05  # the median
+    assert 0.1 * (len(calls) // 5) + 0.004 * len(calls) > 0.5
 
 
 class FakeEvent:
@@ -242,19 +232,13 @@ class FakeEvent:
         return 10e3
 
 
-@pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What a step, an event and a wait wrote, in order."""
-    FakeEvent.log = []
+def test_steps_on_a_gpu_are_enqueued_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = FakeEvent.log = []
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: FakeEvent.log.append("wait"))
-    return FakeEvent.log
-
-
-def test_steps_on_a_gpu_are_enqueued_without_waiting(log: list[str]) -> None:
-    seconds = _devices.Cuda("cuda").timed_steps(lambda: log.append("step"), 2, warm_up=True)
-    assert seconds == [10, 10]
-    assert log == ["wait", "step", "event", "step", "event", "step", "event", "wait"]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    assert devices.Cuda("cuda").seconds_of_step(lambda: log.append("step"), 25.0) == 10
+    trial = ["wait", "step", "event", *["step", "event"] * 3, "wait"]
+    assert log == [*trial, "wait", "step", "event", *["step", "event"] * 2, "wait"]
 
 
 def test_only_kernels_are_counted() -> None:
@@ -270,133 +254,153 @@ def test_only_kernels_are_counted() -> None:
         event("Optimizer.step#AdamW.step", annotation=True),
         event("cudaLaunchKernel", DeviceType.CPU),
     ]
-    assert _devices.count_kernels(events) == 2
+    assert devices.count_kernels(events) == 2
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
-    [("cuda", "built without CUDA"), ("cuda:x", "expected cpu, cuda"), ("cpu:1", "expected cpu")],
+    ("arguments", "message"),
+    [
+        (["--device", "cuda"], "built without CUDA"),
+        (["--device", "cuda:x"], "expected cpu, cuda"),
+        (["--device", "cpu:1"], "expected cpu"),
+        (["--family", "--contenders", "8bit"], "--family: expected no --contenders with it"),
+        (["--family", "Adamax"], "'Adamax'"),
+        (["--contenders", "Adamax"], "'Adamax'"),
+        (["--contenders", "flashoptim"], "flashoptim does not run on cpu"),
+        (["--list", "llama"], "--list: on cpu one of"),
+        (["--repeats", "2"], "expected at least 3, got 2"),
+    ],
 )
-def test_a_device_that_is_not_there_is_refused(
-    name: str,
+def test_arguments_that_cannot_be_are_refused(
+    arguments: list[str],
     message: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(SystemExit):
-        step._parse(["--device", name, "--no-plot"])
+        command.parse([*arguments, "--no-plot"])
     assert message in capsys.readouterr().err
 
 
-# -- lists, bars, tables ---------------------------------------------------------------------------
+# -- lists, contenders, rules ----------------------------------------------------------------------
 
 
 def test_lists_are_the_models_they_are_named_after() -> None:
-    resnet = _lists.tensor_list("resnet101")
+    resnet = tensor_lists.tensor_list("resnet101")
     assert (resnet.numel, len(resnet.shapes)) == (44_549_160, 314)
-    assert _lists.tensor_list("gpt2").numel == 124_439_808
-    llama = _lists.tensor_list("llama")
+    assert tensor_lists.tensor_list("gpt2").numel == 124_439_808
+    llama = tensor_lists.tensor_list("llama")
     assert (llama.numel, len(llama.shapes)) == (6_738_415_616, 291)
-    (one,) = _lists.tensor_list("one").shapes
+    (one,) = tensor_lists.tensor_list("one").shapes
     assert one[0] * one[1] >= 1e9
     assert one[1] % 256 == 0
+    tiny = [tensor_lists.tensor_list(name) for name in tensor_lists.GROUPS["tiny"]]
+    sizes = [(len(one.shapes), one.largest) for one in tiny]
+    assert sizes == [(148, 64), (1000, 64), (148, 4096), (1000, 4096)]
+    args, _ = command.parse(["--list", "tiny", "--no-plot"])
+    assert args.lists == tensor_lists.GROUPS["tiny"]
 
 
 def test_llama_is_as_deep_as_memory_allows() -> None:
     for gigabytes in (40, 60, 120):
-        layers = _lists.llama_layers(gigabytes * 10**9)
-        numel = [_lists.tensor_list("llama", n).numel for n in (layers, layers + 1)]
+        layers = tensor_lists.llama_layers(gigabytes * 10**9)
+        numel = [tensor_lists.tensor_list("llama", n).numel for n in (layers, layers + 1)]
         assert 48 * numel[0] <= gigabytes * 10**9 < 48 * numel[1]
-    assert _lists.llama_layers(10**9) == 1
-    assert _lists.llama_layers(10**12) == 32
+    assert tensor_lists.llama_layers(10**9) == 1
+    assert tensor_lists.llama_layers(10**12) == 32
 
 
-def row(name: str, **values: Any) -> dict[str, Any]:
-    """A row as on a GPU; values of no interest are made up."""
-    made_up = {
-        "label": name,
-        "batch": 0,
-        "ms": 1.25,
-        "ms_quartiles": [1.0, 1.5],
-        "speedup": 1.0,
-        "gb_per_s": 2000.0,
-        "share_of_copy_rate": 0.5,
-        "moved_bytes_per_parameter": 16.03,
-        "state_bytes_per_parameter": 2.03,
-        "launches": 2,
-        "buckets": 1,
-        "peak_extra_bytes": 3 << 20,
-        "rounds": 9,
-    }
-    return {"name": name, **made_up, **values}
+def test_our_contenders_are_what_they_are_called() -> None:
+    for one in contenders.CONTENDERS.values():
+        assert one.options["weight_decay"] > 0  # zero lets some skip work
+        if one.package in ("torchao8", "torch"):
+            optimizer = one.build(make_params())
+            assert type(optimizer).__name__ == one.where.rpartition(".")[2]
+            assert one.options.items() <= optimizer.defaults.items()
 
 
-def case(list_name: str, dtype: str, *rows: dict[str, Any]) -> dict[str, Any]:
-    return {"list": list_name, "label": list_name, "dtype": dtype, "rows": list(rows)}
+@pytest.mark.parametrize("name", contenders.rule_names())
+def test_all_forms_of_a_rule_do_what_ours_does(name: str) -> None:
+    """In float32, three steps: a few roundings of numbers below 16 apart, but for 8-bit state."""
+    rule = contenders.rule(name)
+    assert rule.options["weight_decay"] > 0
+    assert rule.options["lr"] > 0
+    expected_forms = {"for-loop", "foreach"} <= set(rule.forms) <= set(contenders.FORMS)
+    assert expected_forms
+
+    def trained(build: Any) -> list[Tensor]:
+        params = make_params()
+        optimizer = build(params)
+        for number in range(3):
+            set_grads(params, number)
+            optimizer.step()
+        return [p.detach() for p in params]
+
+    expected = trained(lambda params: getattr(torchao8, name)(params, **rule.options))
+    start = make_params()
+    assert not any(torch.allclose(a, b) for a, b in zip(start, expected, strict=True))
+    for form in rule.rivals("cpu", "float32"):
+        for ours, theirs in zip(expected, trained(form.build), strict=True):
+            torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5, msg=form.name)
+    ours = rule.ours.build(make_params())
+    assert type(ours) is getattr(torchao8, f"{name}8bit")
+    assert rule.options.items() <= ours.defaults.items()
 
 
-def test_bars() -> None:
-    found = _bars.bars(
-        [
-            case(
-                "one",
-                "float32",
-                row("torch", speedup=1.0),
-                row("8bit", speedup=1.6, share_of_copy_rate=0.91),
-                row("bitsandbytes", speedup=0.8),
-                {"name": "torchao", "label": "torchao", "batch": 0, "skipped": "not installed"},
-                row("flashoptim", speedup=1.5, batch=1),
-                row("torch", speedup=0.1, batch=1),
-            ),
-            case(
-                "gpt2",
-                "bfloat16",
-                row("torch"),
-                row("8bit", speedup=3.0, launches=5, buckets=2),
-                row("bitsandbytes", speedup=0.25),
-                row("torchao", speedup=1.5),
-            ),
-        ]
-    )
-    assert [bar["text"] for bar in found] == [
-        "bar: 8bit, of the copy rate, one, float32: asked at least 90%, measured 91%, met",
-        "bar: 8bit over torch, one, float32: asked at least 1.55x, measured 1.60x, met",
-        "bar: 8bit over bitsandbytes, one, float32: asked at least 2.00x, measured 2.00x, met",
-        "bar: 8bit over flashoptim, one, float32: asked at least 1.30x, measured 1.07x, short",
-        "bar: launches of a step, buckets: 1, one, float32: asked at most 2, measured 2, met",
-        "bar: 8bit over bitsandbytes, gpt2, bfloat16: asked at least 10.00x, measured 12.00x, met",
-        "bar: 8bit over torchao, gpt2, bfloat16: asked at least 3.00x, measured 2.00x, short",
-        "bar: launches of a step, buckets: 2, gpt2, bfloat16: asked at most 3, measured 5, short",
-    ]
-    assert _bars.bars([case("one", "float32", row("torch"))]) == []
+def test_a_form_that_is_wrong_is_left_out_where_it_is() -> None:
+    """Should torch be repaired, this fails, and the form can come back."""
+    sgd = contenders.rule("SGD")
+    assert [c.name for c in sgd.rivals("cpu", "float32")][-1] == "sgd-fused"
+    for name, form, device, dtype in contenders.BROKEN:
+        broken = contenders.rule(name).forms[form]
+        assert broken not in contenders.rule(name).rivals(device, dtype)
+        if torch.__version__.startswith("2.13."):
+            p = torch.nn.Parameter(torch.full((256,), 0.02, dtype=getattr(torch, dtype)))
+            p.grad = torch.full_like(p, 1e-3)
+            before = p.detach().clone()
+            broken.build([p]).step()
+            assert torch.equal(p, before)
+
+
+# -- tables ----------------------------------------------------------------------------------------
 
 
 def test_table_of_a_gpu() -> None:
+    row = {
+        "name": "8bit", "label": "8bit", "batch": 0, "ms": 1.25, "ms_quartiles": [1.0, 1.5],
+        "speedup": 1.0, "gb_per_s": 2000.0, "share_of_copy_rate": 0.5,
+        "moved_bytes_per_parameter": 16.03, "state_bytes_per_parameter": 2.03, "launches": 2,
+        "buckets": 1, "peak_extra_bytes": 3 << 20, "rounds": 9,
+    }  # fmt: skip
+    copy = {**row, "label": "copy", "speedup": None, "launches": None, "buckets": None}
     skipped = {"name": "torchao", "label": "torchao", "batch": 0, "skipped": "out of memory"}
-    copy = row("copy", speedup=None, launches=None, moved_bytes_per_parameter=None)
-    lines = _tables.table(case("one", "float32", row("8bit"), copy, skipped)).splitlines()
+    case = {"list": "one", "label": "one", "dtype": "float32", "rows": [row, copy, skipped]}
+    lines = tables.table(case).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert dict(zip(cells[0], cells[2], strict=True)) == {
-        "AdamW": "8bit",
-        "ms": "1.25",
-        "quartiles": "1 - 1.5",
-        "speed-up": "1.00",
-        "GB/s": "2000.0",
-        "of copy": "50%",
-        "moved B/param": "16.03",
-        "state B/param": "2.030",
-        "launches": "2",
-        "peak extra MiB": "3.0",
-        "rounds": "9",
-    }
+        "AdamW": "8bit", "ms": "1.25", "quartiles": "1 - 1.5", "speed-up": "1.00",
+        "GB/s": "2000.0", "of copy": "50%", "moved B/param": "16.03", "state B/param": "2.030",
+        "launches": "2", "buckets": "1", "peak extra MiB": "3.0", "rounds": "9",
+    }  # fmt: skip
     assert cells[3][0] == "copy"
     assert lines[-1] == "skipped: torchao: out of memory"
 
 
-def test_committed_results_of_a_cpu_still_make_a_table() -> None:
-    for path in sorted((BENCHMARKS / "results").glob("step-cpu-*.json")):
-        for one in json.loads(path.read_text())["cases"]:
-            header = _tables.table(one).splitlines()[0]
-            assert " path " in header
-            assert "launches" not in header
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("step-cpu-*.json")), ids=lambda p: p.stem)
+def test_committed_results_still_make_a_table_and_a_picture(path: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="no matplotlib, which the benchmark draws with")
+    cases = json.loads(path.read_text())["cases"]
+    for case in cases:
+        header = tables.table(case).splitlines()[0]
+        assert " path " in header
+        assert "launches" not in header
+    tables.draw(cases, "some CPU", tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_is_told_without_the_machine_s_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/home/me/benchmarks/step/__main__.py", "--list", "gpt2"])
+    assert reporting.command_line() == "python -m benchmarks.step --list gpt2"
+    monkeypatch.setattr("sys.argv", ["/home/me/benchmarks/sharded.py"])
+    assert reporting.command_line() == "python -m benchmarks.sharded"

@@ -1,9 +1,8 @@
-"""``benchmarks/quality.py``: its runs, its records, its report; and a quick run of it all."""
+"""``benchmarks.quality``: its runs, its records, its report; and a quick run of it all."""
 
 import dataclasses
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,15 @@ import pytest
 import torch
 
 pytest.importorskip("matplotlib", reason="no matplotlib, which the benchmark draws with")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-import _quality_emulation
-import _quality_report
-import _quality_runs
-import _quality_show
-import _quality_update
-import quality
-
+import benchmarks.quality.__main__ as quality
 import torchao8
+from benchmarks.quality import moments
+from benchmarks.quality import page as shown
+from benchmarks.quality import runs as study
+from benchmarks.quality import summary as numbers
 
-QUICK = _quality_runs.QUICK
+QUICK = study.QUICK
 MACHINE = {"cpu": "some CPU", "threads": 1, "versions": {"torch": "2.13.0", "bitsandbytes": None}}
 
 
@@ -39,33 +35,34 @@ def _same_threads() -> Any:
 def test_every_optimizer_of_the_library_is_in_the_study() -> None:
     names = [name for name in torchao8.__all__ if not name.startswith("Paged")]
     classes = {name.removesuffix("8bit") for name in names if name.endswith("8bit")}
-    assert {rule.name for rule in _quality_runs.FAMILY} == classes
-    for settings in (QUICK, _quality_runs.FULL):
-        for rule in _quality_runs.FAMILY:
+    assert {rule.name for rule in study.FAMILY} == classes
+    assert {run.row for run in study.plan(QUICK) if run.study == "family"} == classes
+    for settings in (QUICK, study.FULL):
+        for rule in study.FAMILY:
             assert rule.lr.keys() == settings.sizes.keys()
 
 
 def test_runs_are_distinct_and_in_order() -> None:
-    runs = _quality_runs.plan(_quality_runs.FULL)
+    runs = study.plan(study.FULL)
     keys = [quality._key(run.identity()) for run in runs]
     assert len(set(keys)) == len(keys)
     assert list(dict.fromkeys(run.study for run in runs)) == ["family", "ablation", "rounding"]
-    for study in _quality_runs.STUDIES:
-        seeds = [run.seed for run in runs if run.study == study]
+    for name in study.STUDIES:
+        seeds = [run.seed for run in runs if run.study == name]
         assert seeds == sorted(seeds)
         assert set(seeds) == set(range(5))
     assert min(run.steps for run in runs if run.study == "rounding") >= 5000
 
 
 def test_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
-    rates = [_quality_runs.learning_rate(step, 100, 0.5) for step in range(101)]
+    rates = [study.learning_rate(step, 100, 0.5) for step in range(101)]
     assert rates[:10] == pytest.approx([0.05 * (step + 1) for step in range(10)])
     assert rates[9:] == sorted(rates[9:], reverse=True)
     assert rates[100] == pytest.approx(0.05)
 
 
 def test_a_seed_gives_all_optimizers_the_same_start_and_batches() -> None:
-    task = _quality_runs.open_task(QUICK.sizes["gpt"])
+    task = study.open_task(QUICK.sizes["gpt"])
     losses = [task.loss(task.model(seed), step, seed).item()
               for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0))]  # fmt: skip
     assert losses[0] == losses[1]
@@ -73,15 +70,15 @@ def test_a_seed_gives_all_optimizers_the_same_start_and_batches() -> None:
 
 
 def test_a_run_that_diverges_is_told() -> None:
-    runs = _quality_runs.plan(QUICK)
+    runs = study.plan(QUICK)
     (run,) = (r for r in runs if r.label == "family/gpt/SGD/8-bit/seed 0")
-    task = _quality_runs.open_task(run.size)
-    good = _quality_runs.train(run, task)
+    task = study.open_task(run.size)
+    good = study.train(run, task)
     assert not good["diverged"]
     assert good["steps_done"] == run.steps
     assert good["held_out"] < task.guess
     assert 1 < good["state_bytes_per_parameter"] < 1.2
-    wild = _quality_runs.train(dataclasses.replace(run, lr=1e30), task)
+    wild = study.train(dataclasses.replace(run, lr=1e30), task)
     assert wild["diverged"]
     assert wild["steps_done"] < run.steps
 
@@ -96,7 +93,7 @@ def test_emulated_moments_are_the_nearest_of_the_map(map_name: str, scope: str) 
     small = torch.nn.Parameter(torch.zeros(15, 256))
     groups = [{"params": [params[0], small]}, {"params": [params[1]], "optim_bits": 32}]
     exact = torch.optim.AdamW([torch.nn.Parameter(p.detach().clone()) for p in params], lr=0.1)
-    emulated = _quality_emulation.EmulatedAdamW8bit(groups, map_name, scope, lr=0.1)
+    emulated = moments.EmulatedAdamW8bit(groups, map_name, scope, lr=0.1)
     params[0].grad = torch.randn(32, 256) * torch.logspace(0, -4, 32)[:, None]
     params[0].grad[5] = 0
     params[1].grad, small.grad = params[0].grad.clone(), torch.ones_like(small)
@@ -113,7 +110,7 @@ def test_emulated_moments_are_the_nearest_of_the_map(map_name: str, scope: str) 
         assert not torch.equal(moment, want)
         blocks = want.reshape((1, -1) if scope == "tensor" else (-1, 256))
         absmax = blocks.abs().amax(dim=1, keepdim=True).clamp_min(1e-30)
-        book = _quality_emulation.MAPS[map_name](signed)
+        book = moments.MAPS[map_name](signed)
         distances = ((blocks / absmax)[..., None] - book).abs()
         nearest = book[distances.argmin(dim=2)] * absmax
         torch.testing.assert_close(moment, nearest.reshape(moment.shape), rtol=1e-6, atol=0)
@@ -123,7 +120,7 @@ def test_emulated_moments_are_the_nearest_of_the_map(map_name: str, scope: str) 
 
 def test_error_of_an_update_is_nothing_for_exact_moments_and_found_in_others() -> None:
     def errors(optimizer: Any) -> list[float]:
-        watch = _quality_update.UpdateError(optimizer, every=2)
+        watch = moments.UpdateError(optimizer, every=2)
         for step in range(4):
             generator = torch.Generator().manual_seed(step)
             p.grad = torch.randn(p.shape, generator=generator)
@@ -141,7 +138,7 @@ def test_error_of_an_update_is_nothing_for_exact_moments_and_found_in_others() -
     assert max(errors(torchao8.AdamW([p], **options))) < 1e-4
     # After a step of 8-bit state: half a code of 64 in the highest decade, more below it.
     assert 0.003 < min(errors(torchao8.AdamW8bit([p], **options))) < 0.1
-    watch = _quality_update.UpdateError(torchao8.AdamW([p], **options), every=1)
+    watch = moments.UpdateError(torchao8.AdamW([p], **options), every=1)
     watch._v[0].fill_(1.0)  # moments that are not those of the optimizer
     p.grad = torch.randn(64, 256)
     watch.before_step()
@@ -154,7 +151,7 @@ def test_error_of_an_update_is_nothing_for_exact_moments_and_found_in_others() -
 
 
 def test_records_outlive_a_kill(tmp_path: Path) -> None:
-    first, second, third = _quality_runs.plan(QUICK)[:3]
+    first, second, third = study.plan(QUICK)[:3]
     path = tmp_path / "runs" / "records.jsonl"
     records = quality.Records(path)
     records.add(first, {"held_out": 1.0, "diverged": False}, MACHINE)
@@ -172,29 +169,27 @@ def test_records_outlive_a_kill(tmp_path: Path) -> None:
 
 def test_a_run_with_other_settings_is_another_run(tmp_path: Path) -> None:
     records = quality.Records(tmp_path / "records.jsonl")
-    run = _quality_runs.plan(QUICK)[0]
+    run = study.plan(QUICK)[0]
     records.add(run, {"held_out": 1.0, "diverged": False}, MACHINE)
     for change in ({"lr": 0.5}, {"steps": 5}, {"seed": 1}, {"options": {"betas": (0.9, 0.9)}},
-                   {"size": _quality_runs.FULL.sizes["gpt"]}):  # fmt: skip
+                   {"size": study.FULL.sizes["gpt"]}):  # fmt: skip
         assert not records.has(dataclasses.replace(run, **change))
-    assert not any(
-        quality.Records(records.path).has(r) for r in _quality_runs.plan(_quality_runs.FULL)
-    )
+    assert not any(quality.Records(records.path).has(r) for r in study.plan(study.FULL))
 
 
 # -- the report, of made-up records ----------------------------------------------------------------
 
 
-def record(run: _quality_runs.Run, held_out: float, **result: Any) -> dict[str, Any]:
+def record(run: study.Run, held_out: float, **result: Any) -> dict[str, Any]:
     diverged = not math.isfinite(held_out)
     values = {"held_out": None if diverged else held_out, "diverged": diverged, "seconds": 36.0}
     made = json.loads(json.dumps({"run": run.identity()}))  # as it comes from the file
     return {**made, "result": {**values, **result}, "machine": MACHINE, "date": "2026-01-01"}
 
 
-def made_up() -> tuple[list[_quality_runs.Run], list[dict[str, Any]]]:
+def made_up() -> tuple[list[study.Run], list[dict[str, Any]]]:
     """Three seeds. 8-bit Adam is 0.01 worse, Lion 0.5, SGD diverges once, AdamW has no 8-bit."""
-    runs = _quality_runs.plan(dataclasses.replace(QUICK, seeds=3))
+    runs = study.plan(dataclasses.replace(QUICK, seeds=3))
     records = []
     for run in runs:
         loss = 2.0 + 0.1 * run.seed
@@ -237,11 +232,11 @@ def cells_of(table: str) -> list[dict[str, str]]:
 
 def test_family_table() -> None:
     runs, records = made_up()
-    summary = _quality_report.summarize(runs, records)
+    summary = numbers.summarize(runs, records)
     assert summary["runs_planned"] == len(runs)
     assert summary["runs_recorded"] == len(records) == len(runs) - 3
     assert summary["hours"] == pytest.approx(len(records) / 100)
-    table = _quality_show.family_table(summary["family"])
+    table = shown.family_table(summary["family"])
     rows = {row["rule"]: row for row in cells_of(table) if row["task"] == "gpt"}
     assert rows["Adam"]["32-bit"] == "2.1000 ± 0.1000"
     assert rows["Adam"]["8-bit"] == "2.1100 ± 0.1000"
@@ -258,8 +253,8 @@ def test_family_table() -> None:
 
 
 def test_ablation_table() -> None:
-    summary = _quality_report.summarize(*made_up())
-    rows = cells_of(_quality_show.ablation_table(summary["ablation"]))
+    summary = numbers.summarize(*made_up())
+    rows = cells_of(shown.ablation_table(summary["ablation"]))
     found = {(row["state"], row["embeddings"]): row for row in rows}
     assert len(found) == 1 + 2 + 8
     loss = "loss over 32-bit, lr 0.001"
@@ -272,8 +267,8 @@ def test_ablation_table() -> None:
 
 
 def test_rounding_table() -> None:
-    summary = _quality_report.summarize(*made_up())
-    rows = cells_of(_quality_show.rounding_table(summary["rounding"]))
+    summary = numbers.summarize(*made_up())
+    rows = cells_of(shown.rounding_table(summary["rounding"]))
     ways = ("32-bit", "nearest", "stochastic")
     places = [(f"beta2 {beta2}", way) for beta2 in (0.999, 0.95) for way in ways]
     assert [(row[""], row["second moments"]) for row in rows] == places
@@ -292,14 +287,14 @@ def test_page_and_picture_of_any_part_of_the_records(tmp_path: Path) -> None:
         ("one", records[:1]),
         ("half", records[: len(records) // 2]),
     ):
-        summary = _quality_report.summarize(runs, part)
+        summary = numbers.summarize(runs, part)
         json.dumps(summary)
-        page = _quality_show.page(summary)
+        page = shown.page(summary)
         assert f"{len(part)} of {len(runs)} runs" in page
         assert ("## Second moments" in page) == (name == "whole")
-        _quality_show.draw(summary, tmp_path / f"{name}.png")
+        shown.draw(summary, tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    other = _quality_report.summarize(_quality_runs.plan(_quality_runs.FULL), records)
+    other = numbers.summarize(study.plan(study.FULL), records)
     assert other["runs_recorded"] == 0
     assert not other["family"]
 
@@ -313,15 +308,15 @@ def test_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         import sklearn  # noqa: F401
     except ImportError:
-        patterns = [f"{study}/gpt/*/seed 0" for study in _quality_runs.STUDIES]
+        patterns = [f"{name}/gpt/*/seed 0" for name in study.STUDIES]
     path = tmp_path / "records.jsonl"
     common = ["--quick", "--records", str(path), "--out", str(tmp_path), "--only"]
     assert quality.main([*common, "family/gpt/*/8-bit/seed 0"]) == 0
     first = path.read_text()
-    assert len(first.splitlines()) == len(_quality_runs.FAMILY)
+    assert len(first.splitlines()) == len(study.FAMILY)
     capsys.readouterr()
     assert quality.main([*common, *patterns]) == 0
-    assert f", {len(_quality_runs.FAMILY)} of them recorded" in capsys.readouterr().out
+    assert f", {len(study.FAMILY)} of them recorded" in capsys.readouterr().out
     assert path.read_text().startswith(first)
     for line in path.read_text().splitlines():
         found = json.loads(line)

@@ -1,13 +1,13 @@
-"""How `quality.py` shows its numbers: tables on a page of Markdown, and a picture."""
+"""How the summary is shown: tables on a page of Markdown, and a picture."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from _common import format_table
-from _quality_runs import OURS_8BIT, OURS_32BIT, REFERENCE, SOURCES
-from _quality_update import PERCENTILES
+from benchmarks.quality.moments import PERCENTILES
+from benchmarks.quality.runs import OURS_8BIT, OURS_32BIT, REFERENCE, SOURCES
+from benchmarks.reporting import format_table
 
 
 def _plus_minus(mean: float | None, deviation: float | None, form: str = ".4f") -> str:
@@ -103,7 +103,8 @@ def page(summary: dict[str, Any]) -> str:
     )
     parts = [
         "# Training with 8-bit state: what it costs in loss",
-        f"`benchmarks/quality.py`, {summary['runs_recorded']} of {summary['runs_planned']} runs, "
+        f"`python -m benchmarks.quality`, {summary['runs_recorded']} of "
+        f"{summary['runs_planned']} runs, "
         f"{summary['hours']:.1f} hours of one core ({machines}).",
     ]
     sections = [
@@ -128,15 +129,8 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    panels = [
-        (draw_panel, summary[name])
-        for name, draw_panel in (
-            ("family", _draw_family),
-            ("ablation", _draw_ablation),
-            ("rounding", _draw_rounding),
-        )
-        if summary[name]
-    ]
+    studies = {"family": _draw_family, "ablation": _draw_ablation, "rounding": _draw_rounding}
+    panels = [(studies[name], summary[name]) for name in studies if summary[name]]
     figure, axes = pyplot.subplots(
         len(panels), 1, figsize=(9, 4.2 * len(panels)), squeeze=False, layout="constrained"
     )

@@ -1,6 +1,6 @@
 """How far 8-bit averages of gradients are from exact ones, under both ways of rounding.
 
-    python benchmarks/average_error.py
+    python -m benchmarks.quality.average_error
 
 Drives AdEMAMix8bit, with lr=0, so that its slow average has the given rate. The gradients are a
 constant and noise of so many times its size, in rows of other magnitudes; in the middle of the run
@@ -14,9 +14,9 @@ import argparse
 import warnings
 
 import torch
-from _common import format_table
 
 import torchao8
+from benchmarks.reporting import format_table
 
 SHAPE = (16, 1024)
 RATES = (0.9999, 0.999, 0.99, 0.9)

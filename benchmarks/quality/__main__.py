@@ -1,7 +1,7 @@
 """Shows that 8-bit state trains: held-out losses over seeds, against 32-bit state.
 
-    python benchmarks/quality.py             # hours on one core; may be stopped and started again
-    python benchmarks/quality.py --report    # what is recorded so far
+    python -m benchmarks.quality             # hours on one core; may be stopped and started again
+    python -m benchmarks.quality --report    # what is recorded so far
 
 Three studies. `family`: every optimizer with 32-bit and with 8-bit state, torch.optim's and
 bitsandbytes' own where there are such, on a small GPT and on handwritten digits. `ablation`: AdamW
@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import RESULTS, describe_machine, installed, versions, write_results
-from _quality_report import summarize
-from _quality_runs import FULL, QUICK, Run, Tasks, attempt, plan
-from _quality_show import draw, page
+
+from benchmarks import reporting
+from benchmarks.quality.page import draw, page
+from benchmarks.quality.runs import FULL, QUICK, Run, attempt, plan
+from benchmarks.quality.summary import summarize
 
 Record = dict[str, Any]
 
@@ -79,11 +80,10 @@ def _key(identity: dict[str, Any]) -> str:
 
 def make_runs(runs: list[Run], records: Records, machine: dict[str, Any]) -> None:
     """Makes those of the runs that have no result yet."""
-    tasks = Tasks()
     missing = [run for run in runs if not records.has(run)]
     print(f"{len(runs)} runs, {len(runs) - len(missing)} of them recorded", flush=True)
     for number, run in enumerate(missing, 1):
-        result = attempt(run, tasks)
+        result = attempt(run)
         records.add(run, result, machine)
         text = result.get("error") or (
             f"{'diverged' if result['diverged'] else format(result['held_out'], '.4f')} "
@@ -97,20 +97,18 @@ def report(runs: list[Run], records: Records, args: argparse.Namespace) -> None:
     summary = summarize(runs, list(records))
     text = page(summary)
     print(text)
-    machine = describe_machine(args.threads)
-    written = [write_results(args.name, {"device": machine, **summary}, args.out)]
+    machine = reporting.describe_machine(args.threads)
+    written = [reporting.write_results(args.name, {"device": machine, **summary}, args.out)]
     written.append(args.out / f"{args.name}.md")
     written[-1].write_text(text)
-    if installed("matplotlib") and summary["runs_recorded"]:
+    if reporting.installed("matplotlib") and summary["runs_recorded"]:
         written.append(args.out / f"{args.name}.png")
         draw(summary, written[-1])
     print("wrote " + ", ".join(str(path) for path in written))
 
 
 def _parse(argv: Iterable[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = reporting.parser(__doc__, "quality")
     add = parser.add_argument
     add("--quick", action="store_true", help="a few steps of tiny models, two seeds: seconds")
     add("--only", nargs="+", default=["*"], metavar="PATTERN",
@@ -120,8 +118,6 @@ def _parse(argv: Iterable[str] | None) -> argparse.Namespace:
     records = Path("runs/quality/records.jsonl")
     add("--records", type=Path, default=records, help="file of records (%(default)s)")
     add("--threads", type=int, default=1, help="of torch (1)")
-    add("--name", default="quality", help="name of the result files (quality)")
-    add("--out", type=Path, default=RESULTS, help="folder of the result files")
     args = parser.parse_args(argv)
     if args.threads < 1:
         parser.error(f"--threads: must be above 0, got {args.threads}")
@@ -143,14 +139,14 @@ def main(argv: Iterable[str] | None = None) -> int:
     if args.report:
         report(chosen, records, args)
         return 0
-    if any(run.task == "digits" for run in chosen) and not installed("sklearn"):
+    if any(run.task == "digits" for run in chosen) and not reporting.installed("sklearn"):
         print("the digits need scikit-learn: pip install scikit-learn", file=sys.stderr)
         return 2
     torch.set_num_threads(args.threads)
     machine = {
-        "cpu": describe_machine(args.threads)["cpu"],
+        "cpu": reporting.describe_machine(args.threads)["cpu"],
         "threads": args.threads,
-        "versions": versions(["torchao8", "bitsandbytes", "scikit-learn"]),
+        "versions": reporting.versions(["torchao8", "bitsandbytes", "scikit-learn"]),
     }
     try:
         make_runs(chosen, records, machine)

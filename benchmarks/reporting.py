@@ -1,7 +1,8 @@
-"""What the benchmarks share: a description of the machine, tables, and result files."""
+"""What all benchmarks share: a description of the machine, tables, and result files."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.util
 import json
@@ -20,18 +21,30 @@ import torch
 RESULTS = Path(__file__).resolve().parent / "results"
 
 # The vector extensions that decide which code path a CPU library takes.
-_CPU_FLAGS = (
-    "avx",
-    "avx2",
-    "fma",
-    "f16c",
-    "avx512f",
-    "avx512bw",
-    "avx512dq",
-    "avx512vl",
-    "avx512vbmi",
-    "avx512_vnni",
-)
+_CPU_FLAGS = "avx avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512vbmi avx512_vnni".split()
+_BUSY_SHARE = 0.03  # of the CPU time; with more gone elsewhere, timings are doubtful
+
+
+def at_least(kind: type, least: float) -> Any:
+    """A `type` for argparse: a number of this kind that is no smaller."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not value >= least:
+            raise argparse.ArgumentTypeError(f"expected at least {least:g}, got {text}")
+        return value
+
+    return parse
+
+
+def parser(description: str | None, name: str) -> argparse.ArgumentParser:
+    """A parser with what every benchmark knows: the name and the folder of its result files."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--name", default=name, help=f"name of the result files ({name})")
+    made.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
+    return made
 
 
 def installed(package: str) -> bool:
@@ -53,9 +66,10 @@ def versions(packages: Sequence[str]) -> dict[str, str | None]:
 
 
 def command_line() -> str:
-    """The command that started this script, free of the machine's own paths."""
-    script = Path(sys.argv[0]).name
-    return shlex.join(["python", f"benchmarks/{script}", *sys.argv[1:]])
+    """The command that started this program, free of the machine's own paths."""
+    script = Path(sys.argv[0])
+    name = script.parent.name if script.name == "__main__.py" else script.stem
+    return shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
 
 
 def _read(path: str) -> str:
@@ -65,22 +79,15 @@ def _read(path: str) -> str:
         return ""
 
 
-def _cpu_model() -> str:
-    match = re.search(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
-    return match.group(1).strip() if match else platform.processor() or platform.machine()
-
-
-def _cpu_flags() -> list[str]:
-    match = re.search(r"^flags\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
-    present = set(match.group(1).split()) if match else set()
-    return [flag for flag in _CPU_FLAGS if flag in present]
+def _cpuinfo(field: str) -> str:
+    match = re.search(rf"^{field}\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    return match.group(1).strip() if match else ""
 
 
 def _caches() -> dict[str, str]:
     found = {}
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        kind = _read(f"{index}/type").strip()
-        if kind in ("Data", "Unified"):
+        if _read(f"{index}/type").strip() in ("Data", "Unified"):
             found[f"L{_read(f'{index}/level').strip()}"] = _read(f"{index}/size").strip()
     return found
 
@@ -101,10 +108,10 @@ def usable_cores() -> int:
 def describe_machine(threads: int) -> dict[str, Any]:
     """CPU, memory and settings that a timing depends on."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
         "cores": usable_cores(),
         "threads": threads,
-        "cpu_flags": _cpu_flags(),
+        "cpu_flags": [flag for flag in _CPU_FLAGS if flag in _cpuinfo("flags").split()],
         "caches_of_one_core": _caches(),
         "memory_bytes": meminfo("MemTotal"),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -144,6 +151,14 @@ class CpuWatch:
         total, steal, busy, own = (b - a for a, b in zip(self._start, now, strict=True))
         total = max(total, 1e-9)
         return {"stolen": steal / total, "others": max(busy - own, 0.0) / total}
+
+    def warning(self) -> list[str]:
+        """A line for people if the machine was not quiet."""
+        shares = self.shares()
+        if shares is None or sum(shares.values()) <= _BUSY_SHARE:
+            return []
+        return [f"the machine was not quiet: other processes took {shares['others']:.0%} of the "
+                f"CPU time, a hypervisor {shares['stolen']:.0%}"]  # fmt: skip
 
 
 def write_results(name: str, record: dict[str, Any], folder: Path = RESULTS) -> Path:

@@ -1,4 +1,4 @@
-"""How `step.py` shows its measurements: a table for people and a picture."""
+"""How `benchmarks.step` shows its measurements: tables for people and a picture."""
 
 from __future__ import annotations
 
@@ -6,20 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from _common import format_table
-from _contenders import BASELINE, CONTENDERS, MEMORY_JOBS
-from _family import RULES
-
-
-def in_order(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Orders rows: torch, the others, the memory rates; what later batches repeat comes last."""
-
-    def rank(record: dict[str, Any]) -> tuple[bool, bool, int]:
-        shared = record["name"] == BASELINE or record["name"] in MEMORY_JOBS
-        repeated = shared and record["batch"] > 0
-        return (repeated, record["name"] in MEMORY_JOBS, record["batch"])
-
-    return sorted(records, key=rank)
+from benchmarks.reporting import format_table
+from benchmarks.step.contenders import BASELINE, MEMORY_JOBS
 
 
 def title(case: dict[str, Any]) -> str:
@@ -41,9 +29,8 @@ def _mebibytes(value: float | None) -> str:
     return "" if value is None else format(value / 2**20, ".1f")
 
 
-_Cell = Callable[[dict[str, Any]], str]
-# Between the columns of both devices, "path" is the CPU's and "launches" the GPU's.
-_COLUMNS: dict[str, _Cell] = {
+# Between the columns of both devices, "path" is the CPU's and the two after "state" the GPU's.
+_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "ms": lambda row: _ms(row["ms"]),
     "quartiles": lambda row: " - ".join(_ms(value) for value in row["ms_quartiles"]),
     "speed-up": lambda row: _number(row["speedup"], ".2f"),
@@ -53,6 +40,7 @@ _COLUMNS: dict[str, _Cell] = {
     "moved B/param": lambda row: _number(row["moved_bytes_per_parameter"], ".2f"),
     "state B/param": lambda row: _number(row["state_bytes_per_parameter"], ".3f"),
     "launches": lambda row: _number(row["launches"], "d"),
+    "buckets": lambda row: _number(row["buckets"], "d"),
     "peak extra MiB": lambda row: _mebibytes(row["peak_extra_bytes"]),
     "rounds": lambda row: str(row["rounds"]),
 }
@@ -62,7 +50,8 @@ def table(case: dict[str, Any]) -> str:
     """The rows of a case as a table, and below it who was skipped and why."""
     several = any(row["batch"] > 0 for row in case["rows"])
     on_gpu = any("launches" in row for row in case["rows"])
-    names = [name for name in _COLUMNS if name != ("path" if on_gpu else "launches")]
+    unknown = ("path",) if on_gpu else ("launches", "buckets")
+    names = [name for name in _COLUMNS if name not in unknown]
     lines, notes = [], []
     for row in case["rows"]:
         label = f"{row['label']} (batch {row['batch'] + 1})" if several else row["label"]
@@ -79,7 +68,7 @@ def rules_table(cases: list[dict[str, Any]]) -> str:
     for case in cases:
         rows = {row["name"]: row for row in case["rows"] if "ms" in row}
         fastest = rows.get(case["fastest"])
-        ours = rows.get(RULES[case["rule"]].ours)
+        ours = rows.get(f"{case['rule'].lower()}-8bit")
         if ours is not None and fastest is not None:
             times = [_ms(row["ms"]) for row in (ours, fastest)]
             speedup = _number(ours["speedup"], ".2f")
@@ -109,19 +98,14 @@ def draw(cases: list[dict[str, Any]], machine: str, path: Path) -> None:
     bars_of = [[row for row in case["rows"] if _drawn(row)] for case in cases]
     heights = [len(rows) + 2.5 for rows in bars_of]  # the title and the axis take a few bars' room
     figure, panels = pyplot.subplots(
-        len(cases),
-        1,
-        figsize=(9, 0.6 + 0.3 * sum(heights)),
-        height_ratios=heights,
-        squeeze=False,
-        layout="constrained",
-    )
+        len(cases), 1, figsize=(9, 0.6 + 0.3 * sum(heights)), height_ratios=heights,
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
     for panel, case, rows in zip(panels[:, 0], cases, bars_of, strict=True):
-        ours = [CONTENDERS[row["name"]].package == "torchao8" for row in rows]
-        colors = ["tab:blue" if own else "tab:gray" for own in ours]
-        labels = [row["label"] for row in rows]
+        ours = [row["label"].startswith("torchao8") or "8bit-" in row["name"] for row in rows]
         times = [row["ms"] for row in rows]
-        bars = panel.barh(labels, times, color=colors)
+        colors = ["tab:blue" if own else "tab:gray" for own in ours]
+        bars = panel.barh([row["label"] for row in rows], times, color=colors)
         notes = [f" {_ms(row['ms'])} ms ({_number(row['speedup'], '.2f')}x)" for row in rows]
         panel.bar_label(bars, notes, fontsize=8)
         panel.set_xscale("log")

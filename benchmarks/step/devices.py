@@ -1,8 +1,4 @@
-"""What differs between a CPU and a GPU: its memory, its timer, its profiler.
-
-`step.py` and its workers each make one of these; DEVICES has the class for each kind. Some methods
-are for the one and some for the other, as the headings say.
-"""
+"""What differs between a CPU and a GPU: its memory, its timer, its profiler."""
 
 from __future__ import annotations
 
@@ -18,12 +14,15 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from _common import describe_machine, meminfo
-from _lists import LISTS, llama_layers
 from torch.autograd import DeviceType
+from torch.utils.benchmark import Timer
+
+from benchmarks.reporting import describe_machine, meminfo
+from benchmarks.step.tensor_lists import LISTS, llama_layers
 
 Step = Callable[[], object]
 
@@ -32,17 +31,14 @@ class Cpu:
     """The CPU, and what the classes of other devices replace."""
 
     kind = "cpu"
-    # A worker lives for one tensor list: only of a whole process can peak memory be told.
-    keeps_workers = False
     settle_s = 0.05  # before a turn: until the last one's OpenMP threads have stopped spinning
-    trial_steps = 0  # timed before the first round, to tell how many fit into a turn
-    process_bytes = 1 << 29  # of a worker besides its tensors
+    process_bytes = 1 << 29  # of a process besides its tensors
     usable_share = 0.9  # of the free memory
 
     def __init__(self, name: str) -> None:
         self.device = torch.device(name)
 
-    # -- for step.py ---------------------------------------------------------------------------
+    # -- for the process that asks -------------------------------------------------------------
 
     @property
     def lists(self) -> tuple[str, ...]:
@@ -62,7 +58,7 @@ class Cpu:
         return f"step-{self.kind}"
 
     def free_bytes(self) -> int:
-        """Memory for workers; a guess where it is not known."""
+        """Memory for processes that step; a guess where it is not known."""
         return meminfo("MemAvailable") or 8 << 30
 
     def buffer_bytes(self) -> int:
@@ -73,29 +69,21 @@ class Cpu:
         """Depth of the list "llama"."""
         return 1
 
-    # -- for a worker --------------------------------------------------------------------------
+    # -- for a process that steps --------------------------------------------------------------
 
     def start(self) -> None:
         """Makes the device ready, so that no later step pays for it."""
 
-    def timed_steps(self, step: Step, count: int, warm_up: bool) -> list[float]:
-        """Seconds of `count` calls of `step`, after one untimed call if `warm_up`."""
-        seconds = []
-        gc.collect()
-        gc.disable()
-        try:
-            if warm_up:
-                step()
-            for _ in range(count):
-                start = time.perf_counter()
-                step()
-                seconds.append(time.perf_counter() - start)
-        finally:
-            gc.enable()
-        return seconds
+    def seconds_of_first_step(self, step: Step) -> float:
+        """Seconds of one call."""
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
 
-    def finish_steps(self) -> None:
-        """Waits for what was started; raises if it failed."""
+    def seconds_of_step(self, step: Step, turn: float) -> float:
+        """The median of the steps that fit into `turn` seconds, after one or a few untimed ones."""
+        timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
+        return timer.blocked_autorange(min_run_time=turn).median
 
     def peak_extra_bytes(self, step: Step) -> int | None:
         """How far the process's resident memory rises above its present size during a step.
@@ -128,10 +116,6 @@ class Cpu:
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
 
-    def held_bytes(self) -> int:
-        """Memory of live tensors; 0 if there is no telling."""
-        return 0
-
 
 def _status_bytes(field: str) -> int | None:
     with contextlib.suppress(OSError):
@@ -145,11 +129,8 @@ class Cuda(Cpu):
     """A GPU, "cuda" or "cuda:N"."""
 
     kind = "cuda"
-    # To start a process takes longer here than to time a list.
-    keeps_workers = True
     settle_s = 0.0
-    trial_steps = 3
-    process_bytes = 1 << 28  # workers are there when free memory is read, so this is for code
+    process_bytes = 1 << 28  # they are there when free memory is read, so this is for code
     usable_share = 0.95
 
     def __init__(self, name: str) -> None:
@@ -198,7 +179,7 @@ class Cuda(Cpu):
         return min(1 << 31, self._total_bytes() // 32)  # 2 GiB on a large card
 
     def layers(self) -> int:
-        # A tenth goes to the workers' contexts, and three buffers to the memory jobs.
+        # A tenth goes to the processes' contexts, and three buffers to the memory jobs.
         return llama_layers(int(0.9 * self._total_bytes()) - 3 * self.buffer_bytes())
 
     def start(self) -> None:
@@ -206,18 +187,28 @@ class Cuda(Cpu):
         torch.ones(1, device=self.device)
         torch.cuda.synchronize()
 
-    def timed_steps(self, step: Step, count: int, warm_up: bool) -> list[float]:
-        """Seconds between events that lie between steps, all of them enqueued without waiting.
+    def seconds_of_first_step(self, step: Step) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def seconds_of_step(self, step: Step, turn: float) -> float:
+        """The median time between events that lie between steps, enqueued without waiting.
 
         So a step takes what the GPU takes for it or what the host takes to enqueue it, whichever is
         longer, as in a training loop that waits for nothing.
         """
+        trial = median(self._enqueued(step, 3))
+        return median(self._enqueued(step, max(1, min(200, int(turn / trial)))))
+
+    def _enqueued(self, step: Step, count: int) -> list[float]:
         events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
         torch.cuda.synchronize()
         gc.disable()
         try:
-            if warm_up:
-                step()
+            step()
             events[0].record()
             for event in events[1:]:
                 step()
@@ -226,9 +217,6 @@ class Cuda(Cpu):
         finally:
             gc.enable()
         return [start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(events)]
-
-    def finish_steps(self) -> None:
-        torch.cuda.synchronize()
 
     def peak_extra_bytes(self, step: Step) -> int | None:
         """How far the memory of tensors rises during a step."""
@@ -254,11 +242,9 @@ class Cuda(Cpu):
         return count_kernels(profiler.events() or ()) or None
 
     def free(self) -> None:
+        torch.cuda.synchronize()  # raises where the context did not outlive an error
         gc.collect()
         torch.cuda.empty_cache()
-
-    def held_bytes(self) -> int:
-        return int(torch.cuda.memory_allocated())
 
 
 def count_kernels(events: Iterable[Any]) -> int:

@@ -1,7 +1,8 @@
-"""What `quality.py` trains: a byte-level GPT, and a convolutional net on handwritten digits."""
+"""What the studies train: a byte-level GPT, and a convolutional net on handwritten digits."""
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tutorials"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tutorials"))
 
 from _gpt import GPT, VOCABULARY, GPTConfig, Text, cross_entropy
 
@@ -127,6 +128,7 @@ class DigitsTask:
 Size = GptSize | DigitsSize
 
 
+@functools.cache
 def open_task(size: Size) -> Task:
     """The task of this size, with its data in memory."""
     return GptTask(size) if isinstance(size, GptSize) else DigitsTask(size)

@@ -1,4 +1,4 @@
-"""The runs of `quality.py`: which there are, in which order, and how one is made."""
+"""The runs of the studies: which there are, in which order, and how one is made."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from _common import installed
-from _quality_emulation import MAPS, SCOPES, EmulatedAdamW8bit
-from _quality_tasks import DigitsSize, GptSize, Size, Task, open_task
-from _quality_update import UpdateError
-from _worker import state_bytes
 from torch import nn
 
 import torchao8
+from benchmarks.quality.moments import MAPS, SCOPES, EmulatedAdamW8bit, UpdateError
+from benchmarks.quality.tasks import DigitsSize, GptSize, Size, Task, open_task
+from benchmarks.reporting import installed
+from benchmarks.step.contenders import rule_names
+from benchmarks.step.job import state_bytes
 
 Options = dict[str, Any]
 
@@ -28,36 +28,41 @@ LAST_LR = 0.1  # of the highest
 
 @dataclass(frozen=True)
 class Rule:
-    """An update rule in the study of the family: options, and the learning rate for each task.
+    """An update rule in the study of the family, and the learning rate for each task.
 
     It is run under its name with 32-bit and, with "8bit" behind it, with 8-bit state; by
     torch.optim and bitsandbytes where they have a class of that name.
     """
 
     name: str
-    options: Options
-    lr: dict[str, float]
+    gpt_lr: float = 1e-3
+    digits_lr: float = 2e-3
+    options: Options = field(default_factory=dict)
+
+    @property
+    def lr(self) -> dict[str, float]:
+        """By task."""
+        return {"gpt": self.gpt_lr, "digits": self.digits_lr}
 
 
-# A rule more is a row more. The learning rates were chosen by a few runs with 32-bit state.
+_DECAY = {"weight_decay": 0.1}
+# The learning rates were chosen by a few runs with 32-bit state.
+_CHOSEN = [
+    Rule("Adam", 1e-3, 2e-3, {"betas": (0.9, 0.999)}),
+    Rule("AdamW", 2e-3, 2e-3, {"betas": (0.9, 0.95), **_DECAY}),
+    Rule("AdEMAMix", 1e-3, 2e-3,
+         {"betas": (0.9, 0.999, 0.9999), "alpha": 2.0, "t_alpha": 600, "t_beta3": 600}),
+    Rule("Adagrad", 1e-2, 2e-2),
+    Rule("LAMB", 1e-2, 2e-2, {"betas": (0.9, 0.999), **_DECAY}),
+    Rule("LARS", 0.3, 1.0, {"momentum": 0.9, "weight_decay": 1e-4, "trust_coefficient": 0.02}),
+    Rule("Lion", 5e-4, 2e-4, {"betas": (0.9, 0.99), **_DECAY}),
+    Rule("RMSprop", 1e-3, 2e-3, {"alpha": 0.99}),
+    Rule("SGD", 1e-1, 1e-1, {"momentum": 0.9}),
+]  # fmt: skip
+# Every rule of the library; one that nobody has chosen numbers for has its defaults.
 FAMILY = [
-    Rule("Adam", {"betas": (0.9, 0.999)}, {"gpt": 1e-3, "digits": 2e-3}),
-    Rule("AdamW", {"betas": (0.9, 0.95), "weight_decay": 0.1}, {"gpt": 2e-3, "digits": 2e-3}),
-    Rule(
-        "AdEMAMix",
-        {"betas": (0.9, 0.999, 0.9999), "alpha": 2.0, "t_alpha": 600, "t_beta3": 600},
-        {"gpt": 1e-3, "digits": 2e-3},
-    ),
-    Rule("Adagrad", {}, {"gpt": 1e-2, "digits": 2e-2}),
-    Rule("LAMB", {"betas": (0.9, 0.999), "weight_decay": 0.1}, {"gpt": 1e-2, "digits": 2e-2}),
-    Rule(
-        "LARS",
-        {"momentum": 0.9, "weight_decay": 1e-4, "trust_coefficient": 0.02},
-        {"gpt": 0.3, "digits": 1.0},
-    ),
-    Rule("Lion", {"betas": (0.9, 0.99), "weight_decay": 0.1}, {"gpt": 5e-4, "digits": 2e-4}),
-    Rule("RMSprop", {"alpha": 0.99}, {"gpt": 1e-3, "digits": 2e-3}),
-    Rule("SGD", {"momentum": 0.9}, {"gpt": 1e-1, "digits": 1e-1}),
+    *_CHOSEN,
+    *(Rule(name) for name in rule_names() if name not in {rule.name for rule in _CHOSEN}),
 ]
 OURS_32BIT = "32-bit"
 OURS_8BIT = "8-bit"
@@ -137,16 +142,14 @@ def _class_of(source: str, name: str) -> Callable[..., torch.optim.Optimizer] | 
     return getattr(torchao8, name if source == OURS_32BIT else f"{name}8bit")
 
 
-def family(settings: Settings) -> Iterator[Run]:
+def family(settings: Settings, seed: int) -> Iterator[Run]:
     """Every rule on every task: 32-bit and 8-bit state, torch's own and bitsandbytes' own."""
-    for seed in range(settings.seeds):
-        for task, size in settings.sizes.items():
-            for rule in FAMILY:
-                for source in SOURCES:
-                    if _class_of(source, rule.name) is not None:
-                        place = {"row": rule.name, "column": source, "seed": seed}
-                        values = {"steps": settings.steps[task], "lr": rule.lr[task]}
-                        yield Run("family", task, size, **place, **values, options=rule.options)
+    for task, size in settings.sizes.items():
+        for rule in FAMILY:
+            for source in SOURCES:
+                if _class_of(source, rule.name) is not None:
+                    how = settings.steps[task], rule.lr[task], rule.options
+                    yield Run("family", task, size, rule.name, source, seed, *how)
 
 
 def codec_name(map_name: str, scope: str) -> str:
@@ -160,31 +163,27 @@ LIBRARY = "torchao8.AdamW8bit"
 EMBEDDINGS = {"embeddings in 8 bits": 8, "embeddings in 32 bits": 32}
 
 
-def ablation(settings: Settings) -> Iterator[Run]:
+def ablation(settings: Settings, seed: int) -> Iterator[Run]:
     """The GPT with each codec, with and without 32-bit embeddings, at several learning rates."""
-    options = {"betas": (0.9, 0.999), "weight_decay": 0.1}
-    for seed in range(settings.seeds):
-        for lr in settings.ablation_lrs:
-            for row in (REFERENCE, LIBRARY, *CODECS):
-                for column in list(EMBEDDINGS)[: 1 if row == REFERENCE else None]:
-                    steps, size = settings.steps["ablation"], settings.sizes["gpt"]
-                    yield Run("ablation", "gpt", size, row, column, seed, steps, lr, options)
+    options = {"betas": (0.9, 0.999), **_DECAY}
+    for lr in settings.ablation_lrs:
+        for row in (REFERENCE, LIBRARY, *CODECS):
+            for column in list(EMBEDDINGS)[: 1 if row == REFERENCE else None]:
+                how = settings.steps["ablation"], lr, options
+                yield Run("ablation", "gpt", settings.sizes["gpt"], row, column, seed, *how)
 
 
-def rounding(settings: Settings) -> Iterator[Run]:
+def rounding(settings: Settings, seed: int) -> Iterator[Run]:
     """The GPT for long, with second moments rounded either way, at two decay rates."""
-    for seed in range(settings.seeds):
-        for beta2 in BETA2S:
-            for way in (*ROUNDINGS, OURS_32BIT):
-                options: Options = {"betas": (0.9, beta2), "weight_decay": 0.1}
-                every = 0
-                if way != OURS_32BIT:
-                    options["state_rounding"] = way
-                    every = settings.error_every
-                place = {"row": f"beta2 {beta2}", "column": way, "seed": seed}
-                values = {"steps": settings.steps["rounding"], "lr": 2e-3, "error_every": every}
-                size = settings.sizes["gpt"]
-                yield Run("rounding", "gpt", size, **place, **values, options=options)
+    for beta2 in BETA2S:
+        for way in (*ROUNDINGS, OURS_32BIT):
+            options: Options = {"betas": (0.9, beta2), **_DECAY}
+            every = 0
+            if way != OURS_32BIT:
+                options["state_rounding"] = way
+                every = settings.error_every
+            how = settings.steps["rounding"], 2e-3, options, every
+            yield Run("rounding", "gpt", settings.sizes["gpt"], f"beta2 {beta2}", way, seed, *how)
 
 
 STUDIES = {"family": family, "ablation": ablation, "rounding": rounding}
@@ -195,7 +194,8 @@ def plan(settings: Settings) -> list[Run]:
 
     Seed by seed within a study; the longest runs come last.
     """
-    return [run for study in STUDIES.values() for run in study(settings)]
+    seeds = range(settings.seeds)
+    return [run for study in STUDIES.values() for seed in seeds for run in study(settings, seed)]
 
 
 # --- a run --------------------------------------------------------------------------------------
@@ -266,24 +266,12 @@ def train(run: Run, task: Task) -> dict[str, Any]:
     return result
 
 
-class Tasks:
-    """Tasks by size, each opened once."""
-
-    def __init__(self) -> None:
-        self._open: dict[Size, Task] = {}
-
-    def __getitem__(self, size: Size) -> Task:
-        if size not in self._open:
-            self._open[size] = open_task(size)
-        return self._open[size]
-
-
-def attempt(run: Run, tasks: Tasks) -> dict[str, Any]:
+def attempt(run: Run) -> dict[str, Any]:
     """`train`, or {"error": message} of whatever another library raises."""
-    if run.study == "family" and run.column == BITSANDBYTES:
-        try:
-            return train(run, tasks[run.size])
-        except Exception as error:  # not every rule of theirs has a kernel for every device
-            first_line = (str(error).strip() or "no message").splitlines()[0]
-            return {"error": f"{type(error).__name__}: {first_line}"}
-    return train(run, tasks[run.size])
+    try:
+        return train(run, open_task(run.size))
+    except Exception as error:  # not every rule of theirs has a kernel for every device
+        if run.column != BITSANDBYTES:
+            raise
+        first_line = (str(error).strip() or "no message").splitlines()[0]
+        return {"error": f"{type(error).__name__}: {first_line}"}

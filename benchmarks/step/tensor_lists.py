@@ -1,4 +1,4 @@
-"""The tensor lists that `step.py` steps over."""
+"""The lists of parameter shapes to step over."""
 
 from __future__ import annotations
 
@@ -83,16 +83,25 @@ _FIXED = {
     "block": TensorList("one block of GPT-2 (12 tensors, 7.1M parameters)", _gpt2_block(768)),
     "small": TensorList("1,000 tensors of 1,000 elements", [(1000,)] * 1000),
     "huge": TensorList("one tensor of 256M elements", [(16384, 16384)]),
+    "tiny-148x64": TensorList("148 tensors of 64 elements", [(64,)] * 148),
+    "tiny-1000x64": TensorList("1,000 tensors of 64 elements", [(64,)] * 1000),
+    "tiny-148x4096": TensorList("148 tensors of 64 x 64 elements", [(64, 64)] * 148),
+    "tiny-1000x4096": TensorList("1,000 tensors of 64 x 64 elements", [(64, 64)] * 1000),
     # A billion elements and the rest of the last rows: 1,000,341,504.
     "one": TensorList("one tensor of 244,224 x 4,096 (1.0e9 elements)", [(244_224, 4096)]),
     "resnet101": TensorList("ResNet-101 (314 tensors, 44.5M parameters)", resnet_shapes()),
 }
 
+# Lists whose steps take the host longer than the arithmetic: they show the cost of a tensor.
+TINY = tuple(name for name in _FIXED if name.startswith("tiny-"))
+
 # What can be run on a device, in this order: what a time limit may cut off stands last.
 LISTS = {
-    "cpu": ("gpt2", "block", "small", "huge"),
-    "cuda": ("one", "gpt2", "llama", "resnet101"),
+    "cpu": ("gpt2", "block", "small", "huge", *TINY),
+    "cuda": ("one", "gpt2", "llama", "resnet101", *TINY),
 }
+# Names for several lists.
+GROUPS = {"tiny": TINY}
 
 
 def tensor_list(name: str, layers: int = 32) -> TensorList:

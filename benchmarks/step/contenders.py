@@ -1,0 +1,203 @@
+"""The optimizers that are timed: AdamW of several libraries, and every rule of torchao8."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.step import torch_rules
+
+BASELINE = "torch"
+# Not optimizers: they take the same turns to tell the machine's memory rate.
+MEMORY_JOBS = {"copy": "copy of a buffer", "scale": "scaling a buffer in place"}
+
+# A weight decay of zero would let some skip work.
+_DECAY = {"weight_decay": 1e-2}
+ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, **_DECAY}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One optimizer, configured.
+
+    Args:
+        name: what it is called on the command line and in files.
+        label: what it is called in tables.
+        where: module and class, as "torch.optim.AdamW".
+        options: of the class.
+        lists: tensor lists that it runs on if no contender is named; None: all of them.
+        devices: kinds of devices it runs on.
+        state_bytes: bytes of state for an element, about: by them it is decided how many fit into
+            memory at a time.
+        temporary_bytes: for an element of the largest tensor, in a step or while state is made.
+        compiled: whether its step is compiled by torch.compile.
+        cpu_path: the code path that torchao8 is told to take.
+    """
+
+    name: str
+    label: str
+    where: str
+    options: dict[str, Any]
+    lists: tuple[str, ...] | None = None
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    state_bytes: float = 8.0
+    temporary_bytes: float = 0.0
+    compiled: bool = False
+    cpu_path: str | None = None
+
+    @property
+    def package(self) -> str:
+        """The package that must be installed."""
+        return self.where.partition(".")[0]
+
+    def build(self, params: list[Tensor]) -> torch.optim.Optimizer:
+        """The optimizer over these parameters."""
+        module, _, name = self.where.rpartition(".")
+        made: torch.optim.Optimizer = getattr(importlib.import_module(module), name)(
+            params, **self.options
+        )
+        return made
+
+
+def _adamw(name: str, label: str, where: str, more: dict[str, Any], **about: Any) -> Contender:
+    return Contender(name, label, where, {**ADAMW, **more}, **about)
+
+
+def _ours(name: str, label: str, bits: str = "8bit", **about: Any) -> Contender:
+    options = about.pop("options", {})
+    about.setdefault("state_bytes", 3.0 if bits else 8.0)
+    return _adamw(name, label, f"torchao8.AdamW{bits}", options, **about)
+
+
+_NEAREST = {"state_rounding": "nearest"}
+_FEW_SHAPES = ("gpt2", "block", "small", "huge", "one")
+_ADAMW = [
+    _adamw(BASELINE, "torch.optim.AdamW(fused=True)", "torch.optim.AdamW", {"fused": True}),
+    _ours("8bit", "torchao8.AdamW8bit"),
+    _ours("8bit-nearest", 'torchao8.AdamW8bit(state_rounding="nearest")', options=_NEAREST),
+    _ours("8bit-one-scale", "torchao8.AdamW8bit(block_wise=False)",
+          options={"block_wise": False}, lists=()),
+    _ours("8bit-avx2", "torchao8.AdamW8bit, AVX2", devices=("cpu",), cpu_path="avx2"),
+    _ours("8bit-scalar", "torchao8.AdamW8bit, plain C++",
+          lists=("block",), devices=("cpu",), cpu_path="scalar"),
+    _ours("8bit-all", "torchao8.AdamW8bit(min_8bit_size=0)",
+          options={"min_8bit_size": 0}, lists=("small",)),
+    _ours("8bit-compiled", "torch.compile of torchao8.AdamW8bit.step", lists=(), compiled=True),
+    _ours("32bit", "torchao8.AdamW", ""),
+    _ours("32bit-compiled", "torch.compile of torchao8.AdamW.step", "", lists=(), compiled=True),
+    # Not fused: the step that torch.compile is meant to turn into one kernel. The learning rate is
+    # a float that never changes, since on the CPU foreach=True takes no tensor.
+    _adamw("torch-compiled", "torch.compile of torch.optim.AdamW.step", "torch.optim.AdamW",
+           {"foreach": True}, lists=(), compiled=True),
+    # On a GPU DeepSpeed has another optimizer, which it compiles with nvcc at the first use.
+    _adamw("deepspeed", "DeepSpeedCPUAdam", "deepspeed.ops.adam.DeepSpeedCPUAdam",
+           {"adamw_mode": True}, devices=("cpu",)),
+    _adamw("bitsandbytes", "bitsandbytes AdamW8bit", "bitsandbytes.optim.AdamW8bit", {},
+           state_bytes=3.0, temporary_bytes=28.0),
+    _adamw("bitsandbytes-32bit", "bitsandbytes AdamW", "bitsandbytes.optim.AdamW", {},
+           devices=("cuda",)),
+    # By default it keeps 8 more bits of each bfloat16 parameter. Nobody else here does, and on
+    # float32 parameters it refuses to. It tunes a kernel for each size, for most of a minute.
+    _adamw("flashoptim", "FlashOptim FlashAdamW", "flashoptim.FlashAdamW",
+           {"master_weight_bits": None}, lists=(*_FEW_SHAPES, "llama"), devices=("cuda",),
+           state_bytes=2.2, temporary_bytes=8.0),
+    # It compiles a step for each shape, for seconds: the lists of many shapes only when named.
+    _adamw("torchao", "torchao AdamW8bit", "torchao.optim.AdamW8bit", {},
+           lists=_FEW_SHAPES, state_bytes=3.0, temporary_bytes=18.0),
+]  # fmt: skip
+CONTENDERS = {contender.name: contender for contender in _ADAMW}
+
+
+# --- every rule of the library against the forms in which torch has it ---------------------------
+
+# What a form is called, and what it is asked for by.
+FORMS: dict[str, dict[str, bool]] = {
+    "for-loop": {"foreach": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
+# (rule, form, device, dtype) that give wrong results and so are not timed. torch 2.13 leaves
+# bfloat16 parameters, but for the last few elements, unchanged in the fused CPU step of SGD with
+# momentum.
+BROKEN = {("SGD", "fused", "cpu", "bfloat16")}
+# Where the library's default is zero, or leaves parameters in bfloat16 as they are.
+_LARGER = {
+    "Adagrad": {"lr": 1e-2},
+    "LAMB": {"lr": 1e-2},
+    "LARS": {"lr": 10.0, "momentum": 0.9},
+    "Lion": {"lr": 1e-3},
+    "SGD": {"lr": 1.0, "momentum": 0.9},
+}
+_HINTS = {"foreach", "fused", "capturable", "differentiable"}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An update rule: its contender with 8-bit state, and torch's forms of it by name."""
+
+    name: str
+    options: dict[str, Any]
+    ours: Contender
+    forms: dict[str, Contender]
+
+    def rivals(self, device: str, dtype: str) -> list[Contender]:
+        """The forms to be faster than."""
+        return [c for f, c in self.forms.items() if (self.name, f, device, dtype) not in BROKEN]
+
+
+def rule_names() -> list[str]:
+    """The rules that the library has, by the names of their classes with 32-bit state."""
+    import torchao8
+
+    eight = [n.removesuffix("8bit") for n in torchao8.__all__ if n.endswith("8bit")]
+    return sorted((n for n in eight if not n.startswith("Paged")), key=str.lower)
+
+
+@functools.cache
+def rule(name: str) -> Rule:
+    """A rule of the library, with the options that everybody gets: those both sides know.
+
+    `torch_rules` stands in for what torch.optim does not have.
+    """
+    import torchao8
+
+    in_torch = hasattr(torch.optim, name)
+    rival = getattr(torch.optim if in_torch else torch_rules, name)
+    known = inspect.signature(rival).parameters if in_torch else {*rival.names, "foreach"}
+    of_32bit, of_8bit = (
+        inspect.signature(getattr(torchao8, f"{name}{bits}")).parameters for bits in ("", "8bit")
+    )
+    options = {
+        key: value.default
+        for key, value in of_32bit.items()
+        if key in known and key in of_8bit and key not in {"params", *_HINTS}
+    }
+    options |= {**_DECAY, **_LARGER.get(name, {})}
+    where = f"{rival.__module__}.{name}" if in_torch else f"benchmarks.step.torch_rules.{name}"
+    shown = "torch.optim" if in_torch else "torch._foreach_*"
+    forms = {
+        form: Contender(f"{name.lower()}-{form}", f"{shown} {name}, {form}", where,
+                        {**options, **hint}, lists=(), state_bytes=20.0)
+        for form, hint in FORMS.items() if next(iter(hint)) in known
+    }  # fmt: skip
+    label = f"torchao8.{name}8bit"
+    ours = Contender(f"{name.lower()}-8bit", label, label, options, lists=(), state_bytes=3.0)
+    return Rule(name, options, ours, forms)
+
+
+def contender(name: str) -> Contender:
+    """The contender of this name, one of AdamW or of a rule.
+
+    Raises:
+        KeyError: there is none.
+    """
+    if name in CONTENDERS:
+        return CONTENDERS[name]
+    known = (c for r in map(rule, rule_names()) for c in (r.ours, *r.forms.values()))
+    return {c.name: c for c in known}[name]

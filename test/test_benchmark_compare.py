@@ -1,0 +1,129 @@
+"""``benchmarks.compare``: ratios, bits, and a comparison of this library with a changed copy."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import torchao8
+from benchmarks import compare
+
+
+def lane(side: str, optimizer: str, times: dict[int, float], **values: Any) -> compare.Lane:
+    return compare.Lane(side, optimizer, "whole", [], times, **values)
+
+
+def test_ratios_are_of_speed_in_the_same_round() -> None:
+    new = lane("new", "AdamW", {0: 1.0, 1: 2.0, 2: 4.0})
+    old = lane("old", "AdamW", {0: 2.0, 1: 2.0, 2: 2.0, 3: 99.0})
+    assert compare.speed(new, old) == {"median": 1.0, "low": 0.75, "high": 1.5}
+    assert compare.speed(new, lane("old", "AdamW", {5: 1.0})) is None
+
+
+def test_bits_are_equal_on_every_rank_or_named() -> None:
+    def bits(*ranks: dict[str, str]) -> compare.Lane:
+        return lane("old", "AdamW", {}, bits=list(ranks))
+
+    one, other = {"parameters": "a", "exp_avg": "b"}, {"parameters": "a", "exp_avg": "c"}
+    assert compare.same_bits(bits(one, one), bits(one, one)) == "yes"
+    assert compare.same_bits(bits(one, one), bits(one, other)) == "no: exp_avg"
+    assert compare.same_bits(bits(one), bits({"parameters": "a"})) == "no: exp_avg"
+    assert compare.same_bits(bits(one), bits()) == ""
+
+
+def test_digest_tells_bits_dtypes_and_shapes() -> None:
+    x = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    same = compare.digest([x])
+    assert compare.digest([x.clone()]) == same
+    others = [-x, x.view(2, 2), x.to(torch.bfloat16), x.view(torch.int32), torch.nextafter(x, -x)]
+    assert len({same, *(compare.digest([other]) for other in others)}) == 6
+
+
+def test_bits_of_a_job_follow_from_the_seed_and_tell_a_changed_rule(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def bits(name: str) -> dict[str, str]:
+        return compare.Job(name, [(64, 64), (10,)], torch.float32, "whole").bits()
+
+    first = bits("8bit")
+    assert {"parameters", "step", "exp_avg", "exp_avg_codes", "exp_avg_sq_scale"} <= first.keys()
+    assert bits("8bit") == first
+    original = torchao8.AdamW8bit.__init__
+
+    def changed(self: Any, params: Any, **options: Any) -> None:
+        original(self, params, **{**options, "eps": 1e-5})
+
+    monkeypatch.setattr(torchao8.AdamW8bit, "__init__", changed)
+    second = bits("8bit")
+    differ = {name for name in first if first[name] != second[name]}
+    assert differ == {"parameters"}
+
+
+def test_table_has_what_was_left_out() -> None:
+    lanes = [lane("torch", "AdamW(fused=True)", {0: 3e-3, 1: 3e-3})]
+    for name in compare.OPTIMIZERS:
+        lanes.append(lane("old", name, {}, skipped="ValueError: too old"))
+        lanes.append(lane("new", name, {0: 1e-3, 1: 2e-3}, bits=[{"parameters": "a"}]))
+    case = {"label": "a list", "dtype": "float32", "tensors": 2, "step": "eager"}
+    *lines, note = compare.table([{**case, "rows": compare.rows(lanes)}]).splitlines()
+    header, _, row, _ = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    cells = dict(zip(header, row, strict=True))
+    assert (cells["old, ms"], cells["new, ms"], cells["torch, ms"]) == ("", "1.5", "3")
+    assert (cells["new over old"], cells["bits"]) == ("", "")
+    assert cells["new over torch"] == "2.25 (1.88 - 2.62)"
+    assert note.startswith("left out, old, eager: ValueError: too old (AdamW, whole, a list")
+
+
+def test_what_cannot_be_compared_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["HEAD", "--dtype", "float16"], "--dtype: expected float32, bfloat16"),
+        (["HEAD", "--sharded", "--compiled"], "--compiled: expected without --sharded"),
+    ):
+        with pytest.raises(SystemExit):
+            compare.main(arguments)
+        assert message in capsys.readouterr().err
+    if shutil.which("git") and (compare.ROOT / ".git").exists():
+        with pytest.raises(SystemExit, match="no-such-commit"):
+            compare.source_of("no-such-commit")
+
+
+@pytest.mark.thorough  # starts a process for each optimizer, twice
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_changed_copy_is_told_from_this_library(
+    sharded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old: a copy whose AdamW has another default of `amsgrad`, which is a state more."""
+    copy = tmp_path / "copy"
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(torchao8.__file__).parent, copy / "torchao8", ignore=ignore)
+    adam = copy / "torchao8" / "optim" / "adam.py"
+    assert "amsgrad: bool = False" in adam.read_text()
+    adam.write_text(adam.read_text().replace("amsgrad: bool = False", "amsgrad: bool = True"))
+    trees = {"old": ("changed", copy), None: ("this", Path(torchao8.__file__).parents[1])}
+    monkeypatch.setattr(compare, "source_of", lambda revision: trees[revision])
+    monkeypatch.setattr(compare, "_git", lambda *arguments: "0" * 40)
+    arguments = ["old", "--list", "tiny-148x64", "--dtype", "float32", "--rounds", "2"]
+    arguments += ["--turn", "0.001", "--threads", "1", "--out", str(tmp_path), "--name", "found"]
+    compare.main(arguments + ["--sharded"] * sharded)
+    (case,) = json.loads((tmp_path / "found.json").read_text())["cases"]
+    kinds = ["DTensor", "shard"] if sharded else ["whole"]
+    places = [(name, kind) for name in compare.OPTIMIZERS for kind in kinds]
+    assert [(row["optimizer"], row["tensors"]) for row in case["rows"]] == places
+    for row in case["rows"]:
+        assert row["bits"].startswith("no: ")
+        assert "max_exp_avg_sq" in row["bits"]
+        assert row["skipped"] == {}
+        assert all(len(times) == 2 for times in row["ms_of_rounds"].values())
+        assert row["new over torch"]["median"] > 0
+    assert any(name.startswith("new: time of DTensors") for name in case["rows"][0]) == sharded
+
+
+def test_the_script_runs_by_its_path() -> None:
+    command = [sys.executable, compare.__file__, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", check=True)
+    assert "working tree" in done.stdout
