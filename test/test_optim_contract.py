@@ -1,6 +1,7 @@
 """The contract of torch.optim.Optimizer: hooks, closures, groups, schedulers, GradScaler, frozen
 and swapped parameters."""
 
+import inspect
 import warnings
 from typing import Any
 
@@ -15,6 +16,36 @@ from torchao8 import AdamW, AdamW8bit
 
 def scalar(state: dict[str, Tensor]) -> float:
     return float(state["step"])
+
+
+@every_optimizer()
+def test_the_signature_names_every_option(case: OptimizerCase) -> None:
+    """Trainers and configuration tools ask a class whether it has ``fused``, and for defaults."""
+    signature = inspect.signature(case.cls).parameters
+    defaults = case.cls(make_params()).defaults
+    fixed = {"state_version", *({"decoupled_weight_decay"} - set(signature))}
+    assert set(signature) == {"params", *defaults} - fixed
+    for name in set(signature) - {"params"}:
+        default = signature[name].default
+        assert defaults[name] == (False if default is None else default), name  # or 0, its equal
+    with pytest.raises(TypeError, match="unexpected keyword argument 'blocksize'"):
+        case.cls(make_params(), blocksize=64)
+
+
+@every_optimizer()
+def test_arguments_by_position(case: OptimizerCase) -> None:
+    """Those of torch.optim; then, of Adam with 8 bits, those of bitsandbytes."""
+    kinds = inspect.signature(case.cls).parameters.items()
+    ours = [name for name, p in kinds if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if case.rule == "adam" and case.optim_bits == 8:
+        last = ["optim_bits", "min_8bit_size", "percentile_clipping", "block_wise", "is_paged"]
+        given = (1e-2, (0.5, 0.6), 1e-3, 0.25, True, 32, 7, 50, False, True)
+        group = case.cls(make_params(), *given, page_dir="").param_groups[0]
+        assert tuple(group[name] for name in ours[1:]) == given
+        assert ours[-5:] == last
+        ours = ours[:-5]
+    if case.torch_cls is not None:
+        assert ours == list(inspect.signature(case.torch_cls).parameters)[: len(ours)]
 
 
 @every_optimizer()

@@ -42,7 +42,6 @@ class Adagrad(LowPrecisionOptimizer):
         TypeError: an argument that is none.
     """
 
-    _bits = 32
     _op = "adagrad_step_"
     _op_states = ("sum",)
 

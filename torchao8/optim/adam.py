@@ -1,22 +1,56 @@
 """Adam and AdamW, with 32-bit and with 8-bit state."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from torchao8.optim._state.spec import State
 from torchao8.optim.base import LowPrecisionOptimizer
-from torchao8.optim.options import Group, check_betas, check_flag, check_number
+from torchao8.optim.options import (
+    CommonOptions,
+    Group,
+    KeywordOptions,
+    check_betas,
+    check_flag,
+    check_number,
+    with_common,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class _Adam(LowPrecisionOptimizer):
     """What the four classes below share: they differ in their defaults and in the kind of decay."""
 
-    # The kind of decay is what the class is for; a checkpoint does not change it.
+    # A checkpoint does not change the kind of decay, which is what people choose the class for.
     _own_options = (*LowPrecisionOptimizer._own_options, "decoupled_weight_decay")
     _op = "adam_step_"
     _op_states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        betas: tuple[float | Tensor, float | Tensor],
+        eps: float | Tensor,
+        weight_decay: float | Tensor,
+        amsgrad: bool,
+        decoupled_weight_decay: bool,
+        common: CommonOptions,
+    ) -> None:
+        own = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
+        super().__init__(params, with_common(type(self), own, common, self._bits))
 
     def _check_options(self, group: Group) -> None:
         super()._check_options(group)
@@ -33,12 +67,6 @@ class _Adam(LowPrecisionOptimizer):
     def _op_flags(self, group: Group) -> dict[str, bool]:
         decoupled = group["decoupled_weight_decay"]
         return {"decoupled_weight_decay": decoupled, "maximize": group["maximize"]}
-
-
-def _options(arguments: dict[str, Any], *, decoupled_weight_decay: bool) -> Group:
-    """A constructor's local variables as the options of a group: all arguments but ``params``."""
-    options = {k: v for k, v in arguments.items() if k not in ("self", "params", "__class__")}
-    return {**options, "decoupled_weight_decay": decoupled_weight_decay}
 
 
 class Adam(_Adam):
@@ -68,38 +96,13 @@ class Adam(_Adam):
         eps: added to the root.
         weight_decay: the factor of the decay.
         amsgrad: divide by the largest second moment so far.
-        maximize: ascend.
-        foreach, capturable: hints for torch.optim, accepted and without effect: the step is always
-            multi-tensor and capturable.
-        fused: the step is always fused; True also lets ``torch.amp.GradScaler`` leave unscaling and
-            the skipping of a step to the op.
-        differentiable: must be False.
-        optim_bits: 8 or 32, the bits of a state value.
-        min_8bit_size: a parameter with fewer elements keeps 32-bit state, and so do scalars. Of
-            DTensors so do vectors, and what has fewer than 16 elements in ``shape[1:]`` (a matrix
-            of LoRA of rank 8): no block fits all the ways to shard them.
-        block_size: elements that share a scale in 8 bits, a power of two from 64 to 2048.
-        state_rounding: how second moments are rounded to 8 bits, "stochastic" or "nearest". First
-            moments are always rounded to nearest.
-        stochastic_rounding: write bfloat16 parameters back with stochastic rounding, in place of
-            nearest, which loses updates of less than half a unit of a parameter's last place.
-            float32 parameters need none and take none; float16 ones are refused.
-        seed: of the stochastic rounding. The same seed, step and gradients give the same bits. The
-            draws of a parameter are independent of each other; parameters of one seed share those
-            of equal indices at equal steps.
-        percentile_clipping: p scales a gradient down whose norm is larger than the p-th of its
-            parameter's last 100, in ascending order, to that norm; 100 is off. As in bitsandbytes
-            up to 0.45, but for the norm of the whole parameter where it is sharded, and for zeros
-            before any other norm, which do not count. To be decided before the first step.
-        block_wise: False gives each 8-bit state of a parameter one scale in place of one a block,
-            as bitsandbytes up to 0.45 could: coarser, and a step reads everything twice.
-            ``block_size`` then only says which parameters keep 8 bits and how they are rounded.
-        is_paged, page_dir: where state lies, see :class:`torchao8.optim.CommonOptions`.
         decoupled_weight_decay: decay as :class:`AdamW` does.
+        common: see :class:`torchao8.optim.CommonOptions`.
 
     Raises:
         ValueError: an option out of range, or parameters that cannot be optimized.
         NotImplementedError: an option of a later version.
+        TypeError: an argument that is none.
     """
 
     def __init__(
@@ -111,25 +114,11 @@ class Adam(_Adam):
         weight_decay: float | Tensor = 0,
         amsgrad: bool = False,
         *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        optim_bits: int = 32,
-        min_8bit_size: int = 4096,
-        block_size: int = 256,
-        state_rounding: str = "stochastic",
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        percentile_clipping: int = 100,
-        block_wise: bool = True,
-        is_paged: bool | None = None,
-        page_dir: str = "",
         decoupled_weight_decay: bool = False,
+        **common: Unpack[CommonOptions],
     ) -> None:
-        options = _options(locals(), decoupled_weight_decay=decoupled_weight_decay)
-        super().__init__(params, options)
+        decoupled = decoupled_weight_decay
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, decoupled, common)
 
 
 class AdamW(_Adam):
@@ -149,24 +138,9 @@ class AdamW(_Adam):
         eps: float | Tensor = 1e-8,
         weight_decay: float | Tensor = 1e-2,
         amsgrad: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        optim_bits: int = 32,
-        min_8bit_size: int = 4096,
-        block_size: int = 256,
-        state_rounding: str = "stochastic",
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        percentile_clipping: int = 100,
-        block_wise: bool = True,
-        is_paged: bool | None = None,
-        page_dir: str = "",
+        **common: Unpack[CommonOptions],
     ) -> None:
-        super().__init__(params, _options(locals(), decoupled_weight_decay=True))
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, True, common)
 
 
 class Adam8bit(_Adam):
@@ -174,8 +148,11 @@ class Adam8bit(_Adam):
 
     Weight decay is L2, as in ``torch.optim.Adam``; the class of this name in bitsandbytes decays
     decoupled, as :class:`AdamW8bit` does. `8-bit Optimizers via Block-wise Quantization
-    <https://arxiv.org/abs/2110.02861>`_. Arguments and errors are those of :class:`Adam`.
+    <https://arxiv.org/abs/2110.02861>`_. Arguments and errors are those of :class:`Adam`; some
+    common options may be given by position, as in bitsandbytes.
     """
+
+    _bits = 8
 
     def __init__(
         self,
@@ -190,19 +167,12 @@ class Adam8bit(_Adam):
         percentile_clipping: int = 100,
         block_wise: bool = True,
         is_paged: bool | None = None,
-        *,
-        page_dir: str = "",
-        block_size: int = 256,
-        state_rounding: str = "stochastic",
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
+        **common: Unpack[KeywordOptions],
     ) -> None:
-        super().__init__(params, _options(locals(), decoupled_weight_decay=False))
+        all_common = _with_positional(
+            optim_bits, min_8bit_size, percentile_clipping, block_wise, is_paged, common
+        )
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, False, all_common)
 
 
 class AdamW8bit(_Adam):
@@ -210,6 +180,8 @@ class AdamW8bit(_Adam):
 
     Arguments and errors are those of :class:`Adam8bit`.
     """
+
+    _bits = 8
 
     def __init__(
         self,
@@ -224,19 +196,31 @@ class AdamW8bit(_Adam):
         percentile_clipping: int = 100,
         block_wise: bool = True,
         is_paged: bool | None = None,
-        *,
-        page_dir: str = "",
-        block_size: int = 256,
-        state_rounding: str = "stochastic",
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
+        **common: Unpack[KeywordOptions],
     ) -> None:
-        super().__init__(params, _options(locals(), decoupled_weight_decay=True))
+        all_common = _with_positional(
+            optim_bits, min_8bit_size, percentile_clipping, block_wise, is_paged, common
+        )
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, True, all_common)
+
+
+def _with_positional(
+    optim_bits: int,
+    min_8bit_size: int,
+    percentile_clipping: int,
+    block_wise: bool,
+    is_paged: bool | None,
+    others: KeywordOptions,
+) -> CommonOptions:
+    """All common options of a class that takes some of them by position."""
+    return {
+        "optim_bits": optim_bits,
+        "min_8bit_size": min_8bit_size,
+        "percentile_clipping": percentile_clipping,
+        "block_wise": block_wise,
+        "is_paged": is_paged,
+        **others,
+    }
 
 
 class PagedAdam(Adam):

@@ -54,7 +54,6 @@ class AdEMAMix(LowPrecisionOptimizer):
         TypeError: an argument that is none.
     """
 
-    _bits = 32
     _op = "ademamix_step_"
     _op_states = ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq")
 

@@ -5,8 +5,9 @@ The step, the layout of the state and checkpoints ask for nothing else, so that 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +15,13 @@ from torch.optim import Optimizer
 
 from torchao8 import ops, sharding
 from torchao8.optim._state.spec import State, add_own_keys, has_state
-from torchao8.optim.options import LAYOUT_OPTIONS, Group, check_common_options, check_number
+from torchao8.optim.options import (
+    LAYOUT_OPTIONS,
+    Group,
+    check_common_options,
+    check_number,
+    signature_of,
+)
 
 if TYPE_CHECKING:
     from torchao8.optim._step.bucket import Bucket
@@ -31,7 +38,7 @@ class OptimizerContract(Optimizer):
         _resting: states that stay as they are while an option is 0: their names by the option's.
         _compares_updates: whether trust ratios compare parameters with their updates
             (:meth:`_update_sums`), or with their gradients, unscaled and clipped.
-        _paged: whether state is paged unless the option ``is_paged`` says otherwise.
+        _bits, _paged: the defaults of ``optim_bits`` and ``is_paged``.
     """
 
     _op: str
@@ -39,10 +46,14 @@ class OptimizerContract(Optimizer):
     _own_options: tuple[str, ...] = LAYOUT_OPTIONS
     _resting: dict[str, str] = {}  # noqa: RUF012 (nobody writes to it)
     _compares_updates = False
+    _bits = 32
     _paged = False
+    __signature__: ClassVar[inspect.Signature]
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        own = {"optim_bits": cls._bits, "is_paged": cls._paged}
+        cls.__signature__ = signature_of(cls.__init__, own)
         add_own_keys(getattr(cls, "_op_states", ()))
 
     # -- options -------------------------------------------------------------------------------

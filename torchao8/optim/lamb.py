@@ -61,7 +61,6 @@ class LAMB(LowPrecisionOptimizer):
         TypeError: an argument that is none.
     """
 
-    _bits = 32
     _op = "adam_step_"
     _op_states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     _compares_updates = True

@@ -68,7 +68,6 @@ class LARS(LowPrecisionOptimizer):
         TypeError: an argument that is none.
     """
 
-    _bits = 32
     _op = "sgd_step_"
     _op_states = ("momentum_buffer",)
     _resting = MOMENTUM

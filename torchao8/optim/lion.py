@@ -41,7 +41,6 @@ class Lion(LowPrecisionOptimizer):
         TypeError: an argument that is none.
     """
 
-    _bits = 32
     _op = "lion_step_"
     _op_states = ("exp_avg",)
 

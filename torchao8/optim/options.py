@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from typing import Any, TypedDict, cast
+from collections.abc import Callable, Mapping
+from typing import Any, TypedDict, cast, get_type_hints
 
 import torch
 from torch import Tensor
@@ -33,7 +35,22 @@ COMMON: dict[str, Any] = {
 }
 
 
-class CommonOptions(TypedDict, total=False):
+class KeywordOptions(TypedDict, total=False):
+    """The common options that no optimizer takes by position, see :class:`CommonOptions`."""
+
+    maximize: bool
+    foreach: bool | None
+    capturable: bool
+    differentiable: bool
+    fused: bool | None
+    block_size: int
+    state_rounding: str
+    stochastic_rounding: bool
+    seed: int
+    page_dir: str
+
+
+class CommonOptions(KeywordOptions, total=False):
     """Keyword arguments of every optimizer, and options of its parameter groups.
 
     Attributes:
@@ -71,24 +88,14 @@ class CommonOptions(TypedDict, total=False):
             parameters on the CPU. As is_paged, to be decided before the first step.
     """
 
-    maximize: bool
-    foreach: bool | None
-    capturable: bool
-    differentiable: bool
-    fused: bool | None
     optim_bits: int
     min_8bit_size: int
-    block_size: int
-    state_rounding: str
-    stochastic_rounding: bool
-    seed: int
     percentile_clipping: int
     block_wise: bool
-    is_paged: bool
-    page_dir: str
+    is_paged: bool | None
 
 
-def with_common(cls: type, own: dict[str, Any], common: CommonOptions, bits: int) -> dict[str, Any]:
+def with_common(cls: type, own: Group, common: CommonOptions, bits: int) -> Group:
     """The options of a group: those of the rule, and all common ones.
 
     Raises:
@@ -98,6 +105,32 @@ def with_common(cls: type, own: dict[str, Any], common: CommonOptions, bits: int
         if name not in COMMON:
             raise TypeError(f"{cls.__name__}() got an unexpected keyword argument {name!r}")
     return {**own, **COMMON, "optim_bits": bits, **common}
+
+
+def signature_of(
+    constructor: Callable[..., None], defaults: Mapping[str, Any]
+) -> inspect.Signature:
+    """The arguments of ``__init__``, with all common options by name in place of ``**common``.
+
+    Scripts and configuration tools ask for it: whether there is ``fused``, which options there are.
+
+    Args:
+        defaults: of the class, where they are other than those of :data:`COMMON`.
+    """
+    arguments = list(inspect.signature(constructor).parameters.values())[1:]
+    if not arguments or (arguments[-1].name, arguments[-1].kind) != ("common", _KEYWORDS):
+        return inspect.Signature(arguments)  # of a subclass with a constructor of its own
+    named = {argument.name for argument in arguments}
+    types = get_type_hints(CommonOptions)
+    options = [
+        inspect.Parameter(name, _KEYWORD, default=default, annotation=types[name])
+        for name, default in {**COMMON, **defaults}.items()
+        if name not in named
+    ]
+    return inspect.Signature([*arguments[:-1], *options])
+
+
+_KEYWORD, _KEYWORDS = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD
 
 
 # Torch's hints of implementation. The step here is always fused, multi-tensor and capturable, so

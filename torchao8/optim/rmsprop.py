@@ -57,7 +57,6 @@ class RMSprop(LowPrecisionOptimizer):
         TypeError: an argument that is none.
     """
 
-    _bits = 32
     _op = "rmsprop_step_"
     _op_states = ("square_avg", "grad_avg", "momentum_buffer")
     _resting = MOMENTUM

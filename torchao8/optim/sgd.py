@@ -53,7 +53,6 @@ class SGD(LowPrecisionOptimizer):
         TypeError: an argument that is none.
     """
 
-    _bits = 32
     _op = "sgd_step_"
     _op_states = ("momentum_buffer",)
     _resting = MOMENTUM
