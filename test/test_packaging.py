@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 
 import torchao8
+from torchao8.optim.base import LowPrecisionOptimizer
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTENSION = Path(torchao8.__file__).parent / "_C.abi3.so"
@@ -56,6 +57,23 @@ def using(*symbols: str) -> str:
         f"void {symbol}(); void call_{symbol}() {{ {symbol}(); }}\n" for symbol in symbols
     )
     return MODULE + calls
+
+
+def test_every_class_is_exported() -> None:
+    """Each of the four forms, from both packages, by the list of its own file."""
+
+    def subclasses(cls: type) -> set[type]:
+        return {cls}.union(*map(subclasses, cls.__subclasses__()))
+
+    ours = [c for c in subclasses(LowPrecisionOptimizer) if c.__module__.startswith("torchao8.")]
+    names = {c.__name__ for c in ours if not c.__name__.startswith("_")} - {"LowPrecisionOptimizer"}
+    bare = {name.removeprefix("Paged").removesuffix("8bit") for name in names}
+    assert names == {f"{a}{name}{b}" for name in bare for a in ("", "Paged") for b in ("", "8bit")}
+    assert set(torchao8.optim.__all__) == names | {"CommonOptions"}
+    assert names < set(torchao8.__all__)
+    for package in (torchao8, torchao8.optim):
+        assert package.__all__ == sorted(package.__all__)
+        assert all(hasattr(package, name) for name in package.__all__)
 
 
 @needs_elf

@@ -14,6 +14,8 @@ from torchao8.optim.options import CommonOptions, Group, check_number, with_comm
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+__all__ = ["Adagrad", "Adagrad8bit", "PagedAdagrad", "PagedAdagrad8bit"]
+
 
 class Adagrad(LowPrecisionOptimizer):
     """Adagrad with 32-bit state, as ``torch.optim.Adagrad``.

@@ -22,6 +22,17 @@ from torchao8.optim.options import (
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+__all__ = [
+    "Adam",
+    "Adam8bit",
+    "AdamW",
+    "AdamW8bit",
+    "PagedAdam",
+    "PagedAdam8bit",
+    "PagedAdamW",
+    "PagedAdamW8bit",
+]
+
 
 class _Adam(LowPrecisionOptimizer):
     """What the four classes below share: they differ in their defaults and in the kind of decay."""

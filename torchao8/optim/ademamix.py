@@ -21,6 +21,8 @@ from torchao8.optim.options import (
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+__all__ = ["AdEMAMix", "AdEMAMix8bit", "PagedAdEMAMix", "PagedAdEMAMix8bit"]
+
 
 class AdEMAMix(LowPrecisionOptimizer):
     """AdEMAMix with 32-bit state: Adam with a second, slow average of the gradients.

@@ -24,6 +24,8 @@ from torchao8.optim.options import (
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+__all__ = ["LAMB", "LAMB8bit", "PagedLAMB", "PagedLAMB8bit"]
+
 
 class LAMB(LowPrecisionOptimizer):
     """LAMB with 32-bit state: AdamW whose learning rate follows the norm of each parameter.

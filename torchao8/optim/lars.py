@@ -26,6 +26,8 @@ from torchao8.optim.options import (
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+__all__ = ["LARS", "LARS8bit", "PagedLARS", "PagedLARS8bit"]
+
 
 class LARS(LowPrecisionOptimizer):
     """LARS with 32-bit momentum: SGD whose learning rate follows the norm of each parameter.

@@ -14,6 +14,8 @@ from torchao8.optim.options import CommonOptions, Group, check_betas, check_numb
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+__all__ = ["Lion", "Lion8bit", "PagedLion", "PagedLion8bit"]
+
 
 class Lion(LowPrecisionOptimizer):
     """Lion with 32-bit state.

@@ -23,6 +23,8 @@ from torchao8.optim.options import (
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+__all__ = ["PagedRMSprop", "PagedRMSprop8bit", "RMSprop", "RMSprop8bit"]
+
 
 class RMSprop(LowPrecisionOptimizer):
     """RMSprop with 32-bit state, as ``torch.optim.RMSprop``.

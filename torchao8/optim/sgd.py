@@ -23,6 +23,8 @@ from torchao8.optim.options import (
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+__all__ = ["SGD", "PagedSGD", "PagedSGD8bit", "SGD8bit"]
+
 
 class SGD(LowPrecisionOptimizer):
     """SGD with 32-bit momentum, as ``torch.optim.SGD``.

@@ -1,0 +1,15 @@
+"""All optimizer classes: a line for each file. Every list of classes follows from this one."""
+
+from typing import TYPE_CHECKING
+
+from torchao8.optim.adagrad import *
+from torchao8.optim.adam import *
+from torchao8.optim.ademamix import *
+from torchao8.optim.lamb import *
+from torchao8.optim.lars import *
+from torchao8.optim.lion import *
+from torchao8.optim.rmsprop import *
+from torchao8.optim.sgd import *
+
+if not TYPE_CHECKING:  # type checkers take the names from the imports, and only know literal lists
+    __all__ = sorted(name for name, value in globals().items() if isinstance(value, type))
