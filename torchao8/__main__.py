@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from torchao8 import __version__, _estimate_command, _selfcheck
+from torchao8 import __version__, _selfcheck
 
 
 def main() -> int:
@@ -56,15 +56,28 @@ def _cuda_devices() -> list[str]:
 
 def command(arguments: Sequence[str]) -> int:
     """Runs the command that the arguments name; the report where there are none."""
+    if arguments[:1] == ["estimate"]:
+        return _estimate(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="python -m torchao8",
         description="Without a command: prints versions, what was built and a self-check.",
     )
-    parser.set_defaults(run=lambda _: main())
-    _estimate_command.add_to(parser.add_subparsers(title="commands", metavar="command"))
-    parsed = parser.parse_args(arguments)
-    code: int = parsed.run(parsed)
-    return code
+    parser.add_subparsers(title="commands", metavar="command").add_parser(
+        "estimate",
+        help="the memory of parameters, gradients, 32-bit and 8-bit optimizer state on each rank",
+    )
+    parser.parse_args(arguments)
+    return main()
+
+
+def _estimate(arguments: Sequence[str]) -> int:
+    try:
+        # Not at the top: it asks the optimizer classes, which the report does without.
+        from torchao8 import _estimate_command
+    except ImportError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return _estimate_command.command(arguments)
 
 
 if __name__ == "__main__":

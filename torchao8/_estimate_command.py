@@ -2,9 +2,11 @@
 
 import argparse
 import math
+from collections.abc import Sequence
 
 from torchao8.block_layout import check_block_size
-from torchao8.estimate import PARAM_DTYPES, RULES, bare_name, estimate
+from torchao8.estimate import bare_name, class_names, estimate
+from torchao8.optim._params import PARAM_DTYPES
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -16,16 +18,25 @@ _EXAMPLES = """examples:
 """
 
 
-def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds the command to those of ``python -m torchao8``."""
-    parser = commands.add_parser(
-        "estimate",
-        help="the memory of parameters, gradients, 32-bit and 8-bit optimizer state on each rank",
+def command(arguments: Sequence[str]) -> int:
+    """Prints the tables that the arguments ask for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m torchao8 estimate",
         description="The memory of parameters, gradients and optimizer state in 32 and in 8 bits,\n"
         "on the rank that holds most and on all. Activations are not counted.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    _add_arguments(parser)
+    parsed = parser.parse_args(arguments)
+    try:
+        print(_tables(parsed))
+    except ValueError as error:  # an option that the optimizer does not have
+        parser.error(str(error))
+    return 0
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", choices=MODELS, help="the shapes of a known model")
     what.add_argument(
@@ -66,17 +77,18 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     parser.add_argument(
         "--optimizer",
         type=bare_name,
-        choices=RULES,
+        choices=class_names(),
         default="AdamW",
         help="with 32 and with 8 bits (%(default)s)",
     )
-    parser.add_argument("--amsgrad", action="store_true", help="of Adam and AdamW: one more state")
-    parser.add_argument("--centered", action="store_true", help="of RMSprop: one more state")
+    for option in ("amsgrad", "centered"):
+        what_it_is = "of the optimizer, if it has it: one more state"
+        parser.add_argument(f"--{option}", action="store_true", help=what_it_is)
     parser.add_argument(
         "--momentum",
         type=_momentum,
         default=0.0,
-        help="of SGD, LARS and RMSprop: a state, unless it is 0 (%(default)s)",
+        help="of the optimizer, if it has it: one more state, unless it is 0 (%(default)s)",
     )
     parser.add_argument(
         "--percentile-clipping",
@@ -85,25 +97,20 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         metavar="P",
         help="keeps 100 norms for each parameter, unless it is 100 (%(default)s)",
     )
-    parser.set_defaults(run=_run, fail=parser.error)
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _tables(arguments: argparse.Namespace) -> str:
     shapes = arguments.shapes if arguments.model is None else MODELS[arguments.model]
     layout = ("min_8bit_size", "block_size", "block_wise")
     of_rule = ("optimizer", "amsgrad", "centered", "momentum", "percentile_clipping")
     options = {name: getattr(arguments, name) for name in (*layout, *of_rule)}
     tables = []
     for mesh in arguments.mesh:
-        try:
-            table = estimate(shapes, mesh, dtype=_DTYPES[arguments.dtype], **options)
-        except ValueError as error:  # an option that the optimizer does not have
-            arguments.fail(str(error))
+        table = estimate(shapes, mesh, dtype=_DTYPES[arguments.dtype], **options)
         replicas = f" as {mesh[0]} replicas of {mesh[1]} shards" if len(mesh or ()) == 2 else ""
         name = "shapes" if arguments.model is None else arguments.model
         tables.append(f"{name} in {arguments.dtype}{replicas}: {table}")
-    print("\n\n".join(tables))
-    return 0
+    return "\n\n".join(tables)
 
 
 # -- what a person types ---------------------------------------------------------------------------

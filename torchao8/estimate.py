@@ -1,11 +1,12 @@
 """How much memory training takes, from shapes alone: 32-bit state against 8-bit state.
 
-Nothing is allocated and no process group is needed. Which parameters keep 8-bit state, and what of
-them lies on a rank, is asked of the functions that the optimizers ask.
+Nothing is allocated and no process group is needed. The states are asked of the optimizer classes;
+which parameters keep 8 bits, and what of them lies on a rank, of the functions that they ask.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from torchao8 import sharding
-from torchao8.block_layout import Scales, check_block_size
+from torchao8.block_layout import Scales
+from torchao8.optim import classes
+from torchao8.optim._params import PARAM_DTYPES
+from torchao8.optim._state.spec import beside_states
+from torchao8.optim.contract import states_under
+from torchao8.optim.options import clips
 from torchao8.shard_layout import block_rows, shard_indices, split_dim, why_32bit
 
 if TYPE_CHECKING:
@@ -24,23 +30,6 @@ if TYPE_CHECKING:
 
 Shape: TypeAlias = Sequence[int]
 ModelOrShapes: TypeAlias = "nn.Module | Mapping[str, Shape | Tensor] | Iterable[Shape | Tensor]"
-
-PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those an optimizer takes
-# The states of each rule, and those that an option adds. A table, as the optimizers themselves need
-# the compiled ops, which an estimate does not.
-RULES: dict[str, tuple[int, tuple[str, ...]]] = {
-    "Adagrad": (1, ()),
-    "Adam": (2, ("amsgrad",)),
-    "AdamW": (2, ("amsgrad",)),
-    "AdEMAMix": (3, ()),
-    "LAMB": (2, ()),
-    "LARS": (0, ("momentum",)),
-    "Lion": (1, ()),
-    "RMSprop": (1, ("centered", "momentum")),
-    "SGD": (0, ("momentum",)),
-}
-STEP = 4  # bytes: a float32 number for each parameter, on every rank
-NORMS = 4 * 100  # and so are the norms that percentile_clipping keeps
 
 
 @dataclass(frozen=True)
@@ -99,10 +88,8 @@ def estimate(
     min_8bit_size: int = 4096,
     block_size: int = 256,
     block_wise: bool = True,
-    amsgrad: bool = False,
-    centered: bool = False,
-    momentum: float = 0,
     percentile_clipping: int = 100,
+    **rule_options: Any,
 ) -> Estimate:
     """The memory of parameters, gradients and the state of an optimizer, in 32 and in 8 bits.
 
@@ -124,21 +111,31 @@ def estimate(
             parameter; shapes are float32 unless it is given.
         optimizer: the name of a class of this library. With 8bit at its end or without, both are
             told; and with Paged before it, the same.
-        min_8bit_size, block_size, block_wise: as in :class:`torchao8.AdamW8bit`.
-        amsgrad, centered, momentum, percentile_clipping: of the optimizer, if it has them: they
-            add states, each in its way.
+        min_8bit_size, block_size, block_wise, percentile_clipping: as in
+            :class:`torchao8.AdamW8bit`.
+        rule_options: of the optimizer, where they add states: ``amsgrad``, ``centered``,
+            ``momentum``.
 
     Raises:
-        TypeError: not a module or shapes; a mesh that is none of these.
+        TypeError: not a module or shapes; a mesh that is none of these; an option that no optimizer
+            has.
         ValueError: an optimizer that is not there or has no such option; an option or a shape out
             of range; a trainable parameter of a dtype that the optimizers refuse; a mesh for
             parameters that are DTensors already.
     """
-    _check_options(dtype, min_8bit_size, block_size, block_wise)
+    if dtype is not None and dtype not in PARAM_DTYPES:
+        raise ValueError(
+            f"dtype: expected torch.float32, torch.bfloat16 or torch.float16, got {dtype!r}"
+        )
+    common = {
+        "min_8bit_size": min_8bit_size,
+        "block_size": block_size,
+        "block_wise": block_wise,
+        "percentile_clipping": percentile_clipping,
+    }
+    name, states = _states(optimizer, common, rule_options)
     scales_of = Scales(block_size, block_wise)
-    options = {"amsgrad": amsgrad, "centered": centered, "momentum": momentum}
-    name, states = _rule(optimizer, options)
-    per_tensor = STEP + NORMS * _clips(percentile_clipping)
+    per_tensor = sum(spec.nbytes for spec in beside_states(clips(common)).values())
     tensors = list(_tensors(model_or_shapes, _mesh_shape(mesh), dtype))
     ranks = max([1, *(math.prod(t.mesh_shape) for t in tensors)])
     on_rank, once, on_all = [], [], []
@@ -302,42 +299,29 @@ def bare_name(optimizer: str) -> str:
     return optimizer.removeprefix("Paged").removesuffix("8bit")
 
 
-def _rule(optimizer: Any, options: Mapping[str, Any]) -> tuple[str, int]:
-    """The name of the class with 32-bit state, and the number of states."""
-    name = bare_name(optimizer) if isinstance(optimizer, str) else None
-    if name not in RULES:
-        raise ValueError(f"optimizer: expected one of {', '.join(RULES)}, got {optimizer!r}")
-    states, more = RULES[name]
-    for option, value in options.items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if option == "momentum" and not (number and 0 <= value < math.inf):
-            raise ValueError(f"momentum: expected a finite number >= 0, got {value!r}")
-        if option != "momentum" and not isinstance(value, bool):
-            raise ValueError(f"{option}: expected True or False, got {value!r}")
-        if value and option not in more:
+def class_names() -> list[str]:
+    """Of the classes with resident 32-bit state: one for each rule and kind of decay."""
+    return [n for n, cls in vars(classes).items() if isinstance(cls, type) and n == bare_name(n)]
+
+
+def _states(
+    optimizer: Any, common: dict[str, Any], rule_options: Mapping[str, Any]
+) -> tuple[str, int]:
+    """The name of the class with 32-bit state, and the number of states that it says it has."""
+    names = class_names()
+    name = bare_name(optimizer) if isinstance(optimizer, str) else ""
+    if name not in names:
+        raise ValueError(f"optimizer: expected one of {', '.join(names)}, got {optimizer!r}")
+    cls = getattr(classes, name)
+    options = dict(common)
+    for option, value in rule_options.items():
+        if option in inspect.signature(cls).parameters:
+            options[option] = value
+        elif not any(option in inspect.signature(getattr(classes, n)).parameters for n in names):
+            raise TypeError(f"estimate() got an unexpected keyword argument {option!r}")
+        elif value:
             raise ValueError(f"{option}: {name} has no such option, leave it out")
-        states += bool(value)
-    return name, states
-
-
-def _clips(percentile: Any) -> bool:
-    if type(percentile) is not int or not 1 <= percentile <= 100:
-        raise ValueError(
-            f"percentile_clipping: expected an int from 1 to 99, or 100 for off, got {percentile!r}"
-        )
-    return percentile < 100
-
-
-def _check_options(dtype: Any, min_8bit_size: Any, block_size: int, block_wise: Any) -> None:
-    if dtype is not None and dtype not in PARAM_DTYPES:
-        raise ValueError(
-            f"dtype: expected torch.float32, torch.bfloat16 or torch.float16, got {dtype!r}"
-        )
-    if type(min_8bit_size) is not int or min_8bit_size < 0:
-        raise ValueError(f"min_8bit_size: expected an int >= 0, got {min_8bit_size!r}")
-    check_block_size(block_size)
-    if not isinstance(block_wise, bool):
-        raise ValueError(f"block_wise: expected True or False, got {block_wise!r}")
+    return name, len(states_under(cls, options))
 
 
 # -- what of them lies where -----------------------------------------------------------------------

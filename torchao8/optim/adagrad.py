@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from torchao8.optim._state.spec import State
 from torchao8.optim.base import LowPrecisionOptimizer
-from torchao8.optim.options import CommonOptions, Group, check_number, with_common
+from torchao8.optim.options import CommonOptions, Group, check_number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -64,14 +64,16 @@ class Adagrad(LowPrecisionOptimizer):
             "initial_accumulator_value": initial_accumulator_value,
             "eps": eps,
         }
-        super().__init__(params, with_common(type(self), own, common, self._bits))
+        super().__init__(params, self._options(own, common))
 
-    def _check_options(self, group: Group) -> None:
+    @classmethod
+    def _check_options(cls, group: Group) -> None:
         super()._check_options(group)
         for name in ("lr_decay", "weight_decay", "initial_accumulator_value", "eps"):
             check_number(name, group[name])
 
-    def _states(self, group: Group) -> tuple[State, ...]:
+    @classmethod
+    def _states(cls, group: Group) -> tuple[State, ...]:
         return (State("sum", signed=False, initial=group["initial_accumulator_value"]),)
 
     def _steps_untold(self, group: Group) -> int | None:

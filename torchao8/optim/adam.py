@@ -16,7 +16,6 @@ from torchao8.optim.options import (
     check_betas,
     check_flag,
     check_number,
-    with_common,
 )
 
 if TYPE_CHECKING:
@@ -50,8 +49,8 @@ class _Adam(LowPrecisionOptimizer):
         eps: float | Tensor,
         weight_decay: float | Tensor,
         amsgrad: bool,
-        decoupled_weight_decay: bool,
         common: CommonOptions,
+        **others: bool,
     ) -> None:
         own = {
             "lr": lr,
@@ -59,11 +58,12 @@ class _Adam(LowPrecisionOptimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
-            "decoupled_weight_decay": decoupled_weight_decay,
+            **others,
         }
-        super().__init__(params, with_common(type(self), own, common, self._bits))
+        super().__init__(params, self._options(own, common))
 
-    def _check_options(self, group: Group) -> None:
+    @classmethod
+    def _check_options(cls, group: Group) -> None:
         super()._check_options(group)
         check_betas(group["betas"], 2)
         check_number("eps", group["eps"])
@@ -71,7 +71,8 @@ class _Adam(LowPrecisionOptimizer):
         for name in ("amsgrad", "decoupled_weight_decay"):
             check_flag(name, group[name])
 
-    def _states(self, group: Group) -> tuple[State, ...]:
+    @classmethod
+    def _states(cls, group: Group) -> tuple[State, ...]:
         states = (State("exp_avg", signed=True), State("exp_avg_sq", signed=False))
         return (*states, State("max_exp_avg_sq", signed=False)) if group["amsgrad"] else states
 
@@ -128,8 +129,8 @@ class Adam(_Adam):
         decoupled_weight_decay: bool = False,
         **common: Unpack[CommonOptions],
     ) -> None:
-        decoupled = decoupled_weight_decay
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, decoupled, common)
+        kind = {"decoupled_weight_decay": decoupled_weight_decay}
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, common, **kind)
 
 
 class AdamW(_Adam):
@@ -141,6 +142,8 @@ class AdamW(_Adam):
     errors are those of :class:`Adam`.
     """
 
+    _fixed = {"decoupled_weight_decay": True}  # noqa: RUF012 (nobody writes to it)
+
     def __init__(
         self,
         params: ParamsT,
@@ -151,7 +154,7 @@ class AdamW(_Adam):
         amsgrad: bool = False,
         **common: Unpack[CommonOptions],
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, True, common)
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, common)
 
 
 class Adam8bit(_Adam):
@@ -164,6 +167,7 @@ class Adam8bit(_Adam):
     """
 
     _bits = 8
+    _fixed = {"decoupled_weight_decay": False}  # noqa: RUF012 (nobody writes to it)
 
     def __init__(
         self,
@@ -183,7 +187,7 @@ class Adam8bit(_Adam):
         all_common = _with_positional(
             optim_bits, min_8bit_size, percentile_clipping, block_wise, is_paged, common
         )
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, False, all_common)
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, all_common)
 
 
 class AdamW8bit(_Adam):
@@ -193,6 +197,7 @@ class AdamW8bit(_Adam):
     """
 
     _bits = 8
+    _fixed = {"decoupled_weight_decay": True}  # noqa: RUF012 (nobody writes to it)
 
     def __init__(
         self,
@@ -212,7 +217,7 @@ class AdamW8bit(_Adam):
         all_common = _with_positional(
             optim_bits, min_8bit_size, percentile_clipping, block_wise, is_paged, common
         )
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, True, all_common)
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, all_common)
 
 
 def _with_positional(

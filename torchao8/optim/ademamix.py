@@ -15,7 +15,6 @@ from torchao8.optim.options import (
     check_betas,
     check_number,
     is_int,
-    with_common,
 )
 
 if TYPE_CHECKING:
@@ -65,8 +64,8 @@ class AdEMAMix(LowPrecisionOptimizer):
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor, float | Tensor] = (0.9, 0.999, 0.9999),
         alpha: float | Tensor = 5.0,
-        t_alpha: int | None = None,
-        t_beta3: int | None = None,
+        t_alpha: int | None = 0,
+        t_beta3: int | None = 0,
         eps: float | Tensor = 1e-8,
         weight_decay: float | Tensor = 1e-2,
         **common: Unpack[CommonOptions],
@@ -80,9 +79,10 @@ class AdEMAMix(LowPrecisionOptimizer):
             "eps": eps,
             "weight_decay": weight_decay,
         }
-        super().__init__(params, with_common(type(self), own, common, self._bits))
+        super().__init__(params, self._options(own, common))
 
-    def _check_options(self, group: Group) -> None:
+    @classmethod
+    def _check_options(cls, group: Group) -> None:
         super()._check_options(group)
         check_betas(group["betas"], 3)
         for name in ("alpha", "eps", "weight_decay"):
@@ -91,7 +91,8 @@ class AdEMAMix(LowPrecisionOptimizer):
             if not is_int(group[name]) or group[name] < 0:
                 raise ValueError(f"{name}: expected an int >= 0, got {group[name]!r}")
 
-    def _states(self, group: Group) -> tuple[State, ...]:
+    @classmethod
+    def _states(cls, group: Group) -> tuple[State, ...]:
         return (
             State("exp_avg_fast", signed=True),
             State("exp_avg_slow", signed=True),

@@ -30,7 +30,7 @@ from torchao8.optim._step.bucket import Number
 from torchao8.optim._step.calls import call_ops
 from torchao8.optim._step.plan import Plan, plan_step
 from torchao8.optim.contract import OptimizerContract
-from torchao8.optim.options import STATE_VERSION, Group, plain_hints
+from torchao8.optim.options import Group, plain_hints
 from torchao8.sharding import is_dtensor
 
 
@@ -48,10 +48,7 @@ class LowPrecisionOptimizer(OptimizerContract):
     _plan: Plan | None = None
 
     def __init__(self, params: ParamsT, options: Group) -> None:
-        defaults = plain_hints({**options, "state_version": STATE_VERSION})
-        if defaults["is_paged"] is None:
-            defaults["is_paged"] = self._paged
-        plain_numbers(defaults)
+        defaults = self._as_defaults(options)
         self._check_new(defaults)
         super().__init__(params, defaults)
         _run_when_traced(type(self))

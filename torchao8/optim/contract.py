@@ -14,12 +14,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchao8 import ops, sharding
+from torchao8._numbers import plain_numbers
 from torchao8.optim._state.spec import State, add_own_keys, has_state
 from torchao8.optim.options import (
+    COMMON,
     LAYOUT_OPTIONS,
+    STATE_VERSION,
+    CommonOptions,
     Group,
     check_common_options,
     check_number,
+    plain_hints,
     signature_of,
 )
 
@@ -39,6 +44,7 @@ class OptimizerContract(Optimizer):
         _compares_updates: whether trust ratios compare parameters with their updates
             (:meth:`_update_sums`), or with their gradients, unscaled and clipped.
         _bits, _paged: the defaults of ``optim_bits`` and ``is_paged``.
+        _fixed: options of every group that the constructor does not take.
     """
 
     _op: str
@@ -48,6 +54,7 @@ class OptimizerContract(Optimizer):
     _compares_updates = False
     _bits = 32
     _paged = False
+    _fixed: Group = {}  # noqa: RUF012 (nobody writes to it)
     __signature__: ClassVar[inspect.Signature]
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -58,23 +65,48 @@ class OptimizerContract(Optimizer):
 
     # -- options -------------------------------------------------------------------------------
 
-    def _check_options(self, group: Group) -> None:
+    @classmethod
+    def _options(cls, own: Group, common: CommonOptions) -> Group:
+        """The options of a group: the arguments of the rule, and all common ones.
+
+        Raises:
+            TypeError: a name that is none of them, as of any unexpected argument.
+        """
+        for name in common:
+            if name not in COMMON:
+                raise TypeError(f"{cls.__name__}() got an unexpected keyword argument {name!r}")
+        return {**own, **cls._fixed, **COMMON, "optim_bits": cls._bits, **common}
+
+    @classmethod
+    def _as_defaults(cls, options: Group) -> Group:
+        """The options as a group has them: without None, with all numbers Python's own."""
+        defaults = plain_hints({**options, "state_version": STATE_VERSION})
+        if defaults["is_paged"] is None:
+            defaults["is_paged"] = cls._paged
+        plain_numbers(defaults)
+        return defaults
+
+    @classmethod
+    def _check_options(cls, group: Group) -> None:
         """Raises ValueError or NotImplementedError for an option that is out of range."""
         check_common_options(group)
 
-    def _check_new_group(self, group: Group) -> None:
+    @classmethod
+    def _check_new_group(cls, group: Group) -> None:
         """Raises ValueError for options of a new group that do not go together; a schedule may
         change them later as it likes."""
 
-    def _check_new(self, group: Group) -> None:
+    @classmethod
+    def _check_new(cls, group: Group) -> None:
         """Raises ValueError or NotImplementedError for options that no group may begin with."""
         check_number("lr", group["lr"])
-        self._check_options(group)
-        self._check_new_group(group)
+        cls._check_options(group)
+        cls._check_new_group(group)
 
     # -- the state -----------------------------------------------------------------------------
 
-    def _states(self, group: Group) -> tuple[State, ...]:
+    @classmethod
+    def _states(cls, group: Group) -> tuple[State, ...]:
         """The states of a parameter under these options."""
         raise NotImplementedError
 
@@ -155,3 +187,19 @@ class OptimizerContract(Optimizer):
     def _shard_groups(self, numbers: tuple[tuple[int, int], ...]) -> list[sharding.ShardGroup]:
         """The process groups that share parameters; by their numbers, which can be traced."""
         raise NotImplementedError
+
+
+def states_under(cls: type[OptimizerContract], options: Group) -> tuple[State, ...]:
+    """The states of a parameter under these options, with all others at their defaults.
+
+    Args:
+        options: those that the constructor has.
+
+    Raises:
+        ValueError, NotImplementedError: an option that is out of range.
+    """
+    arguments = inspect.signature(cls).parameters
+    defaults = {name: p.default for name, p in arguments.items() if name != "params"}
+    group = cls._as_defaults({**cls._fixed, **defaults, **options})
+    cls._check_new(group)
+    return cls._states(group)

@@ -18,7 +18,6 @@ from torchao8.optim.options import (
     check_betas,
     check_flag,
     check_number,
-    with_common,
 )
 
 if TYPE_CHECKING:
@@ -85,16 +84,18 @@ class LAMB(LowPrecisionOptimizer):
             "weight_decay": weight_decay,
             "adaptive": adaptive,
         }
-        super().__init__(params, with_common(type(self), own, common, self._bits))
+        super().__init__(params, self._options(own, common))
 
-    def _check_options(self, group: Group) -> None:
+    @classmethod
+    def _check_options(cls, group: Group) -> None:
         super()._check_options(group)
         check_betas(group["betas"], 2)
         check_number("eps", group["eps"])
         check_number("weight_decay", group["weight_decay"])
         check_flag("adaptive", group["adaptive"])
 
-    def _states(self, group: Group) -> tuple[State, ...]:
+    @classmethod
+    def _states(cls, group: Group) -> tuple[State, ...]:
         return (State("exp_avg", signed=True), State("exp_avg_sq", signed=False))
 
     def _op_flags(self, group: Group) -> dict[str, bool]:

@@ -20,7 +20,6 @@ from torchao8.optim.options import (
     check_nesterov,
     check_number,
     has_momentum,
-    with_common,
 )
 
 if TYPE_CHECKING:
@@ -96,19 +95,22 @@ class LARS(LowPrecisionOptimizer):
             "trust_coefficient": trust_coefficient,
             "adaptive": adaptive,
         }
-        super().__init__(params, with_common(type(self), own, common, self._bits))
+        super().__init__(params, self._options(own, common))
 
-    def _check_options(self, group: Group) -> None:
+    @classmethod
+    def _check_options(cls, group: Group) -> None:
         super()._check_options(group)
         check_momentum(group)
         check_number("weight_decay", group["weight_decay"])
         check_number("trust_coefficient", group["trust_coefficient"])
         check_flag("adaptive", group["adaptive"])
 
-    def _check_new_group(self, group: Group) -> None:
+    @classmethod
+    def _check_new_group(cls, group: Group) -> None:
         check_nesterov(group)
 
-    def _states(self, group: Group) -> tuple[State, ...]:
+    @classmethod
+    def _states(cls, group: Group) -> tuple[State, ...]:
         return (State("momentum_buffer", signed=True),) if has_momentum(group) else ()
 
     def _check_source(self, saved: Group) -> None:

@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from torchao8.optim._state.spec import State
 from torchao8.optim.base import LowPrecisionOptimizer
-from torchao8.optim.options import CommonOptions, Group, check_betas, check_number, with_common
+from torchao8.optim.options import CommonOptions, Group, check_betas, check_number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -55,14 +55,16 @@ class Lion(LowPrecisionOptimizer):
         **common: Unpack[CommonOptions],
     ) -> None:
         own = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
-        super().__init__(params, with_common(type(self), own, common, self._bits))
+        super().__init__(params, self._options(own, common))
 
-    def _check_options(self, group: Group) -> None:
+    @classmethod
+    def _check_options(cls, group: Group) -> None:
         super()._check_options(group)
         check_betas(group["betas"], 2)
         check_number("weight_decay", group["weight_decay"])
 
-    def _states(self, group: Group) -> tuple[State, ...]:
+    @classmethod
+    def _states(cls, group: Group) -> tuple[State, ...]:
         return (State("exp_avg", signed=True),)
 
     def _steps_untold(self, group: Group) -> int | None:

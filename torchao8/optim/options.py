@@ -95,18 +95,6 @@ class CommonOptions(KeywordOptions, total=False):
     is_paged: bool | None
 
 
-def with_common(cls: type, own: Group, common: CommonOptions, bits: int) -> Group:
-    """The options of a group: those of the rule, and all common ones.
-
-    Raises:
-        TypeError: a name that is none of them, as of any unexpected argument.
-    """
-    for name in common:
-        if name not in COMMON:
-            raise TypeError(f"{cls.__name__}() got an unexpected keyword argument {name!r}")
-    return {**own, **COMMON, "optim_bits": bits, **common}
-
-
 def signature_of(
     constructor: Callable[..., None], defaults: Mapping[str, Any]
 ) -> inspect.Signature:

@@ -17,7 +17,6 @@ from torchao8.optim.options import (
     check_flag,
     check_number,
     has_momentum,
-    with_common,
 )
 
 if TYPE_CHECKING:
@@ -82,9 +81,10 @@ class RMSprop(LowPrecisionOptimizer):
             "momentum": momentum,
             "centered": centered,
         }
-        super().__init__(params, with_common(type(self), own, common, self._bits))
+        super().__init__(params, self._options(own, common))
 
-    def _check_options(self, group: Group) -> None:
+    @classmethod
+    def _check_options(cls, group: Group) -> None:
         super()._check_options(group)
         check_number("alpha", group["alpha"], below=1)
         check_number("eps", group["eps"])
@@ -95,7 +95,8 @@ class RMSprop(LowPrecisionOptimizer):
         check_number("momentum", group["momentum"])
         check_flag("centered", group["centered"])
 
-    def _states(self, group: Group) -> tuple[State, ...]:
+    @classmethod
+    def _states(cls, group: Group) -> tuple[State, ...]:
         states = [State("square_avg", signed=False)]
         if group["centered"]:
             states.append(State("grad_avg", signed=True))

@@ -14,12 +14,10 @@ from torchao8.block_layout import Scales
 from torchao8.optim._params import check_grad, check_params
 from torchao8.optim._state import paging
 from torchao8.optim._state.spec import (
-    NO_NORM,
-    NORMS,
-    NORMS_KEPT,
     Layout,
     State,
     TensorSpec,
+    beside_states,
     has_state,
     keys_of,
 )
@@ -63,9 +61,7 @@ def layout_of(
     scales, in_8bit = Scales.of(group), keeps_8bit(group, p)
     pages = paging.folder_of(group, p)
     _check_shards(optimizer, group, p, in_8bit)
-    layout = {"step": TensorSpec(torch.float32, ())}
-    if clips(group):
-        layout[NORMS] = TensorSpec(torch.float32, (NORMS_KEPT,), NO_NORM)
+    layout = beside_states(clips(group))
     for state in optimizer._states_of(group) if states is None else states:
         specs = _specs_of(state, p, scales, in_8bit, pages)
         layout.update(zip(keys_of(state, in_8bit), specs, strict=True))

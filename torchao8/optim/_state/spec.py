@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -80,6 +81,11 @@ class TensorSpec(NamedTuple):
         """Of what this rank holds."""
         return self.shape if self.local_shape is None else self.local_shape
 
+    @property
+    def nbytes(self) -> int:
+        """Of the whole tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def empty(self, p: Tensor) -> Tensor:
         """The tensor of a parameter that has made no step yet; it is not paged."""
         device = local(p).device
@@ -96,6 +102,14 @@ class TensorSpec(NamedTuple):
 
 
 Layout = dict[str, TensorSpec]
+
+
+def beside_states(clips: bool) -> Layout:
+    """What a parameter has beside the states of a rule; ``clips``: whether norms are kept."""
+    layout = {"step": TensorSpec(torch.float32, ())}
+    if clips:
+        layout[NORMS] = TensorSpec(torch.float32, (NORMS_KEPT,), NO_NORM)
+    return layout
 
 
 def is_8bit(states: Sequence[State], keys: Collection[str]) -> bool:
