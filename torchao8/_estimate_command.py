@@ -5,8 +5,9 @@ import math
 from collections.abc import Sequence
 
 from torchao8.block_layout import check_block_size
-from torchao8.estimate import bare_name, class_names, estimate
+from torchao8.estimate import class_names, estimate
 from torchao8.optim._params import PARAM_DTYPES
+from torchao8.optim.contract import bare_name
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -20,7 +20,7 @@ from torchao8.block_layout import Scales
 from torchao8.optim import classes
 from torchao8.optim._params import PARAM_DTYPES
 from torchao8.optim._state.spec import beside_states
-from torchao8.optim.contract import states_under
+from torchao8.optim.contract import bare_name, states_under
 from torchao8.optim.options import clips
 from torchao8.shard_layout import block_rows, shard_indices, split_dim, why_32bit
 
@@ -292,11 +292,6 @@ def _replicated(dims: int) -> tuple[Placement, ...]:
     from torch.distributed.tensor import Replicate
 
     return (Replicate(),) * dims
-
-
-def bare_name(optimizer: str) -> str:
-    """The name of the class with resident 32-bit state, of any class of that rule."""
-    return optimizer.removeprefix("Paged").removesuffix("8bit")
 
 
 def class_names() -> list[str]:

@@ -10,16 +10,15 @@ from torch import Tensor
 
 from torchao8.block_layout import Scales
 from torchao8.checkpoint._names import check_own
+from torchao8.optim import classes
 from torchao8.optim._state.convert import in_32bit
 from torchao8.optim._state.layout import layout_of
 from torchao8.optim._state.spec import NORMS, has_state, is_own
+from torchao8.optim.contract import bare_name
+from torchao8.optim.options import COMMON, HINTS
 
 if TYPE_CHECKING:
     from torchao8.optim.base import LowPrecisionOptimizer
-
-# How torch makes its step is for torch to choose: None lets it, and True for two of them at once is
-# an error there.
-_HINTS = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
 
 
 def to_torch(optimizer: LowPrecisionOptimizer) -> dict[str, Any]:
@@ -37,8 +36,7 @@ def to_torch(optimizer: LowPrecisionOptimizer) -> dict[str, Any]:
     the kind of decay from the groups.
 
     Args:
-        optimizer: of a class that ``torch.optim`` has too: Adam, AdamW, Adagrad, RMSprop or SGD,
-            with 8-bit or 32-bit state.
+        optimizer: of a class that ``torch.optim`` has too, with 8-bit or 32-bit state.
 
     Returns:
         ``state``, by the number of the parameter: ``step``, a 0-d float32 tensor on the CPU, which
@@ -56,13 +54,14 @@ def to_torch(optimizer: LowPrecisionOptimizer) -> dict[str, Any]:
     check_own("to_torch", optimizer)
     torch_cls = _torch_class(optimizer)
     options = torch_cls([torch.zeros((), dtype=torch.float32, device="cpu")]).defaults
-    hints = {name: value for name, value in _HINTS.items() if name in options}
+    # How torch makes its step is for torch to choose.
+    hints = {name: COMMON[name] for name in HINTS if name in options}
     saved = optimizer.state_dict()
     state: dict[int, dict[str, Tensor]] = {}
     groups = []
     for live, group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         for p, index in zip(live["params"], group["params"], strict=True):
-            theirs = _state(optimizer, torch_cls, live, p)
+            theirs = _state(optimizer, live, p)
             if theirs:
                 state[index] = theirs
         ours = set(optimizer.defaults) - set(options)
@@ -72,35 +71,22 @@ def to_torch(optimizer: LowPrecisionOptimizer) -> dict[str, Any]:
 
 def _torch_class(optimizer: LowPrecisionOptimizer) -> Any:
     """The class of torch.optim with the rule of an optimizer."""
-    from torchao8 import optim
-
-    classes: dict[type, tuple[type, ...]] = {
-        torch.optim.AdamW: (optim.AdamW, optim.AdamW8bit),
-        torch.optim.Adam: (optim.Adam, optim.Adam8bit),
-        torch.optim.Adagrad: (optim.Adagrad,),
-        torch.optim.RMSprop: (optim.RMSprop,),
-        torch.optim.SGD: (optim.SGD,),
-    }
-    for theirs, ours in classes.items():
-        if isinstance(optimizer, ours):
-            return theirs
+    if optimizer._torch_class is not None:
+        return optimizer._torch_class
     name = type(optimizer).__name__
+    known = [n for n, cls in vars(classes).items() if getattr(cls, "_torch_class", None)]
+    *names, last = [n for n in known if n == bare_name(n)]
     raise NotImplementedError(
-        "to_torch: expected Adam, AdamW, Adagrad, RMSprop or SGD, in 8 or 32 bits, got "
-        f"{name}; torch.optim has no {name.removesuffix('8bit')}"
+        f"to_torch: expected {', '.join(names)} or {last}, in 8 or 32 bits, got {name}; "
+        f"torch.optim has no {bare_name(name)}"
     )
 
 
-def _state(
-    optimizer: LowPrecisionOptimizer,
-    torch_cls: type,
-    group: dict[str, Any],
-    p: Tensor,
-) -> dict[str, Tensor]:
+def _state(optimizer: LowPrecisionOptimizer, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
     """The state of a parameter as torch has it; none before the first step."""
     own = optimizer.state.get(p, {})
     if not has_state(own):
-        if torch_cls is not torch.optim.Adagrad:
+        if not optimizer._torch_state_at_start:
             return _copied(own)
         layout = layout_of(optimizer, group, p)
         own = {**own, **{key: spec.empty(p) for key, spec in layout.items()}}
@@ -110,9 +96,7 @@ def _state(
     if states is not own:
         optimizer._mend_decoded(theirs)
     theirs["step"] = theirs["step"].cpu()
-    if torch_cls is torch.optim.SGD and theirs.pop("step") == 0:
-        theirs = {}  # torch takes its first gradient for the buffer where there is none
-    return {**theirs, **_copied(others)}
+    return {**optimizer._of_torch(theirs), **_copied(others)}
 
 
 def _copied(others: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -46,6 +47,8 @@ class Adagrad(LowPrecisionOptimizer):
 
     _op = "adagrad_step_"
     _op_states = ("sum",)
+    _torch_class = torch.optim.Adagrad
+    _torch_state_at_start = True
 
     def __init__(
         self,

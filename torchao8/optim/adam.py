@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -40,6 +42,7 @@ class _Adam(LowPrecisionOptimizer):
     _own_options = (*LowPrecisionOptimizer._own_options, "decoupled_weight_decay")
     _op = "adam_step_"
     _op_states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    _added = {"amsgrad": "max_exp_avg_sq"}  # noqa: RUF012 (nobody writes to it)
 
     def __init__(
         self,
@@ -80,6 +83,24 @@ class _Adam(LowPrecisionOptimizer):
         decoupled = group["decoupled_weight_decay"]
         return {"decoupled_weight_decay": decoupled, "maximize": group["maximize"]}
 
+    def _warnings_of_load(
+        self, groups: Sequence[Group], saved: Sequence[Group], writers: Collection[str]
+    ) -> list[str]:
+        warnings, kind = [], "decoupled_weight_decay"
+        for ours, theirs in zip(groups, saved, strict=True):
+            if theirs.get(kind, ours[kind]) != ours[kind] and theirs["weight_decay"]:
+                warnings.append(
+                    f"the checkpoint has weight_decay={theirs['weight_decay']} and "
+                    f"{kind}={theirs[kind]}; here it is {ours[kind]}, and stays so"
+                )
+                break
+        if "bitsandbytes" in writers and any(g["weight_decay"] and not g[kind] for g in groups):
+            warnings.append(
+                "the checkpoint is one of bitsandbytes, whose Adam decays weights decoupled, as "
+                "AdamW8bit does; this class adds weight_decay to the gradient"
+            )
+        return warnings
+
 
 class Adam(_Adam):
     """Adam with 32-bit state, as ``torch.optim.Adam``: weight decay is added to the gradient (L2).
@@ -117,6 +138,8 @@ class Adam(_Adam):
         TypeError: an argument that is none.
     """
 
+    _torch_class = torch.optim.Adam
+
     def __init__(
         self,
         params: ParamsT,
@@ -143,6 +166,7 @@ class AdamW(_Adam):
     """
 
     _fixed = {"decoupled_weight_decay": True}  # noqa: RUF012 (nobody writes to it)
+    _torch_class = torch.optim.AdamW
 
     def __init__(
         self,
@@ -168,6 +192,7 @@ class Adam8bit(_Adam):
 
     _bits = 8
     _fixed = {"decoupled_weight_decay": False}  # noqa: RUF012 (nobody writes to it)
+    _torch_class = torch.optim.Adam
 
     def __init__(
         self,
@@ -198,6 +223,7 @@ class AdamW8bit(_Adam):
 
     _bits = 8
     _fixed = {"decoupled_weight_decay": True}  # noqa: RUF012 (nobody writes to it)
+    _torch_class = torch.optim.AdamW
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ The step, the layout of the state and checkpoints ask for nothing else, so that 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -41,20 +41,26 @@ class OptimizerContract(Optimizer):
         _own_options: the options that a checkpoint does not replace. A checkpoint whose state is
             laid out otherwise is converted or refused, not taken over.
         _resting: states that stay as they are while an option is 0: their names by the option's.
+        _added: states that an option adds when it is True: their names by the option's.
         _compares_updates: whether trust ratios compare parameters with their updates
             (:meth:`_update_sums`), or with their gradients, unscaled and clipped.
         _bits, _paged: the defaults of ``optim_bits`` and ``is_paged``.
         _fixed: options of every group that the constructor does not take.
+        _torch_class: the class of torch.optim with the same rule, where there is one.
+        _torch_state_at_start: whether that class has state before the first step.
     """
 
     _op: str
     _op_states: tuple[str, ...]
     _own_options: tuple[str, ...] = LAYOUT_OPTIONS
     _resting: dict[str, str] = {}  # noqa: RUF012 (nobody writes to it)
+    _added: dict[str, str] = {}  # noqa: RUF012
     _compares_updates = False
     _bits = 32
     _paged = False
-    _fixed: Group = {}  # noqa: RUF012 (nobody writes to it)
+    _fixed: Group = {}  # noqa: RUF012
+    _torch_class: type[Optimizer] | None = None
+    _torch_state_at_start = False
     __signature__: ClassVar[inspect.Signature]
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -171,6 +177,22 @@ class OptimizerContract(Optimizer):
         """Raises ValueError where these options of a checkpoint tell that its state means something
         else than the state of the same name here."""
 
+    def _warnings_of_load(
+        self, groups: Sequence[Group], saved: Sequence[Group], writers: Collection[str]
+    ) -> list[str]:
+        """What to tell of a checkpoint that loads, but whose options mean something else here.
+
+        Args:
+            groups: with the options that hold from now on.
+            saved: the groups of the checkpoint, in the same order.
+            writers: the other libraries that wrote its state, as "bitsandbytes".
+        """
+        return []
+
+    def _of_torch(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the class of torch.optim keeps of the 32-bit state of a parameter."""
+        return state
+
     def _mend_decoded(self, state: dict[str, Tensor]) -> None:
         """Changes, in place, what 32-bit states that were rounded to 8 bits apart may not be."""
 
@@ -187,6 +209,11 @@ class OptimizerContract(Optimizer):
     def _shard_groups(self, numbers: tuple[tuple[int, int], ...]) -> list[sharding.ShardGroup]:
         """The process groups that share parameters; by their numbers, which can be traced."""
         raise NotImplementedError
+
+
+def bare_name(name: str) -> str:
+    """The name of the class with resident 32-bit state, of any class of the same rule."""
+    return name.removeprefix("Paged").removesuffix("8bit")
 
 
 def states_under(cls: type[OptimizerContract], options: Group) -> tuple[State, ...]:

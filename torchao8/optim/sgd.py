@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -57,6 +58,7 @@ class SGD(LowPrecisionOptimizer):
     _op = "sgd_step_"
     _op_states = ("momentum_buffer",)
     _resting = MOMENTUM
+    _torch_class = torch.optim.SGD
 
     def __init__(
         self,
@@ -100,6 +102,11 @@ class SGD(LowPrecisionOptimizer):
 
     def _steps_untold(self, group: Group) -> int | None:
         return 1  # after the first one, which sets the buffer, their number does not matter
+
+    def _of_torch(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        if state["step"] == 0:
+            return {}  # torch takes its first gradient for the buffer where there is none
+        return {name: value for name, value in state.items() if name != "step"}
 
     def _op_flags(self, group: Group) -> dict[str, bool]:
         flags = {name: group[name] for name in ("nesterov", "maximize")}

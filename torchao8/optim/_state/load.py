@@ -278,9 +278,8 @@ class _Loading:
         values = self.state[saved_id]
         states, label = self.optimizer._states_in(group, values), describe(self.optimizer, p)
         layout = layout_of(self.optimizer, group, p, states)
-        converts = check_form(
-            label, p, layout, states, values, saved_scales, self.others.get(saved_id, ())
-        )
+        others, added = self.others.get(saved_id, ()), self.optimizer._added
+        converts = check_form(label, p, layout, states, values, saved_scales, others, added)
         scales = Scales.of(group)
         if converts:
             was_8bit, is_8bit = (any(k.endswith("_codes") for k in ks) for ks in (values, layout))
@@ -322,22 +321,10 @@ class _Loading:
                 f"{name}: the state of {labels[0]}{others} was saved {how}, as optim_bits, "
                 "min_8bit_size, block_size, block_wise or the sharding ask for here"
             )
-        decays = any(
-            g["weight_decay"] and not g.get("decoupled_weight_decay", True) for g in self.groups
-        )
-        for live, saved in zip(self.optimizer.param_groups, self.saved_groups, strict=True):
-            kind = "decoupled_weight_decay"
-            if kind in live and saved.get(kind, live[kind]) != live[kind] and saved["weight_decay"]:
-                warn_caller(
-                    f"{name}: the checkpoint has weight_decay={saved['weight_decay']} and "
-                    f"{kind}={saved[kind]}; here it is {live[kind]}, and stays so"
-                )
-                break
-        if "bitsandbytes" in self.authors and decays:
-            warn_caller(
-                f"{name}: the checkpoint is one of bitsandbytes, whose Adam decays weights "
-                "decoupled, as AdamW8bit does; this class adds weight_decay to the gradient"
-            )
+        for warning in self.optimizer._warnings_of_load(
+            self.groups, self.saved_groups, self.authors
+        ):
+            warn_caller(f"{name}: {warning}")
 
 
 def _check_structure(state_dict: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torchao8.optim._state.spec import (
     is_8bit,
     is_own,
     keys_of,
+    keys_of_8bit,
 )
 from torchao8.sharding import cut_out, is_dtensor, like, local, same_placement
 
@@ -86,7 +87,8 @@ def check_form(
     states: Sequence[State],
     saved: dict[str, Any],
     saved_scales: Scales,
-    others: Collection[Any] = (),
+    others: Collection[Any],
+    added: Mapping[str, str],
 ) -> bool:
     """Whether saved state of ``p`` needs a conversion, after all checks that look at no value.
 
@@ -98,6 +100,7 @@ def check_form(
         saved: plain tensors of the whole, or DTensors where ``p`` is one.
         saved_scales: of the state, if it is 8-bit state.
         others: keys that are not of this library, for messages.
+        added: the states that an option adds, by the option, for messages.
 
     Raises:
         ValueError: other keys; a value that is no tensor or of another dtype or shape.
@@ -107,7 +110,7 @@ def check_form(
     if set(saved) != set(form):
         raise ValueError(
             f"state of {label}: expected the keys {list(layout)}, got {[*saved, *others]}"
-            + _remedy(states, saved)
+            + _remedy(states, saved, added)
         )
     for key, value in saved.items():
         if key == "step" and not isinstance(value, Tensor) and _is_number(value):
@@ -154,7 +157,7 @@ def seal(label: str, layout: Layout, parts: dict[str, Tensor]) -> dict[str, Seal
     return {key: Sealed(layout[key], part.contiguous()) for key, part in parts.items()}
 
 
-def _remedy(states: Sequence[State], saved: dict[str, Any]) -> str:
+def _remedy(states: Sequence[State], saved: dict[str, Any], added: Mapping[str, str]) -> str:
     """What to do about a checkpoint of another kind, where it can be told."""
     if any(all(k in saved for b in (True, False) for k in keys_of(s, b)) for s in states):
         return (
@@ -163,8 +166,10 @@ def _remedy(states: Sequence[State], saved: dict[str, Any]) -> str:
             "trusted. To convert, give the full state dict to optimizer.load_state_dict on every "
             "rank, or load the folder with torchao8.checkpoint.load_dcp"
         )
-    if any(str(key).startswith("max_exp_avg_sq") for key in saved):
-        return ". It was saved with amsgrad=True."
+    names = [state.name for state in states]
+    for option, name in added.items():
+        if name not in names and saved.keys() & {name, *keys_of_8bit(name)}:
+            return f". It was saved with {option}=True."
     return ""
 
 
