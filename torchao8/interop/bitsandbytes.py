@@ -15,7 +15,7 @@ from torch import Tensor
 from torchao8.interop.moments import (
     Moments,
     Quantized,
-    StateSpec,
+    States,
     checked_map,
     checked_scale,
     checked_tensor,
@@ -108,7 +108,7 @@ def read_bitsandbytes(
     label: str,
     saved: Mapping[str, Any],
     shape: tuple[int, ...],
-    states: Sequence[StateSpec],
+    states: States,
     block_size: int,
 ) -> Moments:
     """state1, state2 and what belongs to them, as the init_state of its classes makes them."""
@@ -116,31 +116,31 @@ def read_bitsandbytes(
     if not isinstance(nested, Mapping):
         raise ValueError(f"{NESTED} of {label}: expected a dict, got {type(nested).__name__}")
     flat = {**{k: v for k, v in saved.items() if k != NESTED}, **nested}
-    stacked = [state.name for state in states[:2]] == ["exp_avg_fast", "exp_avg_slow"]
+    names = list(states)
+    stacked = names[:2] == ["exp_avg_fast", "exp_avg_slow"]
     wanted = [f"state{i}" for i in range(1, len(states) + 1 - stacked)]
     got = [key for key in flat if _is_bnb_key(key) and key.startswith("state")]
     if sorted(got) != wanted:
         raise ValueError(
             f"state of {label}: expected {' and '.join(wanted) or 'none'} of bitsandbytes, for "
-            f"{' and '.join(s.name for s in states) or 'no state'}, got "
-            f"{' and '.join(sorted(got)) or 'none'}." + _bnb_remedy(len(got), states)
+            f"{' and '.join(names) or 'no state'}, got "
+            f"{' and '.join(sorted(got)) or 'none'}." + _bnb_remedy(len(got), names)
         )
     strange = [k for k in flat if k != "step" and k not in _BNB_SCRATCH and not _is_bnb_key(k)]
     if strange:
         raise ValueError(f"state of {label}: expected the keys of bitsandbytes, got {strange} too")
     moments: Moments = {}
     if stacked:
-        for state, half in zip(states[:2], _halves(label, flat, shape), strict=True):
-            moments[state.name] = _bnb_moment(label, half, 1, shape, state, block_size)
-        moments[states[2].name] = _bnb_moment(label, flat, 2, shape, states[2], block_size)
-        return moments
-    for i, state in enumerate(states, 1):
-        moments[state.name] = _bnb_moment(label, flat, i, shape, state, block_size)
+        halves = _halves(label, flat, shape)
+        sources = [(halves[0], 1), (halves[1], 1), (flat, 2)]
+    else:
+        sources = [(flat, i) for i in range(1, len(names) + 1)]
+    for (name, signed), (source, i) in zip(states.items(), sources, strict=True):
+        moments[name] = _bnb_moment(label, source, i, shape, name, signed, block_size)
     return moments
 
 
-def _bnb_remedy(number: int, states: Sequence[StateSpec]) -> str:
-    names = [state.name for state in states]
+def _bnb_remedy(number: int, names: Sequence[str]) -> str:
     if number == 2 and "max_exp_avg_sq" in names:
         return " bitsandbytes takes amsgrad=True and ignores it: load with amsgrad=False."
     if number == 1 and "grad_avg" in names:
@@ -189,7 +189,8 @@ def _bnb_moment(
     flat: Mapping[str, Any],
     i: int,
     shape: tuple[int, ...],
-    state: StateSpec,
+    name: str,
+    signed: bool,
     own_block_size: int,
 ) -> Quantized | Tensor:
     """A moment: ``state`` and, in 8 bits, ``qmap`` and ``absmax`` or the older ``max``."""
@@ -208,13 +209,13 @@ def _bnb_moment(
     moment: Quantized | Tensor = codes
     if codes.dtype == torch.uint8:
         moment = _bnb_quantized(label, flat, i, codes, own_block_size)
-    if i > 1 or state.signed:
+    if i > 1 or signed:
         return moment
     # RMSprop's and Adagrad's, in a map that has codes below 0, too; a dead block may have some.
     squares = moment.dequantize() if isinstance(moment, Quantized) else moment
     if bool((squares < 0).any()):
         raise ValueError(
-            f"{key} of {label}: expected numbers >= 0, for {state.name}, got "
+            f"{key} of {label}: expected numbers >= 0, for {name}, got "
             f"{float(squares[squares < 0][0])}. Another optimizer than this one saved it."
         )
     return squares + 0.0

@@ -27,7 +27,7 @@ from torchao8.interop.bitsandbytes import (
     own_options,
     read_bitsandbytes,
 )
-from torchao8.interop.moments import Quantized, StateSpec, checked_scale, checked_step
+from torchao8.interop.moments import Quantized, States, checked_scale, checked_step
 from torchao8.interop.torchao import is_torchao, read_torchao
 
 __all__ = ["norm_history", "own_options", "reads", "to_own", "who_wrote"]
@@ -55,7 +55,7 @@ def to_own(
     label: str,
     saved: Mapping[str, Any],
     shape: Sequence[int],
-    states: Sequence[StateSpec],
+    states: States,
     block_size: int,
     block_wise: bool = True,
 ) -> dict[str, Any] | None:
@@ -72,7 +72,8 @@ def to_own(
         label: of the parameter, for messages: ``"parameter 3 (layer.weight)"``.
         saved: the entry of the parameter in the ``state`` of the state dict.
         shape: of the whole parameter, were it sharded.
-        states: what the optimizer keeps, in the order of bitsandbytes: averages, then squares.
+        states: of each state that the optimizer keeps, by its name, whether it is signed; in the
+            order of bitsandbytes: averages, then squares.
         block_size, block_wise: of the optimizer.
 
     Returns:
@@ -104,7 +105,7 @@ def to_own(
     quantized = {k: m for k, m in moments.items() if isinstance(m, Quantized)}
     scales = Scales(block_size, block_wise)
     if len(quantized) == len(states) and all(
-        _is_ours(quantized[s.name], s.signed, shape, scales) for s in states
+        _is_ours(quantized[name], signed, shape, scales) for name, signed in states.items()
     ):
         for name, moment in quantized.items():
             own[f"{name}_codes"] = moment.codes
@@ -128,7 +129,7 @@ def norm_history(label: str, saved: Mapping[str, Any]) -> Tensor | None:
     return checked_scale(label, "gnorm_vec", squares, (100,)).sqrt()
 
 
-def _widened(saved: Mapping[str, Any], states: Sequence[StateSpec]) -> dict[str, Any] | None:
+def _widened(saved: Mapping[str, Any], states: States) -> dict[str, Any] | None:
     """torch.optim keeps moments in the dtype of the parameter, we keep float32. Its SGD counts no
     steps, of which only the first one differs, and saves None in place of no buffer. Returns None
     if there is nothing to change."""
@@ -137,10 +138,10 @@ def _widened(saved: Mapping[str, Any], states: Sequence[StateSpec]) -> dict[str,
         saved = {"step": torch.tensor(1.0, dtype=torch.float32, device="cpu"), **present}
         return _widened(saved, states) or saved
     narrow = {
-        s.name: saved[s.name].to(torch.float32)
-        for s in states
-        if isinstance(saved.get(s.name), Tensor)
-        and saved[s.name].dtype in (torch.bfloat16, torch.float16)
+        name: saved[name].to(torch.float32)
+        for name in states
+        if isinstance(saved.get(name), Tensor)
+        and saved[name].dtype in (torch.bfloat16, torch.float16)
     }
     return {**saved, **narrow} if narrow else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,13 +18,8 @@ SHARDED = (
 )
 
 
-class StateSpec(Protocol):
-    """What :class:`torchao8.optim.base.State` says of a state."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def signed(self) -> bool: ...
+# The states that an optimizer keeps: whether numbers may be negative, by the name of the state.
+States = Mapping[str, bool]
 
 
 class Quantized(NamedTuple):

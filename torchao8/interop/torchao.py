@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torchao8.interop.moments import (
     SHARDED,
     Moments,
     Quantized,
-    StateSpec,
+    States,
     checked_map,
     checked_scale,
     checked_tensor,
@@ -36,21 +36,24 @@ def _torchao_class(value: Any) -> str | None:
 
 
 def read_torchao(
-    label: str, saved: Mapping[str, Any], shape: tuple[int, ...], states: Sequence[StateSpec]
+    label: str, saved: Mapping[str, Any], shape: tuple[int, ...], states: States
 ) -> Moments:
     """exp_avg and exp_avg_sq as tensor subclasses: torchao/optim/subclass_8bit.py, 4bit and fp8."""
-    wanted = ["step", *(s.name for s in states)]
+    wanted = ["step", *states]
     if set(saved) - {"step"} != set(wanted) - {"step"}:
         raise ValueError(
             f"state of {label}: expected the keys {wanted} of torchao, got {list(saved)}"
         )
-    return {s.name: _torchao_moment(label, s, saved[s.name], shape) for s in states}
+    return {
+        name: _torchao_moment(label, name, signed, saved[name], shape)
+        for name, signed in states.items()
+    }
 
 
 def _torchao_moment(
-    label: str, state: StateSpec, value: Any, shape: tuple[int, ...]
+    label: str, key: str, signed: bool, value: Any, shape: tuple[int, ...]
 ) -> Quantized | Tensor:
-    key, name = state.name, _torchao_class(value)
+    name = _torchao_class(value)
     if is_dtensor(value):
         raise ValueError(f"{key} of {label}: {SHARDED}")
     if name is None:
@@ -61,10 +64,8 @@ def _torchao_moment(
     for part in ("codes", "scale", "qmap", "signed"):
         if not hasattr(value, part):
             raise ValueError(f"{key} of {label}: expected a {name} with {part}, got one without")
-    if bool(value.signed) != state.signed:
-        raise ValueError(
-            f"{key}.signed of {label}: expected {state.signed}, got {bool(value.signed)}"
-        )
+    if bool(value.signed) != signed:
+        raise ValueError(f"{key}.signed of {label}: expected {signed}, got {bool(value.signed)}")
     codes = checked_tensor(label, f"{key}.codes", value.codes, shape, (torch.uint8,)).contiguous()
     scale = checked_scale(label, f"{key}.scale", value.scale).to(codes.device)
     blocks = scale.numel()
@@ -73,7 +74,7 @@ def _torchao_moment(
             f"{key}.scale of {label}: expected a number of scales that divides the "
             f"{codes.numel()} elements, got {blocks}"
         )
-    table = checked_map(label, f"{key}.qmap", value.qmap, state.signed).to(codes.device)
+    table = checked_map(label, f"{key}.qmap", value.qmap, signed).to(codes.device)
     return Quantized(codes, scale, table, codes.numel() // blocks)
 
 

@@ -263,7 +263,8 @@ class _Loading:
     def _read_foreign(self, group: Group, saved: Group, p: Tensor, saved_id: Any) -> None:
         values = self.state[saved_id]
         states, label = self.optimizer._states_in(group, values), describe(self.optimizer, p)
-        own = foreign.to_own(label, values, p.shape, states, *Scales.of(group))
+        signed = {state.name: state.signed for state in states}
+        own = foreign.to_own(label, values, p.shape, signed, *Scales.of(group))
         if own is not None:
             self.authors.add(foreign.who_wrote(values) or "torch.optim")
             self.state[saved_id] = own
