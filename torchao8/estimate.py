@@ -19,7 +19,7 @@ from torchao8 import sharding
 from torchao8.block_layout import Scales
 from torchao8.optim import classes
 from torchao8.optim._params import PARAM_DTYPES
-from torchao8.optim._state.spec import beside_states
+from torchao8.optim._state.spec import State, beside_states
 from torchao8.optim.contract import bare_name, states_under
 from torchao8.optim.options import clips
 from torchao8.shard_layout import block_rows, shard_indices, split_dim, why_32bit
@@ -133,9 +133,11 @@ def estimate(
         "block_wise": block_wise,
         "percentile_clipping": percentile_clipping,
     }
-    name, states = _states(optimizer, common, rule_options)
+    name, all_states = _states(optimizer, common, rule_options)
+    states = sum(not state.is_scalar for state in all_states)
     scales_of = Scales(block_size, block_wise)
     per_tensor = sum(spec.nbytes for spec in beside_states(clips(common)).values())
+    per_tensor += torch.float32.itemsize * (len(all_states) - states)
     tensors = list(_tensors(model_or_shapes, _mesh_shape(mesh), dtype))
     ranks = max([1, *(math.prod(t.mesh_shape) for t in tensors)])
     on_rank, once, on_all = [], [], []
@@ -301,8 +303,8 @@ def class_names() -> list[str]:
 
 def _states(
     optimizer: Any, common: dict[str, Any], rule_options: Mapping[str, Any]
-) -> tuple[str, int]:
-    """The name of the class with 32-bit state, and the number of states that it says it has."""
+) -> tuple[str, tuple[State, ...]]:
+    """The name of the class with 32-bit state, and the states that it says it has."""
     names = class_names()
     name = bare_name(optimizer) if isinstance(optimizer, str) else ""
     if name not in names:
@@ -316,7 +318,7 @@ def _states(
             raise TypeError(f"estimate() got an unexpected keyword argument {option!r}")
         elif value:
             raise ValueError(f"{option}: {name} has no such option, leave it out")
-    return name, len(states_under(cls, options))
+    return name, states_under(cls, options)
 
 
 # -- what of them lies where -----------------------------------------------------------------------

@@ -40,12 +40,12 @@ def to_torch(optimizer: LowPrecisionOptimizer) -> dict[str, Any]:
 
     Returns:
         ``state``, by the number of the parameter: ``step``, a 0-d float32 tensor on the CPU, which
-        SGD does not have, and the states of :mod:`torch.optim`, float32 of the shape of the
-        parameter, on its device, and sharded as it is. A parameter that has made no step has none,
-        but with Adagrad, which has it from the start. ``param_groups``: the options of the class of
-        ``torch.optim``, ``params``, ``param_names`` if the parameters have names, and keys that no
-        optimizer here knows, such as a scheduler's ``initial_lr``. No state shares memory with the
-        optimizer.
+        SGD does not have, other numbers of a parameter in the same form, and the states of
+        :mod:`torch.optim`, float32 of the shape of the parameter, on its device, and sharded as it
+        is. A parameter that has made no step has none, but with Adagrad, which has it from the
+        start. ``param_groups``: the options of the class of ``torch.optim``, ``params``,
+        ``param_names`` if the parameters have names, and keys that no optimizer here knows, such as
+        a scheduler's ``initial_lr``. No state shares memory with the optimizer.
 
     Raises:
         TypeError: no optimizer of this library.
@@ -90,12 +90,14 @@ def _state(optimizer: LowPrecisionOptimizer, group: dict[str, Any], p: Tensor) -
             return _copied(own)
         layout = layout_of(optimizer, group, p)
         own = {**own, **{key: spec.empty(p) for key, spec in layout.items()}}
-    states = in_32bit(p, optimizer._states_in(group, own), own, Scales.of(group))
+    kept = optimizer._states_in(group, own)
+    states = in_32bit(p, kept, own, Scales.of(group))
     others = {k: v for k, v in states.items() if not is_own(k)}
     theirs = {k: v.detach().clone() for k, v in states.items() if is_own(k) and k != NORMS}
     if states is not own:
         optimizer._mend_decoded(theirs)
-    theirs["step"] = theirs["step"].cpu()
+    for key in ("step", *(state.name for state in kept if state.is_scalar)):
+        theirs[key] = theirs[key].cpu()
     return {**optimizer._of_torch(theirs), **_copied(others)}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchao8 import ops
 from torchao8.block_layout import MAX_BLOCK_SIZE, Scales
-from torchao8.optim._state.sealed import check_values, part_of, step_tensor
+from torchao8.optim._state.sealed import check_values, part_of, scalar_tensor
 from torchao8.optim._state.spec import (
     BESIDE_STATES,
     NORMS,
@@ -48,7 +48,7 @@ def convert(
     """
     in_8bit, saved_in_8bit = is_8bit(states, layout), is_8bit(states, saved)
     form = form_of(layout, states, saved_in_8bit, saved_scales)
-    keys = [key for key in form if key not in BESIDE_STATES]
+    keys = [key for key in form if key not in BESIDE_STATES and not form[key].is_scalar]
     sharded_keys = [k for k in keys if saved_scales.block_wise or not k.endswith("_scale")]
     here = is_dtensor(p) and all(
         is_dtensor(saved[key]) and is_placed_as(p, saved[key]) for key in sharded_keys
@@ -60,21 +60,22 @@ def convert(
             for each, is_used in used
             if is_used and each.block_wise
         )
-    step = step_tensor(saved["step"])
+    scalars = {key: scalar_tensor(key, saved[key]) for key in form if form[key].is_scalar}
     values = {
         key: local(saved[key]) if here and key in sharded_keys else _whole(saved[key]).detach()
         for key in keys
     }
-    parts, sharded = {"step": step}, p if here else None
+    parts, sharded = {"step": scalars["step"]}, p if here else None
     if NORMS in form:
         parts[NORMS] = _whole(saved[NORMS]).detach()
+    quantized = [state for state in states if not state.is_scalar]
     moments: list[Tensor] = []
-    extremes = [torch.zeros(1, dtype=torch.float32, device="cpu") for _ in states]
+    extremes = [torch.zeros(1, dtype=torch.float32, device="cpu") for _ in quantized]
     refusal: ValueError | None = None
     try:
         for key, value in values.items():
             check_values(label, key, form[key], value)
-        for state in states:
+        for state in quantized:
             first, *others = (values[key] for key in keys_of(state, saved_in_8bit))
             for scale in others:
                 first = _dequantize(sharded, first, scale, saved_scales, state.signed)
@@ -82,16 +83,16 @@ def convert(
     except ValueError as error:
         refusal = error  # not yet: the other ranks are about to talk
     if in_8bit and not scales.block_wise:
-        extremes = _extreme_elements(sharded, moments, len(states), local(p).device)
+        extremes = _extreme_elements(sharded, moments, len(quantized), local(p).device)
     if refusal is not None:
         raise refusal
-    for state, moment, extreme in zip(states, moments, extremes, strict=True):
+    for state, moment, extreme in zip(quantized, moments, extremes, strict=True):
         new: tuple[Tensor, ...] = (moment,)
         if in_8bit:
             new = _quantize(sharded, moment, scales, state.signed, extreme)
         for key, value in zip(keys_of(state, in_8bit), new, strict=True):
             parts[key] = value if here else part_of(p, layout[key], value)
-    return parts
+    return {key: scalars[key] if key in scalars else parts[key] for key in layout}
 
 
 def in_32bit(
@@ -102,6 +103,9 @@ def in_32bit(
         return saved
     converted = {k: v for k, v in saved.items() if k in BESIDE_STATES or not is_own(k)}
     for state in states:
+        if state.is_scalar:
+            converted[state.name] = saved[state.name]
+            continue
         codes, scale = (local(saved[key]) for key in keys_of(state, True))
         converted[state.name] = like(p, _dequantize(p, codes, scale, scales, state.signed), p.shape)
     return converted

@@ -18,7 +18,9 @@ from torchao8.optim._state.spec import (
     State,
     TensorSpec,
     beside_states,
+    format_key,
     has_state,
+    is_8bit,
     keys_of,
 )
 from torchao8.optim.contract import OptimizerContract
@@ -72,7 +74,9 @@ def _specs_of(
     state: State, p: Tensor, scales: Scales, in_8bit: bool, pages: str | None
 ) -> tuple[TensorSpec, ...]:
     """What a state of a parameter is: values, or codes and their scales."""
-    _, signed, initial = state
+    signed, initial = state.signed, state.initial
+    if state.is_scalar:
+        return (TensorSpec(torch.float32, (), initial, signed=signed, is_scalar=True),)
     shape = tuple(p.shape)
     local_shape = tuple(sharding.local(p).shape) if is_dtensor(p) else None
     if not in_8bit:
@@ -101,11 +105,11 @@ def check_layout(
     Args:
         states: of the parameter.
     """
-    if not states:  # what has none has no format either
+    state, in_8bit = optimizer.state[p], is_8bit(states, optimizer.state[p])
+    key = format_key(states, in_8bit)
+    if key is None:  # what has no such state has no format either
         return
-    state, (codes, scale) = optimizer.state[p], keys_of(states[0], True)
-    in_8bit = codes in state
-    first = state.get(codes if in_8bit else states[0].name)
+    first = state.get(key)
     if first is None:
         return  # a missing key is told of by its name
     name = type(optimizer).__name__
@@ -117,8 +121,9 @@ def check_layout(
             "(optimizer.state.pop(parameter)), which then starts anew"
         )
     expected = Scales.of(group).shape(p.shape)
-    if keeps_8bit(group, p) != in_8bit or (in_8bit and state[scale].shape != expected):
-        has = f"8-bit state, scales {list(state[scale].shape)}" if in_8bit else "32-bit state"
+    scale = state[key.removesuffix("_codes") + "_scale"] if in_8bit else None
+    if keeps_8bit(group, p) != in_8bit or (scale is not None and scale.shape != expected):
+        has = "32-bit state" if scale is None else f"8-bit state, scales {list(scale.shape)}"
         raise RuntimeError(
             f"{name}: {with_shape(optimizer, p)} already has {has}, but its "
             f"group now says optim_bits={group['optim_bits']}, "

@@ -263,7 +263,8 @@ class _Loading:
     def _read_foreign(self, group: Group, saved: Group, p: Tensor, saved_id: Any) -> None:
         values = self.state[saved_id]
         states, label = self.optimizer._states_in(group, values), describe(self.optimizer, p)
-        signed = {state.name: state.signed for state in states}
+        # One number of a parameter is one in every library.
+        signed = {state.name: state.signed for state in states if not state.is_scalar}
         own = foreign.to_own(label, values, p.shape, signed, *Scales.of(group))
         if own is not None:
             self.authors.add(foreign.who_wrote(values) or "torch.optim")

@@ -297,7 +297,9 @@ def paged_rooms(rooms: dict[str, Any], owners: dict[str, tuple[Tensor, str]]) ->
     found = {
         name: (p, _spec_of(rooms[name], folder))
         for name, (p, folder) in owners.items()
-        if isinstance(rooms[name], Tensor) and is_dtensor(rooms[name]) == is_dtensor(p)
+        if isinstance(rooms[name], Tensor)
+        and is_dtensor(rooms[name]) == is_dtensor(p)
+        and rooms[name].numel() > 1  # one number is not worth a page
     }
     parts = _allocate_for(list(found.values()))
     return {
@@ -330,7 +332,7 @@ def move_states(groups: Iterable[Group], state: dict[Any, Any]) -> None:
                 layout = {
                     key: _spec_of(value, folder)
                     for key, value in values.items()
-                    if key not in BESIDE_STATES and is_own(key)
+                    if key not in BESIDE_STATES and is_own(key) and value.numel() > 1
                 }
                 wanted.append((p, layout, values))
     for (p, layout, values), rooms in zip(wanted, rooms_for(wanted), strict=True):

@@ -113,9 +113,9 @@ def check_form(
             + _remedy(states, saved, added)
         )
     for key, value in saved.items():
-        if key == "step" and not isinstance(value, Tensor) and _is_number(value):
-            continue
-        if key == "step" and isinstance(value, Tensor) and _is_count(value):
+        if form[key].is_scalar and (
+            _is_one_number(value) if isinstance(value, Tensor) else _is_number(value)
+        ):
             continue
         _check_kind(label, key, form[key], value)
         if is_dtensor(value) and not is_dtensor(p):
@@ -135,7 +135,7 @@ def parts_of(p: Tensor, layout: Layout, saved: dict[str, Any]) -> dict[str, Tens
     A collective where the state is sharded otherwise than ``p``; it looks at no value.
     """
     return {
-        key: part_of(p, spec, step_tensor(saved[key]) if key == "step" else saved[key])
+        key: part_of(p, spec, scalar_tensor(key, saved[key]) if spec.is_scalar else saved[key])
         for key, spec in layout.items()
     }
 
@@ -225,21 +225,24 @@ def _is_number(value: Any) -> bool:
     return isinstance(plain(value), (int, float)) and not isinstance(value, bool)
 
 
-def _is_count(value: Tensor) -> bool:
+def _is_one_number(value: Tensor) -> bool:
     return value.numel() == 1 and not (value.is_complex() or value.dtype == torch.bool)
 
 
 def is_step(value: Any) -> bool:
     """Whether this is a number of steps: a number or a tensor of one element."""
     if isinstance(value, Tensor):
-        return not is_dtensor(value) and _is_count(value) and is_step(value.item())
+        return not is_dtensor(value) and _is_one_number(value) and is_step(value.item())
     return _is_number(value) and 0 <= value < 2**24 and value == value // 1
 
 
-def step_tensor(value: Any) -> Tensor:
-    """Steps also come as numbers, as tensors of other dtypes, and as one tensor for all."""
+def scalar_tensor(key: str, value: Any) -> Tensor:
+    """One number of a parameter, 0-d float32; they also come as Python's numbers, as tensors of
+    other dtypes, and as one tensor for all."""
     if is_dtensor(value):
         value = value.full_tensor()
     if isinstance(value, Tensor):
         return value.detach().to(torch.float32).reshape(()).clone()
-    return torch.tensor(float(min(value, 2**24)), dtype=torch.float32, device="cpu")
+    # What is out of range is refused later, with the other values.
+    most = 2**24 if key == "step" else 2**128
+    return torch.tensor(float(max(-most, min(value, most))), dtype=torch.float32, device="cpu")

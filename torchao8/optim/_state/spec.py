@@ -52,11 +52,15 @@ class State(NamedTuple):
     Attributes:
         signed: whether its numbers may be negative.
         initial: what all of them are before the first step; not negative.
+        is_scalar: whether it is one number for the whole parameter, which the op of the rule
+            changes. It is then a 0-d float32 tensor ``name`` in both formats, on the device of the
+            parameter; it is never paged, and of a DTensor every rank has all of it, as of ``step``.
     """
 
     name: str
     signed: bool
     initial: float = 0.0
+    is_scalar: bool = False
 
 
 class TensorSpec(NamedTuple):
@@ -67,6 +71,7 @@ class TensorSpec(NamedTuple):
         local_shape: of the part on this rank, where ``p`` is a DTensor and this is to be one.
         signed: whether its numbers may be negative.
         pages: the folder of the file behind it where it is paged, "" for the temporary one.
+        is_scalar: whether it is one number for the whole parameter, whatever the shape of that.
     """
 
     dtype: torch.dtype
@@ -75,6 +80,7 @@ class TensorSpec(NamedTuple):
     local_shape: tuple[int, ...] | None = None
     signed: bool = True
     pages: str | None = None
+    is_scalar: bool = False
 
     @property
     def part_shape(self) -> tuple[int, ...]:
@@ -106,13 +112,14 @@ Layout = dict[str, TensorSpec]
 
 def beside_states(clips: bool) -> Layout:
     """What a parameter has beside the states of a rule; ``clips``: whether norms are kept."""
-    layout = {"step": TensorSpec(torch.float32, ())}
+    layout = {"step": TensorSpec(torch.float32, (), is_scalar=True)}
     if clips:
         layout[NORMS] = TensorSpec(torch.float32, (NORMS_KEPT,), NO_NORM)
     return layout
 
 
 def is_8bit(states: Sequence[State], keys: Collection[str]) -> bool:
+    """Whether a state with these keys is one of 8 bits."""
     return any(f"{state.name}_codes" in keys for state in states)
 
 
@@ -120,6 +127,9 @@ def form_of(layout: Layout, states: Sequence[State], in_8bit: bool, scales: Scal
     """The layout of the same state in 8 or 32 bits; without what this rank has of it."""
     form = {key: layout[key] for key in BESIDE_STATES if key in layout}
     for state in states:
+        if state.is_scalar:
+            form[state.name] = layout[state.name]
+            continue
         shape = next(layout[key].shape for key in keys_of(state, is_8bit(states, layout)))
         of_scales = scales.shape(shape)
         new = (
@@ -135,4 +145,9 @@ def form_of(layout: Layout, states: Sequence[State], in_8bit: bool, scales: Scal
 
 
 def keys_of(state: State, in_8bit: bool) -> tuple[str, ...]:
-    return keys_of_8bit(state.name) if in_8bit else (state.name,)
+    return keys_of_8bit(state.name) if in_8bit and not state.is_scalar else (state.name,)
+
+
+def format_key(states: Sequence[State], in_8bit: bool) -> str | None:
+    """The key that tells the format of a parameter's state: of the first state that has two."""
+    return next((keys_of(s, in_8bit)[0] for s in states if not s.is_scalar), None)

@@ -20,9 +20,10 @@ class Bucket(NamedTuple):
 
     They are plain tensors: of a DTensor, what lies on this rank. ``values`` and ``scales`` hold a
     list for each state, by its name: the codes and their scales, or the float32 values and an empty
-    list. ``shard_offsets`` and ``shard_row_strides`` say where shards lie in their global tensors;
-    both are empty where none is sharded, or where nothing depends on it. ``numbers`` are those of
-    the parameters in their work.
+    list; of a state that is one number of its parameter, 0-d tensors and an empty list.
+    ``shard_offsets`` and ``shard_row_strides`` say where shards lie in their global tensors; both
+    are empty where none is sharded, or where nothing depends on it. ``numbers`` are those of the
+    parameters in their work.
     """
 
     params: list[Tensor]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchao8 import sharding
+from torchao8.optim._state.spec import State, keys_of
 from torchao8.optim._step.bucket import Bucket
 from torchao8.shard_layout import Run, ShardRows
 
@@ -45,9 +46,10 @@ class Calls:
         is_cut: whether one of them is in several pieces.
     """
 
-    def __init__(self, kind: Kind, names: Sequence[str], block_wise: bool) -> None:
+    def __init__(self, kind: Kind, states: Sequence[State], block_wise: bool) -> None:
         self.kind = kind
-        self.names = names
+        self.keys = {state.name: keys_of(state, kind.in_8bit) for state in states}
+        self.scalars = {state.name for state in states if state.is_scalar}
         self.block_wise = block_wise
         self.members: list[int] = []
         self.rows: list[ShardRows] = []
@@ -75,11 +77,11 @@ class Calls:
             params, grads: what lies on this rank, of the members.
             columns: for each key of the state, the tensors of the members.
         """
-        in_8bit, is_sharded = self.kind.in_8bit, self.kind.is_sharded
-        values = {n: columns[f"{n}_codes" if in_8bit else n] for n in self.names}
-        scales = {n: columns[f"{n}_scale"] if in_8bit else [] for n in self.names}
-        if is_sharded:
-            values = {n: sharding.local_tensors(tensors) for n, tensors in values.items()}
+        values = {name: columns[keys[0]] for name, keys in self.keys.items()}
+        scales = {name: columns[keys[1]] if keys[1:] else [] for name, keys in self.keys.items()}
+        if self.kind.is_sharded:
+            cut = {n: t for n, t in values.items() if n not in self.scalars}
+            values.update({n: sharding.local_tensors(t) for n, t in cut.items()})
             scales = {n: sharding.local_tensors(tensors) for n, tensors in scales.items()}
         bucket = Bucket(
             params,
@@ -95,33 +97,39 @@ class Calls:
 
     def _pieces(self, bucket: Bucket) -> Bucket:
         """The same call, of runs of rows that lie at equal distances in their global tensor."""
-        none: Columns = {n: [] for n in self.names}
-        made = Bucket([], [], [], none, {n: [] for n in self.names}, [], [], [])
+        values_of: Columns = {n: [] for n in self.keys}
+        scales_of: Columns = {n: [] for n in self.keys}
+        made = Bucket([], [], [], values_of, scales_of, [], [], [])
         for i, rows in enumerate(self.rows):
             p, grad = bucket.params[i], bucket.grads[i]
-            values = [bucket.values[n][i] for n in self.names]
-            scales = [bucket.scales[n][i] for n in self.names if self.kind.in_8bit]
+            values = {n: tensors[i] for n, tensors in bucket.values.items()}
+            scales = {n: tensors[i] for n, tensors in bucket.scales.items() if tensors}
+            cut = {n: t for n, t in values.items() if n not in self.scalars}
+            cut_scales = scales if self.block_wise else {}
             runs: tuple[Run, ...] = rows.runs
             if not runs:
-                # One scale for the whole parameter, which every rank steps, and nothing else here.
-                p, grad, values = p.reshape(0), grad.reshape(0), [t.reshape(0) for t in values]
+                # Nothing lies here, but every rank steps what is one number of the parameter.
+                p, grad = p.reshape(0), grad.reshape(0)
+                values.update({n: t.reshape(0) for n, t in cut.items()})
+                scales.update({n: t.reshape(0) for n, t in cut_scales.items()})
                 runs = (Run(0, 0, 0, 0),)
             elif not rows.whole:
                 # As matrices, whose rows are those of the global tensor whatever the local shape.
                 p, grad = p.view(-1, rows.row), grad.reshape(-1, rows.row)
-                values = [t.view(-1, rows.row) for t in values]
-                if self.block_wise:
-                    scales = [t.view(-1, rows.blocks) for t in scales]
-            for run in runs:
+                values.update({n: t.view(-1, rows.row) for n, t in cut.items()})
+                scales.update({n: t.view(-1, rows.blocks) for n, t in cut_scales.items()})
+            for number, run in enumerate(runs):
+                if number > 0:  # the first piece changes the number that stays, the others copies
+                    values.update({n: values[n].clone() for n in self.scalars})
                 part = slice(run.first, run.last)
                 is_cut = bool(rows.runs) and not rows.whole
                 made.params.append(p[part] if is_cut else p)
                 made.grads.append(grad[part] if is_cut else grad)
                 made.steps.append(bucket.steps[i])
-                for n, t in zip(self.names, values, strict=True):
-                    made.values[n].append(t[part] if is_cut else t)
-                for n, t in zip(self.names, scales, strict=False):  # none in 32 bits
-                    made.scales[n].append(t[part] if is_cut and self.block_wise else t)
+                for n, t in values.items():
+                    made.values[n].append(t[part] if is_cut and n in cut else t)
+                for n, t in scales.items():
+                    made.scales[n].append(t[part] if is_cut and n in cut_scales else t)
                 made.shard_offsets.append(run.offset)
                 made.shard_row_strides.append(run.stride)
                 made.numbers.append(self.members[i])

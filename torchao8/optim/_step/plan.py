@@ -33,7 +33,7 @@ from torchao8._numbers import one_number, plain_numbers
 from torchao8.optim._params import NO_FLOAT16, check_grad, is_readable_grad
 from torchao8.optim._state import paging
 from torchao8.optim._state.layout import check_layout, rounds_param, rows_of, wake
-from torchao8.optim._state.spec import NORMS, is_own, keys_of
+from torchao8.optim._state.spec import NORMS, format_key, is_8bit, is_own, keys_of
 from torchao8.optim._step import pages
 from torchao8.optim._step.bucket import Work
 from torchao8.optim._step.place import Calls, Columns, Kind
@@ -153,7 +153,7 @@ class GroupPlan:
         self.number = number
         self.group = group
         self.states = optimizer._states_of(group)
-        self.names = [state.name for state in self.states]
+        self.has_scalars = any(state.is_scalar for state in self.states)
         self.clips = clips(group)
         self.indices: list[int] = []
         self.with_grad: list[Tensor] = []
@@ -184,7 +184,7 @@ class GroupPlan:
         if group["stochastic_rounding"] and p.dtype == torch.float16:
             name = type(optimizer).__name__
             raise ValueError(f"{name}: {describe(optimizer, p)}: {NO_FLOAT16}")
-        entry.in_8bit = bool(self.names) and f"{self.names[0]}_codes" in state
+        entry.in_8bit = is_8bit(self.states, state)
         keys = self._keys(entry.in_8bit)
         # A state that no step would move, and no checkpoint could have; others' keys are no such.
         if any(key not in state for key in keys) or (
@@ -217,7 +217,9 @@ class GroupPlan:
             if is_sharded and (entry.in_8bit or rounds_param(self.group, p)):
                 entry.rows = self._rows(optimizer, entry)
             part = sharding.local(p)
-            is_empty = part.numel() == 0 and not (is_sharded and entry.in_8bit and one_scale)
+            # Every rank steps what is one number of a parameter, also where no element lies.
+            has_number = self.has_scalars or (is_sharded and entry.in_8bit and one_scale)
+            is_empty = part.numel() == 0 and not has_number
             kind = Kind(
                 entry.in_8bit,
                 part.device,
@@ -230,7 +232,7 @@ class GroupPlan:
             if part.device.type == "meta" and not is_empty:
                 raise RuntimeError(meta_message(optimizer, p))
             if kind not in made:
-                made[kind] = Calls(kind, self.names, not one_scale)
+                made[kind] = Calls(kind, self.states, not one_scale)
             made[kind].add(member, entry.rows)
         for calls in made.values():
             calls.finish()
@@ -383,9 +385,9 @@ class GroupPlan:
     def _check_memory(self, optimizer: OptimizerContract, columns: Sequence[Columns]) -> None:
         """Raises RuntimeError where state has left its pages."""
         for calls, tensors in zip(self.calls, columns, strict=True):
-            for state in self.states[:1]:
-                first = tensors[keys_of(state, calls.kind.in_8bit)[0]]
-                for i, t in zip(calls.members, first, strict=True):
+            key = format_key(self.states, calls.kind.in_8bit)
+            if key is not None:
+                for i, t in zip(calls.members, tensors[key], strict=True):
                     paging.check_memory(optimizer, self.group, self.with_grad[i], sharding.local(t))
 
 
