@@ -36,7 +36,7 @@ def test_torch_goes_on_from_our_state(cls: Any, amsgrad: bool, device: str) -> N
     reference = torch.optim.AdamW(by_hand, lr=0.01, amsgrad=amsgrad, weight_decay=0.1)
     for p, q in zip(params, by_hand, strict=True):
         state = reference.state[q] = {"step": torch.tensor(3.0)}
-        for name, signed, _ in AMSGRAD if amsgrad else ADAM:
+        for name, signed, *_ in AMSGRAD if amsgrad else ADAM:
             state[name] = moment(ours.state[p], name, signed)
     train(theirs, converted, range(3, 6))
     train(reference, by_hand, range(3, 6))
