@@ -38,6 +38,8 @@ class OptimizerCase:
     base: Options = field(default_factory=dict)
     full: Options = field(default_factory=dict)
     more_states: tuple[tuple[str, bool], ...] = ()
+    scalars: tuple[str, ...] = ()
+    is_new: bool = False
 
     def make(self, params: Any, **options: Any) -> LowPrecisionOptimizer:
         """The optimizer, with state."""
@@ -54,9 +56,9 @@ class OptimizerCase:
     def state_keys(self, bits: int, *extra: str) -> list[str]:
         """The keys of ``optimizer.state[p]``; ``extra`` are states that an option adds."""
         names = [name for name, _ in self.states] + list(extra)
-        if bits == 32:
-            return ["step", *names]
-        return ["step", *(f"{n}_{part}" for n in names for part in ("codes", "scale"))]
+        if bits == 8:
+            names = [f"{name}_{part}" for name in names for part in ("codes", "scale")]
+        return ["step", *names, *self.scalars]
 
     def is_signed(self, state: str) -> bool:
         return dict((*self.states, *self.more_states))[state]
@@ -220,58 +222,116 @@ BAD_OPTIONS: tuple[tuple[Options, type[Exception]], ...] = (
     ({"is_paged": True, "page_dir": "no such folder"}, ValueError),
 )
 
-# And those that a rule has.
-BAD_BETAS: tuple[Options, ...] = (
-    {"betas": (1.0, 0.999)},
-    {"betas": (0.9, -0.1)},
-    {"betas": (0.9, float("nan"))},
-    {"betas": 0.9},
-    {"betas": (0.9, torch.tensor(1.0))},
+# And those that a rule has, with what the error says.
+BAD_BETAS: tuple[tuple[Options, str], ...] = (
+    ({"betas": (1.0, 0.999)}, "betas[0]: expected a number in [0, 1), got 1.0"),
+    ({"betas": (0.9, -0.1)}, "betas[1]: expected a number in [0, 1), got -0.1"),
+    ({"betas": (0.9, float("nan"))}, "betas[1]: expected a number in [0, 1), got nan"),
+    ({"betas": 0.9}, "betas: expected two numbers, got 0.9"),
+    ({"betas": (0.9, torch.tensor(1.0))}, "betas[1]: expected a number in [0, 1), got 1.0"),
 )
-BAD_OF_RULE: dict[str, tuple[Options, ...]] = {
-    "adam": (*BAD_BETAS, {"eps": -1e-8}, {"weight_decay": -0.1}),
+BAD_NESTEROV = "nesterov: expected a momentum above 0 and a dampening of 0 with it, got"
+BAD_OF_RULE: dict[str, tuple[tuple[Options, str], ...]] = {
+    "adam": (
+        *BAD_BETAS,
+        ({"eps": -1e-8}, "eps: expected a finite number >= 0, got -1e-08"),
+        ({"weight_decay": -0.1}, "weight_decay: expected a finite number >= 0, got -0.1"),
+    ),
     "adagrad": (
-        {"lr_decay": -0.1},
-        {"eps": -1e-8},
-        {"weight_decay": -0.1},
-        {"initial_accumulator_value": -1.0},
-        {"initial_accumulator_value": float("inf")},
+        ({"lr_decay": -0.1}, "lr_decay: expected a finite number >= 0, got -0.1"),
+        ({"eps": -1e-8}, "eps: expected a finite number >= 0, got -1e-08"),
+        ({"weight_decay": -0.1}, "weight_decay: expected a finite number >= 0, got -0.1"),
+        (
+            {"initial_accumulator_value": -1.0},
+            "initial_accumulator_value: expected a finite number >= 0, got -1.0",
+        ),
+        (
+            {"initial_accumulator_value": float("inf")},
+            "initial_accumulator_value: expected a finite number >= 0, got inf",
+        ),
     ),
     "ademamix": (
-        {"betas": (0.9, 0.999)},
-        {"betas": (0.9, 0.999, 1.0)},
-        {"alpha": -1.0},
-        {"t_alpha": 0.5},
-        {"t_beta3": -1},
-        {"eps": -1e-8},
-        {"weight_decay": -0.1},
+        ({"betas": (0.9, 0.999)}, "betas: expected three numbers, got (0.9, 0.999)"),
+        ({"betas": (0.9, 0.999, 1.0)}, "betas[2]: expected a number in [0, 1), got 1.0"),
+        ({"alpha": -1.0}, "alpha: expected a finite number >= 0, got -1.0"),
+        ({"t_alpha": 0.5}, "t_alpha: expected an int >= 0, got 0.5"),
+        ({"t_beta3": -1}, "t_beta3: expected an int >= 0, got -1"),
+        ({"eps": -1e-8}, "eps: expected a finite number >= 0, got -1e-08"),
+        ({"weight_decay": -0.1}, "weight_decay: expected a finite number >= 0, got -0.1"),
     ),
-    "lamb": (*BAD_BETAS, {"eps": -1e-8}, {"weight_decay": -0.1}, {"adaptive": 1}),
+    "lamb": (
+        *BAD_BETAS,
+        ({"eps": -1e-8}, "eps: expected a finite number >= 0, got -1e-08"),
+        ({"weight_decay": -0.1}, "weight_decay: expected a finite number >= 0, got -0.1"),
+        ({"adaptive": 1}, "adaptive: expected True or False, got 1"),
+    ),
     "lars": (
-        {"momentum": -0.1},
-        {"weight_decay": -0.1},
-        {"trust_coefficient": -0.1},
-        {"adaptive": 1},
-        {"nesterov": True, "dampening": 0.1},
+        ({"momentum": -0.1}, "momentum: expected a finite number >= 0, got -0.1"),
+        ({"weight_decay": -0.1}, "weight_decay: expected a finite number >= 0, got -0.1"),
+        ({"trust_coefficient": -0.1}, "trust_coefficient: expected a finite number >= 0, got -0.1"),
+        ({"adaptive": 1}, "adaptive: expected True or False, got 1"),
+        (
+            {"nesterov": True, "dampening": 0.1},
+            f"{BAD_NESTEROV} momentum=0.9, dampening=0.1",
+        ),
     ),
-    "lion": (*BAD_BETAS, {"weight_decay": -0.1}),
+    "lion": (
+        *BAD_BETAS,
+        ({"weight_decay": -0.1}, "weight_decay: expected a finite number >= 0, got -0.1"),
+    ),
     "rmsprop": (
-        {"alpha": 1.0},
-        {"alpha": -0.1},
-        {"eps": -1e-8},
-        {"weight_decay": -0.1},
-        {"momentum": -0.1},
-        {"momentum": torch.tensor(0.9)},
-        {"centered": 1},
+        ({"alpha": 1.0}, "alpha: expected a number in [0, 1), got 1.0"),
+        ({"alpha": -0.1}, "alpha: expected a number in [0, 1), got -0.1"),
+        ({"eps": -1e-8}, "eps: expected a finite number >= 0, got -1e-08"),
+        ({"weight_decay": -0.1}, "weight_decay: expected a finite number >= 0, got -0.1"),
+        ({"momentum": -0.1}, "momentum: expected a finite number >= 0, got -0.1"),
+        ({"momentum": torch.tensor(0.9)}, "momentum: expected a finite number >= 0, got a tensor"),
+        ({"centered": 1}, "centered: expected True or False, got 1"),
     ),
     "sgd": (
-        {"momentum": -0.1},
-        {"dampening": -0.1},
-        {"weight_decay": -0.1},
-        {"nesterov": 1},
-        {"nesterov": True, "momentum": 0.0},
-        {"nesterov": True, "dampening": 0.1},
+        ({"momentum": -0.1}, "momentum: expected a finite number >= 0, got -0.1"),
+        ({"dampening": -0.1}, "dampening: expected a finite number >= 0, got -0.1"),
+        ({"weight_decay": -0.1}, "weight_decay: expected a finite number >= 0, got -0.1"),
+        ({"nesterov": 1}, "nesterov: expected True or False, got 1"),
+        (
+            {"nesterov": True, "momentum": 0.0},
+            f"{BAD_NESTEROV} momentum=0.0, dampening=0",
+        ),
+        (
+            {"nesterov": True, "dampening": 0.1},
+            f"{BAD_NESTEROV} momentum=0.9, dampening=0.1",
+        ),
     ),
+}
+
+
+# What a schedule gives the numbers of each rule, at one step after the other.
+BETAS = [(0.9, 0.99), (0.8, 0.95), (0.85, 0.9), (0.0, 0.5)]
+THREE_BETAS = [(*betas, 0.999 - 0.1 * i) for i, betas in enumerate(BETAS)]
+DECAY = {"weight_decay": [0.1, 0.2, 0.05, 0.0]}
+EPS = {"eps": [1e-8, 1e-3, 1e-2, 0.1]}
+MOMENTUM = {"momentum": [0.9, 0.8, 0.5, 0.95]}
+SCHEDULES: dict[str, dict[str, list[Any]]] = {
+    "adam": {"betas": BETAS, **EPS, **DECAY},
+    "adagrad": {"lr_decay": [0.0, 0.1, 0.3, 0.2], **EPS, **DECAY},
+    "ademamix": {
+        "betas": THREE_BETAS,
+        "alpha": [5.0, 2.0, 3.0, 0.0],
+        "t_alpha": [0, 4, 7, 9],
+        "t_beta3": [9, 4, 7, 0],
+        **EPS,
+        **DECAY,
+    },
+    "lamb": {"betas": BETAS, **EPS, **DECAY},
+    "lars": {
+        **MOMENTUM,
+        "dampening": [0.0, 0.3, 0.2, 0.1],
+        "trust_coefficient": [0.01, 0.02, 0.05, 0.1],
+        **DECAY,
+    },
+    "lion": {"betas": BETAS, **DECAY},
+    "rmsprop": {"alpha": [0.99, 0.9, 0.5, 0.8], **MOMENTUM, **EPS, **DECAY},
+    "sgd": {**MOMENTUM, "dampening": [0.0, 0.3, 0.2, 0.1], **DECAY},
 }
 
 
@@ -329,12 +389,14 @@ def every_option_set(
 
 
 def every_bad_option() -> pytest.MarkDecorator:
-    """Runs a test over what each optimizer must refuse: ``case``, ``options`` and ``error``."""
+    """Runs a test over what each optimizer must refuse: ``case``, ``options``, ``error`` and, of
+    those of its rule, the ``message``."""
 
     def rows() -> Iterator[Any]:
         for case in OPTIMIZERS:
-            of_rule = tuple((options, ValueError) for options in BAD_OF_RULE[case.rule])
-            for options, error in BAD_OPTIONS + of_rule:
-                yield pytest.param(case, options, error, id=f"{case.cls.__name__}-{options}")
+            of_all = [(options, error, "") for options, error in BAD_OPTIONS]
+            of_rule = [(options, ValueError, text) for options, text in BAD_OF_RULE[case.rule]]
+            for row in (*of_all, *of_rule):
+                yield pytest.param(case, *row, id=f"{case.cls.__name__}-{row[0]}")
 
-    return pytest.mark.parametrize(("case", "options", "error"), list(rows()))
+    return pytest.mark.parametrize(("case", "options", "error", "message"), list(rows()))

@@ -1,6 +1,7 @@
 """Bad input to an optimizer: the message says what was expected and what came; nothing changes."""
 
 import copy
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +11,7 @@ import torch
 from helpers import SMALL, all_bits, bits, make_params, report, set_grads, train
 from optim_table import (
     ADAMS,
-    BAD_OF_RULE,
     BAD_OPTIONS,
-    OPTIMIZERS,
     OptimizerCase,
     every_bad_option,
     every_optimizer,
@@ -46,10 +45,7 @@ def trained(case: OptimizerCase, device: str = "cpu", **options: Any) -> Optimiz
 def test_messages_of_options(assert_expected_inline: Callable[[str, str], None]) -> None:
     lines = [
         message(error, lambda options=options: AdamW8bit(make_params(), **options))
-        for options, error in [
-            *BAD_OPTIONS,
-            *((options, ValueError) for options in BAD_OF_RULE["adam"]),
-        ]
+        for options, error in BAD_OPTIONS
     ]
     assert_expected_inline(
         report(lines),
@@ -79,85 +75,18 @@ percentile_clipping: expected an int from 1 to 99, or 100 for off, got 5.0
 is_paged: expected True or False, got 'yes'
 page_dir: expected '', as is_paged is False, got '.'
 page_dir: expected a str, got b'.'
-page_dir: expected a folder that can be written to, got 'no such folder'
-betas[0]: expected a number in [0, 1), got 1.0
-betas[1]: expected a number in [0, 1), got -0.1
-betas[1]: expected a number in [0, 1), got nan
-betas: expected two numbers, got 0.9
-betas[1]: expected a number in [0, 1), got 1.0
-eps: expected a finite number >= 0, got -1e-08
-weight_decay: expected a finite number >= 0, got -0.1""",
-    )
-
-
-def test_messages_of_the_family(assert_expected_inline: Callable[[str, str], None]) -> None:
-    lines = []
-    for case in OPTIMIZERS[len(ADAMS) :: 2]:
-        for options in BAD_OF_RULE[case.rule]:
-            with pytest.raises(ValueError) as info:
-                case.make(make_params(), **options)
-            lines.append(f"{case.cls.__name__}: {info.value}")
-    assert_expected_inline(
-        report(lines),
-        """\
-Adagrad: lr_decay: expected a finite number >= 0, got -0.1
-Adagrad: eps: expected a finite number >= 0, got -1e-08
-Adagrad: weight_decay: expected a finite number >= 0, got -0.1
-Adagrad: initial_accumulator_value: expected a finite number >= 0, got -1.0
-Adagrad: initial_accumulator_value: expected a finite number >= 0, got inf
-AdEMAMix: betas: expected three numbers, got (0.9, 0.999)
-AdEMAMix: betas[2]: expected a number in [0, 1), got 1.0
-AdEMAMix: alpha: expected a finite number >= 0, got -1.0
-AdEMAMix: t_alpha: expected an int >= 0, got 0.5
-AdEMAMix: t_beta3: expected an int >= 0, got -1
-AdEMAMix: eps: expected a finite number >= 0, got -1e-08
-AdEMAMix: weight_decay: expected a finite number >= 0, got -0.1
-LAMB: betas[0]: expected a number in [0, 1), got 1.0
-LAMB: betas[1]: expected a number in [0, 1), got -0.1
-LAMB: betas[1]: expected a number in [0, 1), got nan
-LAMB: betas: expected two numbers, got 0.9
-LAMB: betas[1]: expected a number in [0, 1), got 1.0
-LAMB: eps: expected a finite number >= 0, got -1e-08
-LAMB: weight_decay: expected a finite number >= 0, got -0.1
-LAMB: adaptive: expected True or False, got 1
-LARS: momentum: expected a finite number >= 0, got -0.1
-LARS: weight_decay: expected a finite number >= 0, got -0.1
-LARS: trust_coefficient: expected a finite number >= 0, got -0.1
-LARS: adaptive: expected True or False, got 1
-LARS: nesterov: expected a momentum above 0 and a dampening of 0 with it, got momentum=0.9,
-    dampening=0.1
-Lion: betas[0]: expected a number in [0, 1), got 1.0
-Lion: betas[1]: expected a number in [0, 1), got -0.1
-Lion: betas[1]: expected a number in [0, 1), got nan
-Lion: betas: expected two numbers, got 0.9
-Lion: betas[1]: expected a number in [0, 1), got 1.0
-Lion: weight_decay: expected a finite number >= 0, got -0.1
-RMSprop: alpha: expected a number in [0, 1), got 1.0
-RMSprop: alpha: expected a number in [0, 1), got -0.1
-RMSprop: eps: expected a finite number >= 0, got -1e-08
-RMSprop: weight_decay: expected a finite number >= 0, got -0.1
-RMSprop: momentum: expected a finite number >= 0, got -0.1
-RMSprop: momentum: expected a finite number >= 0, got a tensor
-RMSprop: centered: expected True or False, got 1
-SGD: momentum: expected a finite number >= 0, got -0.1
-SGD: dampening: expected a finite number >= 0, got -0.1
-SGD: weight_decay: expected a finite number >= 0, got -0.1
-SGD: nesterov: expected True or False, got 1
-SGD: nesterov: expected a momentum above 0 and a dampening of 0 with it, got momentum=0.0,
-    dampening=0
-SGD: nesterov: expected a momentum above 0 and a dampening of 0 with it, got momentum=0.9,
-    dampening=0.1""",
+page_dir: expected a folder that can be written to, got 'no such folder'""",
     )
 
 
 @every_bad_option()
 def test_options_are_refused_wherever_they_come_from(
-    case: OptimizerCase, options: dict[str, Any], error: type[Exception], device: str
+    case: OptimizerCase, options: dict[str, Any], error: type[Exception], message: str, device: str
 ) -> None:
     """As defaults, in a group at construction, in a group added later, and in a checkpoint."""
     params = make_params(device=device)
     before = [bits(p) for p in params]
-    with pytest.raises(error):
+    with pytest.raises(error, match=re.escape(message) or None):
         case.make(params, **options)
     with pytest.raises(error):
         case.make([{"params": params[:2]}, {"params": params[2:], **options}])

@@ -300,6 +300,7 @@ def test_pieces_of_a_parameter_share_it() -> None:
     calls.add(0, ShardRows(rows, False, 100, 1, (2, 100), (2, 1)))
     calls.add(1, ShardRows((), True, 0, 0, (0, 100), (0, 1)))
     p, empty = torch.ones(2, 100), torch.ones(0, 100)
+    calls.finish()
     set_grads([p, empty], 0)
     product = torch.tensor(0.5)
     columns = {

@@ -17,7 +17,7 @@ from helpers import (
     through_file,
     train,
 )
-from optim_table import OF_8_BITS, OptimizerCase, every_8bit, every_optimizer
+from optim_table import OF_8_BITS, SCHEDULES, OptimizerCase, every_8bit, every_optimizer
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
@@ -27,34 +27,7 @@ from torchao8 import ops
 from torchao8._numbers import all_numbers
 
 # Of every rule, each number that its step reads, and values of a schedule that count.
-BETAS = [(0.9, 0.99), (0.8, 0.95), (0.85, 0.9), (0.0, 0.5)]
-THREE_BETAS = [(*betas, 0.999 - 0.1 * i) for i, betas in enumerate(BETAS)]
-DECAY = {"weight_decay": [0.1, 0.2, 0.05, 0.0]}
-EPS = {"eps": [1e-8, 1e-3, 1e-2, 0.1]}
-MOMENTUM = {"momentum": [0.9, 0.8, 0.5, 0.95]}
-SCHEDULES: dict[str, dict[str, list[Any]]] = {
-    "adam": {"betas": BETAS, **EPS, **DECAY},
-    "adagrad": {"lr_decay": [0.0, 0.1, 0.3, 0.2], **EPS, **DECAY},
-    "ademamix": {
-        "betas": THREE_BETAS,
-        "alpha": [5.0, 2.0, 3.0, 0.0],
-        "t_alpha": [0, 4, 7, 9],
-        "t_beta3": [9, 4, 7, 0],
-        **EPS,
-        **DECAY,
-    },
-    "lamb": {"betas": BETAS, **EPS, **DECAY},
-    "lars": {
-        **MOMENTUM,
-        "dampening": [0.0, 0.3, 0.2, 0.1],
-        "trust_coefficient": [0.01, 0.02, 0.05, 0.1],
-        **DECAY,
-    },
-    "lion": {"betas": BETAS, **DECAY},
-    "rmsprop": {"alpha": [0.99, 0.9, 0.5, 0.8], **MOMENTUM, **EPS, **DECAY},
-    "sgd": {**MOMENTUM, "dampening": [0.0, 0.3, 0.2, 0.1], **DECAY},
-}
-# And of all.
+# Of all optimizers, besides those of their rules.
 OF_ALL = {"lr": [0.1, 0.01, 0.05, 0.02], "seed": [0, 3, 1, 9], "percentile_clipping": [5, 9, 50, 7]}
 
 
@@ -188,7 +161,7 @@ def test_the_tensor_of_numbers(dtype: torch.dtype, shape: tuple[int, ...]) -> No
 @every_optimizer()
 def test_a_tensor_that_holds_a_bad_number(case: OptimizerCase) -> None:
     """Looked at in each step, on the CPU; nothing changes."""
-    schedule = {"lr": [0.1], **DECAY}
+    schedule = {"lr": [0.1], "weight_decay": [0.1]}
     optimizer = made(case, schedule, tensors=torch.float64)
     step_with(optimizer, optimizer.step, 0)
     optimizer.param_groups[0]["weight_decay"].fill_(-1.0)
