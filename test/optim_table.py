@@ -61,7 +61,7 @@ class OptimizerCase:
         return ["step", *names, *self.scalars]
 
     def is_signed(self, state: str) -> bool:
-        return dict((*self.states, *self.more_states))[state]
+        return state not in self.scalars and dict((*self.states, *self.more_states))[state]
 
     def is_stochastic(self, state: str) -> bool:
         """Whether the state is rounded stochastically by default."""

@@ -67,10 +67,11 @@ def folders(optimizer: Optimizer) -> list[dict[str, str | None]]:
 
 
 def assert_paged(optimizer: Optimizer, folder: str = "", of: Sequence[int] = PAGED) -> None:
-    """All states of these parameters, and no other tensor of state."""
-    for i, found in enumerate(folders(optimizer)):
+    """All states of these parameters but single numbers, and no other tensor of state."""
+    for i, (p, found) in enumerate(zip(params_of(optimizer), folders(optimizer), strict=True)):
         for key, where in found.items():
-            assert where == (folder if i in of and key != "step" else None), (i, key)
+            is_tensor = optimizer.state[p][key].dim() > 0
+            assert where == (folder if i in of and is_tensor else None), (i, key)
 
 
 def mapping_of(address: int) -> str:

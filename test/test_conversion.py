@@ -92,7 +92,7 @@ def test_every_state_of_the_other_classes(case: OptimizerCase) -> None:
     for i, p in enumerate(zip(*map(states, (narrow, wide, other, again)), strict=True)):
         old, in_32, in_64, back = p
         for name in names:
-            if i not in QUANTIZED:
+            if i not in QUANTIZED or name in case.scalars:
                 assert bits(old[name]) == bits(in_32[name]) == bits(back[name])
                 continue
             signed = case.is_signed(name)

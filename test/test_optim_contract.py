@@ -211,9 +211,11 @@ def test_late_first_gradient(case: OptimizerCase, device: str) -> None:
     optimizer = case.make(params, min_8bit_size=SMALL)
     train(optimizer, params[1:], range(2))
     assert set(optimizer.state) == set(params)
+    scalars = {s.name: s.initial for s in optimizer._states(optimizer.defaults) if s.is_scalar}
+    assert set(scalars) == set(case.scalars)
     for key, value in optimizer.state[late].items():
         is_signed = key.endswith("_codes") and case.is_signed(key.removesuffix("_codes"))
-        assert (value == (127 if is_signed else 0)).all(), key
+        assert (value == (127 if is_signed else scalars.get(key, 0))).all(), key
     assert bits(late) == bits(make_params(device=device)[0])
     train(optimizer, params, [2])
 
