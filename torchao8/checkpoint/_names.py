@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchao8.optim._state.spec import has_state
-
-if TYPE_CHECKING:
-    from torchao8.optim.base import LowPrecisionOptimizer
+from torchao8.optim.base import LowPrecisionOptimizer
 
 
 def names_of(model: nn.Module, optimizer: LowPrecisionOptimizer) -> dict[Tensor, str]:
@@ -40,8 +38,6 @@ def names_of(model: nn.Module, optimizer: LowPrecisionOptimizer) -> dict[Tensor,
 
 def check_own(function: str, optimizer: object) -> None:
     """Raises TypeError unless this is an optimizer of the library."""
-    from torchao8.optim.base import LowPrecisionOptimizer
-
     if isinstance(optimizer, LowPrecisionOptimizer):
         return
     got = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
