@@ -11,7 +11,7 @@ from helpers import SMALL, all_bits, assert_same_training, bits, make_params, se
 from optim_table import OptimizerCase, every_adam, every_optimizer
 from torch import Tensor
 
-from torchao8 import AdamW, AdamW8bit
+from torchao8 import AdamW, AdamW8bit, ops
 
 
 def scalar(state: dict[str, Tensor]) -> float:
@@ -46,6 +46,17 @@ def test_arguments_by_position(case: OptimizerCase) -> None:
         ours = ours[:-5]
     if case.torch_cls is not None:
         assert ours == list(inspect.signature(case.torch_cls).parameters)[: len(ours)]
+
+
+@every_optimizer()
+def test_states_are_those_of_the_op(case: OptimizerCase) -> None:
+    """What a class declares of a state is what the rule does with it."""
+    (family,) = (family for family in ops.FAMILIES if family.step_op == case.cls._op)
+    of_op = {state.name: state for state in family.states}
+    states = case.cls._states({**case.make(make_params()).defaults, **case.full})
+    assert [s.name for s in states] == [name for name in of_op if name in {s.name for s in states}]
+    for state in states:
+        assert (state.signed, state.is_scalar) == (of_op[state.name].signed, of_op[state.name].scalar)
 
 
 @every_optimizer()

@@ -46,7 +46,6 @@ class Adagrad(LowPrecisionOptimizer):
     """
 
     _op = "adagrad_step_"
-    _op_states = ("sum",)
     _torch_class = torch.optim.Adagrad
     _torch_state_at_start = True
 

@@ -41,7 +41,6 @@ class _Adam(LowPrecisionOptimizer):
     # A checkpoint does not change the kind of decay, which is what people choose the class for.
     _own_options = (*LowPrecisionOptimizer._own_options, "decoupled_weight_decay")
     _op = "adam_step_"
-    _op_states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     _added = {"amsgrad": "max_exp_avg_sq"}  # noqa: RUF012 (nobody writes to it)
 
     def __init__(

@@ -56,7 +56,6 @@ class AdEMAMix(LowPrecisionOptimizer):
     """
 
     _op = "ademamix_step_"
-    _op_states = ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq")
 
     def __init__(
         self,

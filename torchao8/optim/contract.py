@@ -37,7 +37,7 @@ class OptimizerContract(Optimizer):
 
     Attributes:
         _op: of :data:`torchao8.ops.STEP_OPS`.
-        _op_states: all states of the rule, in the order of the op's lists.
+        _op_states: all states of the rule, in the order of the op's lists; the extension names them.
         _own_options: the options that a checkpoint does not replace. A checkpoint whose state is
             laid out otherwise is converted or refused, not taken over.
         _resting: states that stay as they are while an option is 0: their names by the option's.
@@ -67,7 +67,10 @@ class OptimizerContract(Optimizer):
         super().__init_subclass__(**options)
         own = {"optim_bits": cls._bits, "is_paged": cls._paged}
         cls.__signature__ = signature_of(cls.__init__, own)
-        add_own_keys(getattr(cls, "_op_states", ()))
+        if hasattr(cls, "_op"):
+            (family,) = (family for family in ops.FAMILIES if family.step_op == cls._op)
+            cls._op_states = tuple(state.name for state in family.states)
+            add_own_keys(cls._op_states)
 
     # -- options -------------------------------------------------------------------------------
 

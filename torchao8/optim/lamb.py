@@ -63,7 +63,6 @@ class LAMB(LowPrecisionOptimizer):
     """
 
     _op = "adam_step_"
-    _op_states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     _compares_updates = True
 
     def __init__(

@@ -70,7 +70,6 @@ class LARS(LowPrecisionOptimizer):
     """
 
     _op = "sgd_step_"
-    _op_states = ("momentum_buffer",)
     _resting = MOMENTUM
 
     def __init__(

@@ -44,7 +44,6 @@ class Lion(LowPrecisionOptimizer):
     """
 
     _op = "lion_step_"
-    _op_states = ("exp_avg",)
 
     def __init__(
         self,

@@ -59,7 +59,6 @@ class RMSprop(LowPrecisionOptimizer):
     """
 
     _op = "rmsprop_step_"
-    _op_states = ("square_avg", "grad_avg", "momentum_buffer")
     _resting = MOMENTUM
     _added = {"centered": "grad_avg"}  # noqa: RUF012 (nobody writes to it)
     _torch_class = torch.optim.RMSprop

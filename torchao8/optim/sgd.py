@@ -56,7 +56,6 @@ class SGD(LowPrecisionOptimizer):
     """
 
     _op = "sgd_step_"
-    _op_states = ("momentum_buffer",)
     _resting = MOMENTUM
     _torch_class = torch.optim.SGD
 
