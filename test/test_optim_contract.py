@@ -56,7 +56,8 @@ def test_states_are_those_of_the_op(case: OptimizerCase) -> None:
     states = case.cls._states({**case.make(make_params()).defaults, **case.full})
     assert [s.name for s in states] == [name for name in of_op if name in {s.name for s in states}]
     for state in states:
-        assert (state.signed, state.is_scalar) == (of_op[state.name].signed, of_op[state.name].scalar)
+        declared = of_op[state.name]
+        assert (state.signed, state.is_scalar) == (declared.signed, declared.scalar)
 
 
 @every_optimizer()

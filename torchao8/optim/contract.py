@@ -37,7 +37,8 @@ class OptimizerContract(Optimizer):
 
     Attributes:
         _op: of :data:`torchao8.ops.STEP_OPS`.
-        _op_states: all states of the rule, in the order of the op's lists; the extension names them.
+        _op_states: all states of the rule, in the order of the op's lists, as the extension names
+            them.
         _own_options: the options that a checkpoint does not replace. A checkpoint whose state is
             laid out otherwise is converted or refused, not taken over.
         _resting: states that stay as they are while an option is 0: their names by the option's.
