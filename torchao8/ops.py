@@ -200,7 +200,8 @@ def step_(
         op: of :data:`STEP_OPS`; its rule, in csrc/rules, names the states and the flags.
         params, grads: float32, bfloat16 or float16, of any strides.
         values, scales: a list for each state, in the order of the rule; both are empty for a state
-            that the options do without, as amsgrad's.
+            that the options do without, as amsgrad's. A state that is one number of its parameter
+            has 0-d float32 tensors among the values, and no list of scales.
         steps: 0-d float32 tensors, the steps made before this one. :func:`count_step_` counts it.
         lr: 0-d, float32 or float64, on the device of the parameters or on the CPU. The optimizers
             make a float64 tensor of a number, and the dtype matters to the last bit.

@@ -39,6 +39,7 @@ class OptimizerContract(Optimizer):
         _op: of :data:`torchao8.ops.STEP_OPS`.
         _op_states: all states of the rule, in the order of the op's lists, as the extension names
             them.
+        _op_scaled_states: those that have lists of scales.
         _own_options: the options that a checkpoint does not replace. A checkpoint whose state is
             laid out otherwise is converted or refused, not taken over.
         _resting: states that stay as they are while an option is 0: their names by the option's.
@@ -53,6 +54,7 @@ class OptimizerContract(Optimizer):
 
     _op: str
     _op_states: tuple[str, ...]
+    _op_scaled_states: tuple[str, ...]
     _own_options: tuple[str, ...] = LAYOUT_OPTIONS
     _resting: dict[str, str] = {}  # noqa: RUF012 (nobody writes to it)
     _added: dict[str, str] = {}  # noqa: RUF012
@@ -71,6 +73,7 @@ class OptimizerContract(Optimizer):
         if hasattr(cls, "_op"):
             (family,) = (family for family in ops.FAMILIES if family.step_op == cls._op)
             cls._op_states = tuple(state.name for state in family.states)
+            cls._op_scaled_states = tuple(s.name for s in family.states if not s.scalar)
             add_own_keys(cls._op_states)
 
     # -- options -------------------------------------------------------------------------------

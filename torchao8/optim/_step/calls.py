@@ -39,7 +39,7 @@ def call_ops(
             bucket.params,
             bucket.grads,
             [bucket.values.get(name, []) for name in optimizer._op_states],
-            [bucket.scales.get(name, []) for name in optimizer._op_states],
+            [bucket.scales.get(name, []) for name in optimizer._op_scaled_states],
             bucket.steps,
             work.lr if work.lr.is_cpu else _to_device(work.lr, device),  # the CPU's go anywhere
             work.rule_numbers[device],
