@@ -4,6 +4,7 @@ After each change the optimizer is copied, and copies have no plan. Both make tw
 same gradients: the bits are the same, or both refuse with the same words and change nothing.
 """
 
+import collections
 import copy
 import gc
 import pickle
@@ -233,6 +234,37 @@ def data_of_state_swapped(optimizer: Any) -> None:
     state[key].data = state[key].data.clone()
 
 
+def other_data_of_state(new: Callable[[Tensor], Tensor], number: int = 1) -> Callable[[Any], None]:
+    """As tools do it that release memory: the tensor stays, what is behind it does not."""
+
+    def change(optimizer: Any) -> None:
+        state = optimizer.state[params_of(optimizer)[number]]
+        keys = [k for k in state if k not in ("step", "grad_norms")]
+        if not keys:
+            pytest.skip("SGD and LARS without momentum have no state")
+        state[keys[0]].data = new(state[keys[0]].data)
+
+    return change
+
+
+def tensor_in_betas(optimizer: Any) -> None:
+    """A tensor that changes inside of a tuple that stays."""
+    group = optimizer.param_groups[0]
+    group["betas"] = (torch.tensor(0.5), *group["betas"][1:])
+    optimizer.step()
+    group["betas"][0].fill_(0.7)
+
+
+def grad_of_other_dtype_stays(optimizer: Any) -> None:
+    """A parameter becomes bfloat16, its gradient stays float32."""
+    new_grads(optimizer, 7)
+    p = params_of(optimizer)[1]
+    grad, p.grad = p.grad, None
+    p.data = p.data.to(torch.bfloat16)
+    p.grad_dtype = None
+    p.grad = grad
+
+
 def popped_state(optimizer: Any) -> None:
     optimizer.state.pop(params_of(optimizer)[1])
 
@@ -285,8 +317,11 @@ def schedule(optimizer: Any) -> None:
 
 
 def lr_and_decay(optimizer: Any) -> None:
+    """Two options that are one object, before and after."""
     group = optimizer.param_groups[0]
     group["lr"] = group["weight_decay"] = 0.3
+    optimizer.step()
+    group["lr"] = group["weight_decay"] = 0.5
 
 
 def other_betas(optimizer: Any) -> None:
@@ -342,6 +377,7 @@ CHANGES = {
     "data of the last group of another shape": Change(
         set_data(lambda t: t.view(30, 30), 3), refused="is of shape [30, 30] now"
     ),
+    "data of another dtype than the gradient": Change(grad_of_other_dtype_stays, keeps_grads=True),
     "a model to bfloat16": Change(all_to_bfloat16),
     "a parameter is replaced": Change(replaced_param),
     "two parameters change places": Change(swapped_params),
@@ -362,6 +398,15 @@ CHANGES = {
     "a state tensor is cloned": Change(set_state(torch.clone)),
     "a state tensor changes in place": Change(set_state(lambda t: t.add_(1)), keeps=True),
     "data of a state are swapped": Change(data_of_state_swapped, keeps=True),
+    "data of a state of another shape": Change(
+        other_data_of_state(lambda t: t[:39].clone()), refused="its state of shape [39, 70]"
+    ),
+    "data of a state of the last group of another shape": Change(
+        other_data_of_state(lambda t: t[:299].clone(), 3), refused="its state of shape [299, 3]"
+    ),
+    "data of a state are released": Change(
+        other_data_of_state(lambda t: t.new_empty(0)), refused="its state of shape [0]"
+    ),
     "a state of another shape": Change(set_state(lambda t: t[:39].clone()), refused="[39, 70]"),
     "a state of another dtype": Change(set_state(lambda t: t.to(torch.float16)), refused="float16"),
     "a state with other strides": Change(
@@ -391,6 +436,7 @@ CHANGES = {
     "weight_decay": Change(set_option("weight_decay", 0.5), keeps=True),
     "betas": Change(other_betas, keeps=True, needs=("betas",)),
     "betas in a list": Change(betas_in_a_list, keeps=True, needs=("betas",)),
+    "a tensor in betas": Change(tensor_in_betas, keeps=True, needs=("betas",)),
     "betas out of range": Change(
         set_option("betas", (0.5, 1.0)), refused="betas", needs=("betas",)
     ),
@@ -493,7 +539,9 @@ def test_a_parameter_that_is_trained_from_now_on() -> None:
     assert "step" in optimizer.state[params[1]]
 
 
-@pytest.mark.parametrize("name", ["state is cloned", "a state tensor is cloned"])
+@pytest.mark.parametrize(
+    "name", ["state is cloned", "a state tensor is cloned", "data of a state are swapped"]
+)
 def test_state_that_leaves_its_pages(name: str) -> None:
     optimizer = torchao8.PagedAdamW8bit(make_params(shapes=[(5,), (400, 512)]))
     train(optimizer, params_of(optimizer), [0, 1])
@@ -504,6 +552,50 @@ def test_state_that_leaves_its_pages(name: str) -> None:
         with pytest.raises(RuntimeError, match="already has state that is not paged"):
             optimizer.step()
     assert all_bits(optimizer) == before
+
+
+@pytest.mark.parametrize("lost", ["read", "of others", "cleared"])
+def test_state_that_is_missing_is_made(lost: str) -> None:
+    """Of a parameter without a gradient, too: then no checkpoint is partial."""
+    params = make_params(shapes=SHAPES)
+    params[1].requires_grad_(lost == "cleared")
+    optimizer = torchao8.AdamW8bit(params, min_8bit_size=SMALL)
+    if lost == "of others":
+        optimizer.state[params[1]]["seen"] = torch.ones(1)
+    rest = [p for p in params if p is not params[1]]
+    train(optimizer, rest, [0, 1])
+    state = optimizer.state[params[1]]  # which is a defaultdict
+    if lost == "cleared":
+        state.clear()
+    train(optimizer, rest, [2])
+    params[1].requires_grad_(True)
+    train(optimizer, rest, [3])
+    assert "step" in optimizer.state[params[1]]
+
+
+def test_momentum_that_begins_late_beside_an_error() -> None:
+    """Nothing is made for the first group if the second one is refused."""
+    groups = [{"params": make_params(shapes=[shape])} for shape in SHAPES[:2]]
+    optimizer = torchao8.SGD(groups, lr=0.1)
+    train(optimizer, params_of(optimizer), [0])
+    optimizer.param_groups[0]["momentum"] = 0.9
+    optimizer.param_groups[1]["weight_decay"] = -1.0
+    before = all_bits(optimizer)
+    with pytest.raises(ValueError, match="weight_decay"):
+        optimizer.step()
+    assert all_bits(optimizer) == before
+
+
+def test_state_in_another_mapping() -> None:
+    optimizer, other = (
+        torchao8.AdamW8bit(make_params(shapes=SHAPES), min_8bit_size=SMALL) for _ in range(2)
+    )
+    train(optimizer, params_of(optimizer), [0])
+    for p in params_of(optimizer):
+        optimizer.state[p] = collections.UserDict(optimizer.state[p])
+    train(optimizer, params_of(optimizer), [1, 2])
+    train(other, params_of(other), [0, 1, 2])
+    assert_same_training(optimizer, other)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
@@ -555,6 +647,20 @@ def test_a_plan_keeps_no_state_and_no_gradient_alive() -> None:
             state[key] = state[key].clone()
     optimizer.zero_grad()
     assert not any(ref() is not None for ref in gone)  # at once, without the garbage collector
+
+
+def test_a_plan_keeps_no_parameter_alive() -> None:
+    """Gaussian splatting replaces parameters; a memory of groups is emptied between two phases."""
+    optimizer = torchao8.AdamW8bit(make_params(shapes=SHAPES), min_8bit_size=SMALL)
+    train(optimizer, params_of(optimizer), [0, 1])
+    gone = weakref.ref(params_of(optimizer)[1])
+    optimizer.state.pop(gone())
+    optimizer.param_groups[0]["params"][1] = torch.nn.Parameter(torch.ones(4, 70))
+    assert gone() is None
+    rest = list(map(weakref.ref, params_of(optimizer)))
+    optimizer.param_groups.clear()
+    optimizer.state.clear()
+    assert not any(ref() is not None for ref in rest)
 
 
 def test_nothing_is_alive_after_the_optimizer() -> None:

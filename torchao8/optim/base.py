@@ -111,7 +111,8 @@ class LowPrecisionOptimizer(OptimizerContract):
             self._plan, works = plan_step(self, self._plan)
         grad_scale = _plain(getattr(self, "grad_scale", None))
         found_inf = _plain(getattr(self, "found_inf", None))
-        # Only now: what is refused in one group leaves all of them as they were.
+        # Only now, after all checks of all groups. What an op alone can find, as a step count that
+        # is no whole number, it refuses later: then groups before it have made their step.
         call_ops(self, works, grad_scale, found_inf)
         if not torch.compiler.is_compiling():
             if not any(work.params for work in works):

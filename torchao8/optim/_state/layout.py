@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -120,7 +121,7 @@ def check_layout(
             "the first step. Build a new optimizer, or remove its state "
             "(optimizer.state.pop(parameter)), which then starts anew"
         )
-    expected = Scales.of(group).shape(p.shape)
+    expected = _scale_shape(p.shape, Scales.of(group))
     scale = state[key.removesuffix("_codes") + "_scale"] if in_8bit else None
     if keeps_8bit(group, p) != in_8bit or (scale is not None and scale.shape != expected):
         has = "32-bit state" if scale is None else f"8-bit state, scales {list(scale.shape)}"
@@ -130,7 +131,13 @@ def check_layout(
             f"min_8bit_size={group['min_8bit_size']}, block_size={group['block_size']}, "
             f"block_wise={group['block_wise']}. Set them back, or build a new optimizer."
         )
-    paging.check_memory(optimizer, group, p, sharding.local(first))
+    if group["is_paged"] or paging.any_pages():
+        paging.check_memory(optimizer, group, p, sharding.local(first))
+
+
+@functools.cache
+def _scale_shape(shape: torch.Size, scales: Scales) -> tuple[int, ...]:
+    return scales.shape(shape)
 
 
 def check_shard(optimizer: OptimizerContract, p: DTensor, rows: ShardRows) -> None:
@@ -182,6 +189,7 @@ def init_states(optimizer: OptimizerContract) -> None:
     fresh: list[tuple[Tensor, Layout]] = []
     for group in optimizer.param_groups:
         check_params(group["params"], group["stochastic_rounding"])
+    for group in optimizer.param_groups:
         wake(optimizer, group)
         states_of_group = optimizer._states_of(group)
         for p in group["params"]:

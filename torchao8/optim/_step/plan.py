@@ -1,27 +1,24 @@
 """The plan of a step: which parameters go into which op calls, kept from one step to the next.
 
 A plan is made in three parts: collect the parameters that have a gradient, check each of them with
-its gradient and its state, place them into the op calls. The next step keeps the plan if everything
-that the checks have seen is still there.
+its gradient and its state, place them into the op calls. The next step keeps the plan if all that
+the checks have read is as it was.
 
-Why this is safe. A plan holds no gradient and no state: every step takes both from the optimizer,
-so that no op gets a tensor that is out of date, and nothing lives longer because of a plan. A plan
-only remembers what was checked, and each step compares it with what is there now: the parameters,
-options and state dicts, by identity; the keys of the state; the state tensors, by ``id``; dtype,
-device and shape of each parameter; type, dtype and layout of each gradient; of DTensors their
-placements, and the same of their local tensors. At the first difference the plan is thrown away and
-another one is made, with all checks. Addresses are read by the ops, at every call. Threads may
-share a plan: what changes in it is the snapshot of a group's options, which is exchanged as a
-whole. Copies and pickles of an optimizer carry none.
+Why this is safe. A plan holds no parameter, gradient or state: every step takes them from the
+optimizer, so that no op gets a tensor that is out of date, and a plan keeps nothing alive. It only
+remembers what was checked (:mod:`torchao8.optim._step.snapshot`), and each step compares that with
+what is there: the values of options, by identity; parameters, groups and tensors of state, by
+``id``; the keys of the state; dtype, device and shape of each parameter, and the shape of its first
+state; type, dtype and layout of each gradient; of DTensors their placements, and the properties of
+their local tensors. At the first difference another plan is made, with all checks. The ops read
+addresses at every call, and check dtypes, shapes and devices again. Threads may share a plan: what
+changes in it is the snapshot of a group's options, which is exchanged as a whole. Copies and
+pickles of an optimizer carry none.
 """
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
-from operator import is_
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -29,32 +26,21 @@ from torch import Tensor
 
 from torchao8 import sharding
 from torchao8._messages import describe, meta_message
-from torchao8._numbers import one_number, plain_numbers
+from torchao8._numbers import plain_numbers
 from torchao8.optim._params import NO_FLOAT16, check_grad, is_readable_grad
 from torchao8.optim._state import paging
 from torchao8.optim._state.layout import check_layout, rounds_param, rows_of, wake
-from torchao8.optim._state.spec import NORMS, format_key, is_8bit, is_own, keys_of
+from torchao8.optim._state.spec import NORMS, format_key, has_state, is_own, keys_of
 from torchao8.optim._step import pages
 from torchao8.optim._step.bucket import Work
 from torchao8.optim._step.place import Calls, Columns, Kind
+from torchao8.optim._step.snapshot import Options, State, StateSnapshot, Tensors
 from torchao8.optim.contract import OptimizerContract
-from torchao8.optim.options import LAYOUT_OPTIONS, Group, clips, known_options
+from torchao8.optim.options import Group, clips, known_options
 from torchao8.shard_layout import ShardRows
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
-
-
-def _getter(name: str) -> Callable[[Tensor], Any]:
-    getter: Callable[[Tensor], Any] = getattr(Tensor, name).__get__
-    return getter
-
-
-# Properties as functions: map() calls them without a frame of Python for each tensor.
-_dtype = _getter("dtype")
-_layout = _getter("layout")
-_shape = _getter("shape")
-_device = _getter("device")
 
 
 def plan_step(optimizer: OptimizerContract, plan: Plan | None) -> tuple[Plan, list[Work]]:
@@ -80,34 +66,43 @@ def plan_step(optimizer: OptimizerContract, plan: Plan | None) -> tuple[Plan, li
     for group in optimizer.param_groups:
         plain_numbers(group)
         optimizer._check_options(known_options(group))
+    for group in optimizer.param_groups:
         wake(optimizer, group)
-    plan, works = make_plan(optimizer)
-    plan.remember(optimizer)
-    return plan, works
+    return make_plan(optimizer)
 
 
 def make_plan(optimizer: OptimizerContract) -> tuple[Plan, list[Work]]:
     """A plan, and the works of the step that makes it."""
-    plans, works = [], []
-    for number, group in enumerate(optimizer.param_groups):
-        plan = GroupPlan(optimizer, number, group)
-        entries = plan.collect(optimizer)
+    groups = optimizer.param_groups
+    plans = [GroupPlan(optimizer, number, group) for number, group in enumerate(groups)]
+    made = []
+    for plan, group in zip(plans, groups, strict=True):
+        entries = plan.collect(optimizer, group)
         for entry in entries:
-            plan.check(optimizer, entry)
-        plan.place(optimizer, entries)
-        plans.append(plan)
-        works.append(plan.first_work(optimizer, entries))
-    return Plan(plans), works
+            plan.check(optimizer, group, entry)
+        plan.place(optimizer, group, entries)
+        made.append(entries)
+    if not torch.compiler.is_compiling():
+        numbers = {id(p): i for i, p in enumerate(optimizer.state)}
+        for plan, group, entries in zip(plans, groups, made, strict=True):
+            plan.remember(group, entries, numbers)
+    works = [
+        plan.first_work(optimizer, group, entries)
+        for plan, group, entries in zip(plans, groups, made, strict=True)
+    ]
+    return Plan(optimizer, plans), works
 
 
 class Entry:
     """A parameter that has a gradient, with all that a check looks at. No plan keeps it."""
 
-    def __init__(self, index: int, p: Tensor, grad: Tensor, state: dict[str, Tensor]) -> None:
+    def __init__(self, index: int, p: Tensor, grad: Tensor, state: State) -> None:
         self.index = index  # in its group
         self.param = p
         self.grad = grad
         self.state = state
+        self.tensors: list[Tensor] = []  # of the state, in the order of the keys
+        self.is_sharded = sharding.is_dtensor(p)
         self.in_8bit = False
         self.rows: ShardRows | None = None  # of a DTensor, where it matters where its shard lies
 
@@ -115,31 +110,26 @@ class Entry:
 class Plan:
     """What a step does in all groups, as long as nothing but gradients and numbers changes."""
 
-    def __init__(self, plans: list[GroupPlan]) -> None:
+    def __init__(self, optimizer: OptimizerContract, plans: list[GroupPlan]) -> None:
         self.plans = plans
-        self.groups = [plan.group for plan in plans]
-        self.owners: list[Any] = []
-
-    def remember(self, optimizer: OptimizerContract) -> None:
-        """Takes down what :meth:`works` compares."""
-        self.owners = list(optimizer.state)
-        numbers = {id(p): i for i, p in enumerate(self.owners)}
-        for plan in self.plans:
-            plan.remember(optimizer, numbers)
+        if not torch.compiler.is_compiling():
+            self.groups = list(map(id, optimizer.param_groups))
+            self.owners = list(map(id, optimizer.state))
 
     def works(self, optimizer: OptimizerContract) -> list[Work] | None:
         """The works of another step; None if the plan does not hold any more.
 
         Raises:
-            ValueError: an option is out of range now.
+            ValueError: an option is out of range.
+            RuntimeError: paged state is not in its pages any more.
         """
-        state = optimizer.state
-        if not (_same(optimizer.param_groups, self.groups) and _same(state, self.owners)):
+        groups, state = optimizer.param_groups, optimizer.state
+        if list(map(id, groups)) != self.groups or list(map(id, state)) != self.owners:
             return None
         states = list(state.values())
         works = []
-        for plan in self.plans:
-            work = plan.work(optimizer, states)
+        for plan, group in zip(self.plans, groups, strict=True):
+            work = plan.work(optimizer, group, states)
             if work is None:
                 return None
             works.append(work)
@@ -147,25 +137,39 @@ class Plan:
 
 
 class GroupPlan:
-    """What a step does in a parameter group."""
+    """What a step does in a parameter group.
+
+    Attributes:
+        indices: of the parameters that have a gradient, in the group.
+        sharded: of those that are DTensors, among these.
+        calls: the op calls.
+    """
 
     def __init__(self, optimizer: OptimizerContract, number: int, group: Group) -> None:
         self.number = number
-        self.group = group
         self.states = optimizer._states_of(group)
         self.has_scalars = any(state.is_scalar for state in self.states)
         self.clips = clips(group)
+        self.keys = {in_8bit: self._keys(in_8bit) for in_8bit in (False, True)}
+        self.codes = format_key(self.states, True)
+        self.options = Options(optimizer, group)
+        self.layout = self.options.layout
         self.indices: list[int] = []
-        self.with_grad: list[Tensor] = []
         self.sharded: list[int] = []
         self.calls: list[Calls] = []
 
+    def _keys(self, in_8bit: bool) -> list[str]:
+        """Of the state of a parameter: first those beside the states, at last the scales."""
+        beside = ["step", NORMS] if self.clips else ["step"]
+        parts = [keys_of(state, in_8bit) for state in self.states]
+        return [*beside, *(keys[0] for keys in parts), *(k for keys in parts for k in keys[1:])]
+
     # -- making it -----------------------------------------------------------------------------
 
-    def collect(self, optimizer: OptimizerContract) -> list[Entry]:
+    def collect(self, optimizer: OptimizerContract, group: Group) -> list[Entry]:
         """The parameters that have a gradient, with the states that they may have got just now."""
         entries = []
-        for i, p in enumerate(self.group["params"]):
+        for i, p in enumerate(group["params"]):
             grad, state = p.grad, optimizer.state.get(p)
             if not state or "step" not in state:
                 if grad is None and not p.requires_grad:
@@ -176,47 +180,42 @@ class GroupPlan:
                 entries.append(Entry(i, p, grad, state))
         return entries
 
-    def check(self, optimizer: OptimizerContract, entry: Entry) -> None:
+    def check(self, optimizer: OptimizerContract, group: Group, entry: Entry) -> None:
         """Raises unless a step can read the gradient and step all of the state."""
-        group, p, state = self.group, entry.param, entry.state
+        p, state = entry.param, entry.state
         if not is_readable_grad(p, entry.grad):
             check_grad(optimizer, p)
         if group["stochastic_rounding"] and p.dtype == torch.float16:
             name = type(optimizer).__name__
             raise ValueError(f"{name}: {describe(optimizer, p)}: {NO_FLOAT16}")
-        entry.in_8bit = is_8bit(self.states, state)
-        keys = self._keys(entry.in_8bit)
+        entry.in_8bit = self.codes is not None and self.codes in state
+        keys = self.keys[entry.in_8bit]
+        try:
+            entry.tensors = [state[key] for key in keys]
+        except KeyError:
+            raise RuntimeError(_keys_message(optimizer, p, keys)) from None
         # A state that no step would move, and no checkpoint could have; others' keys are no such.
-        if any(key not in state for key in keys) or (
-            len(state) > len(keys) and any(is_own(k) for k in state if k not in keys)
-        ):
+        if len(state) > len(keys) and any(is_own(k) for k in state if k not in keys):
             raise RuntimeError(_keys_message(optimizer, p, keys))
         if torch.compiler.is_compiling():
-            # The check was made when the trace began. These are read so that a change of them
-            # begins another one.
+            # init_states() has checked it when the trace began. These are read so that
+            # torch.compile guards on them, and traces anew when they change.
             if group["optim_bits"] == 8 and p.numel() >= group["min_8bit_size"]:
                 pass
         else:
             check_layout(optimizer, group, p, self.states)
 
-    def _keys(self, in_8bit: bool) -> list[str]:
-        """Of the state of a parameter: first those beside the states, at last the scales."""
-        beside = ["step", NORMS] if self.clips else ["step"]
-        parts = [keys_of(state, in_8bit) for state in self.states]
-        return [*beside, *(keys[0] for keys in parts), *(k for keys in parts for k in keys[1:])]
-
-    def place(self, optimizer: OptimizerContract, entries: Sequence[Entry]) -> None:
+    def place(self, optimizer: OptimizerContract, group: Group, entries: Sequence[Entry]) -> None:
         """Finds the op calls that the parameters go into."""
         self.indices = [entry.index for entry in entries]
-        self.with_grad = [entry.param for entry in entries]
-        self.sharded = [i for i, e in enumerate(entries) if sharding.is_dtensor(e.param)]
+        self.sharded = [i for i, entry in enumerate(entries) if entry.is_sharded]
         made: dict[Kind, Calls] = {}
-        one_scale = not self.group["block_wise"]
+        one_scale = not group["block_wise"]
         for member, entry in enumerate(entries):
-            p, grad, is_sharded = entry.param, entry.grad, sharding.is_dtensor(entry.param)
-            if is_sharded and (entry.in_8bit or rounds_param(self.group, p)):
-                entry.rows = self._rows(optimizer, entry)
-            part = sharding.local(p)
+            p, is_sharded = entry.param, entry.is_sharded
+            if is_sharded and (entry.in_8bit or rounds_param(group, p)):
+                entry.rows = self._rows(optimizer, group, entry)
+            part = sharding.local(p) if is_sharded else p
             # Every rank steps what is one number of a parameter, also where no element lies.
             has_number = self.has_scalars or (is_sharded and entry.in_8bit and one_scale)
             is_empty = part.numel() == 0 and not has_number
@@ -224,7 +223,7 @@ class GroupPlan:
                 entry.in_8bit,
                 part.device,
                 p.dtype,
-                grad.dtype,
+                entry.grad.dtype,
                 is_sharded,
                 entry.rows is not None,
                 is_empty,
@@ -238,34 +237,41 @@ class GroupPlan:
             calls.finish()
         self.calls = list(made.values())
 
-    def _rows(self, optimizer: OptimizerContract, entry: Entry) -> ShardRows | None:
+    def _rows(self, optimizer: OptimizerContract, group: Group, entry: Entry) -> ShardRows | None:
         if torch.compiler.is_compiling():
             return optimizer._shard_rows(self.number, entry.index, entry.in_8bit)
-        return rows_of(optimizer, self.group, cast("DTensor", entry.param), entry.in_8bit)
+        return rows_of(optimizer, group, cast("DTensor", entry.param), entry.in_8bit)
 
-    def first_work(self, optimizer: OptimizerContract, entries: Sequence[Entry]) -> Work:
+    def first_work(
+        self, optimizer: OptimizerContract, group: Group, entries: Sequence[Entry]
+    ) -> Work:
         """The work of the step that has made the plan."""
-        grads = [entry.grad for entry in entries]
-        states = [entry.state for entry in entries]
-        keys = {in_8bit: self._keys(in_8bit) for in_8bit in (False, True)}
+        params, grads = [e.param for e in entries], [e.grad for e in entries]
         columns = [
-            {key: [states[i][key] for i in calls.members] for key in keys[calls.kind.in_8bit]}
+            {
+                key: [entries[i].tensors[k] for i in calls.members]
+                for k, key in enumerate(self.keys[calls.kind.in_8bit])
+            }
             for calls in self.calls
         ]
-        parts = self._local(self.with_grad)
+        parts = self._local(params)
         if self.sharded:
-            own = [self.with_grad[i] for i in self.sharded], [grads[i] for i in self.sharded]
-            for i, grad in zip(self.sharded, sharding.local_grads(*own), strict=True):
-                grads[i] = grad
-        return self._work(Options(optimizer, self.group), parts, grads, columns)
+            own = sharding.local_grads(_pick(params, self.sharded), _pick(grads, self.sharded))
+            grads = _replaced(grads, self.sharded, own)
+        return self._work(group, self.options, params, parts, grads, columns)
 
     def _local(self, tensors: list[Any]) -> list[Any]:
         """What this rank holds of parameters, or of gradients that are placed as they are."""
-        return sharding.local_tensors(tensors) if self.sharded else tensors
+        if not self.sharded:
+            return tensors
+        own = sharding.local_tensors(_pick(tensors, self.sharded))
+        return _replaced(tensors, self.sharded, own)
 
     def _work(
         self,
+        group: Group,
         options: Options,
+        params: list[Tensor],
         parts: list[Tensor],
         grads: list[Tensor],
         columns: Sequence[Columns],
@@ -276,7 +282,6 @@ class GroupPlan:
             parts, grads: what this rank holds of the parameters and of their gradients.
             columns: for each op call and each key, the state.
         """
-        params = self.with_grad
         buckets = [
             calls.bucket(_pick(parts, calls.members), _pick(grads, calls.members), tensors)
             for calls, tensors in zip(self.calls, columns, strict=True)
@@ -290,7 +295,7 @@ class GroupPlan:
         histories = self._in_order([tensors[NORMS] for tensors in columns] if self.clips else [])
         work = Work(
             self.number,
-            self.group,
+            group,
             buckets,
             self.indices,
             params,
@@ -315,178 +320,98 @@ class GroupPlan:
 
     # -- keeping it ----------------------------------------------------------------------------
 
-    def remember(self, optimizer: OptimizerContract, numbers: dict[int, int]) -> None:
-        """Takes down what :meth:`work` compares.
+    def remember(self, group: Group, entries: Sequence[Entry], numbers: dict[int, int]) -> None:
+        """Records what :meth:`work` compares.
 
         Args:
             numbers: of the parameters in ``optimizer.state``, by their ids.
         """
-        group = self.group
-        self.params = list(group["params"])
-        self.stateless = [p for p in self.params if id(p) not in numbers]
-        self.options = Options(optimizer, group)
-        self.layout = self.options.layout
-        grads = [p.grad for p in self.params]
-        self.grad_types = list(map(type, grads))
-        self.grad_dtypes = [g.dtype for g in grads if g is not None]
-        parts = self._local(self.with_grad)
-        self.dtypes = list(map(_dtype, parts))
-        self.shapes = list(map(_shape, parts))
-        self.devices = list(map(_device, parts))
-        self.placements = sharding.Placements(_pick(self.with_grad, self.sharded))
-        self.memories = [
-            _Memory(
-                [numbers[id(self.with_grad[i])] for i in calls.members],
-                [optimizer.state[self.with_grad[i]] for i in calls.members],
-                len(numbers),
+        params = group["params"]
+        self.params = list(map(id, params))
+        with_grad = set(self.indices)
+        self.without_grad = [i for i in range(len(params)) if i not in with_grad]
+        self.grad_types = [type(p.grad) for p in params]
+        own = [entry.param for entry in entries]
+        self.tensors = Tensors(self._local(own), self._local([entry.grad for entry in entries]))
+        self.placements = sharding.Placements(_pick(own, self.sharded))
+        self.snapshots = []
+        for calls in self.calls:
+            members = [entries[i] for i in calls.members]
+            first = next((s for s in self.states if not s.is_scalar), None)
+            self.snapshots.append(
+                StateSnapshot(
+                    [numbers[id(entry.param)] for entry in members],
+                    [entry.state for entry in members],
+                    len(numbers),
+                    self.keys[calls.kind.in_8bit],
+                    () if first is None else keys_of(first, calls.kind.in_8bit),
+                )
             )
-            for calls in self.calls
-        ]
 
-    def work(self, optimizer: OptimizerContract, states: list[dict[str, Tensor]]) -> Work | None:
+    def work(self, optimizer: OptimizerContract, group: Group, states: list[State]) -> Work | None:
         """The work of another step; None if the plan does not hold any more.
 
         Args:
             states: all those of the optimizer, in their order.
         """
-        if not _same(self.group["params"], self.params):
+        params = group["params"]
+        if list(map(id, params)) != self.params:
             return None
-        options = self.options = self.options.now(optimizer)
+        options = self.options = self.options.refreshed(optimizer, group)
         if options.layout != self.layout:
             return None
-        grads = [p.grad for p in self.params]
+        grads = [p.grad for p in params]
         if list(map(type, grads)) != self.grad_types:
             return None
-        params, grads = self.with_grad, _pick(grads, self.indices)
+        for i in self.without_grad:  # they get state as soon as they are trainable
+            if params[i].requires_grad and not has_state(optimizer.state.get(params[i])):
+                return None
+        params, grads = _pick(params, self.indices), _pick(grads, self.indices)
         if self.sharded and not self.placements.hold(
             _pick(params, self.sharded), _pick(grads, self.sharded)
         ):
             return None
         parts, grads = self._local(params), self._local(grads)
-        if (
-            list(map(_dtype, grads)) != self.grad_dtypes
-            or any(layout is not torch.strided for layout in set(map(_layout, grads)))
-            or list(map(_dtype, parts)) != self.dtypes
-            or list(map(_shape, parts)) != self.shapes
-            or list(map(_device, parts)) != self.devices
-            or any(p.requires_grad for p in self.stateless)
-        ):
+        if not self.tensors.hold(parts, grads):
             return None
         columns = []
-        for memory in self.memories:
-            tensors = memory.columns(states)
+        for snapshot in self.snapshots:
+            tensors = snapshot.columns(states)
             if tensors is None:
                 return None
             columns.append(tensors)
-        if self.group["is_paged"]:
-            self._check_memory(optimizer, columns)
-        return self._work(options, parts, grads, columns)
+        if group["is_paged"]:
+            self._check_memory(optimizer, group, params, columns)
+        return self._work(group, options, params, parts, grads, columns)
 
-    def _check_memory(self, optimizer: OptimizerContract, columns: Sequence[Columns]) -> None:
+    def _check_memory(
+        self,
+        optimizer: OptimizerContract,
+        group: Group,
+        params: list[Tensor],
+        columns: Sequence[Columns],
+    ) -> None:
         """Raises RuntimeError where state has left its pages."""
         for calls, tensors in zip(self.calls, columns, strict=True):
             key = format_key(self.states, calls.kind.in_8bit)
             if key is not None:
                 for i, t in zip(calls.members, tensors[key], strict=True):
-                    paging.check_memory(optimizer, self.group, self.with_grad[i], sharding.local(t))
-
-
-class _Memory:
-    """The state of the parameters of an op call, as it was when it was checked; none of it is kept.
-
-    Attributes:
-        at: the numbers of their states in ``optimizer.state``.
-        keys: of each of them; None if they differ, as others' keys may: then no plan holds.
-        ids: of all tensors of state, one parameter after the other.
-    """
-
-    def __init__(self, at: list[int], states: list[dict[str, Tensor]], count: int) -> None:
-        self.at = at if at != list(range(count)) else None
-        alike = {tuple(state) for state in states}
-        self.keys = alike.pop() if len(alike) == 1 else None
-        self.all_keys = [self.keys] * len(at)
-        self.ids = list(map(id, chain.from_iterable(map(dict.values, states))))
-
-    def columns(self, states: list[dict[str, Tensor]]) -> Columns | None:
-        """The tensors of state for each key; None if one of them is another than before."""
-        mine = states if self.at is None else [states[i] for i in self.at]
-        if self.keys is None or list(map(tuple, mine)) != self.all_keys:
-            return None
-        tensors = list(chain.from_iterable(map(dict.values, mine)))
-        if list(map(id, tensors)) != self.ids:
-            return None
-        width = len(self.keys)
-        return {key: tensors[i::width] for i, key in enumerate(self.keys)}
-
-
-class Options:
-    """The options of a group when they were checked, and the numbers that the ops take.
-
-    Attributes:
-        layout: what decides which state there is, and how a parameter is placed.
-        lr: 0-d, see :func:`torchao8.ops.step_`.
-        numbers: those of the rule, by the device of the parameters; filled as they are wanted.
-    """
-
-    def __init__(self, optimizer: OptimizerContract, group: Group) -> None:
-        self.group = group
-        self.layout = (
-            *(group[name] for name in LAYOUT_OPTIONS),
-            group["stochastic_rounding"],
-            clips(group),
-            optimizer._states_of(group),
-        )
-        self.lr = one_number(group["lr"])
-        self.numbers: dict[torch.device, Tensor] = {}
-        if torch.compiler.is_compiling():
-            return  # a traced step keeps none
-        self.names = list(group)
-        self.values = list(group.values())
-        # Tensors and lists may change and stay the same objects. The parameters are compared apart.
-        self.may_change = any(_may_change(v) for k, v in group.items() if k != "params")
-
-    def now(self, optimizer: OptimizerContract) -> Options:
-        """These, if no option has changed; else those of today.
-
-        Raises:
-            ValueError: an option is out of range now.
-        """
-        group = self.group
-        if not self.may_change and list(group) == self.names:
-            if _same(group.values(), self.values):
-                return self
-            lr, before = group["lr"], self.values[self.names.index("lr")]
-            values = [before if v is lr else v for v in group.values()]
-            if type(lr) is float and math.isfinite(lr) and _same(values, self.values):
-                return self._with_lr(lr)  # what a schedule changes at every step, and no more
-        plain_numbers(group)
-        optimizer._check_options(known_options(group))
-        return Options(optimizer, group)
-
-    def _with_lr(self, lr: float) -> Options:
-        """The same with another learning rate. Any finite number is one, see
-        :func:`torchao8.optim.options.check_common_options`."""
-        options = copy.copy(self)
-        options.lr = one_number(lr)
-        options.values = list(self.group.values())
-        return options
-
-
-def _may_change(value: object) -> bool:
-    if isinstance(value, tuple):
-        return any(map(_may_change, value))
-    return value is not None and not isinstance(value, (int, float, str))
-
-
-def _same(now: Iterable[Any], before: list[Any]) -> bool:
-    """Whether these are the very objects."""
-    now = list(now)
-    return len(now) == len(before) and all(map(is_, now, before))
+                    paging.check_memory(optimizer, group, params[i], sharding.local(t))
 
 
 def _pick(values: list[Any], indices: list[int]) -> list[Any]:
     """Those of the indices, which ascend; all of them as they are."""
     return values if len(indices) == len(values) else [values[i] for i in indices]
+
+
+def _replaced(values: list[Any], indices: list[int], new: list[Any]) -> list[Any]:
+    """The values, with new ones at the indices."""
+    if len(indices) == len(values):
+        return new
+    values = list(values)
+    for i, value in zip(indices, new, strict=True):
+        values[i] = value
+    return values
 
 
 def _keys_message(optimizer: OptimizerContract, p: Tensor, keys: list[str]) -> str:
