@@ -106,24 +106,40 @@ def check_layout(
     Args:
         states: of the parameter.
     """
-    state, in_8bit = optimizer.state[p], is_8bit(states, optimizer.state[p])
+    state = optimizer.state[p]
+    in_8bit = is_8bit(states, state)
     key = format_key(states, in_8bit)
-    if key is None:  # what has no such state has no format either
-        return
-    first = state.get(key)
-    if first is None:
-        return  # a missing key is told of by its name
-    name = type(optimizer).__name__
+    if key is not None and key in state:  # a missing key is told of by its name
+        check_format(optimizer, group, p, state, key, in_8bit)
+
+
+def check_format(
+    optimizer: OptimizerContract,
+    group: Group,
+    p: Tensor,
+    state: dict[str, Tensor],
+    key: str,
+    in_8bit: bool,
+) -> None:
+    """The same for the format that the state has.
+
+    Args:
+        key: that tells the format, see :func:`torchao8.optim._state.spec.format_key`.
+    """
+    first = state[key]
     if first.shape != p.shape:
+        name = type(optimizer).__name__
         raise RuntimeError(
             f"{name}: {describe(optimizer, p)} is of shape {list(p.shape)} now, "
             f"its state of shape {list(first.shape)}: it was resized, or its data replaced, after "
             "the first step. Build a new optimizer, or remove its state "
             "(optimizer.state.pop(parameter)), which then starts anew"
         )
-    expected = _scale_shape(p.shape, Scales.of(group))
     scale = state[key.removesuffix("_codes") + "_scale"] if in_8bit else None
-    if keeps_8bit(group, p) != in_8bit or (scale is not None and scale.shape != expected):
+    if keeps_8bit(group, p) != in_8bit or (
+        scale is not None and scale.shape != _scale_shape(p.shape, Scales.of(group))
+    ):
+        name = type(optimizer).__name__
         has = "32-bit state" if scale is None else f"8-bit state, scales {list(scale.shape)}"
         raise RuntimeError(
             f"{name}: {with_shape(optimizer, p)} already has {has}, but its "

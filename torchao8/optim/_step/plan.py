@@ -29,7 +29,7 @@ from torchao8._messages import describe, meta_message
 from torchao8._numbers import plain_numbers
 from torchao8.optim._params import NO_FLOAT16, check_grad, is_readable_grad
 from torchao8.optim._state import paging
-from torchao8.optim._state.layout import check_layout, rounds_param, rows_of, wake
+from torchao8.optim._state.layout import check_format, rounds_param, rows_of, wake
 from torchao8.optim._state.spec import NORMS, format_key, has_state, is_own, keys_of
 from torchao8.optim._step import pages
 from torchao8.optim._step.bucket import Work
@@ -151,7 +151,7 @@ class GroupPlan:
         self.has_scalars = any(state.is_scalar for state in self.states)
         self.clips = clips(group)
         self.keys = {in_8bit: self._keys(in_8bit) for in_8bit in (False, True)}
-        self.codes = format_key(self.states, True)
+        self.formats = {in_8bit: format_key(self.states, in_8bit) for in_8bit in (False, True)}
         self.options = Options(optimizer, group)
         self.layout = self.options.layout
         self.indices: list[int] = []
@@ -188,7 +188,7 @@ class GroupPlan:
         if group["stochastic_rounding"] and p.dtype == torch.float16:
             name = type(optimizer).__name__
             raise ValueError(f"{name}: {describe(optimizer, p)}: {NO_FLOAT16}")
-        entry.in_8bit = self.codes is not None and self.codes in state
+        entry.in_8bit = self.formats[True] in state
         keys = self.keys[entry.in_8bit]
         try:
             entry.tensors = [state[key] for key in keys]
@@ -202,8 +202,8 @@ class GroupPlan:
             # torch.compile guards on them, and traces anew when they change.
             if group["optim_bits"] == 8 and p.numel() >= group["min_8bit_size"]:
                 pass
-        else:
-            check_layout(optimizer, group, p, self.states)
+        elif (key := self.formats[entry.in_8bit]) is not None:
+            check_format(optimizer, group, p, state, key, entry.in_8bit)
 
     def place(self, optimizer: OptimizerContract, group: Group, entries: Sequence[Entry]) -> None:
         """Finds the op calls that the parameters go into."""
@@ -228,11 +228,12 @@ class GroupPlan:
                 entry.rows is not None,
                 is_empty,
             )
-            if part.device.type == "meta" and not is_empty:
-                raise RuntimeError(meta_message(optimizer, p))
-            if kind not in made:
-                made[kind] = Calls(kind, self.states, not one_scale)
-            made[kind].add(member, entry.rows)
+            calls = made.get(kind)
+            if calls is None:
+                if kind.device.type == "meta" and not is_empty:
+                    raise RuntimeError(meta_message(optimizer, p))
+                calls = made[kind] = Calls(kind, self.states, not one_scale)
+            calls.add(member, entry.rows)
         for calls in made.values():
             calls.finish()
         self.calls = list(made.values())
@@ -393,7 +394,7 @@ class GroupPlan:
     ) -> None:
         """Raises RuntimeError where state has left its pages."""
         for calls, tensors in zip(self.calls, columns, strict=True):
-            key = format_key(self.states, calls.kind.in_8bit)
+            key = self.formats[calls.kind.in_8bit]
             if key is not None:
                 for i, t in zip(calls.members, tensors[key], strict=True):
                     paging.check_memory(optimizer, group, params[i], sharding.local(t))
