@@ -1,5 +1,6 @@
-// Every op of the library. The schemas of the families' ops follow from the families
-// (rules/families.h); the kernels are registered beside their code.
+// Every op of the library. Those of the families (rules/families.h) and lamb_update_sums have
+// schemas that follow from code: op/schema.h writes the text, op/step_call.h and op/lamb_call.h
+// name the arguments. The other schemas stand here. Kernels are registered beside their code.
 //
 // A step op updates parameters in place by one rule (see rules/). What changes from step to step
 // (lr, steps, grad_scale, found_inf) is a tensor, so that a compiled step is traced once. So is the
@@ -26,8 +27,7 @@
 // multiplies them. clip_factors_ and lars_trust_ratios are Python, in torchao8/optim.
 #include <torch/csrc/stable/library.h>
 
-#include "op/family_ops.h"
-#include "op/lamb_call.h"
+#include "op/schema.h"
 #include "rules/families.h"
 
 STABLE_TORCH_LIBRARY(torchao8, m) {

@@ -1,6 +1,7 @@
 // The arguments of an op, gone through in the order of its schema. One function per op names each
-// argument once and says which member of its call it is; a SchemaWriter makes the schema's text of
-// that, a StackReader reads the arguments that torch passes. So no two can be swapped.
+// argument once and says which member of its call it is; a SchemaWriter (op/schema.h) makes the
+// schema's text of that, a StackReader reads the arguments that torch passes. So no two can be
+// swapped.
 #pragma once
 
 #include <memory>
@@ -34,37 +35,6 @@ class Held {
 
  private:
   std::unique_ptr<T> value_;
-};
-
-// Writes the text between the parentheses of a schema.
-class SchemaWriter {
- public:
-  void list(const std::string& name, const TensorList&, Access access = Access::kRead) {
-    add(access == Access::kRead ? "Tensor[]" : std::string("Tensor(") + letter_++ + "!)[]", name);
-  }
-  void tensor(const char* name, const std::optional<Tensor>&) { add("Tensor", name); }
-  void optional_tensor(const char* name, const std::optional<Tensor>&) { add("Tensor?", name); }
-  // The arguments from here on are named in a call.
-  void keywords() { separate() += "*"; }
-  void flag(const char* name, bool) { add("bool", name); }
-  // With the value that they have before they are read as the default.
-  void option(const char* name, bool value) { add("bool", name, value ? "True" : "False"); }
-  void option(const char* name, int64_t value) { add("int", name, std::to_string(value)); }
-  void symbolic_option(const char* name, int64_t value) {
-    add("SymInt", name, std::to_string(value));
-  }
-  void option(const char* name, const std::vector<int64_t>&) { add("int[]", name, "[]"); }
-
-  const std::string& text() const { return text_; }
-
- private:
-  std::string& separate() { return text_ += text_.empty() ? "" : ", "; }
-  void add(const std::string& type, const std::string& name, const std::string& otherwise = "") {
-    separate() += type + " " + name + (otherwise.empty() ? "" : "=" + otherwise);
-  }
-
-  std::string text_;
-  char letter_ = 'a';
 };
 
 // Reads a call's arguments from torch's stack, and owns them from then on.

@@ -1,42 +1,14 @@
-// The ops of a family: their names, their schemas, and what torch calls. An engine (of the CPU, of
-// CUDA) plugs in what it does with a checked call.
+// What torch calls for the ops of a family. An engine (of the CPU, of CUDA) plugs in what it does
+// with a checked call.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 
-#include <string>
+#include <utility>
 
 #include "op/step_call.h"
 
 namespace torchao8 {
-
-template <class Family>
-const char* step_op() {
-  static const std::string name = std::string(Family::kName) + "_step_";
-  return name.c_str();
-}
-template <class Family>
-const char* extremes_op() {
-  static const std::string name = std::string(Family::kName) + "_extremes";
-  return name.c_str();
-}
-
-template <class Family>
-std::string step_schema() {
-  StepCall call(step_op<Family>());
-  call.set_family(Type<Family>());
-  SchemaWriter writer;
-  visit_step<Family>(writer, call);
-  return call.op + ("(" + writer.text() + ") -> ()");
-}
-template <class Family>
-std::string extremes_schema() {
-  StepCall call(extremes_op<Family>());
-  call.set_family(Type<Family>());
-  SchemaWriter writer;
-  visit_extremes<Family>(writer, call);
-  return call.op + ("(" + writer.text() + ") -> Tensor");
-}
 
 // Of the device of the call; rows of zeros.
 inline Tensor new_extremes(const StepCall& call) {

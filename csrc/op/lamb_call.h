@@ -1,7 +1,8 @@
 // The call of lamb_update_sums: the arguments of a step of Adam that is only looked at.
 #pragma once
 
-#include <string>
+#include <iterator>
+#include <utility>
 
 #include "op/step_call.h"
 #include "rules/lamb.h"
@@ -44,13 +45,6 @@ struct LambCall : StepCall {
     }
   }
 };
-
-inline std::string lamb_schema() {
-  LambCall call;
-  SchemaWriter writer;
-  call.visit_arguments(writer);
-  return std::string(kLambOp) + "(" + writer.text() + ") -> Tensor";
-}
 
 // What torch calls: measure(call) gives the result.
 template <Tensor (*measure)(LambCall&)>

@@ -1,5 +1,6 @@
-// Numbers that come as tensors of one element, so that they can change without a new trace: lr,
-// grad_scale, found_inf, the steps that a tensor has made and the factors of its step.
+// Numbers that come as tensors, so that they can change without a new trace. One element: lr,
+// grad_scale, found_inf, the step count of a parameter. Several: the numbers of a rule, the two
+// factors of a parameter's step.
 #pragma once
 
 #include <cmath>

@@ -1,6 +1,6 @@
 // The calls of a family's two ops: the step, and the one that finds the extreme elements which a
-// step of tensors with one scale needs. Their arguments, and every check that does not read a
-// number from memory. What an engine adds is where those numbers are.
+// step of tensors with one scale needs. Here are their names, their arguments, and the checks that
+// both engines share. Only check_extreme_values reads tensors' memory: the CPU engine calls it.
 #pragma once
 
 #include <algorithm>
@@ -18,6 +18,18 @@
 #include "rules/rule.h"
 
 namespace torchao8 {
+
+template <class Family>
+const char* step_op() {
+  static const std::string name = std::string(Family::kName) + "_step_";
+  return name.c_str();
+}
+
+template <class Family>
+const char* extremes_op() {
+  static const std::string name = std::string(Family::kName) + "_extremes";
+  return name.c_str();
+}
 
 constexpr int kMaxLists = 4;  // of the states of a family, scalar ones included
 constexpr int kMaxFlags = 4;
