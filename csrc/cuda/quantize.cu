@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "codec/block_layout.h"
+#include "cuda/device_codec.cuh"
 #include "cuda/launch.h"
-#include "cuda/tables.cuh"
 #include "op/codec_call.h"
 
 namespace torchao8::cuda {

@@ -12,9 +12,9 @@
 #include <optional>
 #include <vector>
 
+#include "cuda/device_codec.cuh"
 #include "cuda/launch.h"
 #include "cuda/one_scale.cuh"
-#include "cuda/tables.cuh"
 #include "op/family_ops.h"
 
 namespace torchao8::cuda {
