@@ -39,8 +39,8 @@ TORCHAO8_HD float scale_of(float extreme, float unit) {
 }
 
 // The extreme element of a whole tensor as an integer, so that those of its parts are compared by
-// one maximum: magnitude first, then whether it is positive. None is 0, as of zeros; what cannot be
-// one is the largest.
+// one maximum: magnitude first, then whether it is positive. The key is 0 if all elements are 0. A
+// number that cannot be an extreme element has the largest key.
 constexpr int64_t kNoExtreme = 0xffffffff;
 template <bool kSigned>
 TORCHAO8_HD int64_t key_of_extreme(float x) {

@@ -23,7 +23,8 @@ TORCHAO8_HD constexpr uint64_t double_bits(double x) {
   return __builtin_bit_cast(uint64_t, x);
 }
 
-// The bit where the square of a mantissa counts, of a float of this biased exponent, 0 to 254.
+// The position of a squared mantissa's lowest bit, counted from limb 0's unit. The exponent is the
+// float's biased one, 0 to 254.
 // Subnormal numbers (0) have the scale of the smallest normal ones.
 TORCHAO8_HD constexpr int bit_of_square(int exponent) {
   return 2 * (exponent > 1 ? exponent - 1 : 0);

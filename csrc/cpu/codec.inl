@@ -9,7 +9,8 @@ TORCHAO8_COLD inline void clear_codes(uint8_t* codes, int length) {
 }
 
 // The scale to store. Where there is none, it is zero, or NaN if the block is not finite, and the
-// codes are those of zero. kEncoded: so they are already where all elements are zero.
+// codes are those of zero. kEncoded: the encoder has already written zero codes for a block of
+// zeros.
 template <bool kSigned, bool kEncoded>
 TORCHAO8_HD float final_scale(float extreme, float unit, int length, uint8_t* codes) {
   if (has_scale<kSigned>(extreme, unit)) return extreme * unit;

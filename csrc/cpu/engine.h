@@ -1,6 +1,7 @@
 // The CPU engine: cuts the tensors of one op call into blocks, shares them among torch's threads,
-// and hands runs of them to the kernels of the instruction set in use. It knows neither rules nor
-// codecs.
+// and hands runs of them to the kernels of the instruction set in use. Of a rule it knows how many
+// states it has, their signs and units; the kernels do a step's arithmetic and encode the new
+// state.
 //
 // Every block is computed alone, so nothing depends on how they are shared out.
 #pragma once

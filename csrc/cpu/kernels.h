@@ -59,7 +59,8 @@ struct StepKernels {
   void (*blocks_bfloat16)(const Rule&, const CodecTables&, const BlockRun&);
   void (*elements_float32)(const Rule&, const ElementRun&);
   void (*elements_bfloat16)(const Rule&, const ElementRun&);
-  // The extreme element of each new state, in units; what is not usable is not to be used.
+  // The extreme element of each new state, in units. A result for which usable() is false means
+  // that there is no extreme element.
   void (*extremes_float32)(const Rule&, const CodecTables&, const ExtremeRun&, float*);
   void (*extremes_bfloat16)(const Rule&, const CodecTables&, const ExtremeRun&, float*);
 

@@ -1,4 +1,4 @@
-// Counts a step: one thread a tensor. A fraction, which a count has not, is dropped, as the update
+// Counts a step: one thread a tensor. A step count that is not whole is rounded down, as the update
 // does.
 #pragma once
 

@@ -1,5 +1,5 @@
-// The Python module torchao8._C_cuda: empty, as torchao8._C is (../module.cpp). Importing it
-// registers the CUDA kernels of the ops.
+// The Python module torchao8._C_cuda. It holds no names; importing it registers the CUDA kernels of
+// the ops that torchao8._C defines (../register.cpp).
 
 #ifndef Py_LIMITED_API
 #define Py_LIMITED_API 0x030A0000

@@ -2,8 +2,8 @@
 //
 // Why managed memory: a kernel reads and writes it as any other, so that there is one step for
 // paged state and for all other, and while the GPU has room nothing moves at all. Pinned host
-// memory would be copied both ways at every step, whether memory is short or not, through buffers
-// that a captured graph and a changed optimizer would have to agree on.
+// memory would be copied both ways at every step, whether memory is short or not. A captured graph
+// would keep the addresses of copy buffers that a changed optimizer frees.
 #include <torch/csrc/stable/library.h>
 
 #include <map>

@@ -1,5 +1,7 @@
 // The slow path of a block of 8-bit state: any row length and address, mixed dtypes, elements that
-// are not usable, scales that are NaN or infinite. It reads each element twice, the fast path once.
+// are not usable, scales that are NaN or infinite. It reads each element twice: to find the block's
+// extreme element, and to update. With one scale for a tensor, which is known before, it reads
+// once.
 #pragma once
 
 #include "cuda/block.cuh"

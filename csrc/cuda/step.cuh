@@ -1,5 +1,5 @@
-// The step kernels, for any rule of rules/. Nothing but the table of tensors, in the kernel's
-// arguments, ties the thread blocks of a launch together. A warp takes a unit of work at a time.
+// The step kernels, for any rule of rules/. Thread blocks do not communicate; each finds its work
+// in the table of tensors, a kernel argument. A warp takes a unit of work at a time.
 #pragma once
 
 #include "cuda/fast_block.cuh"

@@ -1,6 +1,5 @@
-// A warp's exact sum of squares, in registers; a thread block's or another's of several warps in
-// shared memory; all of them in the output. Integers all the way, so that the order does not
-// matter.
+// Exact sums of squares. Each warp sums in registers, then adds to a BlockSum in shared memory,
+// which is added to the output. All of these are integers, so that the order does not matter.
 //
 // A lane's sum is a 128-bit integer that takes 32 neighbouring exponents, the warp's window: it
 // moves where the numbers are, which for most tensors is once. What is below it goes to shared

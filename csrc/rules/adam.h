@@ -32,14 +32,15 @@ struct AdamRule {
   static constexpr bool kStochastic[3] = {false, true, true};
   static constexpr bool kMomentsNeedParam = !kPlainGradient;
 
-  float unit[3];   // with scaled state, of what a gradient adds; else 1
+  // Moments of 8-bit state are computed divided by this, 1 - beta; for 32-bit state it is 1.
+  float unit[3];
   float gain[2];   // what g and g^2 are multiplied by
   float decay[3];  // what a stored moment is multiplied by, to be in units
   // Of the denominator, both divided by -lr / (1 - beta1^t).
   float root_factor, eps_term;
-  float shrink;  // 1 - lr * weight_decay where it is decoupled, else 1
-  float coupled,
-      grad_gain;  // weight_decay where it is coupled, else 0; of the gradient, with its sign
+  float shrink;     // 1 - lr * weight_decay where it is decoupled, else 1
+  float coupled;    // weight_decay where it is coupled, else 0
+  float grad_gain;  // 1 / grad_scale times the clipping factor, negative to maximize
 
   TORCHAO8_HD static AdamRule at_step(const AdamOptions& o, int64_t t, bool scaled_state) {
     AdamRule r;

@@ -3,7 +3,7 @@
 //
 // A block takes two passes. The first decodes the state, computes the new moments into buffers in
 // the first-level cache and finds the extreme elements; the second updates the parameter and
-// encodes.
+// encodes. The second pass of a block and the first of the next one run in one loop (blocks.inl).
 //
 // On the vector paths a block with an element that is not usable (a gradient that is NaN or
 // infinite, or whose square overflows) is found after the first pass, when nothing has been
