@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchao8 import quantize_blockwise
-from torchao8.block_layout import fits_8bit, row_length, scale_shape
+from torchao8.block_layout import row_length, scale_shape
+from torchao8.state_bits import TOO_SMALL, why_32bit
 
 # Sizes around a block, and around what makes a row long enough; the product is kept small.
 SIZES = st.sampled_from([0, 1, 2, 3, 5, 15, 16, 17, 63, 64, 65, 255, 256, 257, 300])
@@ -68,17 +69,25 @@ def test_elements_share_a_scale_as_the_oracle_says(
     assert scale.flatten().nonzero().flatten().tolist() == [block]
 
 
-def test_what_is_worth_8_bits() -> None:
-    assert fits_8bit((4096,), 256, 4096)
-    assert not fits_8bit((4095,), 256, 4096)
-    assert fits_8bit((256, 16), 256, 4096)
-    assert fits_8bit((512, 8), 256, 4096)
-    assert not fits_8bit((511, 8), 256, 4096)
-    assert fits_8bit((64, 64, 1, 1), 256, 4096)
-    assert fits_8bit((2, 8), 256, 0)
-    assert not fits_8bit((3, 5), 256, 0)
-    assert not fits_8bit((300, 0), 256, 0)
-    assert not fits_8bit((15,), 256, 0)
-    assert fits_8bit((16,), 256, 0)
-    assert not fits_8bit((), 256, 0)
-    assert fits_8bit((300, 4, 4), 256, 4096)
+@pytest.mark.parametrize(
+    ("shape", "min_8bit_size", "reason"),
+    [
+        ((4096,), 4096, None),
+        ((256, 16), 4096, None),
+        ((512, 8), 4096, None),
+        ((64, 64, 1, 1), 4096, None),
+        ((2, 8), 0, None),
+        ((16,), 0, None),
+        ((300, 4, 4), 4096, None),
+        ((4095,), 4096, TOO_SMALL),
+        ((511, 8), 4096, TOO_SMALL),
+        ((3, 5), 0, TOO_SMALL),
+        ((300, 0), 0, TOO_SMALL),
+        ((15,), 0, TOO_SMALL),
+        ((), 0, TOO_SMALL),
+    ],
+)
+def test_what_is_worth_8_bits(
+    shape: tuple[int, ...], min_8bit_size: int, reason: str | None
+) -> None:
+    assert why_32bit(shape, (), (), 256, min_8bit_size) == reason

@@ -27,7 +27,7 @@ from torchao8 import Estimate, estimate, shard_layout, sharding
 from torchao8.__main__ import command
 from torchao8._estimate_command import MODELS
 from torchao8.estimate import class_names
-from torchao8.shard_layout import CUT_ROWS, SHARDED_VECTOR, SHORT_ROWS, TOO_SMALL
+from torchao8.state_bits import CUT_ROWS, SHARDED_VECTOR, SHORT_ROWS, TOO_SMALL
 
 PACKAGE = Path(torchao8.__file__).parent
 Sizes = dict[str, int]

@@ -33,6 +33,7 @@ FORBIDDEN = {
             "torchao8.ops",
             "torchao8.shard_layout",
             "torchao8.sharding",
+            "torchao8.state_bits",
         ),
         ("torchao8.optim", "torchao8.interop", "torchao8.checkpoint", "torchao8.estimate"),
     ),

@@ -18,7 +18,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 import torchao8
 from torchao8 import shard_layout
 from torchao8._estimate_command import MODELS
-from torchao8.shard_layout import CUT_ROWS, SHARDED_VECTOR
+from torchao8.state_bits import CUT_ROWS, SHARDED_VECTOR
 
 WORKER = Path(__file__).with_name("mesh_worker.py")
 SHAPES = ((VOCABULARY, HIDDEN), (HIDDEN, HIDDEN), (KEYS, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER))

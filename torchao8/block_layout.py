@@ -76,15 +76,3 @@ class Scales(NamedTuple):
     def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of the scales of a tensor of this (global) shape."""
         return scale_shape(shape, self.block_size) if self.block_wise else (1,)
-
-
-def fits_8bit(shape: Sequence[int], block_size: int, min_8bit_size: int) -> bool:
-    """Whether the state of a parameter of this (global) shape is worth keeping in 8 bits.
-
-    A DTensor must have whole blocks on every rank as well: see ``torchao8.sharding.keeps_blocks``.
-    """
-    return (
-        len(shape) > 0
-        and math.prod(shape) >= min_8bit_size
-        and row_length(shape, block_size) >= MIN_ROW_LENGTH
-    )

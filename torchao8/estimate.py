@@ -22,7 +22,8 @@ from torchao8.optim._params import PARAM_DTYPES
 from torchao8.optim._state.spec import State, beside_states
 from torchao8.optim.contract import bare_name, states_under
 from torchao8.optim.options import clips
-from torchao8.shard_layout import block_rows, shard_indices, split_dim, why_32bit
+from torchao8.shard_layout import block_rows, shard_indices, split_dim
+from torchao8.state_bits import why_32bit
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -245,10 +246,7 @@ def _tensor(name: str, value: Any, dtype: torch.dtype | None) -> _Tensor:
         own = dtype if dtype is not None and value.dtype.is_floating_point else value.dtype
         # A tensor that is no parameter, as of a state dict, stands for a shape.
         frozen = isinstance(value, nn.Parameter) and not value.requires_grad
-        t = _Tensor(name, tuple(value.shape), own, not frozen)
-        if sharding.is_dtensor(value):
-            t = t._replace(mesh_shape=tuple(value.device_mesh.shape), placements=value.placements)
-        return t
+        return _Tensor(name, tuple(value.shape), own, not frozen, *sharding.placement_of(value))
     if isinstance(value, int):
         raise TypeError(
             "model_or_shapes: expected a list of shapes, as [(4096, 1024), (1024,)], got numbers"

@@ -12,44 +12,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from torchao8.block_layout import (
-    MIN_ROW_LENGTH,
-    fits_8bit,
-    row_start,
-    scale_shape,
-)
+from torchao8.block_layout import MIN_ROW_LENGTH, row_start, scale_shape
 
 if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
-
-# Why the state of a parameter has 32 bits in an optimizer of 8 bits.
-TOO_SMALL = "too small"
-SHARDED_VECTOR = "sharded vector"
-SHORT_ROWS = "sharded, with short rows"
-CUT_ROWS = "rows cut inside a block"
-
-
-@functools.cache
-def why_32bit(
-    shape: tuple[int, ...],
-    mesh_shape: tuple[int, ...],
-    placements: tuple[Placement, ...],
-    block_size: int,
-    min_8bit_size: int,
-) -> str | None:
-    """Why the state of a parameter keeps 32 bits; None where 8 bits fit it.
-
-    Args:
-        shape: the global one.
-        mesh_shape, placements: of a DTensor; both are empty for a plain tensor.
-    """
-    if not fits_8bit(shape, block_size, min_8bit_size):
-        return TOO_SMALL
-    if not mesh_shape or keeps_blocks(shape, mesh_shape, placements, block_size):
-        return None
-    if len(shape) == 1:
-        return SHARDED_VECTOR
-    return SHORT_ROWS if row_start(shape, block_size) == 0 else CUT_ROWS
 
 
 @functools.cache

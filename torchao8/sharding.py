@@ -47,16 +47,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor
 
 
-# -- which parameters keep 8-bit state ------------------------------------------------------------
-
-
-def why_32bit(p: Tensor, block_size: int, min_8bit_size: int) -> str | None:
-    """Why a parameter keeps 32-bit state, see :func:`torchao8.shard_layout.why_32bit`; None where 8
-    bits fit it."""
-    mesh_shape, placements = (
-        (tuple(p.device_mesh.shape), p.placements) if is_dtensor(p) else ((), ())
-    )
-    return shard_layout.why_32bit(tuple(p.shape), mesh_shape, placements, block_size, min_8bit_size)
+def placement_of(tensor: Tensor) -> tuple[tuple[int, ...], tuple[Placement, ...]]:
+    """The shape of the mesh of a DTensor and its placements; both empty for a plain tensor."""
+    if not is_dtensor(tensor):
+        return (), ()
+    return tuple(tensor.device_mesh.shape), tensor.placements
 
 
 def cut_row_message(p: DTensor, block_size: int) -> str:

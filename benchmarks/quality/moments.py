@@ -10,7 +10,7 @@ from torch import Tensor
 
 import torchao8
 from benchmarks.codec_error import absmax_codec, linear_map
-from torchao8.block_layout import fits_8bit
+from torchao8.state_bits import why_32bit
 
 MAPS = {"linear": linear_map, "dynamic": torchao8.dynamic_map}
 SCOPES = {"tensor": None, "blocks": 256}
@@ -63,7 +63,7 @@ class UpdateError:
         (self._group,) = optimizer.param_groups
         layout = self._group["block_size"], self._group["min_8bit_size"]
         self._params: list[Tensor] = [
-            p for p in self._group["params"] if fits_8bit(p.shape, *layout)
+            p for p in self._group["params"] if why_32bit(tuple(p.shape), (), (), *layout) is None
         ]
         self._m = [torch.zeros_like(p) for p in self._params]
         self._v = [torch.zeros_like(p) for p in self._params]

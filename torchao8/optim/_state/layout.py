@@ -26,8 +26,9 @@ from torchao8.optim._state.spec import (
 )
 from torchao8.optim.contract import OptimizerContract
 from torchao8.optim.options import Group, clips
-from torchao8.shard_layout import CUT_ROWS, ShardRows
+from torchao8.shard_layout import ShardRows
 from torchao8.sharding import is_dtensor
+from torchao8.state_bits import CUT_ROWS, why_32bit
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -36,9 +37,10 @@ if TYPE_CHECKING:
 def keeps_8bit(group: Group, p: Tensor) -> bool:
     """Whether a parameter keeps 8-bit state under the options of its group: by its global shape and
     by the way it is sharded."""
-    return group["optim_bits"] == 8 and (
-        sharding.why_32bit(p, group["block_size"], group["min_8bit_size"]) is None
-    )
+    if group["optim_bits"] != 8:
+        return False
+    sizes = group["block_size"], group["min_8bit_size"]
+    return why_32bit(tuple(p.shape), *sharding.placement_of(p), *sizes) is None
 
 
 def rounds_param(group: Group, p: Tensor) -> bool:
@@ -255,7 +257,8 @@ def _warn_of_cut_row(optimizer: OptimizerContract, group: Group, p: Tensor) -> N
     """Says which parameter keeps 32 bits for the way it is sharded, and what to do."""
     if group["optim_bits"] != 8 or not is_dtensor(p):
         return
-    block_size = group["block_size"]
-    if sharding.why_32bit(p, block_size, group["min_8bit_size"]) == CUT_ROWS:
+    block_size, min_8bit_size = group["block_size"], group["min_8bit_size"]
+    placement = sharding.placement_of(p)
+    if why_32bit(tuple(p.shape), *placement, block_size, min_8bit_size) == CUT_ROWS:
         message = sharding.cut_row_message(p, block_size)
         warn_caller(f"{type(optimizer).__name__}: {describe(optimizer, p)} {message}")
