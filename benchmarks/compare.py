@@ -425,7 +425,7 @@ def main(argv: Iterable[str] | None = None) -> None:
     threads = 1 if args.sharded else args.threads
     record = {
         "device": {**reporting.describe_machine(threads), "cpu_taken_by_others": watch.shares()},
-        "reporting.versions": reporting.versions([]),
+        "versions": reporting.versions([]),
         **names,
         "new_commit": _git("rev-parse", args.new or "HEAD"),
         "rounds": args.rounds,

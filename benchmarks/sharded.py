@@ -187,7 +187,7 @@ def main(argv: Iterable[str] | None = None) -> None:
     print(tables(rows, saved, args.saved))
     record = {
         "device": reporting.describe_machine(1),
-        "reporting.versions": reporting.versions(["torchao8"]),
+        "versions": reporting.versions(["torchao8"]),
         "ranks": args.ranks,
         "rounds": args.rounds,
         "cpu_time_of_others": watch.shares(),

@@ -18,7 +18,7 @@ from torch.autograd import DeviceType
 
 import benchmarks.step.__main__ as command
 import torchao8
-from benchmarks import reporting
+from benchmarks import reporting, sharded
 from benchmarks.step import contenders, devices, job, rounds, tables, tensor_lists
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
@@ -134,6 +134,7 @@ def test_rows_are_right_and_failures_stay_with_their_contender(
     assert [case["8bit"]["buckets"] for case in rows] == [2, 2, 1, 1]
     assert record["left_out"] == []
     assert record["device"]["gpu"]["name"] == "Fake GPU 8"
+    assert record["versions"]["torch"] == torch.__version__
     output = capsys.readouterr().out
     assert "skipped: Fragile: the process ended (exit status 7)" in output
 
@@ -370,7 +371,7 @@ def test_table_of_a_gpu() -> None:
     row = {
         "name": "8bit", "label": "8bit", "batch": 0, "ms": 1.25, "ms_quartiles": [1.0, 1.5],
         "speedup": 1.0, "gb_per_s": 2000.0, "share_of_copy_rate": 0.5,
-        "moved_bytes_per_parameter": 16.03, "state_bytes_per_parameter": 2.03, "launches": 2,
+        "moved_bytes_per_parameter": 16.06, "state_bytes_per_parameter": 2.03, "launches": 2,
         "buckets": 1, "peak_extra_bytes": 3 << 20, "rounds": 9,
     }  # fmt: skip
     copy = {**row, "label": "copy", "speedup": None, "launches": None, "buckets": None}
@@ -380,11 +381,20 @@ def test_table_of_a_gpu() -> None:
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert dict(zip(cells[0], cells[2], strict=True)) == {
         "AdamW": "8bit", "ms": "1.25", "quartiles": "1 - 1.5", "speed-up": "1.00",
-        "GB/s": "2000.0", "of copy": "50%", "moved B/param": "16.03", "state B/param": "2.030",
+        "GB/s": "2000.0", "of copy": "50%", "moved B/param": "16.06", "state B/param": "2.030",
         "launches": "2", "buckets": "1", "peak extra MiB": "3.0", "rounds": "9",
     }  # fmt: skip
     assert cells[3][0] == "copy"
     assert lines[-1] == "skipped: torchao: out of memory"
+
+
+def test_a_run_over_ranks_tells_the_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharded, "run", lambda args: ([], []))
+    sharded.main(["--out", str(tmp_path), "--name", "found"])
+    record = json.loads((tmp_path / "found.json").read_text())
+    assert record["versions"]["torch"] == torch.__version__
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("step-cpu-*.json")), ids=lambda p: p.stem)

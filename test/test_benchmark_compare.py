@@ -110,7 +110,9 @@ def test_a_changed_copy_is_told_from_this_library(
     arguments = ["old", "--list", "tiny-148x64", "--dtype", "float32", "--rounds", "2"]
     arguments += ["--turn", "0.001", "--threads", "1", "--out", str(tmp_path), "--name", "found"]
     compare.main(arguments + ["--sharded"] * sharded)
-    (case,) = json.loads((tmp_path / "found.json").read_text())["cases"]
+    record = json.loads((tmp_path / "found.json").read_text())
+    assert record["versions"]["torch"] == torch.__version__
+    (case,) = record["cases"]
     kinds = ["DTensor", "shard"] if sharded else ["whole"]
     places = [(name, kind) for name in compare.OPTIMIZERS for kind in kinds]
     assert [(row["optimizer"], row["tensors"]) for row in case["rows"]] == places

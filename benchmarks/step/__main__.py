@@ -171,7 +171,7 @@ def main(argv: Iterable[str] | None = None, make_bench: type[Bench] = Bench) -> 
     options = ("repeats", "turn", "budget", "setup_timeout", "time_limit")
     record: dict[str, Any] = {
         "device": device.describe(args.threads),
-        "reporting.versions": {**reporting.versions(_PACKAGES), "cuda": torch.version.cuda},
+        "versions": {**reporting.versions(_PACKAGES), "cuda": torch.version.cuda},
         # No limit is infinite, which JSON has no number for.
         "settings": {o: getattr(args, o) for o in options if getattr(args, o) != math.inf},
     }
