@@ -40,7 +40,7 @@ from torch._inductor.utils import run_and_get_code
 import torchao8
 from torchao8 import ops
 from torchao8.optim._state import paging
-from torchao8.optim._state.foreign_memory import tensor_on
+from torchao8.optim._state.dlpack import tensor_on
 
 # -- the classes -----------------------------------------------------------------------------------
 

@@ -5,9 +5,9 @@ behind, and all of its space is reserved before there is any state, so that a fu
 at that point and not a crash at a later one. On a GPU it is CUDA's managed memory, which the driver
 moves out when other memory is wanted, and back when a kernel wants it.
 
-The ops take such tensors as they take any others: same op, same bits. All that a step does more is
-to go through a bucket in pieces, and to ask for the pages of the next piece ahead of it. Everything
-that the library knows about paging is in this file, csrc/cpu/pages.cpp and csrc/cuda/pages.cu.
+The ops take such tensors as they take any others: same op, same bits. A step of paged state goes
+through a bucket in pieces and asks for the pages of the next piece ahead of it, see
+optim/_step/pages.py; csrc/cpu/pages.cpp and csrc/cuda/pages.cu bring them. This module allocates.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 from torchao8 import ops
 from torchao8._messages import describe
-from torchao8.optim._state.foreign_memory import tensor_on
+from torchao8.optim._state.dlpack import tensor_on
 from torchao8.optim._state.spec import BESIDE_STATES, TensorSpec, is_own
 from torchao8.optim.options import Group
 from torchao8.sharding import is_dtensor, is_placed_as, local
@@ -37,7 +37,8 @@ from torchao8.sharding import is_dtensor, is_placed_as, local
 # the whole parameter, so that what is paged does not depend on the number of ranks.
 LEAST = 100_000
 # Bytes of state that one op call updates while the next ones are on their way. Two of them must fit
-# beside everything else; but where nothing has to come, each call costs its threads a meeting.
+# beside everything else, so they may not be large. Each call is a fork and a join of threads, which
+# costs time even where no page has to come, so they may not be small.
 PIECE = 1 << 28
 # A file system that cannot reserve space says one of these; zeros are written there.
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
@@ -348,6 +349,3 @@ def _spec_of(value: Tensor, folder: str) -> TensorSpec:
 def _allocate_for(wanted: Sequence[tuple[Tensor, TensorSpec]]) -> list[Tensor]:
     paged = [(spec, local(p).device) for p, spec in wanted if spec.pages is not None]
     return allocate([spec for spec, _ in paged], [device for _, device in paged])
-
-
-# -- the step --------------------------------------------------------------------------------------
