@@ -28,7 +28,9 @@ def to_torch(optimizer: LowPrecisionOptimizer) -> dict[str, Any]:
         >>> theirs.load_state_dict(torchao8.checkpoint.to_torch(ours))
 
     Nothing is lost on the way: 8-bit states become the float32 numbers that the next step here
-    would have started from. The rounding to 8 bits is in these already, and does not go away.
+    would have started from. The rounding to 8 bits is in these already, and does not go away. One
+    state is changed: the ``square_avg`` of a centered RMSprop8bit is raised to at least 64 / 63 of
+    the square of ``grad_avg``, since torch takes the root of their difference without a floor.
     ``torch.optim`` itself keeps states in the dtype of the parameter and rounds them to it when it
     loads them, for bfloat16 and float16 parameters.
 

@@ -41,8 +41,8 @@ class Adagrad(LowPrecisionOptimizer):
 
     Raises:
         ValueError: an option out of range, or parameters that cannot be optimized.
-        NotImplementedError: an option of a later version.
-        TypeError: an argument that is none.
+        NotImplementedError: ``differentiable=True``.
+        TypeError: an unknown argument.
     """
 
     _op = "adagrad_step_"
@@ -78,7 +78,7 @@ class Adagrad(LowPrecisionOptimizer):
     def _states(cls, group: Group) -> tuple[State, ...]:
         return (State("sum", signed=False, initial=group["initial_accumulator_value"]),)
 
-    def _steps_untold(self, group: Group) -> int | None:
+    def _assumed_steps(self, group: Group) -> int | None:
         return None if group["lr_decay"] else 0  # lr_decay alone counts them
 
 

@@ -133,8 +133,8 @@ class Adam(_Adam):
 
     Raises:
         ValueError: an option out of range, or parameters that cannot be optimized.
-        NotImplementedError: an option of a later version.
-        TypeError: an argument that is none.
+        NotImplementedError: ``differentiable=True``.
+        TypeError: an unknown argument.
     """
 
     _torch_class = torch.optim.Adam

@@ -51,8 +51,8 @@ class AdEMAMix(LowPrecisionOptimizer):
 
     Raises:
         ValueError: an option out of range, or parameters that cannot be optimized.
-        NotImplementedError: an option of a later version.
-        TypeError: an argument that is none.
+        NotImplementedError: ``differentiable=True``.
+        TypeError: an unknown argument.
     """
 
     _op = "ademamix_step_"

@@ -1,6 +1,7 @@
 """What an optimizer class tells of itself: its options, its states and the op of its rule.
 
-The step, the layout of the state and checkpoints ask for nothing else, so that they know no rule.
+The step, the layout of the state and checkpoints ask the class, so that a new rule changes none of
+them. The one option of a rule that they look at themselves is ``dampening`` (layout.wake).
 """
 
 from __future__ import annotations
@@ -175,9 +176,9 @@ class OptimizerContract(Optimizer):
 
     # -- checkpoints ---------------------------------------------------------------------------
 
-    def _steps_untold(self, group: Group) -> int | None:
-        """The steps that state of another library counts as, which does not tell how many they
-        were; None where the rule cannot do without."""
+    def _assumed_steps(self, group: Group) -> int | None:
+        """Step count to assume for state of another library without one; None if the rule needs
+        the true count."""
         return None
 
     def _check_source(self, saved: Group) -> None:
@@ -201,7 +202,8 @@ class OptimizerContract(Optimizer):
         return state
 
     def _mend_decoded(self, state: dict[str, Tensor]) -> None:
-        """Changes, in place, what 32-bit states that were rounded to 8 bits apart may not be."""
+        """Repairs, in place, decoded states whose separate rounding broke a relation (RMSprop:
+        v >= a^2)."""
 
     # -- what torch.compile runs as it is, once, when it traces a call -------------------------
 

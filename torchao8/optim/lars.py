@@ -65,8 +65,8 @@ class LARS(LowPrecisionOptimizer):
 
     Raises:
         ValueError: an option out of range, or parameters that cannot be optimized.
-        NotImplementedError: an option of a later version.
-        TypeError: an argument that is none.
+        NotImplementedError: ``differentiable=True``.
+        TypeError: an unknown argument.
     """
 
     _op = "sgd_step_"
@@ -122,7 +122,7 @@ class LARS(LowPrecisionOptimizer):
                 "state dict, and the buffer starts anew"
             )
 
-    def _steps_untold(self, group: Group) -> int | None:
+    def _assumed_steps(self, group: Group) -> int | None:
         return 1  # after the first one, which sets the buffer, their number does not matter
 
     def _op_flags(self, group: Group) -> dict[str, bool]:

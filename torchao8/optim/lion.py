@@ -39,8 +39,8 @@ class Lion(LowPrecisionOptimizer):
 
     Raises:
         ValueError: an option out of range, or parameters that cannot be optimized.
-        NotImplementedError: an option of a later version.
-        TypeError: an argument that is none.
+        NotImplementedError: ``differentiable=True``.
+        TypeError: an unknown argument.
     """
 
     _op = "lion_step_"
@@ -66,7 +66,7 @@ class Lion(LowPrecisionOptimizer):
     def _states(cls, group: Group) -> tuple[State, ...]:
         return (State("exp_avg", signed=True),)
 
-    def _steps_untold(self, group: Group) -> int | None:
+    def _assumed_steps(self, group: Group) -> int | None:
         return 0  # steps of Lion do not depend on their number
 
 

@@ -54,8 +54,8 @@ class RMSprop(LowPrecisionOptimizer):
 
     Raises:
         ValueError: an option out of range, or parameters that cannot be optimized.
-        NotImplementedError: an option of a later version.
-        TypeError: an argument that is none.
+        NotImplementedError: ``differentiable=True``.
+        TypeError: an unknown argument.
     """
 
     _op = "rmsprop_step_"
@@ -112,7 +112,7 @@ class RMSprop(LowPrecisionOptimizer):
             least = state["grad_avg"].square().mul_(64 / 63)
             state["square_avg"] = torch.maximum(state["square_avg"], least)
 
-    def _steps_untold(self, group: Group) -> int | None:
+    def _assumed_steps(self, group: Group) -> int | None:
         return 0  # steps of RMSprop do not depend on their number
 
 

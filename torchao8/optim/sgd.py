@@ -51,8 +51,8 @@ class SGD(LowPrecisionOptimizer):
 
     Raises:
         ValueError: an option out of range, or parameters that cannot be optimized.
-        NotImplementedError: an option of a later version.
-        TypeError: an argument that is none.
+        NotImplementedError: ``differentiable=True``.
+        TypeError: an unknown argument.
     """
 
     _op = "sgd_step_"
@@ -99,7 +99,7 @@ class SGD(LowPrecisionOptimizer):
                 "of LARS, whose buffer holds them times the learning rates of their steps"
             )
 
-    def _steps_untold(self, group: Group) -> int | None:
+    def _assumed_steps(self, group: Group) -> int | None:
         return 1  # after the first one, which sets the buffer, their number does not matter
 
     def _of_torch(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

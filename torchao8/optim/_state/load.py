@@ -87,10 +87,10 @@ class _Plan(NamedTuple):
 class _Loading:
     """A checkpoint on its way into an optimizer.
 
-    In three parts, as ranks must not part while they talk: all checks that look at no value
-    (:meth:`check`) and the memory that paged state needs (:meth:`make_rooms`), what may be a
-    collective (:meth:`convert`), and the look at values, which differ from rank to rank
-    (:meth:`seal`).
+    In three parts. If one rank raised before a collective, the others would hang. So all checks
+    that look at no value (:meth:`check`), and the memory that paged state needs
+    (:meth:`make_rooms`), come first, then what may be a collective (:meth:`convert`), and last the
+    look at values, which differ from rank to rank (:meth:`seal`).
     """
 
     def __init__(self, optimizer: OptimizerContract, state_dict: Any) -> None:
@@ -107,7 +107,7 @@ class _Loading:
         # What to tell of: the parameters that were converted, by how, and who wrote their state.
         self.converted: dict[str, list[str]] = {}
         self.authors: set[str] = set()
-        self.untold: set[int] = set()  # where the steps are counted from that it does not tell of
+        self.assumed_steps: set[int] = set()  # for state saved without "step"
         self.warnings: list[str] = []
 
     def check(self) -> None:
@@ -248,15 +248,15 @@ class _Loading:
             self.warnings.append(warning)
         return options
 
-    def _count_untold(self, group: Group, saved: Group, saved_id: Any) -> None:
+    def _assume_steps(self, group: Group, saved: Group, saved_id: Any) -> None:
         """Where state comes without the number of its steps, takes that of its group, or the least
         with which the rule goes on."""
         if "step" in self.state[saved_id]:
             return
         told: Any = saved.get("step")
-        steps = int(told) if is_step(told) else self.optimizer._steps_untold(group)
+        steps = int(told) if is_step(told) else self.optimizer._assumed_steps(group)
         if steps is not None:  # if not, its keys are refused
-            self.untold.add(steps)
+            self.assumed_steps.add(steps)
             step = torch.tensor(float(steps), dtype=torch.float32, device="cpu")
             self.state[saved_id] = {"step": step, **self.state[saved_id]}
 
@@ -269,7 +269,7 @@ class _Loading:
         if own is not None:
             self.authors.add(foreign.who_wrote(values) or "torch.optim")
             self.state[saved_id] = own
-        self._count_untold(group, saved, saved_id)
+        self._assume_steps(group, saved, saved_id)
         if clips(group) and NORMS not in values:
             history = foreign.norm_history(label, values)
             if history is None:
@@ -311,11 +311,11 @@ class _Loading:
         name = type(self.optimizer).__name__
         for warning in self.warnings:
             warn_caller(f"{name}: {warning}")
-        if self.untold:
+        if self.assumed_steps:
+            steps = ", ".join(map(str, sorted(self.assumed_steps)))
             warn_caller(
                 f"{name}: the checkpoint has state without 'step'; its steps are counted from "
-                f"{', '.join(map(str, sorted(self.untold)))} on, which is the 'step' of the group "
-                "where it has one"
+                f"{steps} on, which is the 'step' of the group where it has one"
             )
         for how, labels in self.converted.items():
             others = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
