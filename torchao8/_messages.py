@@ -43,7 +43,9 @@ def warn_caller(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
-_LIBRARIES = ("torch.", "torchao8.", "contextlib")  # whose decorators are ours
+# The modules whose frames are skipped. The standard library's contextlib is one of them: functions
+# decorated with a context manager run inside its wrapper.
+_LIBRARIES = ("torch.", "torchao8.", "contextlib")
 
 
 def kind(t: Tensor) -> str:

@@ -55,7 +55,10 @@ def all_numbers(values: Sequence[Number], device: torch.device) -> Tensor:
 
 
 def known(value: object) -> object:
-    """An option with 0.0 in place of the tensors that lie on a device, which nobody waits for."""
+    """An option without its tensors on a GPU.
+
+    These become 0.0: reading them would make the host wait.
+    """
     if isinstance(value, Tensor) and not value.is_cpu:
         return 0.0
     if isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value):

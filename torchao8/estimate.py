@@ -1,7 +1,8 @@
 """How much memory training takes, from shapes alone: 32-bit state against 8-bit state.
 
-Nothing is allocated and no process group is needed. The states are asked of the optimizer classes;
-which parameters keep 8 bits, and what of them lies on a rank, of the functions that they ask.
+Nothing is allocated and no process group is needed. The optimizer classes tell which states there
+are, :mod:`torchao8.state_bits` which of them have 8 bits, and :mod:`torchao8.shard_layout` how much
+of them lies on a rank. An optimizer asks the same functions, so that both have the same answers.
 """
 
 from __future__ import annotations

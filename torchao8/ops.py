@@ -1,7 +1,7 @@
 """The ops of the compiled extension: their loading, typed wrappers, and what tracing needs.
 
-Importing this module loads ``torchao8/_C.abi3.so``, whose only effect is to register the ops with
-torch's dispatcher under ``torch.ops.torchao8``.
+Importing this module loads ``torchao8/_C.abi3.so``, which registers the ops with torch's dispatcher
+under ``torch.ops.torchao8`` and tells the names of the families of update rules (:data:`FAMILIES`).
 """
 
 import importlib
@@ -417,7 +417,8 @@ def prefetch_pages_(pages: Sequence[list[Tensor]], now: Tensor) -> None:
 
     Args:
         pages: paged state, on the device of ``now``; what is not paged is left alone. No value
-            changes: that the op says it writes to them has a compiler keep it, in its place.
+            changes. The schema says that pages are written, so a compiler neither drops nor moves
+            the op.
         now: a tensor of the call that comes next.
     """
     for tensors in pages:

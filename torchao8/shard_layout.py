@@ -25,6 +25,11 @@ def keeps_blocks(
     placements: tuple[Placement, ...],
     block_size: int,
 ) -> bool:
+    """Whether every rank holds whole blocks of a DTensor of this global shape.
+
+    (64, 768) in blocks of 256, ``Shard(1)``: 3 ranks hold 256 columns each, whole blocks; 2 ranks
+    hold 384 each, which cuts the second block of every row.
+    """
     k = row_start(shape, block_size)
     if k == 0:
         return False
@@ -107,6 +112,14 @@ def block_rows(
     placements: tuple[Placement, ...],
     block_size: int,
 ) -> ShardRows | None:
+    """Where a rank's shard lies, in rows of 8-bit state; None where shards cut blocks.
+
+    (64, 768) in blocks of 256, ``Shard(1)`` over 3 ranks, the second one: 64 rows of 256 elements,
+    the first at flat index 256 of the global tensor, the next 768 further: Run(0, 64, 256, 768).
+
+    Args:
+        coordinate: of the rank in the mesh; None if it has no part in it.
+    """
     if not keeps_blocks(shape, mesh_shape, placements, block_size):
         return None
     k = row_start(shape, block_size)
@@ -133,7 +146,14 @@ def flat_rows(
     coordinate: tuple[int, ...] | None,
     placements: tuple[Placement, ...],
 ) -> ShardRows:
-    """A row ends where the last dimension that is split has a gap, and is as long as can be."""
+    """Where a rank's shard lies, in rows of 32-bit state: runs of elements without a gap.
+
+    A row ends at the first gap in the last dimension that is split. (64, 768), ``Shard(1)`` over 2
+    ranks, the second one: 64 rows of 384 elements, Run(0, 64, 384, 768).
+
+    Args:
+        coordinate: as of :func:`block_rows`.
+    """
     if coordinate is None:
         return ShardRows((), True, 0, 0, (0,) * len(shape), ())
     indices = [
@@ -216,7 +236,12 @@ def shard_indices(
 def _in_order_of_split(
     splits: Sequence[tuple[int, Placement]], mesh_shape: tuple[int, ...]
 ) -> list[tuple[int, int]]:
-    """Which dimension of the mesh splits next, and the number of chunks it splits each."""
+    """The dimensions of the mesh in the order in which they split, each with the number of chunks
+    that it splits one by one.
+
+    A mesh of (4, 2): ``Shard(0), Shard(0)`` gives [(0, 1), (1, 1)]. FSDP over tensor parallelism,
+    ``_StridedShard(0, split_factor=2), Shard(0)``, gives [(1, 1), (0, 1)]: the second splits first.
+    """
     ordered: list[tuple[int, int]] = []
     for i, p in reversed(splits):
         factor = getattr(p, "split_factor", 1)

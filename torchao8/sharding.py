@@ -1,8 +1,8 @@
-"""DTensor parameters: what of them lies on this rank, and whether blocks of 8-bit state survive.
+"""DTensor parameters: what of them lies on this rank, tensors that lie as they do, sums over ranks.
 
 Whether a parameter is quantized, where its blocks lie and which random numbers round them depend
 on its global shape alone. A shard therefore says where it lies, see :mod:`torchao8.shard_layout`.
-Everything the library knows about ``torch.distributed.tensor`` is in these two files.
+All calls on DTensors and their process groups are in this file; others read shapes and placements.
 """
 
 from __future__ import annotations
@@ -199,7 +199,8 @@ def largest_over_shards(p: DTensor, numbers: Tensor) -> Tensor:
 def like(p: Tensor, local_tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """A state of a global shape out of its part on this rank; the part itself for a plain ``p``.
 
-    Shape and stride are given, as torch would take those of uneven and empty shards to be alike.
+    Shape and stride are given, since torch would work out the global shape from this rank's part as
+    if all ranks had parts of that size. Uneven and empty shards would get a wrong one.
     """
     if not is_dtensor(p):
         return local_tensor

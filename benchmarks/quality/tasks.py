@@ -21,7 +21,7 @@ from _gpt import GPT, VOCABULARY, GPTConfig, Text, cross_entropy
 class Task(Protocol):
     """A model and its data. Both follow from a seed, whatever the optimizer."""
 
-    guess: float  # the loss of one who knows nothing: above it a run has diverged
+    guess: float  # the loss of equal probabilities for all outcomes; a run above it has diverged
 
     def model(self, seed: int) -> nn.Module:
         """A new model."""

@@ -11,8 +11,8 @@ Each state tensor is an entry of the file, ``<parameter>.<key>``, with the bytes
      "crc32": {"<parameter>.step": 1234567890, ...},
      "own_crc32": 1234567890}
 
-``others`` are what others than the optimizer keep in its state and is no tensor; it is not there
-where there is none.
+``others`` holds values that other code keeps in the optimizer's state and that are not tensors. The
+key is missing if there are none.
 
 The checksums are those of zlib, of the bytes of each entry and of this JSON without the last item.
 

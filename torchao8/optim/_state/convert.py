@@ -81,7 +81,8 @@ def convert(
                 first = _dequantize(sharded, first, scale, saved_scales, state.signed)
             moments.append(first)
     except ValueError as error:
-        refusal = error  # not yet: the other ranks are about to talk
+        # Raised after the collective below; else the other ranks would wait for this one.
+        refusal = error
     if in_8bit and not scales.block_wise:
         extremes = _extreme_elements(sharded, moments, len(quantized), local(p).device)
     if refusal is not None:
@@ -164,8 +165,11 @@ def _extreme_elements(
 
 
 def _quantize_with(moment: Tensor, extreme: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """Nearest codes at one scale. No element is above it, so that any block of which it is the
-    first element has it for its scale."""
+    """Nearest codes at one scale, the extreme element of the whole tensor.
+
+    Each block gets the extreme as an extra first element, which becomes its scale; its code is
+    dropped.
+    """
     others = MAX_BLOCK_SIZE - 1
     rows = max(1, -(-moment.numel() // others))
     values = moment.new_zeros(rows * others)
