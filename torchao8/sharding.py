@@ -1,8 +1,8 @@
 """DTensor parameters: what of them lies on this rank, tensors that lie as they do, sums over ranks.
 
-Whether a parameter is quantized, where its blocks lie and which random numbers round them depend
-on its global shape alone. A shard therefore says where it lies, see :mod:`torchao8.shard_layout`.
-All calls on DTensors and their process groups are in this file; others read shapes and placements.
+Where the blocks of a parameter lie and which random numbers round them depends on its global shape
+alone. A shard therefore says where it lies, see :mod:`torchao8.shard_layout`. Process groups of a
+DTensor's mesh are used only here; other files read its placements and call ``full_tensor()``.
 """
 
 from __future__ import annotations
