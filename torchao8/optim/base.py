@@ -63,7 +63,7 @@ class LowPrecisionOptimizer(OptimizerContract):
             TypeError: not a dict, or ``params`` not an ordered collection of tensors.
             ValueError: an option out of range; a parameter that is not a leaf, not of a supported
                 dtype, or already in the optimizer.
-            NotImplementedError: an option of a later version.
+            NotImplementedError: ``differentiable=True``.
         """
         if isinstance(param_group, dict):
             given = param_group["params"]
