@@ -107,6 +107,13 @@ LION_OPTIONS: tuple[Options, ...] = (
     {"betas": (0.0, 0.5), "maximize": True},
     {"betas": (0.8, 0.0)},
 )
+NADAM_OPTIONS: tuple[Options, ...] = (
+    {},
+    {"weight_decay": 0.1, "lr": 0.05, "momentum_decay": 0.5},
+    {"weight_decay": 0.3, "decoupled_weight_decay": True, "betas": (0.8, 0.6)},
+    {"betas": (0.0, 0.5), "maximize": True, "eps": 1e-3},
+    {"betas": (0.95, 0.0), "momentum_decay": 0.0, "eps": 0.1},
+)
 RMSPROP_OPTIONS: tuple[Options, ...] = (
     {},
     {"weight_decay": 0.1, "lr": 0.05, "alpha": 0.5},
@@ -180,6 +187,14 @@ OPTIMIZERS = (
         base={"momentum": 0.9},
     ),
     *family("Lion", None, (("exp_avg", True),), LION_OPTIONS),
+    *family(
+        "NAdam",
+        torch.optim.NAdam,
+        ADAM_STATES,
+        NADAM_OPTIONS,
+        scalars=("mu_product",),
+        is_new=True,
+    ),
     *family("RMSprop", torch.optim.RMSprop, (("square_avg", False),), RMSPROP_OPTIONS, **RMSPROP),
     *family(
         "SGD",
@@ -279,6 +294,13 @@ BAD_OF_RULE: dict[str, tuple[tuple[Options, str], ...]] = {
         *BAD_BETAS,
         ({"weight_decay": -0.1}, "weight_decay: expected a finite number >= 0, got -0.1"),
     ),
+    "nadam": (
+        *BAD_BETAS,
+        ({"eps": -1e-8}, "eps: expected a finite number >= 0, got -1e-08"),
+        ({"weight_decay": -0.1}, "weight_decay: expected a finite number >= 0, got -0.1"),
+        ({"momentum_decay": -0.1}, "momentum_decay: expected a finite number >= 0, got -0.1"),
+        ({"decoupled_weight_decay": 1}, "decoupled_weight_decay: expected True or False, got 1"),
+    ),
     "rmsprop": (
         ({"alpha": 1.0}, "alpha: expected a number in [0, 1), got 1.0"),
         ({"alpha": -0.1}, "alpha: expected a number in [0, 1), got -0.1"),
@@ -330,6 +352,7 @@ SCHEDULES: dict[str, dict[str, list[Any]]] = {
         **DECAY,
     },
     "lion": {"betas": BETAS, **DECAY},
+    "nadam": {"betas": BETAS, "momentum_decay": [0.004, 0.1, 0.5, 0.0], **EPS, **DECAY},
     "rmsprop": {"alpha": [0.99, 0.9, 0.5, 0.8], **MOMENTUM, **EPS, **DECAY},
     "sgd": {**MOMENTUM, "dampening": [0.0, 0.3, 0.2, 0.1], **DECAY},
 }

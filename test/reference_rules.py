@@ -169,6 +169,33 @@ def adagrad(p: Tensor, g: Tensor, old: States, step: int, o: Options, in_8bit: b
     return guarded(good, p, old, result)
 
 
+def nadam(p: Tensor, g: Tensor, old: States, step: int, o: Options, in_8bit: bool) -> Result:
+    """Adam that looks a step ahead. The product of momenta is stored in float32."""
+
+    def momentum(t: int) -> float:
+        return float(beta1 * (1 - 0.5 * 0.96 ** (t * o["momentum_decay"])))
+
+    decoupled, decay, (beta1, beta2) = o["decoupled_weight_decay"], o["weight_decay"], o["betas"]
+    g, G, good = gradient(p, g, o, 0.0 if decoupled else decay)
+    m = beta1 * old["exp_avg"] + (1 - beta1) * g
+    v = beta2 * old["exp_avg_sq"] + (1 - beta2) * g**2
+    M = beta1 * old["exp_avg"].abs() + (1 - beta1) * G
+    V = beta2 * old["exp_avg_sq"] + (1 - beta2) * G**2
+    now, ahead = momentum(step), momentum(step + 1)
+    product = old["mu_product"] * now
+    of_g, of_m = (1 - now) / (1 - product), ahead / (1 - product * ahead)
+    mixed, most = of_g * g + of_m * m, of_g * G + of_m * M
+    denominator = ((v / (1 - beta2**step)).sqrt() + o["eps"]).clamp_min(1e-300)
+    decayed = p * (1 - o["lr"] * decay) if decoupled else p
+    through_v = torch.where(v > 0, mixed.abs() * V / v.clamp_min(1e-300), 0.0)
+    error = UNIT * (p.abs() + o["lr"] * (2 * most + through_v) / denominator)
+    param = decayed - o["lr"] * mixed / denominator
+    errors = {"exp_avg": UNIT * M, "exp_avg_sq": UNIT * V, "mu_product": UNIT * product}
+    result = guarded(good, p, old, Result(param, {"exp_avg": m, "exp_avg_sq": v}, error, errors))
+    result.states["mu_product"] = product  # of the step, not of its elements
+    return result
+
+
 def ademamix(p: Tensor, g: Tensor, old: States, step: int, o: Options, in_8bit: bool) -> Result:
     """The half-life of beta3 grows linearly from that of beta1, by its definition."""
     beta1, beta2, beta3 = o["betas"]
@@ -201,6 +228,7 @@ RULES = {
     "lamb": lamb,
     "lars": lars,
     "lion": lion,
+    "nadam": nadam,
     "rmsprop": rmsprop,
     "sgd": sgd,
 }
