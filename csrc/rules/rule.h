@@ -1,8 +1,8 @@
 // What an update rule is, and what its family tells of the ops that apply it.
 //
 // A rule sees values, never memory: F is float, or a vector of floats, with +, -, *, fma, sqrt,
-// reciprocal, max and sign. Each operation is one IEEE operation in the order written, which is what
-// makes every engine agree to the bit. It has
+// reciprocal, max and sign. Each operation is one IEEE operation in the order written, which is
+// what makes every engine agree to the bit. It has
 //     Options         the op's own arguments, and the numbers that all ops take; kNumbers names
 //                     those that are numbers, in the order of the op's tensor of numbers, kFlags
 //                     those that are true or false, in the order of its schema
@@ -15,13 +15,14 @@
 //                     rule with scalar states says how many, kScalars, and takes a fourth argument,
 //                     `float* scalars`: the stored ones on entry, the new ones when it returns
 //     unit[s]         what one unit of a value is worth: scaled (8-bit) state may be computed in
-//                     units of what a gradient adds, as the unit disappears in the scale. Adam's m is
-//                     beta1 * m + (1 - beta1) * g: in units of 1 - beta1 the g enters as it is
+//                     units of what a gradient adds, as the unit disappears in the scale. Adam's m
+//                     is beta1 * m + (1 - beta1) * g: in units of 1 - beta1 the g enters as it is
 //     with_scales(scale)   the same, with the states stored as multiples of these; decay[s] is then
 //                     what a stored number is multiplied by, and where that is not finite no number
 //                     is
 //     is_bounded()    whether no root or reciprocal that the update takes leaves the range in which
-//                     a GPU computes it without a branch (cuda/device.cuh); true where there is none
+//                     a GPU computes it without a branch (cuda/device.cuh); true where there is
+//                     none
 //     moments<kScaledState>(p, g, values)   values: the stored states on entry
 //     root<kScaledState>(values), step(values, root), apply(p, step)   the new parameter in three
 //                     parts, so that a loop can start long operations ahead; update(), in update.h,
