@@ -1,5 +1,5 @@
-// NAdam ("Incorporating Nesterov Momentum into Adam", Dozat, 2016), as torch.optim.NAdam has it: the
-// momentum of step t is mu_t = beta1 * (1 - 0.5 * 0.96^(t * momentum_decay)), and
+// NAdam ("Incorporating Nesterov Momentum into Adam", Dozat, 2016), as torch.optim.NAdam has it:
+// the momentum of step t is mu_t = beta1 * (1 - 0.5 * 0.96^(t * momentum_decay)), and
 //     p = p - lr * ((1 - mu_t) / (1 - mu_1 ... mu_t) * g + mu_(t+1) / (1 - mu_1 ... mu_(t+1)) * m)
 //             / (sqrt(v / (1 - beta2^t)) + eps)
 #pragma once
