@@ -13,8 +13,8 @@
 
 namespace torchao8 {
 
-using Families =
-    Types<AdagradFamily, AdamFamily, AdemamixFamily, LionFamily, NadamFamily, RmspropFamily, SgdFamily>;
+using Families = Types<AdagradFamily, AdamFamily, AdemamixFamily, LionFamily, NadamFamily,
+                       RmspropFamily, SgdFamily>;
 
 // Calls f(Type<T>()) for each type of a list, in its order.
 template <class... T, class Function>
