@@ -33,17 +33,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from benchmarks import reporting
+from benchmarks.step.contenders import contender
+from benchmarks.step.devices import Cpu
+from benchmarks.step.process import Worker, WorkerError
+from benchmarks.step.rounds import say
+from benchmarks.step.tensor_lists import GROUPS, TINY, Shape, tensor_list
+
 ROOT = Path(__file__).resolve().parent.parent
-if not __package__:  # run by its path
-    sys.path.insert(0, str(ROOT))
-
-from benchmarks import reporting  # noqa: E402
-from benchmarks.step.contenders import contender  # noqa: E402
-from benchmarks.step.devices import Cpu  # noqa: E402
-from benchmarks.step.process import Worker, WorkerError  # noqa: E402
-from benchmarks.step.rounds import say  # noqa: E402
-from benchmarks.step.tensor_lists import GROUPS, TINY, Shape, tensor_list  # noqa: E402
-
 BUILDS = ROOT / "build" / "compare"
 LISTS = ("gpt2", "small", "tiny")
 OPTIMIZERS = {"AdamW": "32bit", "AdamW8bit": "8bit"}  # class: contender

@@ -58,9 +58,7 @@ def call_ops(
         ops.prefetch_pages_(pages, bucket.params[0])
         ops.step_(
             *arguments(i, bucket),
-            [extremes[i][k] for k in bucket.numbers]
-            if extremes[i] and any(bucket.scales.values())
-            else [],
+            [extremes[i][k] for k in bucket.numbers if k in extremes[i]],
             _to_device(found_inf, bucket.params[0].device),
             block_size=group["block_size"],
             stochastic_rounding=group["state_rounding"] == "stochastic",
