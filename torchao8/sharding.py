@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -221,12 +220,27 @@ def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
     """What this rank holds of each of them, as :func:`local`, with less time spent on each."""
     if not torch.compiler.is_compiling():
         try:
-            parts: list[Tensor] = [t._local_tensor for t in tensors]  # type: ignore[attr-defined]
+            parts = parts_of(tensors)
         except AttributeError:  # plain ones among them
             parts = []
         if len(parts) == len(tensors) and set(map(type, parts)) == {Tensor}:
             return parts
     return [local(t) for t in tensors]
+
+
+def parts_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The local tensors of DTensors as they are, also those that a collective still has to fill."""
+    return [t._local_tensor for t in tensors]  # type: ignore[attr-defined]
+
+
+def grads_of(params: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients of parameters, some of which are DTensors.
+
+    The getter of ``grad`` looks for a ``__torch_function__`` of each DTensor, which has none, and
+    that takes longer than all else that it does: it is told not to.
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        return [p.grad for p in params]
 
 
 def local_grads(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
@@ -257,10 +271,11 @@ class Placements:
 
     def hold(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
         """Whether the same parameters are placed as they were, and their gradients with them."""
-        if not all(map(operator.is_, _specs_of(params), self.specs)):
+        # A list compares its members by identity first, and this one's are mostly the same objects.
+        if _specs_of(params) != self.specs:
             return False
         specs = _specs_of(grads)
-        if not all(map(operator.is_, specs, self.grad_specs)):
+        if specs != self.grad_specs:
             pairs = zip(specs, self.specs, strict=True)
             if any(g.placements != p.placements or g.mesh != p.mesh for g, p in pairs):
                 return False

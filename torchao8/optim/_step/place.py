@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchao8 import sharding
 from torchao8.optim._state.spec import State, keys_of
 from torchao8.optim._step.bucket import Bucket
 from torchao8.shard_layout import Run, ShardRows
@@ -75,14 +74,10 @@ class Calls:
 
         Args:
             params, grads: what lies on this rank, of the members.
-            columns: for each key of the state, the tensors of the members.
+            columns: for each key of the state, what lies on this rank, of the members.
         """
         values = {name: columns[keys[0]] for name, keys in self.keys.items()}
         scales = {name: columns[keys[1]] if keys[1:] else [] for name, keys in self.keys.items()}
-        if self.kind.is_sharded:
-            cut = {n: t for n, t in values.items() if n not in self.scalars}
-            values.update({n: sharding.local_tensors(t) for n, t in cut.items()})
-            scales = {n: sharding.local_tensors(tensors) for n, tensors in scales.items()}
         bucket = Bucket(
             params,
             grads,

@@ -248,13 +248,14 @@ class GroupPlan:
     ) -> Work:
         """The work of the step that has made the plan."""
         params, grads = [e.param for e in entries], [e.grad for e in entries]
-        columns = [
-            {
-                key: [entries[i].tensors[k] for i in calls.members]
-                for k, key in enumerate(self.keys[calls.kind.in_8bit])
-            }
-            for calls in self.calls
-        ]
+        columns: list[Columns] = []
+        for calls in self.calls:
+            members = [entries[i] for i in calls.members]
+            keys = self.keys[calls.kind.in_8bit]
+            lists = {key: [e.tensors[k] for e in members] for k, key in enumerate(keys)}
+            if calls.kind.is_sharded:
+                lists = {key: sharding.local_tensors(tensors) for key, tensors in lists.items()}
+            columns.append(lists)
         parts = self._local(params)
         if self.sharded:
             own = sharding.local_grads(_pick(params, self.sharded), _pick(grads, self.sharded))
@@ -281,7 +282,7 @@ class GroupPlan:
 
         Args:
             parts, grads: what this rank holds of the parameters and of their gradients.
-            columns: for each op call and each key, the state.
+            columns: for each op call and each key, what this rank holds of the state.
         """
         buckets = [
             calls.bucket(_pick(parts, calls.members), _pick(grads, calls.members), tensors)
@@ -361,7 +362,7 @@ class GroupPlan:
         options = self.options = self.options.refreshed(optimizer, group)
         if options.layout != self.layout:
             return None
-        grads = [p.grad for p in params]
+        grads: list[Any] = sharding.grads_of(params) if self.sharded else [p.grad for p in params]
         if list(map(type, grads)) != self.grad_types:
             return None
         for i in self.without_grad:  # they get state as soon as they are trainable
@@ -397,7 +398,7 @@ class GroupPlan:
             key = self.formats[calls.kind.in_8bit]
             if key is not None:
                 for i, t in zip(calls.members, tensors[key], strict=True):
-                    paging.check_memory(optimizer, group, params[i], sharding.local(t))
+                    paging.check_memory(optimizer, group, params[i], t)
 
 
 def _pick(values: list[Any], indices: list[int]) -> list[Any]:

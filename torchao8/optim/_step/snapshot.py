@@ -85,12 +85,14 @@ class StateSnapshot:
         self.is_uniform = bool(self.keys) or not states
         self.all_keys = [self.keys] * len(at)
         self.ids = {key: [id(state[key]) for state in states] for key in own}
+        self.parts_of = {key: _parts_of([state[key] for state in states]) for key in own}
         self.shapes = {
-            key: list(map(_shape, _parts([state[key] for state in states]))) for key in shaped
+            key: list(map(_shape, self.parts_of[key]([state[key] for state in states])))
+            for key in shaped
         }
 
     def columns(self, states: list[State]) -> Columns | None:
-        """The tensors of state for each key; None if one of them is another than it was.
+        """What this rank holds of the state, for each key; None if a tensor is another than it was.
 
         Args:
             states: all those of the optimizer, in their order.
@@ -105,15 +107,27 @@ class StateSnapshot:
         for key, ids in self.ids.items():
             if list(map(id, columns[key])) != ids:
                 return None
+            columns[key] = self.parts_of[key](columns[key])
         for key, shapes in self.shapes.items():
-            if list(map(_shape, _parts(columns[key]))) != shapes:
+            if list(map(_shape, columns[key])) != shapes:
                 return None
         return columns
 
 
-def _parts(tensors: list[Tensor]) -> list[Tensor]:
-    """What this rank holds of state, all of which is sharded or none."""
-    return sharding.local_tensors(tensors) if sharding.is_dtensor(tensors[0]) else tensors
+def _parts_of(tensors: list[Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
+    """What finds the parts on this rank of these very tensors, the fastest way."""
+    if not any(map(sharding.is_dtensor, tensors)):
+        return _as_they_are
+    local = sharding.local_tensors(tensors)
+    try:
+        are_plain = all(map(is_, sharding.parts_of(tensors), local))
+    except AttributeError:  # plain ones among them
+        are_plain = False
+    return sharding.parts_of if are_plain else sharding.local_tensors
+
+
+def _as_they_are(tensors: list[Tensor]) -> list[Tensor]:
+    return tensors
 
 
 class Options:
