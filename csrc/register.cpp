@@ -9,8 +9,10 @@
 // shard_offsets and shard_row_strides place a local shard in its global tensor (flat index of its
 // first element; elements between two rows, which are those of the block layout, or of 32-bit state
 // the last dimension) and only feed the random numbers of stochastic rounding: of states, and, if
-// stochastic_params, of bfloat16 parameters. `steps` are those made before; an optimizer counts its
-// step by one count_step_ for all its tensors, behind the updates. `factors` are two float64
+// stochastic_params, of bfloat16 parameters. `steps` are those made before; with count_steps the op
+// counts its own behind the update, and else count_step_ does (of parameters that are in a call
+// several times, or in none). An op that only counted what another one has read would cost
+// torch.compile a dependency on each output of that one, for each count. `factors` are two float64
 // numbers a parameter, or none at all: what its gradient and what the learning rate is multiplied
 // by.
 //

@@ -192,9 +192,14 @@ def extremes(call: Call) -> list[Tensor]:
     return list(found.unbind())
 
 
-def run(call: Call) -> Call:
+def run_op(call: Call, **options: bool) -> None:
+    """The step alone, which counts nothing unless told to."""
     found = extremes(call) if call["extremes"] is None else call["extremes"]
-    torch.ops.torchao8.adam_step_(**{**op_arguments(call), "extremes": found})
+    torch.ops.torchao8.adam_step_(**{**op_arguments(call), "extremes": found}, **options)
+
+
+def run(call: Call) -> Call:
+    run_op(call)
     ops.count_step_(call["steps"], call["found_inf"])
     return call
 

@@ -24,6 +24,7 @@ from adam_call import (
     one_by_one,
     op_arguments,
     run,
+    run_op,
     sample_call,
     tensors,
 )
@@ -200,6 +201,29 @@ def test_found_inf_changes_nothing(found_inf: float, state_bits: int, device: st
     call["found_inf"].zero_()
     after = call_bits(run(call))
     assert all(after[name] != before[name] for name in ("params", "exp_avgs", "steps"))
+
+
+@both_formats
+def test_the_op_counts_its_steps(state_bits: int, device: str) -> None:
+    """As count_step_ does behind it; and nothing where found_inf forbids the step."""
+    call = sample_call(state_bits=state_bits, device=device)
+    counted = copy_call(call)
+    run_op(counted, count_steps=True)
+    assert_same_bits(counted, run(call))
+    before = call_bits(counted)
+    counted["found_inf"] = torch.ones((), device=device)
+    run_op(counted, count_steps=True)
+    assert call_bits(counted) == before
+
+
+def test_a_step_count_that_two_entries_share_is_not_counted_twice(device: str) -> None:
+    call = sample_call(device=device)
+    call["steps"] = [call["steps"][0]] * len(call["steps"])
+    before = call_bits(call)
+    with pytest.raises(RuntimeError, match=r"steps\[0\] and steps\[1\] must be different tensors"):
+        run_op(call, count_steps=True)
+    assert call_bits(call) == before
+    run_op(call)
 
 
 @both_formats

@@ -183,6 +183,7 @@ def step_(
     block_size: int = 256,
     stochastic_rounding: bool = True,
     stochastic_params: bool = False,
+    count_steps: bool = False,
     seed: int = 0,
     shard_offsets: Sequence[int] = (),
     shard_row_strides: Sequence[int] = (),
@@ -202,7 +203,7 @@ def step_(
         values, scales: a list for each state, in the order of the rule; both are empty for a state
             that the options do without, as amsgrad's. A state that is one number of its parameter
             has 0-d float32 tensors among the values, and no list of scales.
-        steps: 0-d float32 tensors, the steps made before this one. :func:`count_step_` counts it.
+        steps: 0-d float32 tensors, the steps made before this one.
         lr: 0-d, float32 or float64, on the device of the parameters or on the CPU. The optimizers
             make a float64 tensor of a number, and the dtype matters to the last bit.
         numbers: the other numbers of the rule, see :func:`rule_numbers`. Their ranges are checked
@@ -219,6 +220,8 @@ def step_(
         stochastic_rounding, stochastic_params: how states, and how bfloat16 parameters are
             rounded: stochastically, or to nearest. float32 parameters are not, and float16 ones
             are refused.
+        count_steps: adds 1 to each of ``steps`` behind the update. Else :func:`count_step_` does,
+            of what is there in several entries.
         shard_offsets, shard_row_strides: of parameters that are shards, one number each: the flat
             index of the first element in the global tensor, and the elements of it from one local
             row to the next; a row of 32-bit state is the last dimension. The random numbers of
@@ -245,6 +248,7 @@ def step_(
         block_size=block_size,
         stochastic_rounding=stochastic_rounding,
         stochastic_params=stochastic_params,
+        count_steps=count_steps,
         seed=seed,
         shard_offsets=shard_offsets,
         shard_row_strides=shard_row_strides,

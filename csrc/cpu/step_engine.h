@@ -153,6 +153,11 @@ struct CpuStep {
     if constexpr (kScalarsOf<Rule> > 0) rules.write_scalars();
   }
 
+  template <class Options>
+  static void count_steps(const StepCall& call, const Numbers<Options>&) {
+    for (const TensorView& step : call.steps) *step.mutable_data_ptr<float>() += 1;
+  }
+
   template <class Rule>
   static void find_extremes(const StepCall& call, const Numbers<typename Rule::Options>& numbers,
                             int64_t* keys) {

@@ -6,11 +6,23 @@
 #include <memory>
 #include <optional>
 
+#include "cuda/count.h"
 #include "cuda/launch.h"
 #include "op/boxed.h"
 #include "op/count_call.h"
 
 namespace torchao8::cuda {
+
+void count_steps(const Launcher& launcher, const TensorList& steps, const Scalar& found_inf) {
+  auto table = std::make_unique<StepTable>();
+  for (size_t first = 0; first < steps.size(); first += StepTable::kCapacity) {
+    table->count = uint32_t(std::min<size_t>(steps.size() - first, StepTable::kCapacity));
+    for (uint32_t i = 0; i < table->count; i++)
+      table->steps[i] = steps[first + i].mutable_data_ptr<float>();
+    launcher.launch(count_step, (table->count + kThreads - 1) / kThreads, 0, *table, found_inf);
+  }
+}
+
 namespace {
 
 void count_step_cuda(const TensorList& steps, const std::optional<Tensor>& found_inf) {
@@ -18,14 +30,7 @@ void count_step_cuda(const TensorList& steps, const std::optional<Tensor>& found
   const Device device = device_of({kCountOp, "steps", 0}, steps[0]);
   check_count_call(steps, device);
   const Scalar found = scalar_argument({kCountOp, "found_inf"}, found_inf, 0, device);
-  const Launcher launcher(kCountOp, device.index);
-  auto table = std::make_unique<StepTable>();
-  for (size_t first = 0; first < steps.size(); first += StepTable::kCapacity) {
-    table->count = uint32_t(std::min<size_t>(steps.size() - first, StepTable::kCapacity));
-    for (uint32_t i = 0; i < table->count; i++)
-      table->steps[i] = steps[first + i].mutable_data_ptr<float>();
-    launcher.launch(count_step, (table->count + kThreads - 1) / kThreads, 0, *table, found);
-  }
+  count_steps(Launcher(kCountOp, device.index), steps, found);
 }
 
 }  // namespace

@@ -12,6 +12,7 @@
 #include <optional>
 #include <vector>
 
+#include "cuda/count.h"
 #include "cuda/device_codec.cuh"
 #include "cuda/launch.h"
 #include "cuda/one_scale.cuh"
@@ -325,6 +326,11 @@ struct CudaStep {
     }
     if constexpr (kScalarsOf<Rule> > 0) write_scalars_of(step);
     for (Dense& param : step.params) param.write_back();
+  }
+
+  template <class Options>
+  static void count_steps(const StepCall& call, const Numbers<Options>& numbers) {
+    cuda::count_steps(Launcher(call.op, call.device.index), call.steps, numbers.found_inf);
   }
 
   template <class Rule>

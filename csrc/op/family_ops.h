@@ -24,6 +24,7 @@ inline Tensor new_extremes(const StepCall& call) {
 //                     `options`, and skips(), whether found_inf is known to forbid the step
 //     check_values(call)       of numbers that the host can read
 //     step<Rule>(call, numbers)
+//     count_steps(call, numbers)   adds 1 to each step count, behind the step
 //     find_extremes<Rule>(call, numbers, keys)
 template <class Engine, class Family>
 class FamilyOps {
@@ -49,6 +50,7 @@ class FamilyOps {
       static_assert(kScalarsOf<Rule> == count_scalars<Family>());
       Engine::template step<Rule>(call, numbers);
     });
+    if (call.count_steps) Engine::count_steps(call, numbers);
   }
 
   static void extremes(StableIValue* stack, uint64_t inputs, uint64_t outputs) {

@@ -56,6 +56,7 @@ struct StepCall {
   bool flags[kMaxFlags] = {};
   int64_t block_size = 256;
   bool stochastic_rounding = true, stochastic_params = false;
+  bool count_steps = false;  // adds 1 to each of steps, once the update is made
   int64_t seed = 0;
   std::vector<int64_t> shard_offsets, shard_row_strides;
   bool one_scale = false;  // of 8-bit state: for a tensor, in place of one for each block
@@ -127,7 +128,7 @@ void visit_step(Visitor& visit, StepCall& call) {
   visit.list("params", call.params, Access::kWrite);
   visit.list("grads", call.grads);
   visit_states(visit, call, Access::kWrite);
-  visit.list("steps", call.steps);
+  visit.list("steps", call.steps, Access::kWrite);
   visit.list("factors", call.factors);
   visit.list("extremes", call.extremes);
   visit.tensor("lr", call.lr);
@@ -139,6 +140,7 @@ void visit_step(Visitor& visit, StepCall& call) {
   visit.option("block_size", call.block_size);
   visit.option("stochastic_rounding", call.stochastic_rounding);
   visit.option("stochastic_params", call.stochastic_params);
+  visit.option("count_steps", call.count_steps);
   visit.symbolic_option("seed", call.seed);
   visit.option("shard_offsets", call.shard_offsets);
   visit.option("shard_row_strides", call.shard_row_strides);
@@ -273,6 +275,7 @@ inline void check_call(const StepCall& call) {
     if (call.has[s])
       check_distinct(call.op, call.lists[s].state.name, kOfValues, call.lists[s].values);
   }
+  if (call.count_steps) check_distinct(call.op, "steps", "", call.steps);
 }
 
 // Of the op that finds extreme elements, also.

@@ -23,7 +23,8 @@ class Bucket(NamedTuple):
     list; of a state that is one number of its parameter, 0-d tensors and an empty list.
     ``shard_offsets`` and ``shard_row_strides`` say where shards lie in their global tensors; both
     are empty where none is sharded, or where nothing depends on it. ``numbers`` are those of the
-    parameters in their work.
+    parameters in their work. ``counts`` tells whether the op counts the step: it does where each
+    parameter is one entry.
     """
 
     params: list[Tensor]
@@ -34,6 +35,7 @@ class Bucket(NamedTuple):
     shard_offsets: list[int]
     shard_row_strides: list[int]
     numbers: list[int]
+    counts: bool
 
     def states_of(self, i: int) -> list[Tensor]:
         """All tensors of state of its i-th parameter."""
@@ -51,6 +53,7 @@ class Bucket(NamedTuple):
             self.shard_offsets[first:last],
             self.shard_row_strides[first:last],
             self.numbers[first:last],
+            self.counts,
         )
 
 
@@ -67,7 +70,7 @@ class Work(NamedTuple):
         grads: what lies on this rank.
         steps: the counts of steps.
         histories: of the norms of gradients, where these are clipped.
-        counts: the same counts of steps by their devices, each device once or more.
+        counts: those that no bucket counts, by their devices, each device once or more.
         sharded: the parameters that are DTensors.
         lr, rule_numbers: as the ops take them, the numbers by device; filled as they are wanted.
     """

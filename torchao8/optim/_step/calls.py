@@ -63,6 +63,7 @@ def call_ops(
             block_size=group["block_size"],
             stochastic_rounding=group["state_rounding"] == "stochastic",
             stochastic_params=group["stochastic_rounding"],
+            count_steps=bucket.counts,
             seed=group["seed"],
             shard_offsets=bucket.shard_offsets,
             shard_row_strides=bucket.shard_row_strides,

@@ -43,6 +43,7 @@ class Calls:
         rows: where their shards lie, if that matters.
         offsets, strides: of their first rows, where none of them is cut.
         is_cut: whether one of them is in several pieces.
+        counts: whether the op counts the step, see :class:`Bucket`.
     """
 
     def __init__(self, kind: Kind, states: Sequence[State], block_wise: bool) -> None:
@@ -55,6 +56,7 @@ class Calls:
         self.offsets: list[int] = []
         self.strides: list[int] = []
         self.is_cut = False
+        self.counts = False
 
     def add(self, member: int, rows: ShardRows | None) -> None:
         """Adds a parameter."""
@@ -68,6 +70,7 @@ class Calls:
         if not self.is_cut:
             self.offsets = [rows.runs[0].offset for rows in self.rows]
             self.strides = [rows.runs[0].stride for rows in self.rows]
+        self.counts = not self.is_cut and not self.kind.is_empty
 
     def bucket(self, params: list[Tensor], grads: list[Tensor], columns: Columns) -> Bucket:
         """The tensors of the call.
@@ -87,6 +90,7 @@ class Calls:
             self.offsets,
             self.strides,
             self.members,
+            self.counts,
         )
         return self._pieces(bucket) if self.is_cut else bucket
 
@@ -94,7 +98,7 @@ class Calls:
         """The same call, of runs of rows that lie at equal distances in their global tensor."""
         values_of: Columns = {n: [] for n in self.keys}
         scales_of: Columns = {n: [] for n in self.keys}
-        made = Bucket([], [], [], values_of, scales_of, [], [], [])
+        made = Bucket([], [], [], values_of, scales_of, [], [], [], self.counts)
         for i, rows in enumerate(self.rows):
             p, grad = bucket.params[i], bucket.grads[i]
             values = {n: tensors[i] for n, tensors in bucket.values.items()}

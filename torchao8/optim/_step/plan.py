@@ -292,6 +292,7 @@ class GroupPlan:
         counts = [
             (calls.kind.device, tensors["step"])
             for calls, tensors in zip(self.calls, columns, strict=True)
+            if not calls.counts
         ]
         steps = self._in_order([tensors["step"] for tensors in columns])
         histories = self._in_order([tensors[NORMS] for tensors in columns] if self.clips else [])
