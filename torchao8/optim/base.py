@@ -24,6 +24,7 @@ from torchao8.optim._state import paging
 from torchao8.optim._state.convert import in_32bit
 from torchao8.optim._state.layout import init_states, rows_of
 from torchao8.optim._state.load import seal_state_dict
+from torchao8.optim._state.moments import moments_of
 from torchao8.optim._state.sealed import make_normal, unseal
 from torchao8.optim._state.spec import is_own
 from torchao8.optim._step.bucket import Number
@@ -133,6 +134,32 @@ class LowPrecisionOptimizer(OptimizerContract):
             "parameters. If backward() has run, they are not those of the model any more: make the "
             "optimizer after fully_shard, and not behind a forward pass without gradients"
         )
+
+    # -- what can be asked -------------------------------------------------------------------------
+
+    def moments(self, p: Tensor) -> dict[str, Tensor]:
+        """The moments of a parameter as float32 tensors, for loggers and for a look at them.
+
+            >>> optimizer.moments(model.head.weight)["exp_avg"].norm()
+
+        Of 8-bit state these are the numbers that the next step starts from. The tensors are new:
+        to change them changes nothing in the optimizer.
+
+        Args:
+            p: a parameter of the optimizer that has made a step.
+
+        Returns:
+            By the names of ``torch.optim``, such as ``exp_avg``, ``exp_avg_sq`` or
+            ``momentum_buffer``: float32 tensors of the shape of the parameter, on its device, and
+            DTensors placed as it is where it is one, which is no collective. Nothing for SGD
+            without momentum.
+
+        Raises:
+            TypeError: no tensor.
+            ValueError: no parameter of this optimizer.
+            RuntimeError: the parameter has no state yet.
+        """
+        return moments_of(self, p)
 
     # -- what torch.compile runs as it is, once, when it traces a call -------------------------
 
