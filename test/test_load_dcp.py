@@ -349,6 +349,18 @@ def test_a_flat_state_dict_is_not_for_load_state_dict() -> None:
     assert not optimizer.state
 
 
+def test_set_optimizer_state_dict_of_another_precision() -> None:
+    model, saver = new_run(torchao8.AdamW)
+    step_with(saver, range(2))
+    flat = copy.deepcopy(get_optimizer_state_dict(model, saver, options=FLAT))
+    model, optimizer = new_run()
+    step_with(optimizer, [5])
+    before = states(optimizer)
+    with pytest.raises(ValueError, match=r"is of another precision.*load_dcp"):
+        set_optimizer_state_dict(model, optimizer, flat, options=FLAT)
+    assert states(optimizer) == before
+
+
 # -- what is refused ---------------------------------------------------------------------------
 
 
