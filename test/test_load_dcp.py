@@ -16,7 +16,11 @@ from sharded import Weights, gathered, step_with
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 import torchao8
 from torchao8.checkpoint import load_dcp
@@ -31,10 +35,17 @@ def new_run(cls: Any = torchao8.AdamW8bit, **options: Any) -> tuple[Weights, Any
     return model, cls(model.parameters(), **{**OPTIONS, **options})
 
 
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # as torchtitan saves
+
+
 def save(
-    folder: Path, model: nn.Module, optimizer: Any, change: Callable[[Any], None] = lambda s: None
+    folder: Path,
+    model: nn.Module,
+    optimizer: Any,
+    change: Callable[[Any], None] = lambda s: None,
+    options: StateDictOptions | None = None,
 ) -> None:
-    state = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    state = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
     change(state)
     dcp.save({"optimizer": state}, checkpoint_id=folder, no_dist=True)
 
@@ -182,6 +193,174 @@ def test_steps_and_rates_of_other_types(tmp_path: Path, cls: Any) -> None:
     assert optimizer.param_groups[0]["lr"] == 0.25
 
 
+# -- flat ones ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("to", ["AdamW8bit", "AdamW", "PagedAdamW8bit"])
+@pytest.mark.parametrize("of", [torchao8.AdamW8bit, torchao8.AdamW, torch.optim.AdamW])
+def test_flat_folders(tmp_path: Path, of: Any, to: str) -> None:
+    """Into an optimizer with other options, which has made steps of its own."""
+    saved_model = Weights(shapes=SHAPES)
+    options = {"lr": 0.03} if of is torch.optim.AdamW else OPTIONS
+    saver = of(saved_model.parameters(), **options)
+    step_with(saver, range(2))
+    save(tmp_path, saved_model, saver, options=FLAT)
+    cls = getattr(torchao8, to)
+    model, optimizer = new_run(cls, lr=0.5)
+    step_with(optimizer, range(5, 9))
+    told = load(model, optimizer, tmp_path)
+    assert len(told) == ((of is torchao8.AdamW8bit) != (cls is not torchao8.AdamW))
+    assert states(optimizer) == expected(saver, cls)
+    assert optimizer.param_groups[0]["lr"] == options["lr"]
+    step_with(optimizer, [2])
+
+
+def test_flat_folders_of_two_models(tmp_path: Path) -> None:
+    """As of pipeline stages; without a key; groups that differ, and an lr that is a tensor."""
+    stages = [nn.Module(), nn.Module()]
+    saved, ends = {}, []
+    for name, stage, lr in zip("ab", stages, (0.1, torch.tensor(0.2)), strict=True):
+        setattr(stage, name, Weights(shapes=SHAPES))
+        first, *others = stage.parameters()
+        groups = [{"params": first, "lr": lr}, {"params": others}]
+        saver = torchao8.AdamW8bit(groups, **OPTIONS)
+        step_with(saver, range(3))
+        ends.append(states(saver))
+        saved.update(copy.deepcopy(get_optimizer_state_dict(stage, saver, options=FLAT)))
+    dcp.save(saved, checkpoint_id=tmp_path, no_dist=True)
+    for stage, lr, end in zip(stages, (0.1, 0.2), ends, strict=True):
+        first, *others = stage.parameters()
+        optimizer = torchao8.AdamW8bit(
+            [{"params": others}, {"params": first}], **{**OPTIONS, "lr": 0.5}
+        )
+        load_dcp(stage, optimizer, tmp_path, key="", no_dist=True)
+        assert states(optimizer) == [*end[1:], end[0]]
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
+        assert rates == pytest.approx([OPTIONS["lr"], lr])
+
+
+def test_flat_names_with_dots_and_numbers(tmp_path: Path) -> None:
+    """Names such as those that stand in the keys of a nested checkpoint."""
+
+    def new_model() -> nn.Module:
+        model = nn.Module()
+        model.params = nn.ParameterList(Weights(shapes=SHAPES).parameters())
+        model.add_module("0", nn.Module())
+        model.get_submodule("0").params = nn.Parameter(torch.ones(40, 70))
+        frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+        model.get_submodule("0").register_parameter("frozen", frozen)
+        return model
+
+    model = new_model()
+    saver = torchao8.AdamW8bit(model.parameters(), **OPTIONS)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    saver.step()
+    save(tmp_path, model, saver, options=FLAT)
+    model = new_model()
+    optimizer = torchao8.AdamW8bit(model.named_parameters(), **{**OPTIONS, "lr": 0.5})
+    load_dcp(model, optimizer, tmp_path, no_dist=True)
+    assert states(optimizer) == states(saver)
+    assert optimizer.param_groups[0]["lr"] == OPTIONS["lr"]
+
+
+def flat_nan(state: Any) -> None:
+    state["state.w2.exp_avg_scale"].fill_(float("nan"))
+
+
+def flat_state_missing(state: Any) -> None:
+    for key in [k for k in state if k.startswith("state.w1.")]:
+        del state[key]
+
+
+def flat_key_missing(state: Any) -> None:
+    del state["state.w1.exp_avg_scale"]
+
+
+def flat_no_options(state: Any) -> None:
+    for key in [k for k in state if k.startswith("param_groups.")]:
+        del state[key]
+
+
+def flat_other_names(state: Any) -> None:
+    for key in list(state):
+        state[key.replace(".w", ".v")] = state.pop(key)
+
+
+def flat_other_groups(state: Any) -> None:
+    state["param_groups.w1.lr"] = 0.125
+
+
+FLAT_REFUSED: dict[Callable[[Any], None], str] = {
+    flat_nan: "exp_avg_scale of parameter 2: expected finite numbers",
+    flat_state_missing: "no state of w1, expected keys optimizer.state.w1.*",
+    flat_key_missing: "state of parameter 1: expected the keys",
+    flat_no_options: "no options, expected keys optimizer.param_groups.0.*",
+    flat_other_names: "no options of w0, expected keys optimizer.param_groups.w0.*",
+    flat_other_groups: "expected the same options for all parameters of group 0 of the optimizer, "
+    "got lr=0.01 for w0 and lr=0.125 for w1. Give the optimizer the parameter groups",
+}
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+@pytest.mark.parametrize("change", list(FLAT_REFUSED))
+def test_nothing_changes_where_a_flat_one_is_refused(
+    tmp_path: Path, change: Callable[[Any], None], is_new: bool
+) -> None:
+    model, saver = new_run()
+    step_with(saver, range(2))
+    save(tmp_path, model, saver, change, FLAT)
+    model, optimizer = new_run(lr=0.5)
+    if not is_new:
+        step_with(optimizer, range(5, 9))
+    before = gathered(optimizer)
+    with pytest.raises(ValueError, match=re.escape(FLAT_REFUSED[change])):
+        load_dcp(model, optimizer, tmp_path, no_dist=True)
+    assert gathered(optimizer) == before
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_dcp_load_into_a_flat_state_dict(tmp_path: Path) -> None:
+    """It reads what the same class saved; torch refuses another format, and nothing changes."""
+    for name, cls in (("ours", torchao8.AdamW8bit), ("torch", torch.optim.AdamW)):
+        model = Weights(shapes=SHAPES)
+        saver = cls(model.parameters(), **(OPTIONS if name == "ours" else {}))
+        step_with(saver, range(2))
+        save(tmp_path / name, model, saver, options=FLAT)
+        if name == "ours":
+            wanted = states(saver)
+    model, optimizer = new_run()
+    state = get_optimizer_state_dict(model, optimizer, options=FLAT)
+    dcp.load({"optimizer": state}, checkpoint_id=tmp_path / "ours", no_dist=True)
+    set_optimizer_state_dict(model, optimizer, state, options=FLAT)
+    assert states(optimizer) == wanted
+    with pytest.raises(CheckpointException, match="Missing key"):
+        dcp.load({"optimizer": state}, checkpoint_id=tmp_path / "torch", no_dist=True)
+    assert states(optimizer) == wanted
+
+
+def test_a_flat_state_dict_is_not_for_load_state_dict() -> None:
+    model, saver = new_run()
+    step_with(saver, range(2))
+    flat = copy.deepcopy(get_optimizer_state_dict(model, saver, options=FLAT))
+    _, optimizer = new_run()
+    with pytest.raises(ValueError, match=r"got a flat one .*set_optimizer_state_dict.*load_dcp"):
+        optimizer.load_state_dict(flat)
+    assert not optimizer.state
+
+
+def test_set_optimizer_state_dict_of_another_precision() -> None:
+    model, saver = new_run(torchao8.AdamW)
+    step_with(saver, range(2))
+    flat = copy.deepcopy(get_optimizer_state_dict(model, saver, options=FLAT))
+    model, optimizer = new_run()
+    step_with(optimizer, [5])
+    before = states(optimizer)
+    with pytest.raises(ValueError, match=r"is of another precision.*load_dcp"):
+        set_optimizer_state_dict(model, optimizer, flat, options=FLAT)
+    assert states(optimizer) == before
+
+
 # -- what is refused ---------------------------------------------------------------------------
 
 
@@ -271,8 +450,6 @@ def test_groups_of_the_checkpoint_that_are_one_here(tmp_path: Path) -> None:
 
 def test_torch_mixes_formats(tmp_path: Path) -> None:
     """Full state dicts of another precision: torch mixes the keys, and we say what to do."""
-    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
-
     model, saver = new_run(torchao8.AdamW)
     step_with(saver, range(2))
     options = StateDictOptions(full_state_dict=True)

@@ -278,13 +278,17 @@ def test_load_state_dict(function: Any) -> None:
 # -- another format --------------------------------------------------------------------------------
 
 
-def _save_formats(rank: int, world_size: int, folder: Path) -> None:
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # as torchtitan saves
+
+
+def _save_formats(rank: int, world_size: int, folder: Path, flat: bool) -> None:
     model, optimizer = new_run(world_size, torch.bfloat16)
     for name, cls in (("8", torchao8.AdamW8bit), ("32", torchao8.AdamW), ("torch", None)):
         params = groups_of(model.parameters(), True)
         optimizer = torch.optim.AdamW(params, lr=0.03) if cls is None else cls(params, **OPTIONS)
         step_with(optimizer, range(3))
-        state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+        options = FLAT if flat else None
+        state = {"optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
         dcp.save(state, checkpoint_id=folder / name)
 
 
@@ -318,10 +322,11 @@ def _load_formats(rank: int, world_size: int, folder: Path) -> None:
             assert bits(scale) == b["exp_avg_scale"][2], name
 
 
-def test_a_folder_of_another_precision(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("flat", "world_size"), [(False, 3), (True, 3), (True, 1)])
+def test_a_folder_of_another_precision(tmp_path: Path, flat: bool, world_size: int) -> None:
     """Saved in 8 bits, in 32, and by torch.optim, at one world size; loaded in both at another."""
-    run_ranks(2, _save_formats, tmp_path)
-    run_ranks(3, _load_formats, tmp_path)
+    run_ranks(2, _save_formats, tmp_path, flat)
+    run_ranks(world_size, _load_formats, tmp_path)
 
 
 def _cut_rows_from_8bit(rank: int, world_size: int, folder: Path) -> None:

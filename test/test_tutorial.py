@@ -122,6 +122,7 @@ def test_run_from_end_to_end(
     printed = capsys.readouterr().out
     assert "torchao8.AdamW8bit.restarted has the same bits in all" in printed
     assert "Written by the GPT that torchao8.AdamW8bit trained:\nclass Reader" in printed
+    assert printed.index("\nAdamW, state of ") < printed.index("\nAdamW8bit, state of ")
     table = (tmp_path / "table.md").read_text()
     assert table in printed
     rows = [line.split("|") for line in table.splitlines() if "AdamW" in line and "|" in line]

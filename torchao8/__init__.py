@@ -20,6 +20,7 @@ try:
     from torchao8.ops import dequantize_blockwise as dequantize_blockwise
     from torchao8.ops import dynamic_map as dynamic_map
     from torchao8.ops import quantize_blockwise as quantize_blockwise
+    from torchao8.optim._state.memory import Memory as Memory
     from torchao8.optim.classes import *
 except ImportError:
     # Python imports the package before it runs `python -m torchao8`, whose report is wanted most
@@ -32,6 +33,7 @@ else:
 
         _others = [
             "Estimate",
+            "Memory",
             "__version__",
             "checkpoint",
             "dequantize_blockwise",

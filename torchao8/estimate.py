@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from torchao8 import sharding
+from torchao8 import _tables, sharding
 from torchao8.block_layout import Scales
 from torchao8.optim import classes
 from torchao8.optim._params import PARAM_DTYPES
@@ -353,8 +353,7 @@ def _local_scales(t: _Tensor, scales: Scales) -> int:
 
 def _heading(e: Estimate) -> str:
     counts = ((e.tensors, "tensor"), (e.elements, "element"), (e.ranks, "rank"))
-    parts = [f"{n:,} {word}" + ("s" if n != 1 else "") for n, word in counts]
-    return ", ".join([*parts, e.optimizer])
+    return ", ".join([*(_tables.count(n, word) for n, word in counts), e.optimizer])
 
 
 def _table(e: Estimate) -> list[str]:
@@ -370,14 +369,11 @@ def _table(e: Estimate) -> list[str]:
         ("optimizer state", ("state",)),
         ("together", ("parameters", "gradients", "state")),
     ):
-        cells = [_size(_together(c, names, bits)) for c in columns for bits in (32, 8)]
+        cells = [_tables.size(_together(c, names, bits)) for c in columns for bits in (32, 8)]
         rows.append((label, *cells))
-    checkpoints = (_size(e.checkpoint_32bit), _size(e.checkpoint_8bit))
+    checkpoints = (_tables.size(e.checkpoint_32bit), _tables.size(e.checkpoint_8bit))
     rows.append(("optimizer checkpoint", *[""] * (2 * len(columns) - 2), *checkpoints))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    ]
+    return _tables.columns(rows)
 
 
 def _together(column: Estimate | Bytes, names: Iterable[str], bits: int) -> int:
@@ -387,15 +383,6 @@ def _together(column: Estimate | Bytes, names: Iterable[str], bits: int) -> int:
     return total
 
 
-def _size(size: int) -> str:
-    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if size >= 2**power:
-            return f"{size / 2**power:,.2f} {unit}"
-    return f"{size} B"
-
-
 def _kept_lines(e: Estimate) -> Iterator[str]:
     for reason, names in e.kept_32bit.items():
-        example = f"{names[0]}, ..." if len(names) > 1 else names[0]
-        share = f"{len(names):,} of {e.tensors:,}"
-        yield f"32 bits in {e.optimizer}8bit too: {share} ({reason}: {example})"
+        yield f"32 bits in {e.optimizer}8bit too: {_tables.kept(reason, names, e.tensors)}"

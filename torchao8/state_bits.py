@@ -21,6 +21,7 @@ TOO_SMALL = "too small"
 SHARDED_VECTOR = "sharded vector"
 SHORT_ROWS = "sharded, with short rows"
 CUT_ROWS = "rows cut inside a block"
+OPTION = "optim_bits=32"  # of the group, which why_32bit does not look at
 
 
 @functools.cache

@@ -417,6 +417,9 @@ def report(trainings: dict[str, Training], settings: Settings, out: Path, full: 
         measured(name, training, step_ms.get(name), peaks.get(name))
         for name, training in trainings.items()
     ]
+    for name, training in trainings.items():
+        if name.startswith("torchao8."):
+            PULSE.say(f"\n{training.optimizer.memory()}")
     last = results[-1].name
     PULSE.doing(f"sampling from the GPT that {last} trained")
     PULSE.say(f"\nWritten by the GPT that {last} trained:\n{sample(trainings[last].model)}\n")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchao8.optim._state.layout import init_states
 from torchao8.optim._state.spec import has_state
 from torchao8.optim.base import LowPrecisionOptimizer
 
@@ -19,7 +20,7 @@ def names_of(model: nn.Module, optimizer: LowPrecisionOptimizer) -> dict[Tensor,
     fresh = {p: optimizer.state.get(p) for p in params if not has_state(optimizer.state.get(p))}
     fresh = {p: None if others is None else dict(others) for p, others in fresh.items()}
     # Torch tells names of parameters with state only, and makes a step where there is none at all.
-    optimizer._init_states()
+    init_states(optimizer)
     try:
         named: Any = get_optimizer_state_dict(model, optimizer)["param_groups"]
     finally:

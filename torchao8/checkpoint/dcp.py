@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,13 +43,17 @@ def load_dcp(
     converts it. So it also takes what ``torch.optim.AdamW`` saved. Options that the checkpoint
     lacks stay as they are.
 
-    Parameters go by their names, whatever their order and whatever wraps the model. A collective
+    Parameters go by their names, whatever their order and whatever wraps the model. A state dict
+    that was saved flat, as torchtitan saves it
+    (``StateDictOptions(flatten_optimizer_state_dict=True)``), is read in the same way. A collective
     where the process group is initialized: every rank calls it.
 
     Args:
-        model: whose parameters the optimizer has.
+        model: whose parameters the optimizer has; of several, as of pipeline stages that were saved
+            flat into one folder, the one of this optimizer.
         checkpoint_id: the folder that ``dcp.save`` wrote.
-        key: under which ``get_optimizer_state_dict(model, optimizer)`` was saved in it.
+        key: under which ``get_optimizer_state_dict(model, optimizer)`` was saved in it; "" if it
+            was saved without a key.
         process_group, no_dist: as of ``torch.distributed.checkpoint.load``.
 
     Raises:
@@ -76,22 +81,31 @@ def load_dcp(
         dist.all_gather_object(votes, refused, group=process_group)
         return any(votes)
 
+    top = f"{key}." if key else ""
+    start = f"{top}param_groups."
     with all_or_none(agree):
         saved = FileSystemReader(checkpoint_id).read_metadata().state_dict_metadata
-        start = f"{key}.param_groups."
-        option_rooms = {k: _plain_room(e) for k, e in saved.items() if k.startswith(start)}
-        if not option_rooms:
+        option_keys = [k for k in saved if k.startswith(start)]
+        if not option_keys:
             raise ValueError(f"{checkpoint_id}: no options, expected keys {start}0.*")
-    options = read(option_rooms)
     with all_or_none(agree):
         names = names_of(model, optimizer)
-        groups, numbers = _groups(str(checkpoint_id), optimizer, names, options, start)
+        is_flat = not any(re.fullmatch(r"\d+\.params", k[len(start) :]) for k in option_keys)
+        if is_flat:  # each parameter has its own options, and the folder may hold other models'
+            known = set(names.values())
+            option_keys = [k for k in option_keys if _owner(k, start) in known]
+        option_rooms = {k: _plain_room(saved[k]) for k in option_keys}
+    options = read(option_rooms)
+    with all_or_none(agree):
+        options_of = _flat_options if is_flat else _options_of_groups
+        saved_groups = options_of(str(checkpoint_id), optimizer, names, options, start)
+        groups, numbers = _groups(optimizer, saved_groups)
         rooms: dict[str, Any] = {}
         owners: dict[str, tuple[Tensor, str]] = {}  # of rooms that are to be paged
         for group, live in zip(groups, optimizer.param_groups, strict=True):
             needs_state = bool(optimizer._states({**live, **group}))  # torch's SGD may keep nothing
             for p in live["params"]:
-                prefix = f"{key}.state.{names[p]}."
+                prefix = f"{top}state.{names[p]}."
                 entries = {k: entry for k, entry in saved.items() if k.startswith(prefix)}
                 has_entries = any(is_own(k[len(prefix) :]) for k in entries)
                 if not has_entries and p.requires_grad and needs_state:
@@ -109,30 +123,27 @@ def load_dcp(
     values = read(rooms)
     state: dict[int, dict[str, Any]] = {}
     for p, number in numbers.items():
-        prefix = f"{key}.state.{names[p]}."
+        prefix = f"{top}state.{names[p]}."
         found = {k[len(prefix) :]: v for k, v in values.items() if k.startswith(prefix)}
         if found:
             state[number] = found
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _groups(
+def _options_of_groups(
     folder: str,
     optimizer: LowPrecisionOptimizer,
     names: Mapping[Tensor, str],
     options: Mapping[str, Any],
     start: str,
-) -> tuple[list[dict[str, Any]], dict[Tensor, int]]:
-    """The groups of a state dict: the optimizer's, with the options of those in the checkpoint.
-
-    Also the number of each parameter in them.
-    """
+) -> list[dict[str, Any]]:
+    """For each group of the optimizer, the options of the group in the checkpoint that has its
+    parameters."""
     saved: dict[str, dict[str, Any]] = {}
-    for name, value in options.items():
-        number, _, option = name[len(start) :].partition(".")
+    for key, value in options.items():
+        number, _, option = key[len(start) :].partition(".")
         saved.setdefault(number, {})[option] = value
-    groups: list[dict[str, Any]] = []
-    numbers: dict[Tensor, int] = {}
+    found_groups: list[dict[str, Any]] = []
     for i, live in enumerate(optimizer.param_groups):
         wanted = {names[p] for p in live["params"]}
         found = [n for n, group in saved.items() if wanted & set(group.get("params", ()))]
@@ -142,13 +153,71 @@ def _groups(
             raise ValueError(
                 f"{folder}: expected the parameters of group {i} of the optimizer in one group of "
                 f"the checkpoint, got them in {len(found)}. "
-                + (
-                    "The options of which should hold?"
-                    if found
-                    else "Names differ, or it was saved with flatten_optimizer_state_dict=True."
-                )
+                + ("The options of which should hold?" if found else "Names differ.")
             )
-        group = dict(saved[found[0]])
+        found_groups.append(saved[found[0]])
+    return found_groups
+
+
+def _flat_options(
+    folder: str,
+    optimizer: LowPrecisionOptimizer,
+    names: Mapping[Tensor, str],
+    options: Mapping[str, Any],
+    start: str,
+) -> list[dict[str, Any]]:
+    """The same of a flat checkpoint, in which each parameter has the options of its group."""
+    saved: dict[str, dict[str, Any]] = {}
+    for key, value in options.items():
+        name = _owner(key, start)
+        option = key[len(start) + len(name) + 1 :]
+        if option != "param_names":
+            saved.setdefault(name, {})[option] = value
+    found_groups: list[dict[str, Any]] = []
+    for i, live in enumerate(optimizer.param_groups):
+        wanted = [names[p] for p in live["params"]]
+        found = [name for name in wanted if name in saved]
+        if wanted and not found:
+            raise ValueError(
+                f"{folder}: no options of {wanted[0]}, expected keys {start}{wanted[0]}.*"
+            )
+        for name in found[1:]:
+            ours, theirs = saved[found[0]], saved[name]
+            for option in (*ours, *theirs):
+                first, other = ours.get(option), theirs.get(option)
+                if not _is_same(first, other):
+                    raise ValueError(
+                        f"{folder}: expected the same options for all parameters of group {i} of "
+                        f"the optimizer, got {option}={first!r} for {found[0]} and "
+                        f"{option}={other!r} for {name}. Give the optimizer the parameter groups "
+                        "that the checkpoint was saved with"
+                    )
+        found_groups.append(saved[found[0]] if found else {})
+    return found_groups
+
+
+def _owner(key: str, start: str) -> str:
+    """The parameter that an option in a flat checkpoint is of."""
+    return key[len(start) :].rpartition(".")[0]
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+    return bool(a == b)
+
+
+def _groups(
+    optimizer: LowPrecisionOptimizer, saved_groups: Iterable[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], dict[Tensor, int]]:
+    """The groups of a state dict: the optimizer's, with the options of those in the checkpoint.
+
+    Also the number of each parameter in them.
+    """
+    groups: list[dict[str, Any]] = []
+    numbers: dict[Tensor, int] = {}
+    for live, saved in zip(optimizer.param_groups, saved_groups, strict=True):
+        group = dict(saved)
         for option, value in group.items():
             if isinstance(value, Tensor) and isinstance(live.get(option), Tensor):
                 group[option] = value.to(live[option].device)

@@ -11,9 +11,9 @@ from torch import Tensor
 from torchao8.block_layout import Scales
 from torchao8.checkpoint._names import check_own
 from torchao8.optim import classes
-from torchao8.optim._state.convert import in_32bit
 from torchao8.optim._state.layout import layout_of
-from torchao8.optim._state.spec import NORMS, has_state, is_own
+from torchao8.optim._state.moments import decoded
+from torchao8.optim._state.spec import has_state, is_8bit, is_own
 from torchao8.optim.contract import bare_name
 from torchao8.optim.options import COMMON, HINTS
 
@@ -92,15 +92,16 @@ def _state(optimizer: LowPrecisionOptimizer, group: dict[str, Any], p: Tensor) -
             return _copied(own)
         layout = layout_of(optimizer, group, p)
         own = {**own, **{key: spec.empty(p) for key, spec in layout.items()}}
-    kept = optimizer._states_in(group, own)
-    states = in_32bit(p, kept, own, Scales.of(group))
-    others = {k: v for k, v in states.items() if not is_own(k)}
-    theirs = {k: v.detach().clone() for k, v in states.items() if is_own(k) and k != NORMS}
-    if states is not own:
+    states = optimizer._states_in(group, own)
+    theirs = {"step": own["step"].detach().clone(), **decoded(p, states, own, Scales.of(group))}
+    if is_8bit(states, own):
         optimizer._mend_decoded(theirs)
-    for key in ("step", *(state.name for state in kept if state.is_scalar)):
+    for key in ("step", *(state.name for state in states if state.is_scalar)):
         theirs[key] = theirs[key].cpu()
-    return {**optimizer._of_torch(theirs), **_copied(others)}
+    return {
+        **optimizer._of_torch(theirs),
+        **_copied({k: v for k, v in own.items() if not is_own(k)}),
+    }
 
 
 def _copied(others: dict[str, Any]) -> dict[str, Any]:

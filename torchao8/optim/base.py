@@ -24,6 +24,8 @@ from torchao8.optim._state import paging
 from torchao8.optim._state.convert import in_32bit
 from torchao8.optim._state.layout import init_states, rows_of
 from torchao8.optim._state.load import seal_state_dict
+from torchao8.optim._state.memory import Memory, log_new_state, memory_of
+from torchao8.optim._state.moments import moments_of
 from torchao8.optim._state.sealed import make_normal, unseal
 from torchao8.optim._state.spec import is_own
 from torchao8.optim._step.bucket import Number
@@ -134,10 +136,55 @@ class LowPrecisionOptimizer(OptimizerContract):
             "optimizer after fully_shard, and not behind a forward pass without gradients"
         )
 
+    # -- what can be asked -------------------------------------------------------------------------
+
+    def memory(self) -> Memory:
+        """How many bytes the state takes, of which kind, and which parameters keep 32 bits.
+
+            >>> print(optimizer.memory())
+
+        Before the first step it tells what that step will make. Where parameters are sharded, it
+        tells of this rank. It looks at no values, and is no collective. What other code keeps in
+        the state of a parameter is not counted.
+
+        ``logging.getLogger("torchao8").setLevel("INFO")``, with a handler as of
+        ``logging.basicConfig()``, prints one line of it when a step has made state.
+
+        Raises:
+            ValueError: a parameter without state whose first step would raise it, as one whose
+                local tensor is not the shard it should be.
+        """
+        return memory_of(self)
+
+    def moments(self, p: Tensor) -> dict[str, Tensor]:
+        """The moments of a parameter as float32 tensors, for loggers and for a look at them.
+
+            >>> optimizer.moments(model.head.weight)["exp_avg"].norm()
+
+        Of 8-bit state these are the numbers that the next step starts from. The tensors are new:
+        to change them changes nothing in the optimizer.
+
+        Args:
+            p: a parameter of the optimizer that has made a step.
+
+        Returns:
+            By the names of ``torch.optim``, such as ``exp_avg``, ``exp_avg_sq`` or
+            ``momentum_buffer``: float32 tensors of the shape of the parameter, on its device, and
+            DTensors placed as it is where it is one, which is no collective. Nothing for SGD
+            without momentum.
+
+        Raises:
+            TypeError: no tensor.
+            ValueError: no parameter of this optimizer.
+            RuntimeError: the parameter has no state yet.
+        """
+        return moments_of(self, p)
+
     # -- what torch.compile runs as it is, once, when it traces a call -------------------------
 
     def _init_states(self) -> None:
-        init_states(self)
+        if init_states(self):
+            log_new_state(self)
 
     def _shard_rows(self, group: int, param: int, in_blocks: bool) -> sharding.ShardRows | None:
         options = self.param_groups[group]

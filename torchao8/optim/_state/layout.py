@@ -28,19 +28,24 @@ from torchao8.optim.contract import OptimizerContract
 from torchao8.optim.options import Group, clips
 from torchao8.shard_layout import ShardRows
 from torchao8.sharding import is_dtensor
-from torchao8.state_bits import CUT_ROWS, why_32bit
+from torchao8.state_bits import CUT_ROWS, OPTION, why_32bit
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-def keeps_8bit(group: Group, p: Tensor) -> bool:
-    """Whether a parameter keeps 8-bit state under the options of its group: by its global shape and
-    by the way it is sharded."""
+def why_kept(group: Group, p: Tensor) -> str | None:
+    """Why a parameter keeps 32-bit state under the options of its group; None where it keeps 8-bit
+    state: by its global shape and by the way it is sharded."""
     if group["optim_bits"] != 8:
-        return False
+        return OPTION
     sizes = group["block_size"], group["min_8bit_size"]
-    return why_32bit(tuple(p.shape), *sharding.placement_of(p), *sizes) is None
+    return why_32bit(tuple(p.shape), *sharding.placement_of(p), *sizes)
+
+
+def keeps_8bit(group: Group, p: Tensor) -> bool:
+    """Whether a parameter keeps 8-bit state under the options of its group."""
+    return why_kept(group, p) is None
 
 
 def rounds_param(group: Group, p: Tensor) -> bool:
@@ -198,11 +203,19 @@ def _check_shards(optimizer: OptimizerContract, group: Group, p: Tensor, in_8bit
 # -- making state ----------------------------------------------------------------------------------
 
 
-def init_states(optimizer: OptimizerContract) -> None:
+def gets_state(p: Tensor) -> bool:
+    """Whether a step gives state to a parameter that has none."""
+    return p.requires_grad or p.grad is not None
+
+
+def init_states(optimizer: OptimizerContract) -> bool:
     """Gives state to every parameter that lacks it, or, if anything is refused, to none.
 
     All trainable parameters get theirs at the first step, with a gradient or without: then no
     checkpoint is partial, and a first gradient that comes late meets nothing new.
+
+    Returns:
+        Whether a parameter lacked its state.
     """
     fresh: list[tuple[Tensor, Layout]] = []
     for group in optimizer.param_groups:
@@ -215,7 +228,7 @@ def init_states(optimizer: OptimizerContract) -> None:
                 check_grad(optimizer, p)
             if has_state(optimizer.state.get(p)):
                 check_layout(optimizer, group, p, states_of_group)
-            elif p.requires_grad or p.grad is not None:
+            elif gets_state(p):
                 if sharding.local(p).is_meta and p.grad is not None:
                     raise RuntimeError(meta_message(optimizer, p))
                 _warn_of_cut_row(optimizer, group, p)
@@ -227,6 +240,7 @@ def init_states(optimizer: OptimizerContract) -> None:
         others = dict(mine)
         mine.clear()
         mine.update({**state, **others})
+    return bool(fresh)
 
 
 def wake(optimizer: OptimizerContract, group: Group) -> None:
@@ -255,10 +269,6 @@ def wake(optimizer: OptimizerContract, group: Group) -> None:
 
 def _warn_of_cut_row(optimizer: OptimizerContract, group: Group, p: Tensor) -> None:
     """Says which parameter keeps 32 bits for the way it is sharded, and what to do."""
-    if group["optim_bits"] != 8 or not is_dtensor(p):
-        return
-    block_size, min_8bit_size = group["block_size"], group["min_8bit_size"]
-    placement = sharding.placement_of(p)
-    if why_32bit(tuple(p.shape), *placement, block_size, min_8bit_size) == CUT_ROWS:
-        message = sharding.cut_row_message(p, block_size)
+    if is_dtensor(p) and why_kept(group, p) == CUT_ROWS:
+        message = sharding.cut_row_message(p, group["block_size"])
         warn_caller(f"{type(optimizer).__name__}: {describe(optimizer, p)} {message}")

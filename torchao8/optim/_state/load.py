@@ -339,6 +339,13 @@ def _check_structure(state_dict: Any) -> None:
             wanted = " or ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"{name}: expected a {wanted}, got {type(value).__name__}")
 
+    if "state" not in state_dict and any(str(k).startswith("param_groups.") for k in state_dict):
+        raise ValueError(
+            "state dict: expected the keys 'state' and 'param_groups', got a flat one "
+            "(flatten_optimizer_state_dict=True). Give it to set_optimizer_state_dict of "
+            "torch.distributed.checkpoint.state_dict with the same option, or read the folder with "
+            "torchao8.checkpoint.load_dcp(model, optimizer, folder)"
+        )
     for key, kind in (("state", dict), ("param_groups", list)):
         if key not in state_dict:
             raise ValueError(f"state dict: expected the key {key!r}, got {list(state_dict)}")

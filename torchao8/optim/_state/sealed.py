@@ -175,11 +175,14 @@ def _remedy(states: Sequence[State], saved: dict[str, Any], added: Mapping[str, 
 
 def _check_kind(label: str, key: str, spec: TensorSpec, value: Any) -> None:
     if not isinstance(value, Tensor):
-        flat = isinstance(value, dict)  # torch's unflattening leaves one where nothing was
-        raise ValueError(
-            f"{key} of {label}: expected {spec}, got {type(value).__name__}"
-            + (". A flattened state dict has no such key, or is of another precision." * flat)
-        )
+        remedy = ""
+        if isinstance(value, dict):  # torch's unflattening leaves one where nothing was
+            remedy = (
+                ". A flattened state dict has no such key, or is of another precision. "
+                "torchao8.checkpoint.load_dcp(model, optimizer, folder) reads folders of any "
+                "precision"
+            )
+        raise ValueError(f"{key} of {label}: expected {spec}, got {type(value).__name__}{remedy}")
     if value.is_meta:
         raise ValueError(
             f"{key} of {label}: expected {spec}, got one on the device meta: no values"
