@@ -1,4 +1,4 @@
-"""What all benchmarks share: a description of the machine, tables, and result files."""
+"""What all benchmarks share: options, a description of the machine, tables, and result files."""
 
 from __future__ import annotations
 
@@ -18,11 +18,19 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).resolve().parent / "results"
+OUT = Path("runs/benchmarks")  # git ignores runs/: results/ holds the results that are reported
 
 # The vector extensions that decide which code path a CPU library takes.
 _CPU_FLAGS = "avx avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512vbmi avx512_vnni".split()
 _BUSY_SHARE = 0.03  # of the CPU time; with more gone elsewhere, timings are doubtful
+
+
+def say(text: str) -> None:
+    """Tells the person who waits."""
+    print(text, file=sys.stderr, flush=True)
+
+
+# --- options ------------------------------------------------------------------------------------
 
 
 def at_least(kind: type, least: float) -> Any:
@@ -37,14 +45,37 @@ def at_least(kind: type, least: float) -> Any:
     return parse
 
 
-def parser(description: str | None, name: str) -> argparse.ArgumentParser:
+def parser(description: str | None, name: str, **more: Any) -> argparse.ArgumentParser:
     """A parser with what every benchmark knows: the name and the folder of its result files."""
     made = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **more
     )
-    made.add_argument("--name", default=name, help=f"name of the result files ({name})")
-    made.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
+    made.add_argument("--name", help=f"name of the result files ({name})")
+    made.add_argument(
+        "--out", type=Path, default=OUT, help="folder of the result files (%(default)s)"
+    )
+    made.set_defaults(name=name)
     return made
+
+
+def add_timing(made: argparse.ArgumentParser, rounds: str, turn: str, lists: str) -> None:
+    """Adds what the benchmarks of the step know; texts tell the defaults, which are None."""
+    add = made.add_argument
+    add("--list", nargs="+", metavar="LIST", help=f"lists of tensors ({lists})")
+    dtypes = ["float32", "bfloat16"]
+    add(
+        "--dtype",
+        nargs="+",
+        choices=dtypes,
+        default=dtypes,
+        help="of parameters and gradients (both)",
+    )
+    add("--rounds", type=at_least(int, 3), help=f"turns of each contender ({rounds})")
+    add("--turn", type=at_least(float, 0), help=f"seconds of steps in a turn ({turn})")
+    add("--threads", type=at_least(int, 1), default=usable_cores(), help="threads (all cores)")
+
+
+# --- the machine --------------------------------------------------------------------------------
 
 
 def installed(package: str) -> bool:
@@ -72,51 +103,43 @@ def command_line() -> str:
     return shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
 
 
-def _read(path: str) -> str:
+def field_of(path: str, field: str) -> str:
+    """What stands behind "field:" in a file; "" if there is no such file or field."""
     try:
-        return Path(path).read_text()
+        match = re.search(rf"^{field}\s*:\s*(.+)$", Path(path).read_text(), re.MULTILINE)
     except OSError:
         return ""
-
-
-def _cpuinfo(field: str) -> str:
-    match = re.search(rf"^{field}\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
     return match.group(1).strip() if match else ""
 
 
-def _caches() -> dict[str, str]:
-    found = {}
-    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        if _read(f"{index}/type").strip() in ("Data", "Unified"):
-            found[f"L{_read(f'{index}/level').strip()}"] = _read(f"{index}/size").strip()
-    return found
-
-
-def meminfo(field: str) -> int | None:
-    """Bytes of a field of /proc/meminfo, such as "MemAvailable"; None if there is no such file."""
-    match = re.search(rf"^{field}:\s*(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
-    return int(match.group(1)) * 1024 if match else None
+def kibibytes(path: str, field: str) -> int | None:
+    """Bytes of a field in kB, as "MemAvailable" of /proc/meminfo; None if it is not there."""
+    text = field_of(path, field)
+    return int(text.split()[0]) * 1024 if text else None
 
 
 def usable_cores() -> int:
     """Number of logical cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe_machine(threads: int) -> dict[str, Any]:
     """CPU, memory and settings that a timing depends on."""
+    caches = {}
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        kind, level, size = ((index / n).read_text().strip() for n in ("type", "level", "size"))
+        caches |= {f"L{level}": size} if kind in ("Data", "Unified") else {}
+    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    flags = field_of("/proc/cpuinfo", "flags").split()
     return {
-        "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
+        "cpu": field_of("/proc/cpuinfo", "model name") or platform.processor(),
         "cores": usable_cores(),
         "threads": threads,
-        "cpu_flags": [flag for flag in _CPU_FLAGS if flag in _cpuinfo("flags").split()],
-        "caches_of_one_core": _caches(),
-        "memory_bytes": meminfo("MemTotal"),
+        "cpu_flags": [flag for flag in _CPU_FLAGS if flag in flags],
+        "caches_of_one_core": caches,
+        "memory_bytes": kibibytes("/proc/meminfo", "MemTotal"),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "transparent_hugepages": _read("/sys/kernel/mm/transparent_hugepage/enabled").strip()
-        or None,
+        "transparent_hugepages": pages.read_text().strip() if pages.exists() else None,
         "system": f"{platform.system()} {platform.machine()}",
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
     }
@@ -134,37 +157,39 @@ class CpuWatch:
 
     @staticmethod
     def _seconds() -> tuple[float, float, float, float] | None:
-        fields = _read("/proc/stat").split("\n", 1)[0].split()[1:]
-        if len(fields) < 8:
+        try:
+            fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        except OSError:
             return None
         user, nice, system, idle, iowait, irq, softirq, steal = (
-            int(field) / os.sysconf("SC_CLK_TCK") for field in fields[:8]
+            int(field) / os.sysconf("SC_CLK_TCK") for field in fields
         )
         busy = user + nice + system + irq + softirq
         return busy + idle + iowait + steal, steal, busy, sum(os.times()[:4])
 
     def shares(self) -> dict[str, float] | None:
-        """{"stolen", "others"} as fractions; None where there is no /proc/stat."""
+        """{"stolen", "others"} as fractions; says them if they are large. None: no /proc/stat."""
         now = self._seconds()
         if self._start is None or now is None:
             return None
         total, steal, busy, own = (b - a for a, b in zip(self._start, now, strict=True))
         total = max(total, 1e-9)
-        return {"stolen": steal / total, "others": max(busy - own, 0.0) / total}
-
-    def warning(self) -> list[str]:
-        """A line for people if the machine was not quiet."""
-        shares = self.shares()
-        if shares is None or sum(shares.values()) <= _BUSY_SHARE:
-            return []
-        return [f"the machine was not quiet: other processes took {shares['others']:.0%} of the "
-                f"CPU time, a hypervisor {shares['stolen']:.0%}"]  # fmt: skip
+        found = {"stolen": steal / total, "others": max(busy - own, 0.0) / total}
+        if sum(found.values()) > _BUSY_SHARE:
+            say(
+                f"the machine was not quiet: other processes took {found['others']:.0%} of the "
+                f"CPU time, a hypervisor {found['stolen']:.0%}"
+            )
+        return found
 
 
-def write_results(name: str, record: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Writes `record`, with date and command line, to `folder`/`name`.json; returns the path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
+# --- what comes out -----------------------------------------------------------------------------
+
+
+def write_results(args: argparse.Namespace, record: dict[str, Any]) -> Path:
+    """Writes `record`, with date and command line, to `args.out`/`args.name`.json; its path."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    path: Path = args.out / f"{args.name}.json"
     stamped = {"command": command_line(), "date": time.strftime("%Y-%m-%d"), **record}
     path.write_text(json.dumps(stamped, indent=1) + "\n")
     return path
@@ -172,13 +197,8 @@ def write_results(name: str, record: dict[str, Any], folder: Path = RESULTS) -> 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """A Markdown table that also reads well in a terminal; `left` columns are left-aligned."""
-    widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [cell.ljust(width) for cell, width in zip(cells[:left], widths, strict=False)]
-        rest = zip(cells[left:], widths[left:], strict=True)
-        padded += [cell.rjust(width) for cell, width in rest]
-        return "| " + " | ".join(padded) + " |"
-
-    rules = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    return "\n".join([line(headers), line(rules), *(line(row) for row in rows)])
+    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+    rules = [("-" * w if i < left else "-" * (w - 1) + ":") for i, w in enumerate(widths)]
+    sides = "<" * left + ">" * (len(widths) - left)
+    form = " | ".join(f"{{:{side}{w}}}" for side, w in zip(sides, widths, strict=True))
+    return "\n".join(f"| {form.format(*row)} |" for row in (headers, rules, *rows))

@@ -18,8 +18,8 @@ from torch.autograd import DeviceType
 
 import benchmarks.step.__main__ as command
 import torchao8
-from benchmarks import reporting, sharded
-from benchmarks.step import contenders, devices, job, rounds, tables, tensor_lists
+from benchmarks import reporting
+from benchmarks.step import contenders, devices, rounds, tables, tensor_lists
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 Step = Callable[[], object]
@@ -31,6 +31,7 @@ class FakeGpu(devices.Cpu):
     kind = "cuda"
     settle_s = 0.0
     lists = ("mixed", "deadly")  # type: ignore[assignment]
+    defaults = devices.Cuda.defaults
 
     def __init__(self, name: str) -> None:
         super().__init__("cpu")
@@ -66,34 +67,17 @@ class Fragile(torch.optim.SGD):
         super().__init__(params, lr=0.1)
 
 
-def install(set_item: Callable[[Any, str, Any], None] = dict.__setitem__) -> None:
-    """Makes the names above known to the benchmark, in this process."""
-    set_item(devices.DEVICES, "fake", FakeGpu)
-    mixed = tensor_lists.TensorList("mixed", [(64, 256), (300,)])
-    set_item(tensor_lists._FIXED, "mixed", mixed)
-    set_item(tensor_lists._FIXED, "deadly", tensor_lists.TensorList("deadly", [(32, 256)] * 3))
-    fragile = contenders.Contender("fragile", "Fragile", "test_benchmark.Fragile", {})
-    set_item(contenders.CONTENDERS, "fragile", fragile)
-
-
-def fake_stepper(name: str, device: str, threads: int) -> job.Stepper:
-    """What a process holds in these tests."""
-    install()
-    return job.Stepper(name, device, threads)
-
-
-class FakeBench(rounds.Bench):
-    """Starts processes that know the names above."""
-
-    make_stepper = staticmethod(fake_stepper)
-
-
 @pytest.fixture
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch.setitem)
+    """Makes the names above known to the benchmark."""
+    monkeypatch.setitem(devices.DEVICES, "fake", FakeGpu)
+    for name, shapes in (("mixed", [(64, 256), (300,)]), ("deadly", [(32, 256)] * 3)):
+        monkeypatch.setitem(tensor_lists._FIXED, name, tensor_lists.TensorList(name, shapes))
+    fragile = contenders.Contender("fragile", "Fragile", "test_benchmark.Fragile")
+    monkeypatch.setitem(contenders.CONTENDERS, "fragile", fragile)
 
 
-ARGS = ["--device", "fake", "--no-plot", "--repeats", "3", "--turn", "0.002", "--threads", "1"]
+ARGS = ["--device", "fake", "--rounds", "3", "--turn", "0.002", "--threads", "1"]
 
 
 # -- from end to end -------------------------------------------------------------------------------
@@ -103,7 +87,7 @@ def test_rows_are_right_and_failures_stay_with_their_contender(
     known: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [*ARGS, "--contenders", "8bit", "fragile", "--out", str(tmp_path)]
-    command.main(arguments, FakeBench)
+    command.main(arguments)
     record = json.loads((tmp_path / "fake-gpu-8.json").read_text())
     assert [(case["list"], case["dtype"]) for case in record["cases"]] == [
         (name, dtype) for name in ("mixed", "deadly") for dtype in ("float32", "bfloat16")
@@ -143,7 +127,7 @@ def test_a_rule_is_measured_against_its_fastest_form(
     known: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [*ARGS, "--list", "mixed", "--dtype", "float32", "--family", "SGD"]
-    command.main([*arguments, "--out", str(tmp_path)], FakeBench)
+    command.main([*arguments, "--out", str(tmp_path)])
     (found,) = json.loads((tmp_path / "fake-gpu-8-mixed-family.json").read_text())["cases"]
     rows = {row["name"]: row for row in found["rows"]}
     rivals = ["sgd-for-loop", "sgd-foreach", "sgd-fused"]
@@ -161,9 +145,9 @@ def test_a_rule_is_measured_against_its_fastest_form(
 
 
 def test_what_the_time_limit_leaves_out_is_named(known: None) -> None:
-    args, device = command.parse([*ARGS, "--time-limit", "1e-9"])
-    bench = FakeBench(device, "fake", 1, rounds.Plan(3, 0.1, 1, 1, deadline=0))
-    cases, left_out = command.measure(args, device, bench)
+    args, device = command.parse([*ARGS, "--list", "all", "--time-limit", "1e-9"])
+    with rounds.Bench(device, 1, rounds.Plan(3, 0.1, 1, deadline=0)) as bench:
+        cases, left_out = command.measure(args, device, bench)
     assert cases == []
     assert [(one["list"], one["dtype"]) for one in left_out] == [
         (name, dtype) for name in ("mixed", "deadly") for dtype in ("float32", "bfloat16")
@@ -174,7 +158,7 @@ def test_what_the_time_limit_leaves_out_is_named(known: None) -> None:
 
 
 def test_slow_contenders_sit_out_rounds_evenly() -> None:
-    plan = rounds.Plan(rounds=10, turn=0.1, budget=5, setup_timeout=1)
+    plan = rounds.Plan(rounds=10, turn=0.1, budget=5)
     for step_s, count in ((0.01, 10), (1.0, 5), (1.6, 3)):
         turns = [number for number in range(10) if plan.takes_part(number, step_s)]
         assert len(turns) == count
@@ -197,10 +181,11 @@ def test_batches_fit_into_memory(
     # while bitsandbytes and FlashOptim make it. torch's 16 GB are in every batch.
     device = FakeGpu("fake")
     monkeypatch.setattr(device, "free_bytes", lambda: gigabytes * 10**9)
-    bench = rounds.Bench(device, "fake", 1, rounds.Plan(3, 1, 1, 1))
+    bench = rounds.Bench(device, 1, rounds.Plan(3, 1, 1))
     names = ["8bit", "32bit", "bitsandbytes", "flashoptim"]
     chosen = [contenders.CONTENDERS[name] for name in names]
-    always, tensors = [contenders.CONTENDERS["torch"]], tensor_lists.tensor_list("one")
+    always = [*contenders.MEMORY, contenders.CONTENDERS["torch"]]
+    tensors = tensor_lists.tensor_list("one")
     found, too_large = bench.batches(chosen, always, tensors, 4)
     assert [[one.name for one in batch] for batch in found] == batches
     assert {row.name for row in too_large} == set(names) - {n for batch in batches for n in batch}
@@ -269,7 +254,7 @@ def test_only_kernels_are_counted() -> None:
         (["--contenders", "Adamax"], "'Adamax'"),
         (["--contenders", "flashoptim"], "flashoptim does not run on cpu"),
         (["--list", "llama"], "--list: on cpu one of"),
-        (["--repeats", "2"], "expected at least 3, got 2"),
+        (["--rounds", "2"], "expected at least 3, got 2"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused(
@@ -280,7 +265,7 @@ def test_arguments_that_cannot_be_are_refused(
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(SystemExit):
-        command.parse([*arguments, "--no-plot"])
+        command.parse(arguments)
     assert message in capsys.readouterr().err
 
 
@@ -296,11 +281,12 @@ def test_lists_are_the_models_they_are_named_after() -> None:
     (one,) = tensor_lists.tensor_list("one").shapes
     assert one[0] * one[1] >= 1e9
     assert one[1] % 256 == 0
-    tiny = [tensor_lists.tensor_list(name) for name in tensor_lists.GROUPS["tiny"]]
+    tiny = [tensor_lists.tensor_list(name) for name in tensor_lists.TINY]
     sizes = [(len(one.shapes), one.largest) for one in tiny]
     assert sizes == [(148, 64), (1000, 64), (148, 4096), (1000, 4096)]
-    args, _ = command.parse(["--list", "tiny", "--no-plot"])
-    assert args.lists == tensor_lists.GROUPS["tiny"]
+    args, _ = command.parse(["--list", "tiny"])
+    assert tuple(args.lists) == tensor_lists.TINY
+    assert args.name == "step-cpu-tiny"
 
 
 def test_llama_is_as_deep_as_memory_allows() -> None:
@@ -388,29 +374,21 @@ def test_table_of_a_gpu() -> None:
     assert lines[-1] == "skipped: torchao: out of memory"
 
 
-def test_a_run_over_ranks_tells_the_versions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sharded, "run", lambda args: ([], []))
-    sharded.main(["--out", str(tmp_path), "--name", "found"])
-    record = json.loads((tmp_path / "found.json").read_text())
-    assert record["versions"]["torch"] == torch.__version__
-
-
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("step-cpu-*.json")), ids=lambda p: p.stem)
 def test_committed_results_still_make_a_table_and_a_picture(path: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="no matplotlib, which the benchmark draws with")
-    cases = json.loads(path.read_text())["cases"]
-    for case in cases:
+    pytest.importorskip("matplotlib", reason="no matplotlib, which pictures are drawn with")
+    from benchmarks import pictures
+
+    for case in json.loads(path.read_text())["cases"]:
         header = tables.table(case).splitlines()[0]
         assert " path " in header
         assert "launches" not in header
-    tables.draw(cases, "some CPU", tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    pictures.main([str(path), "--out", str(tmp_path)])
+    assert (tmp_path / f"{path.stem}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_command_is_told_without_the_machine_s_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["/home/me/benchmarks/step/__main__.py", "--list", "gpt2"])
     assert reporting.command_line() == "python -m benchmarks.step --list gpt2"
-    monkeypatch.setattr("sys.argv", ["/home/me/benchmarks/sharded.py"])
-    assert reporting.command_line() == "python -m benchmarks.sharded"
+    monkeypatch.setattr("sys.argv", ["/home/me/benchmarks/compare.py"])
+    assert reporting.command_line() == "python -m benchmarks.compare"

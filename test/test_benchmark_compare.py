@@ -12,43 +12,49 @@ import torch
 
 import torchao8
 from benchmarks import compare
+from benchmarks.step import contenders, job
+from benchmarks.step.rounds import Row
+from benchmarks.step.tensor_lists import TensorList
 
 
-def lane(side: str, optimizer: str, times: dict[int, float], **values: Any) -> compare.Lane:
-    return compare.Lane(side, optimizer, "whole", [], times, **values)
+def row(rounds: dict[int, float], **values: Any) -> Row:
+    return Row(contenders.Contender("some", "some"), rounds=rounds, **values)
 
 
 def test_ratios_are_of_speed_in_the_same_round() -> None:
-    new = lane("new", "AdamW", {0: 1.0, 1: 2.0, 2: 4.0})
-    old = lane("old", "AdamW", {0: 2.0, 1: 2.0, 2: 2.0, 3: 99.0})
+    new = row({0: 1.0, 1: 2.0, 2: 4.0})
+    old = row({0: 2.0, 1: 2.0, 2: 2.0, 3: 99.0})
     assert compare.speed(new, old) == {"median": 1.0, "low": 0.75, "high": 1.5}
-    assert compare.speed(new, lane("old", "AdamW", {5: 1.0})) is None
+    assert compare.speed(new, row({5: 1.0})) is None
+    assert compare.speed(new, row(old.rounds, batch=1)) is None  # other rounds by the same numbers
 
 
 def test_bits_are_equal_on_every_rank_or_named() -> None:
-    def bits(*ranks: dict[str, str]) -> compare.Lane:
-        return lane("old", "AdamW", {}, bits=list(ranks))
+    def bits(*ranks: dict[str, str]) -> Row:
+        return row({}, info={"bits": list(ranks)})
 
     one, other = {"parameters": "a", "exp_avg": "b"}, {"parameters": "a", "exp_avg": "c"}
     assert compare.same_bits(bits(one, one), bits(one, one)) == "yes"
     assert compare.same_bits(bits(one, one), bits(one, other)) == "no: exp_avg"
     assert compare.same_bits(bits(one), bits({"parameters": "a"})) == "no: exp_avg"
-    assert compare.same_bits(bits(one), bits()) == ""
+    assert compare.same_bits(bits(one), row({})) == ""
 
 
 def test_digest_tells_bits_dtypes_and_shapes() -> None:
     x = torch.tensor([0.0, 1.0, 2.0, 3.0])
-    same = compare.digest([x])
-    assert compare.digest([x.clone()]) == same
+    same = job.digest([x])
+    assert job.digest([x.clone()]) == same
     others = [-x, x.view(2, 2), x.to(torch.bfloat16), x.view(torch.int32), torch.nextafter(x, -x)]
-    assert len({same, *(compare.digest([other]) for other in others)}) == 6
+    assert len({same, *(job.digest([other]) for other in others)}) == 6
 
 
 def test_bits_of_a_job_follow_from_the_seed_and_tell_a_changed_rule(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def bits(name: str) -> dict[str, str]:
-        return compare.Job(name, [(64, 64), (10,)], torch.float32, "whole").bits()
+        tensors = TensorList("two", [(64, 64), (10,)])
+        chosen = contenders.contender(name)
+        return job.OptimizerJob(chosen, tensors, torch.float32, torch.device("cpu")).bits()
 
     first = bits("8bit")
     assert {"parameters", "step", "exp_avg", "exp_avg_codes", "exp_avg_sq_scale"} <= first.keys()
@@ -65,23 +71,26 @@ def test_bits_of_a_job_follow_from_the_seed_and_tell_a_changed_rule(
 
 
 def test_table_has_what_was_left_out() -> None:
-    lanes = [lane("torch", "AdamW(fused=True)", {0: 3e-3, 1: 3e-3})]
-    for name in compare.OPTIMIZERS:
-        lanes.append(lane("old", name, {}, skipped="ValueError: too old"))
-        lanes.append(lane("new", name, {0: 1e-3, 1: 2e-3}, bits=[{"parameters": "a"}]))
-    case = {"label": "a list", "dtype": "float32", "tensors": 2, "step": "eager"}
-    *lines, note = compare.table([{**case, "rows": compare.rows(lanes)}]).splitlines()
-    header, _, row, _ = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
-    cells = dict(zip(header, row, strict=True))
+    sides = {
+        "old": row({}, skipped="ValueError: too old"),
+        "new": row({0: 1e-3, 1: 2e-3}, info={"bits": [{"parameters": "a"}]}),
+        "torch": row({0: 3e-3, 1: 3e-3}),
+    }
+    rows = [compare.compared(name, "whole", sides, {}) for name in compare.OPTIMIZERS]
+    case = {"label": "a list", "dtype": "float32", "tensors": 2, "step": "eager", "rows": rows}
+    *lines, note, _ = compare.table([case]).splitlines()
+    header, _, first, _ = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    cells = dict(zip(header, first, strict=True))
     assert (cells["old, ms"], cells["new, ms"], cells["torch, ms"]) == ("", "1.5", "3")
     assert (cells["new over old"], cells["bits"]) == ("", "")
     assert cells["new over torch"] == "2.25 (1.88 - 2.62)"
-    assert note.startswith("left out, old, eager: ValueError: too old (AdamW, whole, a list")
+    assert note == "left out, old, eager, AdamW, whole, a list, float32: ValueError: too old"
 
 
 def test_what_cannot_be_compared_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
-        (["HEAD", "--dtype", "float16"], "--dtype: expected float32, bfloat16"),
+        (["HEAD", "--dtype", "float16"], "invalid choice: 'float16'"),
+        (["HEAD", "--list", "llama"], "--list: one of gpt2, block, "),
         (["HEAD", "--sharded", "--compiled"], "--compiled: expected without --sharded"),
     ):
         with pytest.raises(SystemExit):
@@ -107,7 +116,7 @@ def test_a_changed_copy_is_told_from_this_library(
     trees = {"old": ("changed", copy), None: ("this", Path(torchao8.__file__).parents[1])}
     monkeypatch.setattr(compare, "source_of", lambda revision: trees[revision])
     monkeypatch.setattr(compare, "_git", lambda *arguments: "0" * 40)
-    arguments = ["old", "--list", "tiny-148x64", "--dtype", "float32", "--rounds", "2"]
+    arguments = ["old", "--list", "tiny-148x64", "--dtype", "float32", "--rounds", "3"]
     arguments += ["--turn", "0.001", "--threads", "1", "--out", str(tmp_path), "--name", "found"]
     compare.main(arguments + ["--sharded"] * sharded)
     record = json.loads((tmp_path / "found.json").read_text())
@@ -120,8 +129,11 @@ def test_a_changed_copy_is_told_from_this_library(
         assert row["bits"].startswith("no: ")
         assert "max_exp_avg_sq" in row["bits"]
         assert row["skipped"] == {}
-        assert all(len(times) == 2 for times in row["ms_of_rounds"].values())
+        assert all(len(times) == 3 for times in row["ms_of_rounds"].values())
         assert row["new over torch"]["median"] > 0
+        sizes = row["saved_bytes"]
+        assert sizes.keys() == ({*compare.SIDES} if row["tensors"] == "DTensor" else set())
+        assert not sizes or sizes["old"] > sizes["new"]
     assert any(name.startswith("new: time of DTensors") for name in case["rows"][0]) == sharded
 
 

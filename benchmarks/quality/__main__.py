@@ -18,9 +18,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,16 @@ from typing import Any
 import torch
 
 from benchmarks import reporting
-from benchmarks.quality.page import draw, page
+from benchmarks.quality.page import page
 from benchmarks.quality.runs import FULL, QUICK, Run, attempt, plan
 from benchmarks.quality.summary import summarize
 
 Record = dict[str, Any]
+
+
+def key(identity: dict[str, Any]) -> str:
+    """One text for each run."""
+    return json.dumps(identity, sort_keys=True)
 
 
 class Records:
@@ -48,18 +52,17 @@ class Records:
         content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
-            with path.open("r+b") as file:
-                file.truncate(len(whole))
+            os.truncate(path, len(whole))
         for line in whole.splitlines():
             record = json.loads(line)
-            self._found[_key(record["run"])] = record
+            self._found[key(record["run"])] = record
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Record]:
         return iter(self._found.values())
 
     def has(self, run: Run) -> bool:
         """Whether a run has a result. One that failed has none: it is tried again."""
-        record = self._found.get(_key(run.identity()))
+        record = self._found.get(key(run.identity()))
         return record is not None and "error" not in record["result"]
 
     def add(self, run: Run, result: dict[str, Any], machine: dict[str, Any]) -> None:
@@ -71,11 +74,7 @@ class Records:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self._found[_key(record["run"])] = record
-
-
-def _key(identity: dict[str, Any]) -> str:
-    return json.dumps(identity, sort_keys=True)
+        self._found[key(record["run"])] = record
 
 
 def make_runs(runs: list[Run], records: Records, machine: dict[str, Any]) -> None:
@@ -85,76 +84,57 @@ def make_runs(runs: list[Run], records: Records, machine: dict[str, Any]) -> Non
     for number, run in enumerate(missing, 1):
         result = attempt(run)
         records.add(run, result, machine)
-        text = result.get("error") or (
-            f"{'diverged' if result['diverged'] else format(result['held_out'], '.4f')} "
-            f"in {result['seconds']:.1f} s"
-        )
+        text = result.get("error") or f"{result['held_out']} in {result['seconds']:.1f} s"
         print(f"{number} of {len(missing)}: {run.label}, lr {run.lr:g}: {text}", flush=True)
 
 
-def report(runs: list[Run], records: Records, args: argparse.Namespace) -> None:
-    """Writes the result files and prints the page."""
-    summary = summarize(runs, list(records))
-    text = page(summary)
-    print(text)
-    machine = reporting.describe_machine(args.threads)
-    written = [reporting.write_results(args.name, {"device": machine, **summary}, args.out)]
-    written.append(args.out / f"{args.name}.md")
-    written[-1].write_text(text)
-    if reporting.installed("matplotlib") and summary["runs_recorded"]:
-        written.append(args.out / f"{args.name}.png")
-        draw(summary, written[-1])
-    print("wrote " + ", ".join(str(path) for path in written))
-
-
-def _parse(argv: Iterable[str] | None) -> argparse.Namespace:
+def _parse(argv: Iterable[str] | None) -> tuple[argparse.Namespace, list[Run]]:
     parser = reporting.parser(__doc__, "quality")
     add = parser.add_argument
     add("--quick", action="store_true", help="a few steps of tiny models, two seeds: seconds")
-    add("--only", nargs="+", default=["*"], metavar="PATTERN",
-        help="runs whose label matches, as 'family/gpt/*' or '*/AdamW/8-bit/seed 0'")  # fmt: skip
+    only = "runs whose label matches, as 'family/gpt/*' or '*/AdamW/8-bit/seed 0'"
+    add("--only", nargs="+", default=["*"], metavar="PATTERN", help=only)
     add("--list", action="store_true", help="print the labels of the runs, and end")
     add("--report", action="store_true", help="make no run; write the result files")
     records = Path("runs/quality/records.jsonl")
     add("--records", type=Path, default=records, help="file of records (%(default)s)")
-    add("--threads", type=int, default=1, help="of torch (1)")
+    add("--threads", type=reporting.at_least(int, 1), default=1, help="of torch (1)")
     args = parser.parse_args(argv)
-    if args.threads < 1:
-        parser.error(f"--threads: must be above 0, got {args.threads}")
-    return args
-
-
-def main(argv: Iterable[str] | None = None) -> int:
-    """Runs the benchmark with the command line `argv` (of the process if None)."""
-    args = _parse(argv)
     runs = plan(QUICK if args.quick else FULL)
     chosen = [run for run in runs if any(fnmatchcase(run.label, one) for one in args.only)]
     if not chosen:
-        print(f"--only: {' '.join(args.only)} matches no run; see --list", file=sys.stderr)
-        return 2
+        parser.error(f"--only: {' '.join(args.only)} matches no run; see --list")
+    makes_runs = not args.list and not args.report
+    if (
+        makes_runs
+        and any(r.task == "digits" for r in chosen)
+        and not reporting.installed("sklearn")
+    ):
+        parser.error("the digits need scikit-learn: pip install scikit-learn")
+    return args, chosen
+
+
+def main(argv: Iterable[str] | None = None) -> None:
+    """Runs the benchmark with the command line `argv` (of the process if None)."""
+    args, chosen = _parse(argv)
     if args.list:
         print(*dict.fromkeys(run.label for run in chosen), sep="\n")
-        return 0
+        return
     records = Records(args.records)
     if args.report:
-        report(chosen, records, args)
-        return 0
-    if any(run.task == "digits" for run in chosen) and not reporting.installed("sklearn"):
-        print("the digits need scikit-learn: pip install scikit-learn", file=sys.stderr)
-        return 2
+        summary = summarize(chosen, list(records))
+        path = reporting.write_results(args, summary)
+        path.with_suffix(".md").write_text(page(summary))
+        print(f"{page(summary)}\nwrote {path} and {path.with_suffix('.md')}")
+        return
     torch.set_num_threads(args.threads)
     machine = {
         "cpu": reporting.describe_machine(args.threads)["cpu"],
         "threads": args.threads,
         "versions": reporting.versions(["torchao8", "bitsandbytes", "scikit-learn"]),
     }
-    try:
-        make_runs(chosen, records, machine)
-    except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from {args.records}")
-        return 130
-    return 0
+    make_runs(chosen, records, machine)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

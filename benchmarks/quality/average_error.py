@@ -11,6 +11,7 @@ average, its share along the exact one (1 is unbiased), and the share of wrong s
 from __future__ import annotations
 
 import argparse
+import itertools
 import warnings
 
 import torch
@@ -19,11 +20,9 @@ import torchao8
 from benchmarks.reporting import format_table
 
 SHAPE = (16, 1024)
-RATES = (0.9999, 0.999, 0.99, 0.9)
-NOISES = (1.0, 10.0)
 
 
-def errors(rate: float, rounding: str, steps: int, noise: float) -> tuple[float, float, float]:
+def errors(rate: float, noise: float, rounding: str, steps: int) -> tuple[float, float, float]:
     generator = torch.Generator().manual_seed(0)
     rows = 10.0 ** (-3 * torch.rand((SHAPE[0], 1), generator=generator))
     signal = rows * torch.randn(SHAPE, generator=generator)
@@ -57,12 +56,11 @@ def main() -> None:
     warnings.simplefilter("ignore")
     print(f"torchao8 {torchao8.__version__}, torch {torch.__version__}, {steps} steps")
     header = ["rate", "noise", "rounding", "error", "along the exact one", "wrong signs"]
-    rows = []
-    for rate in RATES:
-        for noise in NOISES:
-            for rounding in ("nearest", "stochastic"):
-                figures = [f"{x:.3f}" for x in errors(rate, rounding, steps, noise)]
-                rows.append([f"{rate}", f"{noise:g}", rounding, *figures])
+    rates, noises = (0.9999, 0.999, 0.99, 0.9), (1.0, 10.0)
+    rows = [
+        [f"{rate}", f"{noise:g}", way, *(f"{x:.3f}" for x in errors(rate, noise, way, steps))]
+        for rate, noise, way in itertools.product(rates, noises, ("nearest", "stochastic"))
+    ]
     print(format_table(header, rows))
 
 

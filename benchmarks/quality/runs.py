@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import torchao8
+from benchmarks.process import error_line
 from benchmarks.quality.moments import MAPS, SCOPES, EmulatedAdamW8bit, UpdateError
 from benchmarks.quality.tasks import DigitsSize, GptSize, Size, Task, open_task
 from benchmarks.reporting import installed
@@ -25,53 +26,28 @@ CLIP_NORM = 1.0
 WARMUP_SHARE = 0.1
 LAST_LR = 0.1  # of the highest
 
-
-@dataclass(frozen=True)
-class Rule:
-    """An update rule in the study of the family, and the learning rate for each task.
-
-    It is run under its name with 32-bit and, with "8bit" behind it, with 8-bit state; by
-    torch.optim and bitsandbytes where they have a class of that name.
-    """
-
-    name: str
-    gpt_lr: float = 1e-3
-    digits_lr: float = 2e-3
-    options: Options = field(default_factory=dict)
-
-    @property
-    def lr(self) -> dict[str, float]:
-        """By task."""
-        return {"gpt": self.gpt_lr, "digits": self.digits_lr}
-
-
 _DECAY = {"weight_decay": 0.1}
-# The learning rates were chosen by a few runs with 32-bit state.
-_CHOSEN = [
-    Rule("Adam", 1e-3, 2e-3, {"betas": (0.9, 0.999)}),
-    Rule("AdamW", 2e-3, 2e-3, {"betas": (0.9, 0.95), **_DECAY}),
-    Rule("AdEMAMix", 1e-3, 2e-3,
-         {"betas": (0.9, 0.999, 0.9999), "alpha": 2.0, "t_alpha": 600, "t_beta3": 600}),
-    Rule("Adagrad", 1e-2, 2e-2),
-    Rule("LAMB", 1e-2, 2e-2, {"betas": (0.9, 0.999), **_DECAY}),
-    Rule("LARS", 0.3, 1.0, {"momentum": 0.9, "weight_decay": 1e-4, "trust_coefficient": 0.02}),
-    Rule("Lion", 5e-4, 2e-4, {"betas": (0.9, 0.99), **_DECAY}),
-    Rule("RMSprop", 1e-3, 2e-3, {"alpha": 0.99}),
-    Rule("SGD", 1e-1, 1e-1, {"momentum": 0.9}),
-]  # fmt: skip
-# Every rule of the library; one that nobody has chosen numbers for has its defaults.
-FAMILY = [
-    *_CHOSEN,
-    *(Rule(name) for name in rule_names() if name not in {rule.name for rule in _CHOSEN}),
-]
+# Learning rates on the GPT and on the digits, chosen by a few runs with 32-bit state, and options.
+# A rule for which nobody has chosen any gets the learning rates of Adam, and its own defaults.
+_CHOSEN: dict[str, tuple[float, float, Options]] = {
+    "Adam": (1e-3, 2e-3, {"betas": (0.9, 0.999)}),
+    "AdamW": (2e-3, 2e-3, {"betas": (0.9, 0.95), **_DECAY}),
+    "AdEMAMix": (1e-3, 2e-3,
+                 {"betas": (0.9, 0.999, 0.9999), "alpha": 2.0, "t_alpha": 600, "t_beta3": 600}),
+    "Adagrad": (1e-2, 2e-2, {}),
+    "LAMB": (1e-2, 2e-2, {"betas": (0.9, 0.999), **_DECAY}),
+    "LARS": (0.3, 1.0, {"momentum": 0.9, "weight_decay": 1e-4, "trust_coefficient": 0.02}),
+    "Lion": (5e-4, 2e-4, {"betas": (0.9, 0.99), **_DECAY}),
+    "RMSprop": (1e-3, 2e-3, {"alpha": 0.99}),
+    "SGD": (1e-1, 1e-1, {"momentum": 0.9}),
+}  # fmt: skip
+RULES = dict.fromkeys([*_CHOSEN, *rule_names()], (1e-3, 2e-3, {})) | _CHOSEN
+# Who has an optimizer of a rule.
 OURS_32BIT = "32-bit"
 OURS_8BIT = "8-bit"
 TORCH = "torch.optim"
 BITSANDBYTES = "bitsandbytes"
 SOURCES = (OURS_32BIT, OURS_8BIT, TORCH, BITSANDBYTES)
-
-ROUNDINGS = ("nearest", "stochastic")
-BETA2S = (0.999, 0.95)
 
 
 @dataclass(frozen=True)
@@ -145,19 +121,15 @@ def _class_of(source: str, name: str) -> Callable[..., torch.optim.Optimizer] | 
 def family(settings: Settings, seed: int) -> Iterator[Run]:
     """Every rule on every task: 32-bit and 8-bit state, torch's own and bitsandbytes' own."""
     for task, size in settings.sizes.items():
-        for rule in FAMILY:
+        for name, (gpt_lr, digits_lr, options) in RULES.items():
+            lr = gpt_lr if task == "gpt" else digits_lr
             for source in SOURCES:
-                if _class_of(source, rule.name) is not None:
-                    how = settings.steps[task], rule.lr[task], rule.options
-                    yield Run("family", task, size, rule.name, source, seed, *how)
+                if _class_of(source, name) is not None:
+                    steps = settings.steps[task]
+                    yield Run("family", task, size, name, source, seed, steps, lr, options)
 
 
-def codec_name(map_name: str, scope: str) -> str:
-    """The row of an emulated codec."""
-    return f"emulated: {map_name}, {scope}"
-
-
-CODECS = {codec_name(m, s): (m, s) for m in MAPS for s in SCOPES}
+CODECS = {f"emulated: {m}, {s}": (m, s) for m in MAPS for s in SCOPES}
 REFERENCE = "torchao8.AdamW"
 LIBRARY = "torchao8.AdamW8bit"
 EMBEDDINGS = {"embeddings in 8 bits": 8, "embeddings in 32 bits": 32}
@@ -166,24 +138,23 @@ EMBEDDINGS = {"embeddings in 8 bits": 8, "embeddings in 32 bits": 32}
 def ablation(settings: Settings, seed: int) -> Iterator[Run]:
     """The GPT with each codec, with and without 32-bit embeddings, at several learning rates."""
     options = {"betas": (0.9, 0.999), **_DECAY}
+    steps, size = settings.steps["ablation"], settings.sizes["gpt"]
     for lr in settings.ablation_lrs:
         for row in (REFERENCE, LIBRARY, *CODECS):
             for column in list(EMBEDDINGS)[: 1 if row == REFERENCE else None]:
-                how = settings.steps["ablation"], lr, options
-                yield Run("ablation", "gpt", settings.sizes["gpt"], row, column, seed, *how)
+                yield Run("ablation", "gpt", size, row, column, seed, steps, lr, options)
 
 
 def rounding(settings: Settings, seed: int) -> Iterator[Run]:
     """The GPT for long, with second moments rounded either way, at two decay rates."""
-    for beta2 in BETA2S:
-        for way in (*ROUNDINGS, OURS_32BIT):
-            options: Options = {"betas": (0.9, beta2), **_DECAY}
-            every = 0
-            if way != OURS_32BIT:
-                options["state_rounding"] = way
-                every = settings.error_every
-            how = settings.steps["rounding"], 2e-3, options, every
-            yield Run("rounding", "gpt", settings.sizes["gpt"], f"beta2 {beta2}", way, seed, *how)
+    steps, size = settings.steps["rounding"], settings.sizes["gpt"]
+    for beta2 in (0.999, 0.95):
+        shared = {"betas": (0.9, beta2), **_DECAY}
+        for way in (OURS_32BIT, "nearest", "stochastic"):
+            options = shared if way == OURS_32BIT else {**shared, "state_rounding": way}
+            every = 0 if way == OURS_32BIT else settings.error_every
+            row = f"beta2 {beta2}"
+            yield Run("rounding", "gpt", size, row, way, seed, steps, 2e-3, options, every)
 
 
 STUDIES = {"family": family, "ablation": ablation, "rounding": rounding}
@@ -217,14 +188,15 @@ def make_optimizer(run: Run, model: nn.Module) -> torch.optim.Optimizer:
         cls = _class_of(run.column, run.row)
         assert cls is not None, run
         return cls(model.parameters(), **options)
+    in_32bit = OURS_32BIT if run.study == "rounding" else REFERENCE
+    ours = torchao8.AdamW if in_32bit in (run.column, run.row) else torchao8.AdamW8bit
     if run.study == "rounding":
-        cls = torchao8.AdamW if run.column == OURS_32BIT else torchao8.AdamW8bit
-        return cls(model.parameters(), **options)
-    in_32bit = EMBEDDINGS[run.column] == 32
-    groups = torchao8.param_groups(model, decay_vectors=True, embeddings_in_32bit=in_32bit)
+        return ours(model.parameters(), **options)
+    embeddings = EMBEDDINGS[run.column] == 32
+    groups = torchao8.param_groups(model, decay_vectors=True, embeddings_in_32bit=embeddings)
     if run.row in CODECS:
         return EmulatedAdamW8bit(groups, *CODECS[run.row], **options)
-    return (torchao8.AdamW if run.row == REFERENCE else torchao8.AdamW8bit)(groups, **options)
+    return ours(groups, **options)
 
 
 def train(run: Run, task: Task) -> dict[str, Any]:
@@ -273,5 +245,4 @@ def attempt(run: Run) -> dict[str, Any]:
     except Exception as error:  # not every rule of theirs has a kernel for every device
         if run.column != BITSANDBYTES:
             raise
-        first_line = (str(error).strip() or "no message").splitlines()[0]
-        return {"error": f"{type(error).__name__}: {first_line}"}
+        return {"error": error_line(error)}

@@ -1,4 +1,10 @@
-"""What the studies train: a byte-level GPT, and a convolutional net on handwritten digits."""
+"""What the studies train: a byte-level GPT, and a convolutional net on handwritten digits.
+
+A task has a model and its data. Both follow from a seed, whatever the optimizer: `model` makes a
+new one, `loss` is that on the batch of a step, and `held_out` the mean loss on data that are never
+trained on, the same for every seed. `guess` is the loss of equal probabilities for all outcomes: a
+run that ends above it has diverged.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +13,6 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,21 +21,6 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tutorials"))
 
 from _gpt import GPT, VOCABULARY, GPTConfig, Text, cross_entropy
-
-
-class Task(Protocol):
-    """A model and its data. Both follow from a seed, whatever the optimizer."""
-
-    guess: float  # the loss of equal probabilities for all outcomes; a run above it has diverged
-
-    def model(self, seed: int) -> nn.Module:
-        """A new model."""
-
-    def loss(self, model: nn.Module, step: int, seed: int) -> Tensor:
-        """The loss on the batch of this step, 0-d float32."""
-
-    def held_out(self, model: nn.Module) -> float:
-        """The mean loss on data that are never trained on, the same for every seed."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +50,8 @@ class GptTask:
         return GPT(GPTConfig(size.layers, size.width, size.heads, size.context))
 
     def loss(self, model: nn.Module, step: int, seed: int) -> Tensor:
-        return cross_entropy(
-            model, *self.text.batch(step, seed, self.size.batch, self.size.context)
-        )
+        batch = self.text.batch(step, seed, self.size.batch, self.size.context)
+        return cross_entropy(model, *batch)
 
     @torch.no_grad()
     def held_out(self, model: nn.Module) -> float:
@@ -83,8 +72,7 @@ class DigitsSize:
 class DigitsTask:
     """The 1,797 handwritten digits of scikit-learn, 8 by 8 pixels; a quarter is held out."""
 
-    classes = 10
-    guess = math.log(classes)
+    guess = math.log(10)
 
     def __init__(self, size: DigitsSize) -> None:
         from sklearn.datasets import load_digits  # an extra, needed for this task alone
@@ -101,17 +89,12 @@ class DigitsTask:
     def model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         channels, hidden = self.size.channels, self.size.hidden
-        return nn.Sequential(
-            nn.Conv2d(1, channels, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(channels, 2 * channels, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Flatten(),
-            nn.Linear(2 * channels * 4 * 4, hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, self.classes),
-        )
+        convolutions = [
+            nn.Conv2d(1, channels, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(channels, 2 * channels, 3, padding=1), nn.ReLU(),
+        ]  # fmt: skip
+        head = [nn.Linear(2 * channels * 4 * 4, hidden), nn.ReLU(), nn.Linear(hidden, 10)]
+        return nn.Sequential(*convolutions, nn.MaxPool2d(2), nn.Flatten(), *head)
 
     def loss(self, model: nn.Module, step: int, seed: int) -> Tensor:
         images, labels = self.train
@@ -126,6 +109,7 @@ class DigitsTask:
 
 
 Size = GptSize | DigitsSize
+Task = GptTask | DigitsTask
 
 
 @functools.cache

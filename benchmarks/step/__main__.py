@@ -14,79 +14,75 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from benchmarks import reporting
-from benchmarks.step.contenders import BASELINE, CONTENDERS, Contender, contender, rule, rule_names
+from benchmarks.step.contenders import (
+    BASELINE,
+    CONTENDERS,
+    MEMORY,
+    Contender,
+    contender,
+    rule,
+    rule_names,
+)
 from benchmarks.step.devices import Cpu, open_device
-from benchmarks.step.rounds import MIN_ROUNDS, Bench, Plan, say
-from benchmarks.step.tables import draw, rules_table, table, title
-from benchmarks.step.tensor_lists import GROUPS, LISTS, tensor_list
+from benchmarks.step.rounds import Bench, Plan, Row
+from benchmarks.step.tables import case_record, rules_table, table, title
+from benchmarks.step.tensor_lists import LISTS, TensorList, list_names, tensor_list
 
 _PACKAGES = ("torchao8", "bitsandbytes", "torchao", "deepspeed", "flashoptim", "triton")
 _COUNTING_S = 25.0  # for the launches, which are counted after everything is timed
 
-# What an option is if it is not given. On a GPU everything must be over in three minutes.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "cpu": {"list": "gpt2", "repeats": 15, "turn": 0.25, "budget": 60.0, "setup_timeout": 600.0,
-            "time_limit": math.inf},
-    "cuda": {"list": "all", "repeats": 9, "turn": 0.05, "budget": 10.0, "setup_timeout": 80.0,
-             "time_limit": 150.0},
-}  # fmt: skip
-Cases = list[dict[str, Any]]
+
+@dataclass
+class Case:
+    """What is measured at a time: contenders against rivals on a list of tensors of one dtype."""
+
+    list_name: str
+    tensors: TensorList
+    dtype: str
+    rivals: list[Contender]
+    rule: str | None
+    rows: list[Row]
+
+    def record(self, kind: str) -> dict[str, Any]:
+        """Its part of the result file."""
+        named = {} if self.rule is None else {"rule": self.rule}
+        about = self.rivals, self.list_name, self.tensors, self.dtype
+        return {**named, **case_record(self.rows, *about, kind)}
 
 
 def _parser() -> argparse.ArgumentParser:
-    labels = {name: tensor_list(name).label for names in LISTS.values() for name in names}
-    labels["llama"] = "Llama 7B, as many of its 32 layers as fit into memory"
-    lists = "\n".join(
-        f"  {kind}:\n" + "\n".join(f"    {name:18}{labels[name]}" for name in names)
-        for kind, names in LISTS.items()
-    )
-    names = "\n".join(
-        f"  {one.name:20}{one.label}"
-        + ("" if len(one.devices) > 1 else f"  ({one.devices[0]})")
-        + ("  (only when named)" if one.lists == () else "")
-        for one in CONTENDERS.values()
-    )
-    parser = argparse.ArgumentParser(
+    lists = {name: tensor_list(name).label for names in LISTS.values() for name in names}
+    lists["llama"] = "Llama 7B, as many of its 32 layers as fit into memory"
+    devices = {name: ", ".join(k for k in LISTS if name in LISTS[k]) for name in lists}
+    shown = [f"  {name:18}{label} ({devices[name]})" for name, label in lists.items()]
+    shown += ["  tiny, all", "", "contenders:"]
+    for one in CONTENDERS.values():
+        where = "" if len(one.devices) > 1 else f" ({one.devices[0]})"
+        shown.append(f"  {one.name:20}{one.label}{where}{' (only when named)' * (one.lists == ())}")
+    parser = reporting.parser(
+        __doc__,
+        "step-cpu-LIST; on a GPU its name",
+        epilog="\n".join(["lists:", *shown, "", f"rules: {', '.join(rule_names())}"]),
         prog="python -m benchmarks.step",
-        description=__doc__,
-        epilog=f"lists:\n{lists}\n\ncontenders:\n{names}\n\nrules: {', '.join(rule_names())}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.set_defaults(name=None)
     add = parser.add_argument
-
-    def seconds(option: str, text: str, kind: type = float, least: float = 1e-9) -> None:
-        name = option.replace("-", "_")
-        values = f"({_DEFAULTS['cpu'][name]:g}; {_DEFAULTS['cuda'][name]:g} on a GPU)"
-        add(f"--{option}", type=reporting.at_least(kind, least), help=f"{text} {values}")
-
     add("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
-    every = ", ".join([*GROUPS, "all"])
-    add("--list", metavar="LIST", help=f"one of those below, {every} (gpt2; all on a GPU)")
-    dtypes = ["float32", "bfloat16", "both"]
-    add("--dtype", choices=dtypes, default="both", help="of parameters and gradients (both)")
+    reporting.add_timing(parser, "15; 9 on a GPU", "0.25; 0.05 on a GPU", "gpt2; all on a GPU")
     add("--contenders", nargs="+", metavar="NAME", help="which (below)")
-    family = "in place of AdamW's contenders: these rules, each against its forms in torch (all)"
-    add("--family", nargs="*", choices=rule_names(), metavar="RULE", help=family)
-    seconds("repeats", "rounds of turns", int, MIN_ROUNDS)
-    seconds("turn", "seconds of steps in a turn")
-    seconds("budget", "seconds of steps per row; who needs more for 3 rounds is skipped")
-    seconds("setup-timeout", "seconds for a contender's first two steps, some compile in them")
-    seconds("time-limit", "seconds after which no further list or dtype is begun")
-    add(
-        "--threads",
-        type=reporting.at_least(int, 1),
-        default=reporting.usable_cores(),
-        help="threads (all cores)",
-    )
-    add("--name", help="name of the result files (step-cpu-LIST; on a GPU its name)")
-    add("--out", type=Path, default=reporting.RESULTS, help="folder of the result files")
-    add("--no-plot", action="store_true", help="draw no PNG")
+    rules = "in place of AdamW's contenders: these rules, each against its forms in torch (all)"
+    add("--family", nargs="*", choices=rule_names(), metavar="RULE", help=rules)
+    positive = reporting.at_least(float, 1e-9)
+    budget = "seconds of steps per row; who needs more for 3 rounds is skipped (60; 10 on a GPU)"
+    add("--budget", type=positive, help=budget)
+    limit = "seconds after which no further list or dtype is begun (none; 150 on a GPU)"
+    add("--time-limit", type=positive, help=limit)
     return parser
 
 
@@ -101,13 +97,13 @@ def parse(argv: Iterable[str] | None) -> tuple[argparse.Namespace, Cpu]:
     problem = device.problem()
     if problem is not None:
         parser.error(f"--device {args.device}: {problem}")
-    for option, value in _DEFAULTS[device.kind].items():
+    for option, value in device.defaults.items():
         if getattr(args, option) is None:
             setattr(args, option, value)
-    args.lists = device.lists if args.list == "all" else GROUPS.get(args.list, (args.list,))
-    if not {*args.lists} <= {*device.lists}:
-        known = ", ".join([*device.lists, *GROUPS, "all"])
-        parser.error(f"--list: on {device.kind} one of {known}, got {args.list}")
+    try:
+        args.lists = list_names(args.list, device.lists)
+    except ValueError as error:
+        parser.error(f"--list: on {device.kind} {error}")
     if args.family is not None and args.contenders is not None:
         parser.error("--family: expected no --contenders with it")
     for name in args.contenders or ():
@@ -117,13 +113,9 @@ def parse(argv: Iterable[str] | None) -> tuple[argparse.Namespace, Cpu]:
             parser.error(f"--contenders: expected names of the list in --help, got {name!r}")
         if device.kind not in devices:
             parser.error(f"--contenders: {name} does not run on {device.kind}")
-    if not args.no_plot and not reporting.installed("matplotlib"):
-        if device.kind == "cpu":
-            parser.error("the plot needs matplotlib: install it, or give --no-plot")
-        args.no_plot = True
     if args.name is None:
-        args.name = device.result_name() + ("" if args.list == "all" else f"-{args.list}")
-        args.name += "" if args.family is None else "-family"
+        parts = [device.result_name(), *(one for one in args.list if one != "all")]
+        args.name = "-".join([*parts, *(["family"] if args.family is not None else [])])
     return args, device
 
 
@@ -134,73 +126,67 @@ def _chosen(args: argparse.Namespace, kind: str, list_name: str) -> list[Contend
     return [contender(name) for name in dict.fromkeys(args.contenders) if name != BASELINE]
 
 
-def measure(args: argparse.Namespace, device: Cpu, bench: Bench) -> tuple[Cases, Cases]:
-    """Measures all lists and dtypes asked for.
-
-    Returns the cases of the result file, and what the time limit left out.
-    """
-    cases: Cases = []
-    left_out: Cases = []
+def measure(
+    args: argparse.Namespace, device: Cpu, bench: Bench
+) -> tuple[list[Case], list[dict[str, Any]]]:
+    """Measures all lists and dtypes asked for; also tells what the time limit left out."""
+    cases: list[Case] = []
+    left_out: list[dict[str, Any]] = []
     rules = [None] if args.family is None else args.family or rule_names()
     for list_name in args.lists:
-        for dtype in ["float32", "bfloat16"] if args.dtype == "both" else [args.dtype]:
+        for dtype in args.dtype:
             for name in rules:
-                named = {} if name is None else {"rule": name}
                 if bench.plan.late():
                     reason = f"the time limit of {args.time_limit:.0f} s had passed"
+                    named = {} if name is None else {"rule": name}
                     left_out.append({"list": list_name, "dtype": dtype, **named, "reason": reason})
                     continue
+                tensors = tensor_list(list_name, device.layers())
                 if name is None:
-                    chosen = _chosen(args, device.kind, list_name)
-                    case = bench.case(chosen, [CONTENDERS[BASELINE]], list_name, dtype)
+                    chosen, rivals = _chosen(args, device.kind, list_name), [CONTENDERS[BASELINE]]
                 else:
-                    rivals = rule(name).rivals(device.kind, dtype)
-                    case = bench.case([rule(name).ours], rivals, list_name, dtype)
-                    bench.close()  # no other rule needs these processes
-                cases.append({**named, **case})
+                    chosen, rivals = [rule(name).ours], rule(name).rivals(device.kind, dtype)
+                rows = bench.measure(chosen, [*MEMORY, *rivals], tensors, dtype)
+                cases.append(Case(list_name, tensors, dtype, rivals, name, rows))
+                if name is not None:
+                    bench.stop()  # no other rule needs these processes
                 if device.kind == "cpu":  # on a GPU launches are still to be counted
-                    print(f"\n{title(cases[-1])}\n{table(cases[-1])}\n", flush=True)
+                    record = cases[-1].record(device.kind)
+                    print(f"\n{title(record)}\n{table(record)}\n", flush=True)
     return cases, left_out
 
 
-def main(argv: Iterable[str] | None = None, make_bench: type[Bench] = Bench) -> None:
+def main(argv: Iterable[str] | None = None) -> None:
     """Runs the benchmark with the command line `argv` (of the process if None)."""
     args, device = parse(argv)
     torch.set_num_threads(args.threads)
     watch, begin = reporting.CpuWatch(), time.monotonic()
-    options = ("repeats", "turn", "budget", "setup_timeout", "time_limit")
+    options = ("rounds", "turn", "budget", "time_limit")
     record: dict[str, Any] = {
         "device": device.describe(args.threads),
         "versions": {**reporting.versions(_PACKAGES), "cuda": torch.version.cuda},
         # No limit is infinite, which JSON has no number for.
         "settings": {o: getattr(args, o) for o in options if getattr(args, o) != math.inf},
     }
-    plan = Plan(args.repeats, args.turn, args.budget, args.setup_timeout, begin + args.time_limit)
-    bench = make_bench(device, args.device, args.threads, plan)
-    try:
-        record["cases"], record["left_out"] = cases, left_out = measure(args, device, bench)
+    plan = Plan(args.rounds, args.turn, args.budget, begin + args.time_limit)
+    with Bench(device, args.threads, plan) as bench:
+        cases, record["left_out"] = measure(args, device, bench)
+        record["cases"] = [case.record(device.kind) for case in cases]
         if device.kind != "cpu":
-            reporting.write_results(args.name, record, args.out)  # before a profiler has its turn
+            reporting.write_results(args, record)  # before a profiler has its turn
             late = time.monotonic() + _COUNTING_S
             bench.plan = dataclasses.replace(plan, deadline=late)
-            for case in cases:
-                bench.count_launches(case)
-                print(f"\n{title(case)}\n{table(case)}")
-    finally:
-        bench.close()
+            for i, case in enumerate(cases):
+                bench.count_launches(case.rows, case.tensors, case.dtype)
+                found = record["cases"][i] = case.record(device.kind)
+                print(f"\n{title(found)}\n{table(found)}")
     record["seconds"] = time.monotonic() - begin
     record["device"]["cpu_taken_by_others"] = watch.shares()
-    for line in watch.warning():
-        say(line)
-    for one in left_out:
+    for one in record["left_out"]:
         print(f"left out: {one['list']}, {one['dtype']}: {one['reason']}")
     if args.family is not None:
-        print(rules_table(cases))
-    written = reporting.write_results(args.name, record, args.out)
-    print(f"took {record['seconds']:.0f} s\nwrote {written}")
-    if not args.no_plot:
-        machine = record["device"].get("gpu", {}).get("name") or record["device"]["cpu"]
-        draw(cases, f"{machine}, {args.threads} threads", args.out / f"{args.name}.png")
+        print(rules_table(record["cases"]))
+    print(f"took {record['seconds']:.0f} s\nwrote {reporting.write_results(args, record)}")
 
 
 if __name__ == "__main__":

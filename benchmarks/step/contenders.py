@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,8 +14,6 @@ from torch import Tensor
 from benchmarks.step import torch_rules
 
 BASELINE = "torch"
-# Not optimizers: they take the same turns to tell the machine's memory rate.
-MEMORY_JOBS = {"copy": "copy of a buffer", "scale": "scaling a buffer in place"}
 
 # A weight decay of zero would let some skip work.
 _DECAY = {"weight_decay": 1e-2}
@@ -29,7 +27,7 @@ class Contender:
     Args:
         name: what it is called on the command line and in files.
         label: what it is called in tables.
-        where: module and class, as "torch.optim.AdamW".
+        where: module and class, as "torch.optim.AdamW"; "" if it is no optimizer.
         options: of the class.
         lists: tensor lists that it runs on if no contender is named; None: all of them.
         devices: kinds of devices it runs on.
@@ -38,18 +36,24 @@ class Contender:
         temporary_bytes: for an element of the largest tensor, in a step or while state is made.
         compiled: whether its step is compiled by torch.compile.
         cpu_path: the code path that torchao8 is told to take.
+        source: the directory of the torchao8 that is timed, if not the one at hand; the bits of its
+            steps are told, too.
+        tensors: what it steps over: "whole" tensors; on several ranks "DTensor" (sharded by rows)
+            or "shard" (copies of this rank's shards).
     """
 
     name: str
     label: str
-    where: str
-    options: dict[str, Any]
+    where: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
     lists: tuple[str, ...] | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
     state_bytes: float = 8.0
     temporary_bytes: float = 0.0
     compiled: bool = False
     cpu_path: str | None = None
+    source: str | None = None
+    tensors: str = "whole"
 
     @property
     def package(self) -> str:
@@ -59,10 +63,13 @@ class Contender:
     def build(self, params: list[Tensor]) -> torch.optim.Optimizer:
         """The optimizer over these parameters."""
         module, _, name = self.where.rpartition(".")
-        made: torch.optim.Optimizer = getattr(importlib.import_module(module), name)(
-            params, **self.options
-        )
+        cls: Any = getattr(importlib.import_module(module), name)
+        made: torch.optim.Optimizer = cls(params, **self.options)
         return made
+
+
+# They take the same turns, to tell the machine's memory rate.
+MEMORY = [Contender("copy", "copy of a buffer"), Contender("scale", "scaling a buffer in place")]
 
 
 def _adamw(name: str, label: str, where: str, more: dict[str, Any], **about: Any) -> Contender:

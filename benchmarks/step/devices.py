@@ -6,22 +6,22 @@ import contextlib
 import ctypes
 import gc
 import itertools
+import math
 import os
 import re
-import resource
 import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.autograd import DeviceType
 from torch.utils.benchmark import Timer
 
-from benchmarks.reporting import describe_machine, meminfo
+from benchmarks.reporting import describe_machine, kibibytes
 from benchmarks.step.tensor_lists import LISTS, llama_layers
 
 Step = Callable[[], object]
@@ -34,6 +34,11 @@ class Cpu:
     settle_s = 0.05  # before a turn: until the last one's OpenMP threads have stopped spinning
     process_bytes = 1 << 29  # of a process besides its tensors
     usable_share = 0.9  # of the free memory
+    setup_timeout = 600.0  # seconds for a contender's first steps; some compile in them
+    # What an option is if it is not given.
+    defaults: ClassVar[dict[str, Any]] = {
+        "list": ["gpt2"], "rounds": 15, "turn": 0.25, "budget": 60.0, "time_limit": math.inf,
+    }  # fmt: skip
 
     def __init__(self, name: str) -> None:
         self.device = torch.device(name)
@@ -59,7 +64,7 @@ class Cpu:
 
     def free_bytes(self) -> int:
         """Memory for processes that step; a guess where it is not known."""
-        return meminfo("MemAvailable") or 8 << 30
+        return kibibytes("/proc/meminfo", "MemAvailable") or 8 << 30
 
     def buffer_bytes(self) -> int:
         """Size of a memory job's buffer, at most: far more than a cache holds."""
@@ -88,22 +93,17 @@ class Cpu:
     def peak_extra_bytes(self, step: Step) -> int | None:
         """How far the process's resident memory rises above its present size during a step.
 
-        Where the kernel can reset the high-water mark (Linux), what the allocator keeps for reuse
-        is given back first, so that temporaries of earlier calls do not hide those of this one.
-        Elsewhere only a rise above every earlier peak can be seen; 0 then says little, and None is
-        returned.
+        What the allocator keeps for reuse is given back first, so that temporaries of earlier calls
+        do not hide those of this one. None where the kernel cannot reset the high-water mark.
         """
         self.free()
         try:
             Path("/proc/self/clear_refs").write_text("5")
         except OSError:
-            earlier = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            step()
-            risen = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - earlier
-            return risen * 1024 if risen > 0 else None
-        before = _status_bytes("VmRSS")
+            return None
+        before = kibibytes("/proc/self/status", "VmRSS")
         step()
-        peak = _status_bytes("VmHWM")
+        peak = kibibytes("/proc/self/status", "VmHWM")
         return None if before is None or peak is None else max(peak - before, 0)
 
     def launches(self, step: Step) -> int | None:
@@ -117,14 +117,6 @@ class Cpu:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def _status_bytes(field: str) -> int | None:
-    with contextlib.suppress(OSError):
-        match = re.search(rf"^{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.M)
-        if match:
-            return int(match.group(1)) * 1024
-    return None
-
-
 class Cuda(Cpu):
     """A GPU, "cuda" or "cuda:N"."""
 
@@ -132,6 +124,11 @@ class Cuda(Cpu):
     settle_s = 0.0
     process_bytes = 1 << 28  # they are there when free memory is read, so this is for code
     usable_share = 0.95
+    setup_timeout = 80.0
+    # Everything must be over in three minutes.
+    defaults: ClassVar[dict[str, Any]] = {
+        "list": ["all"], "rounds": 9, "turn": 0.05, "budget": 10.0, "time_limit": 150.0,
+    }  # fmt: skip
 
     def __init__(self, name: str) -> None:
         self.index = torch.device(name).index or 0
@@ -140,14 +137,10 @@ class Cuda(Cpu):
     def problem(self) -> str | None:
         if torch.version.cuda is None:
             return f"torch {torch.__version__} is built without CUDA"
-        if not torch.cuda.is_available():
-            return "torch finds no GPU"
         if self.index >= torch.cuda.device_count():
             return f"there is no GPU {self.index}: torch finds {torch.cuda.device_count()}"
-        try:
-            from torchao8 import ops
-        except ImportError as error:
-            return str(error)
+        from torchao8 import ops
+
         if ops.CUDA_EXTENSION_FILE is None:
             return f"torchao8 has no CUDA kernels: {ops.CUDA_MISSING}"
         return None
@@ -188,11 +181,12 @@ class Cuda(Cpu):
         torch.cuda.synchronize()
 
     def seconds_of_first_step(self, step: Step) -> float:
+        def step_and_wait() -> None:
+            step()
+            torch.cuda.synchronize()
+
         torch.cuda.synchronize()
-        start = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return super().seconds_of_first_step(step_and_wait)
 
     def seconds_of_step(self, step: Step, turn: float) -> float:
         """The median time between events that lie between steps, enqueued without waiting.
@@ -263,10 +257,8 @@ def _driver_version() -> str | None:
     if program is None:
         return None
     query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-        return lines.splitlines()[0].strip() if lines.strip() else None
-    return None
+    lines = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
+    return lines[0].strip() if lines else None
 
 
 DEVICES: dict[str, type[Cpu]] = {"cpu": Cpu, "cuda": Cuda}

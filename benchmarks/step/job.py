@@ -1,19 +1,26 @@
-"""What a process of `benchmarks.step` holds: an optimizer, or buffers that tell the memory rate."""
+"""What a timed process holds: an optimizer, or buffers that tell the memory rate."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from benchmarks.step.contenders import MEMORY_JOBS, Contender, contender
-from benchmarks.step.devices import Cpu, open_device
-from benchmarks.step.tensor_lists import TensorList, tensor_list
+from benchmarks.step.contenders import MEMORY, Contender
+from benchmarks.step.devices import Cpu
+from benchmarks.step.tensor_lists import TensorList
 
 _CPU_PATHS = ("scalar", "avx2", "avx512")  # what torchao8's cpu_capability() counts
+_STEPS_FOR_BITS = 5
 
 
 def _plain_tensors(value: Any) -> Iterator[Tensor]:
@@ -36,6 +43,20 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """A hash of the bits of tensors (of DTensors, of this rank's part)."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        plain = _local(tensor.detach()).contiguous()
+        found.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
+        found.update(plain.view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
 class OptimizerJob:
     """Parameters with gradients, and one optimizer over them."""
 
@@ -43,18 +64,28 @@ class OptimizerJob:
         self, chosen: Contender, tensors: TensorList, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.chosen = chosen
+        ranks = dist.get_world_size() if chosen.tensors != "whole" else 1
+        mesh = init_device_mesh("cpu", (ranks,)) if chosen.tensors != "whole" else None
         generator = torch.Generator(device).manual_seed(0)
+
+        def values(shape: tuple[int, ...], std: float) -> Tensor:
+            """Random numbers; on several ranks this rank's of them."""
+            value = torch.empty(shape, dtype=dtype, device=device)
+            value.normal_(std=std, generator=generator)
+            if mesh is not None:
+                value = distribute_tensor(value, mesh, [Shard(0)], src_data_rank=None)
+            return _local(value).clone() if chosen.tensors == "shard" else value
+
         self.params: list[Tensor] = []
         for shape in tensors.shapes:
-            param = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
-            with torch.no_grad():
-                param.normal_(std=0.02, generator=generator)
-                param.grad = torch.empty_like(param).normal_(std=1e-3, generator=generator)
-            self.params.append(param)
+            self.params.append(torch.nn.Parameter(values(shape, 0.02)))
+            self.params[-1].grad = values(shape, 1e-3)
         self.optimizer = chosen.build(self.params)
-        self.step: Callable[[], object] = self.optimizer.step
-        if chosen.compiled:
-            self.step = torch.compile(self.optimizer.step)
+        group = self.optimizer.param_groups[0]
+        if chosen.tensors == "shard" and "min_8bit_size" in group:
+            group["min_8bit_size"] //= ranks  # a shard has 8-bit state where its DTensor has
+        step = self.optimizer.step
+        self.step: Callable[[], object] = torch.compile(step) if chosen.compiled else step
         self.samples = self._sample()
         self.path = None
         if device.type == "cpu" and chosen.package == "torchao8":
@@ -64,12 +95,12 @@ class OptimizerJob:
                 raise RuntimeError(reason)
 
     def _sample(self) -> list[Tensor]:
-        return [param.detach().flatten()[:64].clone() for param in self.params]
+        return [_local(param.detach()).flatten()[:64].clone() for param in self.params]
 
     def describe(self) -> dict[str, Any]:
         """What is known after a step: the code path, and the bytes that a step moves."""
         state = state_bytes(self.optimizer)
-        params = sum(param.nbytes for param in self.params)
+        params = sum(_local(param).nbytes for param in self.params)
         # How many calls of its op a step of torchao8 makes: one for each dtype and format.
         formats = {(p.dtype, tuple(sorted(self.optimizer.state[p]))) for p in self.params}
         return {
@@ -80,10 +111,24 @@ class OptimizerJob:
             "buckets": len(formats) if self.chosen.package == "torchao8" else None,
         }
 
+    def bits(self) -> dict[str, str]:
+        """Hashes of the parameters and of each state after a few steps from the start."""
+        for _ in range(_STEPS_FOR_BITS):
+            self.step()
+            for p in self.params:  # in place: a compiled step would be compiled for new tensors
+                _local(p.grad).mul_(-0.7)
+        states = self.optimizer.state_dict()["state"]
+        names = sorted({name for state in states.values() for name in state})
+        digests = {
+            name: digest(torch.as_tensor(states[i][name]) for i in states if name in states[i])
+            for name in names
+        }
+        return {"parameters": digest(self.params), **digests}
+
     def check(self) -> None:
         """Raises if a parameter has not moved or is no number: then nothing was measured."""
         for i, (old, new) in enumerate(zip(self.samples, self._sample(), strict=True)):
-            if torch.equal(old, new) or not torch.isfinite(new).all():
+            if old.numel() and (torch.equal(old, new) or not torch.isfinite(new).all()):
                 raise RuntimeError(f"after the run parameter {i} is unchanged or not finite")
 
 
@@ -117,55 +162,63 @@ class MemoryJob:
 
 
 class Stepper:
-    """Steps one contender, or runs one memory job, over one tensor list after the other."""
+    """Steps one contender, or runs one memory job, over one tensor list after the other.
 
-    def __init__(self, name: str, device: str, threads: int) -> None:
+    `rank` of `ranks` such processes shares out the tensors, over the file `store`.
+    """
+
+    def __init__(
+        self, chosen: Contender, device: Cpu, threads: int, rank: int, ranks: int, store: str
+    ) -> None:
         torch.set_num_threads(threads)
-        self._name = name
-        self._device = open_device(device)
+        self._chosen = chosen
+        self._device = device
         self._device.start()
-        self._job: OptimizerJob | MemoryJob | None = None
-        if name not in MEMORY_JOBS:
-            importlib.import_module(contender(name).package)
+        self._job: Any = None
+        if chosen.where:
+            found = importlib.import_module(chosen.package).__file__
+            if chosen.source and not Path(str(found)).is_relative_to(chosen.source):
+                raise RuntimeError(f"{found} was imported, not torchao8 of {chosen.source}")
+        if ranks > 1:
+            where = f"file://{store}"
+            dist.init_process_group("gloo", init_method=where, rank=rank, world_size=ranks)
 
     def ready(self) -> None:
         """Nothing: once this is answered, libraries are imported and the device is at hand."""
 
-    def set_up(self, list_name: str, layers: int, dtype_name: str) -> dict[str, Any]:
+    def set_up(self, tensors: TensorList, dtype_name: str) -> dict[str, Any]:
         """Makes the tensors of a list and takes the first steps."""
         self.free()
-        tensors, dtype = tensor_list(list_name, layers), getattr(torch, dtype_name)
-        if self._name in MEMORY_JOBS:
-            self._job = MemoryJob(self._name, tensors, dtype, self._device)
+        dtype = getattr(torch, dtype_name)
+        if self._chosen in MEMORY:
+            self._job = MemoryJob(self._chosen.name, tensors, dtype, self._device)
         else:
-            chosen = contender(self._name)
-            self._job = OptimizerJob(chosen, tensors, dtype, self._device.device)
+            self._job = OptimizerJob(self._chosen, tensors, dtype, self._device.device)
+        bits = self._job.bits() if self._chosen.source else None  # before any other step
         first = self._device.seconds_of_first_step(self._job.step)  # makes state; some compile
         step_s = self._device.seconds_of_step(self._job.step, 0.0)
-        return {**self._job.describe(), "first_step_s": first, "step_s": step_s}
-
-    @property
-    def _step(self) -> Callable[[], object]:
-        assert self._job is not None
-        return self._job.step
+        return {**self._job.describe(), "first_step_s": first, "step_s": step_s, "bits": bits}
 
     def turn(self, seconds: float) -> float:
         """The median time of the steps that fit into these seconds."""
-        return self._device.seconds_of_step(self._step, seconds)
+        return self._device.seconds_of_step(self._job.step, seconds)
 
     def peak_extra_bytes(self) -> int | None:
         """How far memory rises during a step; checks that the steps did what they are for."""
-        peak = self._device.peak_extra_bytes(self._step)
-        assert self._job is not None
+        peak = self._device.peak_extra_bytes(self._job.step)
         self._job.check()
-        self.free()
         return peak
+
+    def saved_bytes(self, folder: str) -> int:
+        """Bytes of the files that torch.distributed.checkpoint writes of the state."""
+        state = {"state": self._job.optimizer.state_dict()["state"]}
+        dcp.save(state, checkpoint_id=folder)
+        dist.barrier()
+        return sum(file.stat().st_size for file in Path(folder).iterdir())
 
     def launches(self) -> int | None:
         """Kernels that a step starts."""
-        count = self._device.launches(self._step)
-        self.free()
-        return count
+        return self._device.launches(self._job.step)
 
     def free(self) -> None:
         """Lets go of the tensors, and of the memory they had."""

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import median, quantiles
 from typing import Any
 
 import torch
 
-from benchmarks.reporting import installed
-from benchmarks.step.contenders import CONTENDERS, MEMORY_JOBS, Contender
+from benchmarks.process import Worker, WorkerError
+from benchmarks.reporting import installed, say
+from benchmarks.step.contenders import MEMORY, Contender
 from benchmarks.step.devices import Cpu
 from benchmarks.step.job import Stepper
-from benchmarks.step.process import Worker, WorkerError
-from benchmarks.step.tensor_lists import TensorList, tensor_list
+from benchmarks.step.tensor_lists import TensorList
 
 MIN_ROUNDS = 3  # fewer give no median
 
@@ -29,7 +29,6 @@ class Plan:
     rounds: int
     turn: float
     budget: float
-    setup_timeout: float
     deadline: float = math.inf
 
     def late(self) -> bool:
@@ -46,79 +45,55 @@ class Plan:
 class Row:
     """One contender on one tensor list: what it is, and what was measured."""
 
-    name: str
-    label: str
+    contender: Contender
+    batch: int = 0
     skipped: str | None = None
     info: dict[str, Any] = field(default_factory=dict)
     rounds: dict[int, float] = field(default_factory=dict)  # round -> median seconds of its turn
     peak_extra_bytes: int | None = None
+    saved_bytes: int | None = None
+    launches: int | None = None
+
+    @property
+    def name(self) -> str:
+        """That of the contender."""
+        return self.contender.name
 
     def skip(self, reason: str) -> None:
-        """Leaves it out from now on."""
-        self.skipped = reason
-        say(f"  skipping {self.name}: {reason}")
-
-    def rate(self) -> float:
-        """Bytes that must move, over time, in GB/s (1e9 bytes)."""
-        rate: float = self.info["moved_bytes"] / median(self.rounds.values()) / 1e9
-        return rate
-
-    def record(self, numel: int, baseline: Row, copy: Row, kind: str) -> dict[str, Any]:
-        """The row as it goes to the result file; times in ms, rates in GB/s."""
-        row: dict[str, Any] = {"name": self.name, "label": self.label}
-        if self.skipped is not None:
-            return {**row, "skipped": self.skipped}
-        times = list(self.rounds.values())
-        quarter, _, three_quarters = quantiles(times, n=4, method="inclusive")
-        row |= {"cpu_path": self.info["path"]} if kind == "cpu" else {}
-        row |= {
-            "ms": median(times) * 1e3,
-            "ms_quartiles": [quarter * 1e3, three_quarters * 1e3],
-            "ms_min": min(times) * 1e3,
-            "speedup": None,
-            "rounds": len(times),
-            "ms_of_rounds": [t * 1e3 for t in times],
-            "first_step_s": self.info["first_step_s"],
-            "moved_bytes_per_parameter": None,
-            "gb_per_s": self.rate(),
-            "share_of_copy_rate": None,
-            "state_bytes_per_parameter": None,
-            "peak_extra_bytes": None,
-        }
-        if self.name not in MEMORY_JOBS:
-            row["speedup"] = speed_over(self.rounds, baseline.rounds)
-            row["moved_bytes_per_parameter"] = self.info["moved_bytes"] / numel
-            row["share_of_copy_rate"] = self.rate() / copy.rate() if copy.rounds else None
-            row["state_bytes_per_parameter"] = self.info["state_bytes"] / numel
-            row["peak_extra_bytes"] = self.peak_extra_bytes
-        return row if kind == "cpu" else {**row, "buckets": self.info["buckets"], "launches": None}
+        """Leaves it out from now on, for the first reason that is told."""
+        if self.skipped is None:
+            self.skipped = reason
+            say(f"  skipping {self.name}: {reason}")
 
 
-def speed_over(ours: dict[int, float], theirs: dict[int, float]) -> float | None:
-    """How many times as fast as `theirs`: the median of the ratios in the rounds of both."""
-    shared = [theirs[i] / t for i, t in ours.items() if i in theirs]
-    return median(shared) if shared else None
-
-
-def say(text: str) -> None:
-    """Tells the person who waits."""
-    print(text, file=sys.stderr, flush=True)
+def ratios(ours: dict[int, float], theirs: dict[int, float]) -> list[float]:
+    """How many times as fast as `theirs`, in the rounds of both."""
+    return [theirs[i] / t for i, t in ours.items() if i in theirs]
 
 
 class Bench:
-    """Measures tensor lists on one device; holds a process for each contender until `close`."""
+    """Measures on one device; holds a process, or one for each rank, for each contender.
 
-    make_stepper: Any = Stepper
+    Ends all processes when its context is left.
+    """
 
-    def __init__(self, device: Cpu, name: str, threads: int, plan: Plan) -> None:
-        self._device = device
-        self._spec = (name, threads)
+    def __init__(self, device: Cpu, threads: int, plan: Plan, ranks: int = 1) -> None:
         self.plan = plan
-        self._workers: dict[str, Worker] = {}
+        self._device, self._threads, self._ranks = device, threads, ranks
+        self._workers: dict[str, list[Worker]] = {}
+        self._folder = tempfile.TemporaryDirectory()
+        self._places = (f"{self._folder.name}/{i}" for i in itertools.count())
 
-    def close(self) -> None:
-        """Ends all processes."""
-        for worker in self._workers.values():
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._folder.cleanup()
+
+    def stop(self) -> None:
+        """Ends all processes; others are started where they are needed."""
+        for worker in (worker for workers in self._workers.values() for worker in workers):
             worker.stop()
         self._workers = {}
 
@@ -126,73 +101,80 @@ class Bench:
 
     def _ask(
         self, rows: list[Row], timeout: float, method: str, *arguments: Any
-    ) -> list[tuple[Row, Any]]:
+    ) -> list[tuple[Row, list[Any]]]:
         """Calls a method in all rows' processes at a time; the answers. Who fails is skipped."""
         rows = [row for row in rows if row.skipped is None]
+        for worker in (worker for row in rows for worker in self._workers[row.name]):
+            worker.send(method, *arguments)
+        end, found = time.monotonic() + timeout, []
         for row in rows:
-            self._workers[row.name].send(method, *arguments)
-        start, answers = time.monotonic(), []
-        for row in rows:
-            try:
-                left = timeout - (time.monotonic() - start)
-                answers.append((row, self._workers[row.name].receive(left)))
-            except WorkerError as error:
-                row.skip(str(error))
+            answers = []
+            for worker in self._workers[row.name]:
+                try:
+                    answers.append(worker.receive(end - time.monotonic()))
+                except WorkerError as error:
+                    row.skip(str(error))
+            if row.skipped is None:
+                found.append((row, answers))
+            else:
                 self._clear(row)
-        return answers
+        return found
 
     def _clear(self, row: Row) -> None:
-        """Has what a failed row held given back; ends the process if it cannot even do that."""
-        self._workers[row.name].send("free")
-        try:
-            self._workers[row.name].receive(60)
-        except WorkerError:
-            self._workers[row.name].stop()
+        """Has what a row held given back; ends the processes that cannot even do that."""
+        for worker in self._workers[row.name]:
+            worker.send("free")
+            try:
+                worker.receive(60)
+            except WorkerError:
+                worker.stop()
 
     def _start(self, rows: list[Row]) -> None:
         """Starts the processes that do not run; one that ended gets another for the next list."""
-        device, threads = self._spec
         for row in rows:
-            if row.name not in self._workers or not self._workers[row.name].alive:
-                path = CONTENDERS[row.name].cpu_path if row.name in CONTENDERS else None
-                self._workers[row.name] = Worker(
-                    self.make_stepper, row.name, device, threads,
-                    threads=threads, environment={"TORCHAO8_CPU": path},
-                )  # fmt: skip
-            self._workers[row.name].send("ready")
-        for row in rows:
-            try:
-                self._workers[row.name].receive(self.plan.setup_timeout)
-            except WorkerError as error:
-                row.skip(f"did not start: {error}")
+            one, workers = row.contender, self._workers.get(row.name, [])
+            if not workers or not all(worker.alive for worker in workers):
+                for worker in workers:
+                    worker.stop()
+                store = next(self._places)
+                environment = {"OMP_NUM_THREADS": str(self._threads), "TORCHAO8_CPU": one.cpu_path}
+                self._workers[row.name] = [
+                    Worker(Stepper, one, self._device, self._threads, rank, self._ranks, store,
+                           environment=environment, source=one.source)
+                    for rank in range(self._ranks)
+                ]  # fmt: skip
+        self._ask(rows, self._device.setup_timeout, "ready")
 
     # -- the steps of a measurement ------------------------------------------------------------
 
-    def _set_up(self, rows: list[Row], list_name: str, dtype: str) -> None:
-        timeout = self.plan.setup_timeout
-        if self.plan.deadline != math.inf:
-            timeout = min(timeout, max(self.plan.deadline - time.monotonic(), 15))
+    def _set_up(self, rows: list[Row], tensors: TensorList, dtype: str) -> None:
+        left = self.plan.deadline - time.monotonic()
+        timeout = min(self._device.setup_timeout, max(left, 15))
         # On a GPU all at a time, since some compile on the CPU; there one would disturb the others.
         for some in [rows] if self._device.kind != "cpu" else [[row] for row in rows]:
             self._start([row for row in some if row.skipped is None])
-            arguments = list_name, self._device.layers(), dtype
-            for row, info in self._ask(some, timeout, "set_up", *arguments):
-                row.info = info
+            for row, answers in self._ask(some, timeout, "set_up", tensors, dtype):
+                row.info = {**answers[0], "bits": [answer["bits"] for answer in answers]}
 
     def _finish(self, rows: list[Row]) -> None:
         for row in rows:
             if row.skipped is None and len(row.rounds) < MIN_ROUNDS:
+                self._clear(row)
                 row.skip(f"only {len(row.rounds)} rounds within the time limit")
         for row in rows:
-            step_s = row.info.get("step_s", 0.0)
-            for _, peak in self._ask([row], 60 + 20 * step_s, "peak_extra_bytes"):
-                row.peak_extra_bytes = peak
+            timeout = 60 + 20 * row.info.get("step_s", 0.0)
+            for _, peaks in self._ask([row], timeout, "peak_extra_bytes"):
+                row.peak_extra_bytes = peaks[0]
+            if row.contender.tensors == "DTensor":
+                for _, sizes in self._ask([row], 600, "saved_bytes", next(self._places)):
+                    row.saved_bytes = sizes[0]
+            self._ask([row], 60, "free")
 
-    def _measure(self, rows: list[Row], list_name: str, dtype: str) -> None:
-        self._set_up(rows, list_name, dtype)
+    def _measure(self, rows: list[Row], tensors: TensorList, dtype: str) -> None:
+        self._set_up(rows, tensors, dtype)
         for row in rows:
             if row.skipped is None and MIN_ROUNDS * row.info["step_s"] > self.plan.budget:
-                self._ask([row], 60, "free")
+                self._clear(row)
                 row.skip(
                     f"a step takes {row.info['step_s']:.1f} s: {MIN_ROUNDS} of them would take "
                     f"more than the budget of {self.plan.budget:.0f} s"
@@ -206,16 +188,13 @@ class Bench:
                     time.sleep(self._device.settle_s)
                     timeout = 60 + 20 * (self.plan.turn + row.info["step_s"])
                     for _, seconds in self._ask([row], timeout, "turn", self.plan.turn):
-                        row.rounds[number] = seconds
+                        row.rounds[number] = max(seconds)  # ranks run at the same time
         self._finish(rows)
 
     def batches(
-        self,
-        chosen: list[Contender],
-        everywhere: list[Contender],
-        tensors: TensorList,
-        itemsize: int,
-    ) -> tuple[list[list[Contender]], list[Row]]:
+        self, chosen: Sequence[Contender], everywhere: Sequence[Contender],
+        tensors: TensorList, itemsize: int,
+    ) -> tuple[list[list[Contender]], list[Row]]:  # fmt: skip
         """Splits contenders into batches that fit into memory beside what runs in every batch.
 
         Also returns rows for those that fit into none.
@@ -223,86 +202,68 @@ class Bench:
         device = self._device
 
         def need(one: Contender) -> int:
+            if one in MEMORY:
+                return int(device.process_bytes + 1.5 * device.buffer_bytes())  # 3 buffers in all
             held = tensors.numel * (2 * itemsize + one.state_bytes)
             return int(device.process_bytes + held + tensors.largest * one.temporary_bytes)
 
-        buffers = 3 * device.buffer_bytes()
-        always = sum(map(need, everywhere)) + 2 * device.process_bytes + buffers
-        room = int(device.usable_share * device.free_bytes()) - always
+        room = int(device.usable_share * device.free_bytes()) - sum(map(need, everywhere))
         batches: list[list[Contender]] = [[]]
         too_large = []
         for one in chosen:
             if need(one) > room:
                 reason = f"needs {need(one) / 1e9:.0f} GB of memory, of {room / 1e9:.0f} free"
-                too_large.append(Row(one.name, one.label, skipped=reason))
+                too_large.append(Row(one, skipped=reason))
                 continue
             if sum(map(need, batches[-1])) + need(one) > room:
                 batches.append([])
             batches[-1].append(one)
         return batches, too_large
 
-    # -- what the command line asks for --------------------------------------------------------
+    # -- what is asked for ---------------------------------------------------------------------
 
-    def case(
-        self, chosen: Sequence[Contender], rivals: list[Contender], list_name: str, dtype: str
-    ) -> dict[str, Any]:
-        """Measures one tensor list with one parameter dtype; returns its part of the result.
+    def measure(
+        self, chosen: Sequence[Contender], everywhere: Sequence[Contender],
+        tensors: TensorList, dtype: str,
+    ) -> list[Row]:  # fmt: skip
+        """Measures one tensor list with one dtype: a row for each contender and batch it is in.
 
-        `rivals` run in every batch. Speed-ups are over the fastest of them, in the same rounds.
+        The contenders `everywhere` run in every batch, and stand first in it.
         """
-        tensors = tensor_list(list_name, self._device.layers())
         say(f"{tensors.label}, {dtype}")
         present = [one for one in chosen if installed(one.package)]
-        left_out = [Row(one.name, one.label, f"{one.package} is not installed")
+        left_out = [Row(one, skipped=f"{one.package} is not installed")
                     for one in chosen if one not in present]  # fmt: skip
         if self._device.kind != "cpu":  # before its memory is counted: processes take some of it
-            self._start([Row(c.name, c.label) for c in [*rivals, *present]])
+            self._start([Row(one) for one in [*everywhere, *present]])
         itemsize = getattr(torch, dtype).itemsize
-        batches, too_large = self.batches(present, rivals, tensors, itemsize)
-        left_out += too_large
-        first: list[dict[str, Any]] = []
-        repeated: list[dict[str, Any]] = []
-        fastest = Row("", "")
+        batches, too_large = self.batches(present, everywhere, tensors, itemsize)
+        rows: list[Row] = []
         for number, batch in enumerate(batches):
             if number > 0 and self.plan.late():
                 reason = "left out: the time limit has passed"
-                left_out += [Row(one.name, one.label, skipped=reason) for one in batch]
+                left_out += [Row(one, skipped=reason) for one in batch]
                 continue
-            memory = [Row(name, label) for name, label in MEMORY_JOBS.items()]
-            theirs, ours = ([Row(c.name, c.label) for c in some] for some in (rivals, batch))
-            self._measure([*memory, *theirs, *ours], list_name, dtype)
-            timed = [row for row in theirs if row.skipped is None]
-            fastest = min(timed, key=lambda r: median(r.rounds.values()), default=Row("", ""))
-            for row in [*theirs, *ours, *memory]:
-                record = row.record(tensors.numel, fastest, memory[0], self._device.kind)
-                shared = row not in ours
-                place = repeated if shared and number > 0 else first
-                place.append({**record, "batch": number})
-        # The memory's rates behind the optimizers, whatever batch these are of.
-        first.sort(key=lambda record: record["name"] in MEMORY_JOBS)
-        skipped = [{"name": r.name, "label": r.label, "skipped": r.skipped, "batch": 0}
-                   for r in left_out]  # fmt: skip
-        return {
-            "fastest": fastest.name,
-            "list": list_name,
-            "label": tensors.label,
-            "tensors": len(tensors.shapes),
-            "parameters": tensors.numel,
-            "dtype": dtype,
-            "rows": [*first, *repeated, *skipped],
-        }
+            some = [Row(one, number) for one in [*everywhere, *batch]]
+            self._measure(some, tensors, dtype)
+            rows += some
+        return rows + left_out + too_large
 
-    def count_launches(self, case: dict[str, Any]) -> None:
-        """Writes the kernel launches of a step into the rows of a case.
+    def count_launches(self, rows: list[Row], tensors: TensorList, dtype: str) -> None:
+        """Counts the kernel launches of a step of measured rows.
 
         For a last pass: a profiler slows down the process that it was in.
         """
-        measured = [r for r in case["rows"] if "ms" in r and r["name"] not in MEMORY_JOBS]
-        for batch in sorted({record["batch"] for record in measured}):
+        measured = [row for row in rows if row.skipped is None and row.contender not in MEMORY]
+        for batch in sorted({row.batch for row in measured}):
             if self.plan.late():
                 break
-            records = {r["name"]: r for r in measured if r["batch"] == batch}
-            rows = [Row(name, name) for name in records]
-            self._set_up(rows, case["list"], case["dtype"])
-            for row, count in self._ask(rows, 30, "launches"):
-                records[row.name]["launches"] = count
+            again = {row.name: Row(row.contender) for row in measured if row.batch == batch}
+            self._set_up(list(again.values()), tensors, dtype)
+            counts = {
+                row.name: found[0] for row, found in self._ask([*again.values()], 30, "launches")
+            }
+            for row in measured:
+                if row.batch == batch:
+                    row.launches = counts.get(row.name)
+            self._ask(list(again.values()), 60, "free")

@@ -1,13 +1,84 @@
-"""How `benchmarks.step` shows its measurements: tables for people and a picture."""
+"""How `benchmarks.step` shows its measurements: records of the result file, and tables of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from statistics import median, quantiles
 from typing import Any
 
 from benchmarks.reporting import format_table
-from benchmarks.step.contenders import BASELINE, MEMORY_JOBS
+from benchmarks.step.contenders import MEMORY, Contender
+from benchmarks.step.rounds import Row, ratios
+from benchmarks.step.tensor_lists import TensorList
+
+
+def _record(row: Row, numel: int, fastest: Row | None, copy: Row, kind: str) -> dict[str, Any]:
+    """A row as it goes to the result file; times in ms, rates in GB/s (1e9 bytes)."""
+    found: dict[str, Any] = {"name": row.name, "label": row.contender.label}
+    if row.skipped is not None:
+        return {**found, "skipped": row.skipped, "batch": row.batch}
+    times, info = [1e3 * t for t in row.rounds.values()], row.info
+    low, middle, high = quantiles(times, n=4, method="inclusive")
+    rate = info["moved_bytes"] / middle / 1e6
+    is_step = row.contender not in MEMORY
+    shared = ratios(row.rounds, fastest.rounds) if fastest and is_step else []
+    of_copy = None
+    if is_step and copy.rounds:
+        of_copy = rate / (copy.info["moved_bytes"] / median(copy.rounds.values()) / 1e9)
+    found |= {
+        "ms": middle,
+        "ms_quartiles": [low, high],
+        "ms_min": min(times),
+        "speedup": median(shared) if shared else None,
+        "rounds": len(times),
+        "ms_of_rounds": times,
+        "first_step_s": info["first_step_s"],
+        "moved_bytes_per_parameter": info["moved_bytes"] / numel if is_step else None,
+        "gb_per_s": rate,
+        "share_of_copy_rate": of_copy,
+        "state_bytes_per_parameter": info["state_bytes"] / numel if is_step else None,
+        "peak_extra_bytes": row.peak_extra_bytes if is_step else None,
+        "batch": row.batch,
+    }
+    if kind == "cpu":
+        return {**found, "cpu_path": info["path"]}
+    return {**found, "buckets": info["buckets"], "launches": row.launches}
+
+
+def case_record(
+    rows: list[Row],
+    rivals: list[Contender],
+    list_name: str,
+    tensors: TensorList,
+    dtype: str,
+    kind: str,
+) -> dict[str, Any]:
+    """What the result file says about one list and dtype.
+
+    Speed-ups are over the fastest of the rivals of a batch, which are in every batch.
+    """
+    records, fastest = [], None
+    for number in sorted({row.batch for row in rows}):
+        some = [row for row in rows if row.batch == number]
+        timed = [row for row in some if row.contender in rivals and row.skipped is None]
+        if timed:
+            fastest = min(timed, key=lambda row: median(row.rounds.values()))
+        copy = next((row for row in some if row.name == "copy"), Row(MEMORY[0]))
+        records += [_record(row, tensors.numel, fastest, copy, kind) for row in some]
+    # What is in every batch stands once above the others; the memory rates and the rest below.
+    memory, shared = {one.name for one in MEMORY}, {one.name for one in rivals}
+    records.sort(
+        key=lambda r: (r["batch"] > 0 and r["name"] in memory | shared, r["name"] in memory)
+    )
+    return {
+        "fastest": fastest.name if fastest else "",
+        "list": list_name,
+        "label": tensors.label,
+        "tensors": len(tensors.shapes),
+        "parameters": tensors.numel,
+        "dtype": dtype,
+        "rows": records,
+    }
 
 
 def title(case: dict[str, Any]) -> str:
@@ -20,19 +91,19 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _ms(value: float) -> str:
-    """Three digits, and no exponent for times of a second and more."""
-    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
-
-
 def _mebibytes(value: float | None) -> str:
     return "" if value is None else format(value / 2**20, ".1f")
 
 
+def milliseconds(value: float) -> str:
+    """Three digits, and no exponent for times of a second and more."""
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+
+
 # Between the columns of both devices, "path" is the CPU's and the two after "state" the GPU's.
 _COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "ms": lambda row: _ms(row["ms"]),
-    "quartiles": lambda row: " - ".join(_ms(value) for value in row["ms_quartiles"]),
+    "ms": lambda row: milliseconds(row["ms"]),
+    "quartiles": lambda row: " - ".join(milliseconds(value) for value in row["ms_quartiles"]),
     "speed-up": lambda row: _number(row["speedup"], ".2f"),
     "path": lambda row: row["cpu_path"] or "",
     "GB/s": lambda row: _number(row["gb_per_s"], ".1f"),
@@ -70,53 +141,7 @@ def rules_table(cases: list[dict[str, Any]]) -> str:
         fastest = rows.get(case["fastest"])
         ours = rows.get(f"{case['rule'].lower()}-8bit")
         if ours is not None and fastest is not None:
-            times = [_ms(row["ms"]) for row in (ours, fastest)]
+            times = [milliseconds(row["ms"]) for row in (ours, fastest)]
             speedup = _number(ours["speedup"], ".2f")
             lines.append([ours["label"], fastest["label"], case["dtype"], *times, speedup])
     return format_table(["8-bit", "fastest", "", "8-bit, ms", "ms", "speed-up"], lines, left=3)
-
-
-def _drawn(row: dict[str, Any]) -> bool:
-    repeated = row["name"] == BASELINE and row["batch"] > 0
-    return "skipped" not in row and row["name"] not in MEMORY_JOBS and not repeated
-
-
-def draw(cases: list[dict[str, Any]], machine: str, path: Path) -> None:
-    """Draws bars of step times, one panel for each case, to the PNG file `path`.
-
-    `machine` names what they were measured on. Cases in which nothing was measured have no panel;
-    if that is so for all of them, there is no file.
-    """
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    cases = [case for case in cases if any(_drawn(row) for row in case["rows"])]
-    if not cases:
-        return
-    bars_of = [[row for row in case["rows"] if _drawn(row)] for case in cases]
-    heights = [len(rows) + 2.5 for rows in bars_of]  # the title and the axis take a few bars' room
-    figure, panels = pyplot.subplots(
-        len(cases), 1, figsize=(9, 0.6 + 0.3 * sum(heights)), height_ratios=heights,
-        squeeze=False, layout="constrained",
-    )  # fmt: skip
-    for panel, case, rows in zip(panels[:, 0], cases, bars_of, strict=True):
-        ours = [row["label"].startswith("torchao8") or "8bit-" in row["name"] for row in rows]
-        times = [row["ms"] for row in rows]
-        colors = ["tab:blue" if own else "tab:gray" for own in ours]
-        bars = panel.barh([row["label"] for row in rows], times, color=colors)
-        notes = [f" {_ms(row['ms'])} ms ({_number(row['speedup'], '.2f')}x)" for row in rows]
-        panel.bar_label(bars, notes, fontsize=8)
-        panel.set_xscale("log")
-        low, high = min(times) / 3, max(times)
-        panel.set_xlim(low, high * (high / low) ** 0.3)  # room for the notes
-        panel.invert_yaxis()
-        panel.set_title(title(case), fontsize=10)
-        panel.tick_params(labelsize=8)
-    family = any("rule" in case for case in cases)
-    rival = "the fastest form of torch" if family else "torch.optim.AdamW(fused=True)"
-    panels[-1, 0].set_xlabel(f"ms per step, log scale (in brackets: speed-up over {rival})")
-    figure.suptitle(f"{'Steps' if family else 'AdamW step'}, {machine}", fontsize=11)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 Shape = tuple[int, ...]
@@ -92,16 +93,25 @@ _FIXED = {
     "resnet101": TensorList("ResNet-101 (314 tensors, 44.5M parameters)", resnet_shapes()),
 }
 
-# Lists whose steps take the host longer than the arithmetic: they show the cost of a tensor.
+# What "all" is on a device, in this order: what a time limit may cut off stands last.
 TINY = tuple(name for name in _FIXED if name.startswith("tiny-"))
-
-# What can be run on a device, in this order: what a time limit may cut off stands last.
 LISTS = {
     "cpu": ("gpt2", "block", "small", "huge", *TINY),
     "cuda": ("one", "gpt2", "llama", "resnet101", *TINY),
 }
-# Names for several lists.
-GROUPS = {"tiny": TINY}
+
+
+def list_names(names: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Names of lists, with "tiny" and "all" spelled out.
+
+    Raises:
+        ValueError: a list is not among the known ones.
+    """
+    groups = {**{name: (name,) for name in known}, "tiny": TINY, "all": known}
+    for name in names:
+        if name not in groups:
+            raise ValueError(f"one of {', '.join(groups)}, got {name}")
+    return list(dict.fromkeys(one for name in names for one in groups[name]))
 
 
 def tensor_list(name: str, layers: int = 32) -> TensorList:

@@ -11,9 +11,10 @@ import multiprocessing
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 
 class WorkerError(RuntimeError):
@@ -26,8 +27,7 @@ class Worker:
     Args:
         make: a class or function that the new process can import; its errors are those of the first
             answer.
-        threads: OMP_NUM_THREADS of the process.
-        environment: more variables; None removes one.
+        environment: variables of the process; None removes one.
         source: a directory in which the process looks for torchao8 first.
     """
 
@@ -35,18 +35,17 @@ class Worker:
         self,
         make: Callable[..., Any],
         *arguments: Any,
-        threads: int,
-        environment: dict[str, str | None] | None = None,
-        source: Path | None = None,
+        environment: dict[str, str | None],
+        source: str | None = None,
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(theirs, None if source is None else str(source), make, arguments)
-        )
+        self._process = context.Process(target=_serve, args=(theirs, source, make, arguments))
         # Where a library compiles code at run time, ninja stands beside the interpreter.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        with _variables({"OMP_NUM_THREADS": str(threads), "PATH": path, **(environment or {})}):
+        variables = {**os.environ, "PATH": path, **environment}
+        known = {name: value for name, value in variables.items() if value is not None}
+        with mock.patch.dict(os.environ, known, clear=True):
             self._process.start()
         theirs.close()
 
@@ -85,23 +84,9 @@ class Worker:
         self._process.join()
 
 
-@contextlib.contextmanager
-def _variables(values: dict[str, str | None]) -> Iterator[None]:
-    """Sets variables of the environment for a while."""
-    before = {name: os.environ.get(name) for name in values}
-
-    def put(some: dict[str, str | None]) -> None:
-        for name, value in some.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-    put(values)
-    try:
-        yield
-    finally:
-        put(before)
+def error_line(error: Exception) -> str:
+    """The type of an error and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 def _serve(
@@ -115,11 +100,9 @@ def _serve(
         while True:
             method, given = pipe.recv()
             try:
-                if held is None:
-                    held = make(*arguments)
+                held = held or make(*arguments)
                 answer = None, getattr(held, method)(*given)
             except Exception as error:  # whatever a library raises is a result, shown to people
                 traceback.print_exc()
-                lines = (str(error).strip() or "no message").splitlines()
-                answer = f"{type(error).__name__}: {lines[0]}", None
+                answer = error_line(error), None
             pipe.send(answer)
