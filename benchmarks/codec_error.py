@@ -25,18 +25,15 @@ from benchmarks import reporting
 
 Codec = Callable[[Tensor, bool], Tensor]  # (x, signed) -> x quantized and dequantized
 
+BLOCK_SIZES = (64, 256, 2048)
+SEED = 0
+
 
 def linear_map(signed: bool) -> Tensor:
     """256 (255 if signed) equally spaced values from -1 (or 0) to 1, zero among them; float32."""
     if signed:
         return torch.arange(-127, 128, dtype=torch.float32) / 127
     return torch.arange(256, dtype=torch.float32) / 255
-
-
-def nearest(y: Tensor, codebook: Tensor) -> Tensor:
-    """The value of an ascending `codebook` nearest to each element of `y`."""
-    midpoints = (codebook[1:].double() + codebook[:-1].double()) / 2
-    return codebook[torch.searchsorted(midpoints.float(), y)]
 
 
 def absmax_codec(make_map: Callable[[bool], Tensor], block_size: int | None) -> Codec:
@@ -46,7 +43,10 @@ def absmax_codec(make_map: Callable[[bool], Tensor], block_size: int | None) -> 
         blocks = x.reshape(-1, block_size or x.numel())
         absmax = blocks.abs().amax(dim=1, keepdim=True)
         absmax = absmax.clamp_min(torch.finfo(torch.float32).tiny)  # zeros stay zeros
-        return (nearest(blocks / absmax, make_map(signed)) * absmax).reshape(x.shape)
+        values = make_map(signed)
+        midpoints = (values[1:].double() + values[:-1].double()) / 2
+        nearest = values[torch.searchsorted(midpoints.float(), blocks / absmax)]
+        return (nearest * absmax).reshape(x.shape)
 
     return codec
 
@@ -61,23 +61,17 @@ def torchao8_codec(block_size: int) -> Codec:
     return codec
 
 
-def codecs(block_sizes: list[int]) -> dict[tuple[str, str], Codec]:
+def codecs() -> dict[tuple[str, str], Codec]:
     """The codecs to compare by map and by what shares one scale, the crudest first."""
     dynamic = torchao8.dynamic_map
     found = {("linear", "tensor"): absmax_codec(linear_map, None),
              ("dynamic", "tensor"): absmax_codec(dynamic, None)}  # fmt: skip
-    for size in block_sizes:
+    for size in BLOCK_SIZES:
         scope = f"blocks of {size}"
         found["linear", scope] = absmax_codec(linear_map, size)
         found["dynamic, positive scale", scope] = absmax_codec(dynamic, size)
         found["dynamic", scope] = torchao8_codec(size)
     return found
-
-
-def _with_outliers(x: Tensor, generator: torch.Generator) -> Tensor:
-    """`x` with one element in 10,000, drawn at random, made 100 times as large."""
-    chosen = torch.rand(x.shape, generator=generator) < 1e-4
-    return torch.where(chosen, x * 100, x)
 
 
 def error_of_values(x: Tensor, signed: bool, codec: Codec) -> dict[str, float]:
@@ -122,54 +116,47 @@ def adam_moments(elements: int, steps: int, generator: torch.Generator) -> tuple
     return (m / (1 - 0.9**steps)).flatten(), (v / (1 - 0.99**steps)).flatten()
 
 
-def measure(elements: int, block_sizes: list[int], seed: int) -> list[dict[str, Any]]:
-    """The tables: a list of {"data", "errors": [{"map", "scope", ...}]}."""
-    generator = torch.Generator().manual_seed(seed)
+def measure(elements: int) -> dict[str, list[dict[str, Any]]]:
+    """The tables: for each kind of data the errors of every codec."""
+    generator = torch.Generator().manual_seed(SEED)
     normal = torch.randn(elements, generator=generator)
     m, v = adam_moments(elements, 50, generator)
-    unlike = _with_outliers(normal, generator)
+    far = torch.rand(normal.shape, generator=generator) < 1e-4
+    outliers = torch.where(far, normal * 100, normal)
     kinds: dict[str, Callable[[Codec], dict[str, float]]] = {
         "normal": lambda codec: error_of_values(normal, True, codec),
-        "normal, 1 in 10,000 is 100 times as large": lambda c: error_of_values(unlike, True, c),
+        "normal, 1 in 10,000 is 100 times as large": lambda c: error_of_values(outliers, True, c),
         "second moment v": lambda codec: error_of_values(v, False, codec),
         "update m / sqrt(v)": lambda codec: error_of_update(m, v, codec),
     }
-    rows = codecs(block_sizes).items()
-    return [
-        {"data": data, "errors": [{"map": m, "scope": s, **error(codec)} for (m, s), codec in rows]}
+    return {
+        data: [{"map": m, "scope": s, **error(codec)} for (m, s), codec in codecs().items()]
         for data, error in kinds.items()
-    ]
-
-
-def table(errors: list[dict[str, Any]]) -> str:
-    """The errors of one kind of data as a table for people."""
-    names = [name for name in errors[0] if name not in ("map", "scope")]
-    headers = ["map", "scale of", *(name.replace("_", " ") for name in names)]
-    lines = [[row["map"], row["scope"], *(f"{row[name]:.3g}" for name in names)] for row in errors]
-    return reporting.format_table(headers, lines, left=2)
+    }
 
 
 def main(argv: Iterable[str] | None = None) -> None:
     """Runs the benchmark with the command line `argv` (of the process if None)."""
     parser = reporting.parser(__doc__, "codec-error")
-    add = parser.add_argument
-    add("--elements", type=int, default=1 << 22, help="elements of each tensor (2^22)")
-    add("--block-sizes", type=int, nargs="+", default=[64, 256, 2048], help="(64 256 2048)")
-    add("--seed", type=int, default=0, help="of the random data (0)")
+    parser.add_argument("--elements", type=int, default=1 << 22, help="of each tensor (2^22)")
     args = parser.parse_args(argv)
     if args.elements < 2048 or args.elements % 2048:
         parser.error(f"--elements: must be a multiple of 2048, got {args.elements}")
-    tables = measure(args.elements, args.block_sizes, args.seed)
-    for one in tables:
-        print(f"\n{one['data']}, {args.elements:,} elements\n{table(one['errors'])}")
+    tables = measure(args.elements)
+    for data, errors in tables.items():
+        names = list(errors[0])[2:]
+        headers = ["map", "scale of", *(name.replace("_", " ") for name in names)]
+        lines = [[one["map"], one["scope"], *(f"{one[n]:.3g}" for n in names)] for one in errors]
+        print(f"\n{data}, {args.elements:,} elements")
+        print(reporting.format_table(headers, lines, left=2))
     record = {
         "device": reporting.describe_machine(torch.get_num_threads()),
         "versions": reporting.versions(["torchao8"]),
         "elements": args.elements,
-        "seed": args.seed,
-        "tables": tables,
+        "seed": SEED,
+        "tables": [{"data": data, "errors": errors} for data, errors in tables.items()],
     }
-    print(f"\nwrote {reporting.write_results(args.name, record, args.out)}")
+    print(f"\nwrote {reporting.write_results(args, record)}")
 
 
 if __name__ == "__main__":

@@ -8,29 +8,27 @@ dtype of its parameter, as torch's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Tensors = list[Tensor]
+Group = dict[str, Any]
 
 
 class _Reference(torch.optim.Optimizer):
-    """Makes the state and goes over the tensors; a subclass is an update rule."""
+    """Makes the state and goes over the tensors; a subclass has an update rule, `update`."""
 
     names: tuple[str, ...]  # of the options, all of which must be given
     states: tuple[str, ...]
 
     def __init__(self, params: Iterable[Tensor], foreach: bool, **options: Any) -> None:
-        if options.keys() != {*self.names}:
-            raise TypeError(f"{type(self).__name__}: expected {self.names}, got {list(options)}")
         super().__init__(params, {"foreach": foreach, **options})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        assert closure is None
+    def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             params = [p for p in group["params"] if p.grad is not None]
@@ -39,10 +37,7 @@ class _Reference(torch.optim.Optimizer):
                     self.state[p] = {name: torch.zeros_like(p) for name in self.states}
             for some in [params] if group["foreach"] else [[p] for p in params]:
                 states = [[self.state[p][name] for p in some] for name in self.states]
-                self._update(group, some, [p.grad for p in some], *states)
-
-    def _update(self, group: dict[str, Any], params: Tensors, grads: Tensors, *states: Any) -> None:
-        raise NotImplementedError
+                self.update(group, some, [p.grad for p in some], *states)
 
 
 def _decayed_square(squares: Tensors, grads: Tensors, beta: float) -> None:
@@ -63,7 +58,7 @@ class AdEMAMix(_Reference):
     names = ("lr", "betas", "alpha", "eps", "weight_decay")
     states = ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq")
 
-    def _update(self, group: dict[str, Any], params: Tensors, grads: Tensors, *states: Any) -> None:
+    def update(self, group: Group, params: Tensors, grads: Tensors, *states: Tensors) -> None:
         fast, slow, squares = states
         lr, (beta1, beta2, beta3), step = group["lr"], group["betas"], group["step"]
         correction1, correction2 = 1 - beta1**step, 1 - beta2**step
@@ -91,7 +86,7 @@ class LAMB(_Reference):
     names = ("lr", "betas", "eps", "weight_decay")
     states = ("exp_avg", "exp_avg_sq")
 
-    def _update(self, group: dict[str, Any], params: Tensors, grads: Tensors, *states: Any) -> None:
+    def update(self, group: Group, params: Tensors, grads: Tensors, *states: Tensors) -> None:
         averages, squares = states
         (beta1, beta2), step = group["betas"], group["step"]
         torch._foreach_lerp_(averages, grads, 1 - beta1)
@@ -113,8 +108,7 @@ class LARS(_Reference):
     names = ("lr", "momentum", "weight_decay", "trust_coefficient")
     states = ("momentum_buffer",)
 
-    def _update(self, group: dict[str, Any], params: Tensors, grads: Tensors, *states: Any) -> None:
-        (buffers,) = states
+    def update(self, group: Group, params: Tensors, grads: Tensors, buffers: Tensors) -> None:
         decay, norms = group["weight_decay"], torch._foreach_norm(params)
         below = torch._foreach_add(torch._foreach_norm(grads), norms, alpha=decay)
         rates = _trust_ratios(list(norms), list(below), group["trust_coefficient"])
@@ -132,8 +126,7 @@ class Lion(_Reference):
     names = ("lr", "betas", "weight_decay")
     states = ("exp_avg",)
 
-    def _update(self, group: dict[str, Any], params: Tensors, grads: Tensors, *states: Any) -> None:
-        (averages,) = states
+    def update(self, group: Group, params: Tensors, grads: Tensors, averages: Tensors) -> None:
         beta1, beta2 = group["betas"]
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         update = torch._foreach_lerp(averages, grads, 1 - beta1)
