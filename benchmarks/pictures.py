@@ -26,8 +26,8 @@ from benchmarks.step.contenders import BASELINE, MEMORY
 from benchmarks.step.tables import milliseconds, title
 
 RESULTS = Path(__file__).resolve().parent / "results"
-OURS, THEIRS, LIGHT = "tab:blue", "tab:gray", "lightgray"
-_BAR, _AROUND = 0.3, 0.8  # inches: a bar, and what is around all bars of a panel
+OURS, THEIRS, DARK, LIGHT = "tab:blue", "tab:gray", "darkgray", "lightgray"
+BAR, _AROUND = 0.3, 0.8  # inches: a bar, and what is around all bars of a panel
 
 Rows = list[dict[str, Any]]
 Draw = Callable[[Any], None]  # draws into a panel
@@ -65,12 +65,15 @@ def bars(
     def draw(panel: Any) -> None:
         drawn = panel.barh(names, values, color=[OURS if own else THEIRS for own in ours])
         panel.bar_label(drawn, [f" {note}" for note in notes], fontsize=9)
-        panel.set_xlim(0, 1.25 * max(values, default=1))  # room for the notes
+        panel.set_xlim(0, 1.25 * max(values))  # room for the notes
+        if max(values) > 10 * min(values) > 0:
+            panel.set_xscale("log")
+            panel.set_xlim(min(values) / 2, 3 * max(values))
         panel.invert_yaxis()
         panel.set_title(subject, fontsize=10, loc="left")
-        panel.set_xlabel(unit, fontsize=9)
+        panel.set_xlabel(unit + " (logarithmic)" * (panel.get_xscale() == "log"), fontsize=9)
 
-    return _AROUND + _BAR * len(names), draw
+    return _AROUND + BAR * len(names), draw
 
 
 # --- the step -----------------------------------------------------------------------------------
@@ -163,7 +166,7 @@ def _losses(task: str, rows: dict[Any, Any]) -> tuple[float, Draw]:
             fontsize=9,
         )
 
-    return _AROUND + _BAR * len(shown), draw
+    return _AROUND + BAR * len(shown), draw
 
 
 def _errors(cells: Rows) -> Draw:
@@ -231,12 +234,13 @@ def main(argv: Iterable[str] | None = None) -> None:
     args = parser.parse_args(argv)
     for path in args.files or sorted(RESULTS.glob("*.json")):
         record = json.loads(path.read_text())
+        target = args.out / f"{path.stem.replace('step-cpu', 'step')}.png"
         if "cells" in record:
             quality(record, args.out)
         elif any("rule" in case for case in record.get("cases", ())):
-            family(record, args.out / f"{path.stem}.png")
+            family(record, target)
         elif "cases" in record and "old" not in record:
-            step(record, args.out / f"{path.stem}.png")
+            step(record, target)
         elif args.files:
             parser.error(f"{path}: expected a result of benchmarks.step or benchmarks.quality")
 
