@@ -63,10 +63,8 @@ def main(argv: Iterable[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=reporting.OUT, help="folder (%(default)s)")
     args = parser.parse_args(argv)
-    note = (
-        f"{MODEL}, one GPU, activations not counted; torchao8 {torchao8.__version__}, by estimate()"
-    )
-    heading = "Memory of a training step"
+    note = f"One GPU, activations not counted; torchao8 {torchao8.__version__}, by estimate()"
+    heading = "Memory of a training step of Llama 3 8B"
     save(args.out / "memory.png", heading, note, [(0.9 + 1.3 * BAR * len(ROWS), draw)])
 
 

@@ -1,6 +1,6 @@
 """Draws the pictures of the results: ours in blue, other libraries in gray, one subject each.
 
-    python -m benchmarks.pictures --out docs/images    # of all results that are committed
+    python -m benchmarks.pictures --out docs/images    # of the results that are reported
     python -m benchmarks.pictures runs/benchmarks/step-cpu-block.json
 
 Needs matplotlib.
@@ -21,11 +21,13 @@ from matplotlib import pyplot
 
 from benchmarks import reporting
 from benchmarks.quality.page import groups
-from benchmarks.quality.runs import REFERENCE
+from benchmarks.quality.runs import CODECS, REFERENCE
 from benchmarks.step.contenders import BASELINE, MEMORY
 from benchmarks.step.tables import milliseconds, title
 
 RESULTS = Path(__file__).resolve().parent / "results"
+# What the documentation shows.
+SHOWN = ("quality", "step-cpu-gpt2", "step-cpu-gpt2-family", "step-cpu-huge", "step-cpu-small")
 OURS, THEIRS, DARK, LIGHT = "tab:blue", "tab:gray", "darkgray", "lightgray"
 BAR, _AROUND = 0.3, 0.8  # inches: a bar, and what is around all bars of a panel
 
@@ -68,10 +70,11 @@ def bars(
         panel.set_xlim(0, 1.25 * max(values))  # room for the notes
         if max(values) > 10 * min(values) > 0:
             panel.set_xscale("log")
+            panel.xaxis.set_major_formatter("{x:,g}")
             panel.set_xlim(min(values) / 2, 3 * max(values))
         panel.invert_yaxis()
         panel.set_title(subject, fontsize=10, loc="left")
-        panel.set_xlabel(unit + " (logarithmic)" * (panel.get_xscale() == "log"), fontsize=9)
+        panel.set_xlabel(unit + " (logarithmic scale)" * (panel.get_xscale() == "log"), fontsize=9)
 
     return _AROUND + BAR * len(names), draw
 
@@ -130,15 +133,19 @@ def family(record: dict[str, Any], path: Path) -> None:
         def with_line(panel: Any, draw: Draw = draw) -> None:
             draw(panel)
             panel.axvline(1, color=THEIRS, linewidth=2, zorder=0)
+            for text in panel.texts:  # into the bars, where the line does not cross them
+                text.set(color="white", ha="right", position=(-4, 0))
 
         panels.append((height, with_line))
     save(path, "Speed of 8-bit optimizers against torch's fastest form", _machine(record), panels)
 
 
 def _form(case: dict[str, Any]) -> str:
-    """The fastest form of torch, in short: "torch.optim, fused", or by operations of torch."""
+    """The fastest form of torch, in short."""
     (label,) = (row["label"] for row in case["rows"] if row["name"] == case["fastest"])
-    return str(label).replace(f" {case['rule']}", "")
+    return (
+        str(label).replace(f" {case['rule']}", "").replace("torch._foreach_*", "torch operations")
+    )
 
 
 # --- the quality of training --------------------------------------------------------------------
@@ -161,8 +168,8 @@ def _losses(task: str, rows: dict[Any, Any]) -> tuple[float, Draw]:
         panel.invert_yaxis()
         panel.set_title(task, fontsize=10, loc="left")
         panel.set_xlabel(
-            "loss with 8-bit state minus loss with 32-bit state; left is better; "
-            "gray: spread of 32-bit runs",
+            "loss with 8-bit minus loss with 32-bit state, in standard deviations of 32-bit runs "
+            "(gray: one); left is better",
             fontsize=9,
         )
 
@@ -188,13 +195,21 @@ def _errors(cells: Rows) -> Draw:
     return draw
 
 
+def _codec(row: str) -> str:
+    """The name of a format in full."""
+    if row not in CODECS:
+        return row
+    map_name, scope = CODECS[row]
+    return f"{map_name} map, a scale per {scope.removesuffix('s')}"
+
+
 def _diverged(codecs: dict[Any, Any]) -> tuple[float, Draw]:
     counts = [[sum(c[n] for c in of.values()) for n in ("diverged", "runs")]
               for of in codecs.values()]  # fmt: skip
     return bars(
         "AdamW on a small GPT, three learning rates, five seeds",
         "runs that diverged, percent; less is better",
-        [row if row == REFERENCE else f"{row}, {column}" for row, column in codecs],
+        [row if row == REFERENCE else f"{_codec(row)}, {column}" for row, column in codecs],
         [100 * diverged / runs for diverged, runs in counts],
         [f"{diverged} of {runs}" for diverged, runs in counts],
         [row.startswith("torchao8") for row, _ in codecs],
@@ -229,10 +244,10 @@ def main(argv: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", nargs="*", type=Path, help="result files (all committed ones)")
+    parser.add_argument("files", nargs="*", type=Path, help="result files (of results/)")
     parser.add_argument("--out", type=Path, default=reporting.OUT, help="folder (%(default)s)")
     args = parser.parse_args(argv)
-    for path in args.files or sorted(RESULTS.glob("*.json")):
+    for path in args.files or [RESULTS / f"{name}.json" for name in SHOWN]:
         record = json.loads(path.read_text())
         target = args.out / f"{path.stem.replace('step-cpu', 'step')}.png"
         if "cells" in record:
@@ -241,7 +256,7 @@ def main(argv: Iterable[str] | None = None) -> None:
             family(record, target)
         elif "cases" in record and "old" not in record:
             step(record, target)
-        elif args.files:
+        else:
             parser.error(f"{path}: expected a result of benchmarks.step or benchmarks.quality")
 
 
