@@ -24,7 +24,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from benchmarks import reporting
-from benchmarks.step.contenders import BASELINE, Contender, contender
+from benchmarks.step.contenders import BASELINE, CONTENDERS, Contender
 from benchmarks.step.devices import Cpu
 from benchmarks.step.rounds import Bench, Plan, Row, ratios
 from benchmarks.step.tensor_lists import LISTS, list_names, tensor_list
@@ -81,10 +81,10 @@ def source_of(revision: str | None) -> tuple[str, Path]:
 def contenders(name: str, sources: dict[str, Path], kinds: tuple[str, ...]) -> list[Contender]:
     """An optimizer of both sides and torch's, on each kind of tensors; its side comes first."""
     chosen = [
-        replace(contender(name), name=f"{side} {name}", source=str(tree))
+        replace(CONTENDERS[name], name=f"{side} {name}", source=str(tree))
         for side, tree in sources.items()
     ]
-    chosen.append(replace(contender(BASELINE), name="torch"))
+    chosen.append(replace(CONTENDERS[BASELINE], name="torch"))
     return [replace(c, name=f"{c.name} {kind}", tensors=kind) for c in chosen for kind in kinds]
 
 
@@ -172,8 +172,7 @@ def table(cases: list[dict[str, Any]]) -> str:
 
 
 def _parse(argv: Iterable[str] | None) -> argparse.Namespace:
-    parser = reporting.parser(__doc__, "compare-OLD-NEW")
-    parser.set_defaults(name=None)
+    parser = reporting.parser(__doc__)
     add = parser.add_argument
     add("old", help="a git revision")
     add("new", nargs="?", help="a git revision (the working tree as it is)")

@@ -45,16 +45,13 @@ def at_least(kind: type, least: float) -> Any:
     return parse
 
 
-def parser(description: str | None, name: str, **more: Any) -> argparse.ArgumentParser:
+def parser(doc: str | None, name: str | None = None, **more: Any) -> argparse.ArgumentParser:
     """A parser with what every benchmark knows: the name and the folder of its result files."""
-    made = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **more
-    )
-    made.add_argument("--name", help=f"name of the result files ({name})")
-    made.add_argument(
-        "--out", type=Path, default=OUT, help="folder of the result files (%(default)s)"
-    )
-    made.set_defaults(name=name)
+    form = argparse.RawDescriptionHelpFormatter
+    made = argparse.ArgumentParser(description=doc, formatter_class=form, **more)
+    told = name or "tells what is timed"
+    made.add_argument("--name", default=name, help=f"name of the result files ({told})")
+    made.add_argument("--out", type=Path, default=OUT, help="their folder (%(default)s)")
     return made
 
 

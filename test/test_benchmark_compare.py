@@ -53,7 +53,7 @@ def test_bits_of_a_job_follow_from_the_seed_and_tell_a_changed_rule(
 ) -> None:
     def bits(name: str) -> dict[str, str]:
         tensors = TensorList("two", [(64, 64), (10,)])
-        chosen = contenders.contender(name)
+        chosen = contenders.CONTENDERS[name]
         return job.OptimizerJob(chosen, tensors, torch.float32, torch.device("cpu")).bits()
 
     first = bits("8bit")

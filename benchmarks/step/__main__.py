@@ -25,7 +25,7 @@ from benchmarks.step.contenders import (
     CONTENDERS,
     MEMORY,
     Contender,
-    contender,
+    rivals,
     rule,
     rule_names,
 )
@@ -57,25 +57,18 @@ class Case:
 
 
 def _parser() -> argparse.ArgumentParser:
-    lists = {name: tensor_list(name).label for names in LISTS.values() for name in names}
-    lists["llama"] = "Llama 7B, as many of its 32 layers as fit into memory"
-    devices = {name: ", ".join(k for k in LISTS if name in LISTS[k]) for name in lists}
-    shown = [f"  {name:18}{label} ({devices[name]})" for name, label in lists.items()]
-    shown += ["  tiny, all", "", "contenders:"]
+    shown = ["lists:"]
+    for kind, names in LISTS.items():
+        shown += [f"  {kind:6}{name:18}{tensor_list(name).label}" for name in names]
+    shown += ["  also tiny (those that begin so) and all", "", "contenders:"]
     for one in CONTENDERS.values():
         where = "" if len(one.devices) > 1 else f" ({one.devices[0]})"
         shown.append(f"  {one.name:20}{one.label}{where}{' (only when named)' * (one.lists == ())}")
-    parser = reporting.parser(
-        __doc__,
-        "step-cpu-LIST; on a GPU its name",
-        epilog="\n".join(["lists:", *shown, "", f"rules: {', '.join(rule_names())}"]),
-        prog="python -m benchmarks.step",
-    )
-    parser.set_defaults(name=None)
+    parser = reporting.parser(__doc__, epilog="\n".join(shown))
     add = parser.add_argument
     add("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
     reporting.add_timing(parser, "15; 9 on a GPU", "0.25; 0.05 on a GPU", "gpt2; all on a GPU")
-    add("--contenders", nargs="+", metavar="NAME", help="which (below)")
+    add("--contenders", nargs="+", choices=CONTENDERS, metavar="NAME", help="which (below)")
     rules = "in place of AdamW's contenders: these rules, each against its forms in torch (all)"
     add("--family", nargs="*", choices=rule_names(), metavar="RULE", help=rules)
     positive = reporting.at_least(float, 1e-9)
@@ -94,9 +87,6 @@ def parse(argv: Iterable[str] | None) -> tuple[argparse.Namespace, Cpu]:
         device = open_device(args.device)
     except ValueError as error:
         parser.error(f"--device: {error}")
-    problem = device.problem()
-    if problem is not None:
-        parser.error(f"--device {args.device}: {problem}")
     for option, value in device.defaults.items():
         if getattr(args, option) is None:
             setattr(args, option, value)
@@ -107,11 +97,7 @@ def parse(argv: Iterable[str] | None) -> tuple[argparse.Namespace, Cpu]:
     if args.family is not None and args.contenders is not None:
         parser.error("--family: expected no --contenders with it")
     for name in args.contenders or ():
-        try:
-            devices = contender(name).devices
-        except KeyError:
-            parser.error(f"--contenders: expected names of the list in --help, got {name!r}")
-        if device.kind not in devices:
+        if device.kind not in CONTENDERS[name].devices:
             parser.error(f"--contenders: {name} does not run on {device.kind}")
     if args.name is None:
         parts = [device.result_name(), *(one for one in args.list if one != "all")]
@@ -123,7 +109,7 @@ def _chosen(args: argparse.Namespace, kind: str, list_name: str) -> list[Contend
     if args.contenders is None:
         every = [c for c in CONTENDERS.values() if c.lists is None or list_name in c.lists]
         return [c for c in every if kind in c.devices and c.name != BASELINE]
-    return [contender(name) for name in dict.fromkeys(args.contenders) if name != BASELINE]
+    return [CONTENDERS[name] for name in dict.fromkeys(args.contenders) if name != BASELINE]
 
 
 def measure(
@@ -143,11 +129,11 @@ def measure(
                     continue
                 tensors = tensor_list(list_name, device.layers())
                 if name is None:
-                    chosen, rivals = _chosen(args, device.kind, list_name), [CONTENDERS[BASELINE]]
+                    chosen, theirs = _chosen(args, device.kind, list_name), [CONTENDERS[BASELINE]]
                 else:
-                    chosen, rivals = [rule(name).ours], rule(name).rivals(device.kind, dtype)
-                rows = bench.measure(chosen, [*MEMORY, *rivals], tensors, dtype)
-                cases.append(Case(list_name, tensors, dtype, rivals, name, rows))
+                    chosen, theirs = [rule(name)[0]], rivals(name, device.kind, dtype)
+                rows = bench.measure(chosen, [*MEMORY, *theirs], tensors, dtype)
+                cases.append(Case(list_name, tensors, dtype, theirs, name, rows))
                 if name is not None:
                     bench.stop()  # no other rule needs these processes
                 if device.kind == "cpu":  # on a GPU launches are still to be counted

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 from dataclasses import dataclass, field
@@ -124,11 +123,7 @@ CONTENDERS = {contender.name: contender for contender in _ADAMW}
 # --- every rule of the library against the forms in which torch has it ---------------------------
 
 # What a form is called, and what it is asked for by.
-FORMS: dict[str, dict[str, bool]] = {
-    "for-loop": {"foreach": False},
-    "foreach": {"foreach": True},
-    "fused": {"fused": True},
-}
+FORMS = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 # (rule, form, device, dtype) that give wrong results and so are not timed. torch 2.13 leaves
 # bfloat16 parameters, but for the last few elements, unchanged in the fused CPU step of SGD with
 # momentum.
@@ -141,21 +136,7 @@ _LARGER = {
     "Lion": {"lr": 1e-3},
     "SGD": {"lr": 1.0, "momentum": 0.9},
 }
-_HINTS = {"foreach", "fused", "capturable", "differentiable"}
-
-
-@dataclass(frozen=True)
-class Rule:
-    """An update rule: its contender with 8-bit state, and torch's forms of it by name."""
-
-    name: str
-    options: dict[str, Any]
-    ours: Contender
-    forms: dict[str, Contender]
-
-    def rivals(self, device: str, dtype: str) -> list[Contender]:
-        """The forms to be faster than."""
-        return [c for f, c in self.forms.items() if (self.name, f, device, dtype) not in BROKEN]
+_HINTS = {"params", "foreach", "fused", "capturable", "differentiable"}
 
 
 def rule_names() -> list[str]:
@@ -166,45 +147,34 @@ def rule_names() -> list[str]:
     return sorted((n for n in eight if not n.startswith("Paged")), key=str.lower)
 
 
-@functools.cache
-def rule(name: str) -> Rule:
-    """A rule of the library, with the options that everybody gets: those both sides know.
+def rule(name: str) -> tuple[Contender, dict[str, Contender]]:
+    """A rule of the library with 8-bit state, and the forms in which torch has it.
 
-    `torch_rules` stands in for what torch.optim does not have.
+    All get the same options: those that both sides know. `torch_rules` stands in for what
+    torch.optim does not have.
     """
     import torchao8
 
     in_torch = hasattr(torch.optim, name)
     rival = getattr(torch.optim if in_torch else torch_rules, name)
-    known = inspect.signature(rival).parameters if in_torch else {*rival.names, "foreach"}
+    known = {*inspect.signature(rival).parameters} if in_torch else {*rival.names, "foreach"}
     of_32bit, of_8bit = (
         inspect.signature(getattr(torchao8, f"{name}{bits}")).parameters for bits in ("", "8bit")
     )
-    options = {
-        key: value.default
-        for key, value in of_32bit.items()
-        if key in known and key in of_8bit and key not in {"params", *_HINTS}
-    }
+    shared = known & of_32bit.keys() & of_8bit.keys() - _HINTS
+    options = {key: of_32bit[key].default for key in of_32bit if key in shared}
     options |= {**_DECAY, **_LARGER.get(name, {})}
-    where = f"{rival.__module__}.{name}" if in_torch else f"benchmarks.step.torch_rules.{name}"
+    where = f"{rival.__module__}.{name}"
     shown = "torch.optim" if in_torch else "torch._foreach_*"
     forms = {
         form: Contender(f"{name.lower()}-{form}", f"{shown} {name}, {form}", where,
-                        {**options, **hint}, lists=(), state_bytes=20.0)
-        for form, hint in FORMS.items() if next(iter(hint)) in known
+                        {**options, **hint}, state_bytes=20.0)
+        for form, hint in FORMS.items() if hint.keys() <= known
     }  # fmt: skip
     label = f"torchao8.{name}8bit"
-    ours = Contender(f"{name.lower()}-8bit", label, label, options, lists=(), state_bytes=3.0)
-    return Rule(name, options, ours, forms)
+    return Contender(f"{name.lower()}-8bit", label, label, options, state_bytes=3.0), forms
 
 
-def contender(name: str) -> Contender:
-    """The contender of this name, one of AdamW or of a rule.
-
-    Raises:
-        KeyError: there is none.
-    """
-    if name in CONTENDERS:
-        return CONTENDERS[name]
-    known = (c for r in map(rule, rule_names()) for c in (r.ours, *r.forms.values()))
-    return {c.name: c for c in known}[name]
+def rivals(name: str, device: str, dtype: str) -> list[Contender]:
+    """The forms of a rule to be faster than."""
+    return [c for form, c in rule(name)[1].items() if (name, form, device, dtype) not in BROKEN]

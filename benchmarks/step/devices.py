@@ -50,10 +50,6 @@ class Cpu:
         """Names of the tensor lists for this kind of device."""
         return LISTS[self.kind]
 
-    def problem(self) -> str | None:
-        """Why nothing can run here."""
-        return None
-
     def describe(self, threads: int) -> dict[str, Any]:
         """What a timing depends on, for the result file."""
         return describe_machine(threads)
@@ -133,17 +129,15 @@ class Cuda(Cpu):
     def __init__(self, name: str) -> None:
         self.index = torch.device(name).index or 0
         self.device = torch.device("cuda", self.index)
-
-    def problem(self) -> str | None:
         if torch.version.cuda is None:
-            return f"torch {torch.__version__} is built without CUDA"
+            raise ValueError(f"torch {torch.__version__} is built without CUDA")
         if self.index >= torch.cuda.device_count():
-            return f"there is no GPU {self.index}: torch finds {torch.cuda.device_count()}"
+            found = torch.cuda.device_count()
+            raise ValueError(f"there is no GPU {self.index}: torch finds {found}")
         from torchao8 import ops
 
         if ops.CUDA_EXTENSION_FILE is None:
-            return f"torchao8 has no CUDA kernels: {ops.CUDA_MISSING}"
-        return None
+            raise ValueError(f"torchao8 has no CUDA kernels: {ops.CUDA_MISSING}")
 
     def describe(self, threads: int) -> dict[str, Any]:
         gpu = torch.cuda.get_device_properties(self.index)
@@ -268,7 +262,7 @@ def open_device(name: str) -> Cpu:
     """The device of this name: "cpu", "cuda" or "cuda:N".
 
     Raises:
-        ValueError: there is no such kind of device.
+        ValueError: there is no such device, or nothing can run on it.
     """
     kind, _, index = name.partition(":")
     if kind not in DEVICES or (index and (kind == "cpu" or not index.isdigit())):
