@@ -17,7 +17,7 @@ import torch
 
 import torchao8
 from benchmarks import reporting
-from benchmarks.pictures import BAR, DARK, LIGHT, OURS, save
+from benchmarks.pictures import DARK, LIGHT, OURS, picture
 from torchao8._estimate_command import MODELS
 
 MODEL = "llama-8b"
@@ -65,7 +65,8 @@ def main(argv: Iterable[str] | None = None) -> None:
     args = parser.parse_args(argv)
     note = f"One GPU, activations not counted; torchao8 {torchao8.__version__}, by estimate()"
     heading = "Memory of a training step of Llama 3 8B"
-    save(args.out / "memory.png", heading, note, [(0.9 + 1.3 * BAR * len(ROWS), draw)])
+    with picture(args.out / "memory.png", heading, note, [1.4 * len(ROWS)]) as (panel,):
+        draw(panel)
 
 
 if __name__ == "__main__":

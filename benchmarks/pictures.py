@@ -9,8 +9,9 @@ Needs matplotlib.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,18 @@ OURS, THEIRS, DARK, LIGHT = "tab:blue", "tab:gray", "darkgray", "lightgray"
 BAR, _AROUND = 0.3, 0.8  # inches: a bar, and what is around all bars of a panel
 
 Rows = list[dict[str, Any]]
-Draw = Callable[[Any], None]  # draws into a panel
 
 
-def save(path: Path, heading: str, note: str, panels: Sequence[tuple[float, Draw]]) -> None:
-    """Writes a picture of panels, one below the other, with their heights in inches."""
-    heights = [height for height, _ in panels]
+@contextlib.contextmanager
+def picture(path: Path, heading: str, note: str, bars_of: Sequence[float]) -> Iterator[list[Any]]:
+    """Panels, one below the other, as high as so many bars, to draw into; then writes the PNG."""
+    heights = [_AROUND + BAR * count for count in bars_of]
     figure, axes = pyplot.subplots(
-        len(panels), 1, figsize=(9, 0.8 + sum(heights)), height_ratios=heights,
+        len(heights), 1, figsize=(9, 0.8 + sum(heights)), height_ratios=heights,
         squeeze=False, layout="constrained",
     )  # fmt: skip
-    for panel, (_, draw) in zip(axes[:, 0], panels, strict=True):
-        draw(panel)
+    yield list(axes[:, 0])
+    for panel in axes[:, 0]:
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=9)
     figure.suptitle(heading, fontsize=13, fontweight="bold")
@@ -54,29 +55,20 @@ def save(path: Path, heading: str, note: str, panels: Sequence[tuple[float, Draw
     print(f"wrote {path}")
 
 
-def bars(
-    subject: str,
-    unit: str,
-    names: list[str],
-    values: list[float],
-    notes: list[str],
-    ours: list[bool],
-) -> tuple[float, Draw]:
-    """A panel of horizontal bars, each with its note behind it."""
-
-    def draw(panel: Any) -> None:
-        drawn = panel.barh(names, values, color=[OURS if own else THEIRS for own in ours])
-        panel.bar_label(drawn, [f" {note}" for note in notes], fontsize=9)
-        panel.set_xlim(0, 1.25 * max(values))  # room for the notes
-        if max(values) > 10 * min(values) > 0:
-            panel.set_xscale("log")
-            panel.xaxis.set_major_formatter("{x:,g}")
-            panel.set_xlim(min(values) / 2, 3 * max(values))
-        panel.invert_yaxis()
-        panel.set_title(subject, fontsize=10, loc="left")
-        panel.set_xlabel(unit + " (logarithmic scale)" * (panel.get_xscale() == "log"), fontsize=9)
-
-    return _AROUND + BAR * len(names), draw
+def bars(panel: Any, subject: str, unit: str, rows: list[tuple[str, float, str, bool]]) -> None:
+    """Draws horizontal bars: (name, value, note behind it, whether it is ours)."""
+    names, values, notes, ours = zip(*rows, strict=True)
+    drawn = panel.barh(names, values, color=[OURS if own else THEIRS for own in ours])
+    panel.bar_label(drawn, [f" {note}" for note in notes], fontsize=9)
+    panel.set_xlim(0, 1.25 * max(values))  # room for the notes
+    if max(values) > 10 * min(values) > 0:
+        panel.set_xscale("log")
+        panel.xaxis.set_major_formatter("{x:,g}")
+        panel.set_xlim(min(values) / 2, 3 * max(values))
+        unit += " (logarithmic scale)"
+    panel.invert_yaxis()
+    panel.set_title(subject, fontsize=10, loc="left")
+    panel.set_xlabel(unit, fontsize=9)
 
 
 # --- the step -----------------------------------------------------------------------------------
@@ -90,153 +82,123 @@ def _machine(record: dict[str, Any]) -> str:
 
 def _timed(case: dict[str, Any]) -> Rows:
     """The rows of optimizers, torch's once."""
-    memory = {one.name for one in MEMORY}
-    rows = [r for r in case["rows"] if "ms" in r and r["name"] not in memory]
+    rows = [r for r in case["rows"] if "ms" in r and r["name"] not in {m.name for m in MEMORY}]
     return [r for r in rows if r["name"] != BASELINE or r.get("batch", 0) == 0]
-
-
-def _is_ours(row: dict[str, Any]) -> bool:
-    return "torchao8" in row["label"]
 
 
 def step(record: dict[str, Any], path: Path) -> None:
     """The time of a step: a panel for each list and dtype."""
-    panels = []
-    for case in record["cases"]:
-        rows = _timed(case)
-        if rows:
-            notes = [f"{milliseconds(r['ms'])} ms" for r in rows]
-            names, times = [r["label"] for r in rows], [r["ms"] for r in rows]
-            panels.append(
-                bars(title(case), "milliseconds per step; less is better", names, times, notes,
-                     [_is_ours(r) for r in rows])
-            )  # fmt: skip
-    save(path, "Time of one AdamW step", _machine(record), panels)
+    cases = {title(case): _timed(case) for case in record["cases"] if _timed(case)}
+    heights = [len(rows) for rows in cases.values()]
+    with picture(path, "Time of one AdamW step", _machine(record), heights) as panels:
+        for panel, (subject, rows) in zip(panels, cases.items(), strict=True):
+            shown = [(r["label"], r["ms"], f"{milliseconds(r['ms'])} ms", "torchao8" in r["label"])
+                     for r in rows]  # fmt: skip
+            bars(panel, subject, "milliseconds per step; less is better", shown)
 
 
 def family(record: dict[str, Any], path: Path) -> None:
     """The speed of every 8-bit optimizer over the same rule of torch: a panel for each dtype."""
-    panels = []
-    for dtype in dict.fromkeys(case["dtype"] for case in record["cases"]):
-        cases = [case for case in record["cases"] if case["dtype"] == dtype]
-        pairs = [(case, row) for case in cases for row in _timed(case) if _is_ours(row)]
-        pairs = [(case, row) for case, row in pairs if row["speedup"] is not None]
-        height, draw = bars(
-            f"{cases[0]['label']}, {dtype}",
-            "times as fast as torch (line: as fast as torch); more is better",
-            [f"{case['rule']}8bit over {_form(case)}" for case, _ in pairs],
-            [row["speedup"] for _, row in pairs],
-            [f"{row['speedup']:.2f}" for _, row in pairs],
-            [True] * len(pairs),
-        )
-
-        def with_line(panel: Any, draw: Draw = draw) -> None:
-            draw(panel)
+    found: dict[str, list[tuple[str, float, str, bool]]] = {}
+    for case in record["cases"]:
+        rows = {row["name"]: row for row in _timed(case)}
+        ours = rows.get(f"{case['rule'].lower()}-8bit")
+        if ours is not None and ours["speedup"] is not None:
+            form = rows[case["fastest"]]["label"].replace(f" {case['rule']}", "")
+            name = f"{case['rule']}8bit over {form.replace('torch._foreach_*', 'torch operations')}"
+            row = name, ours["speedup"], f"{ours['speedup']:.2f}", True
+            found.setdefault(f"{case['label']}, {case['dtype']}", []).append(row)
+    heading = "Speed of 8-bit optimizers against torch's fastest form"
+    heights = [len(rows) for rows in found.values()]
+    with picture(path, heading, _machine(record), heights) as panels:
+        for panel, (subject, shown) in zip(panels, found.items(), strict=True):
+            unit = "times as fast as torch (line: as fast as torch); more is better"
+            bars(panel, subject, unit, shown)
             panel.axvline(1, color=THEIRS, linewidth=2, zorder=0)
             for text in panel.texts:  # into the bars, where the line does not cross them
                 text.set(color="white", ha="right", position=(-4, 0))
-
-        panels.append((height, with_line))
-    save(path, "Speed of 8-bit optimizers against torch's fastest form", _machine(record), panels)
-
-
-def _form(case: dict[str, Any]) -> str:
-    """The fastest form of torch, in short."""
-    (label,) = (row["label"] for row in case["rows"] if row["name"] == case["fastest"])
-    return (
-        str(label).replace(f" {case['rule']}", "").replace("torch._foreach_*", "torch operations")
-    )
 
 
 # --- the quality of training --------------------------------------------------------------------
 
 
-def _losses(task: str, rows: dict[Any, Any]) -> tuple[float, Draw]:
-    """Dots of 8-bit minus 32-bit, in units of the spread of the 32-bit runs."""
-    pairs = {name: (of.get("32-bit"), of.get("8-bit")) for (name,), of in rows.items()}
-    shown = {name: (exact["std"], eight) for name, (exact, eight) in pairs.items()
-             if exact and eight and exact["std"] and eight["difference"] is not None}  # fmt: skip
+def _losses(cells: Rows, note: str, path: Path) -> None:
+    """Dots of 8-bit minus 32-bit, in units of the spread of the 32-bit runs; a panel for a task."""
+    tasks: dict[str, Rows] = {}
+    for (task, rule), of in groups(cells, "family", ("task", "row"), "column").items():
+        exact, eight = of.get("32-bit"), of.get("8-bit")
+        if exact and eight and exact["std"] and eight["difference_std"] is not None:
+            tasks.setdefault(task, []).append({**eight, "rule": rule, "unit": exact["std"]})
+    if not tasks:
+        return
+    labels = {"gpt": "a small GPT", "digits": "handwritten digits"}
+    heading = "Loss after training, 8-bit against 32-bit"
+    with picture(path, heading, note, [len(rows) for rows in tasks.values()]) as panels:
+        for panel, (task, rows) in zip(panels, tasks.items(), strict=True):
+            panel.axvspan(-1, 1, color=LIGHT, alpha=0.6, linewidth=0)
+            panel.axvline(0, color="black", linewidth=0.8)
+            means, errors = ([row[n] / row["unit"] for row in rows]
+                             for n in ("difference", "difference_std"))  # fmt: skip
+            panel.errorbar(means, range(len(rows)), xerr=errors, fmt="o", color=OURS)
+            panel.set_yticks(range(len(rows)), [row["rule"] for row in rows])
+            panel.set_xlim(-2.5, 2.5)
+            panel.invert_yaxis()
+            panel.set_title(labels[task], fontsize=10, loc="left")
+            panel.set_xlabel(
+                "loss with 8-bit minus loss with 32-bit state, in standard deviations of 32-bit "
+                "runs (gray: one); left is better",
+                fontsize=9,
+            )
 
-    def draw(panel: Any) -> None:
-        panel.axvspan(-1, 1, color=LIGHT, alpha=0.6, linewidth=0)
-        panel.axvline(0, color="black", linewidth=0.8)
-        for place, (unit, eight) in enumerate(shown.values()):
-            error = (eight["difference_std"] or 0.0) / unit
-            panel.errorbar(eight["difference"] / unit, place, xerr=error, fmt="o", color=OURS)
-        panel.set_yticks(range(len(shown)), list(shown))
-        panel.set_xlim(-2.5, 2.5)
-        panel.invert_yaxis()
-        panel.set_title(task, fontsize=10, loc="left")
-        panel.set_xlabel(
-            "loss with 8-bit minus loss with 32-bit state, in standard deviations of 32-bit runs "
-            "(gray: one); left is better",
-            fontsize=9,
-        )
 
-    return _AROUND + BAR * len(shown), draw
+def _diverged(cells: Rows, note: str, path: Path) -> None:
+    """The share of runs that diverged, by the format of the state."""
+    shown = []
+    for (row, column), of in groups(cells, "ablation", ("row", "column"), "lr").items():
+        diverged, runs = (sum(cell[n] for cell in of.values()) for n in ("diverged", "runs"))
+        name = row
+        if row in CODECS:
+            map_name, scope = CODECS[row]
+            name = f"{map_name} map, a scale per {scope.removesuffix('s')}"
+        name += "" if row == REFERENCE else f", {column}"
+        value = 100 * diverged / runs
+        shown.append((name, value, f"{diverged} of {runs}", row.startswith("torchao8")))
+    if shown:
+        with picture(path, "Which formats of 8-bit state train", note, [len(shown)]) as (panel,):
+            subject = "AdamW on a small GPT, three learning rates, five seeds"
+            bars(panel, subject, "runs that diverged, percent; less is better", shown)
 
 
-def _errors(cells: Rows) -> Draw:
-    def draw(panel: Any) -> None:
+def _errors(cells: Rows, note: str, path: Path) -> None:
+    """The error of the update over training, by the rounding of second moments."""
+    cells = [cell for cell in cells if cell["study"] == "rounding" and cell["update_error"]]
+    if not cells:
+        return
+    heading = "Error of a step from 8-bit second moments"
+    note = f"against float32 moments of the same gradients; {note}"
+    with picture(path, heading, note, [9]) as (panel,):
         for cell in cells:
-            errors = cell["update_error"]
+            errors, nearest = cell["update_error"], cell["column"] == "nearest"
             panel.plot(
-                [int(step) for step in errors], [mean for mean, _ in errors.values()],
-                color=OURS if cell["column"] == "stochastic" else THEIRS,
+                [int(step) for step in errors],
+                [mean for mean, _ in errors.values()],
+                color=THEIRS if nearest else OURS,
                 linestyle="-" if cell["row"].endswith("0.999") else "--",
-                label=f"rounded {'to nearest' if cell['column'] == 'nearest' else 'stochastically'}"
-                f", {cell['row']}",
-            )  # fmt: skip
+                label=f"rounded {'to nearest' if nearest else 'stochastically'}, {cell['row']}",
+            )
         panel.set_ylim(bottom=0)
         panel.set_xlabel("training step", fontsize=9)
         panel.set_ylabel("relative error; less is better", fontsize=9)
         panel.legend(fontsize=9, frameon=False)
 
-    return draw
-
-
-def _codec(row: str) -> str:
-    """The name of a format in full."""
-    if row not in CODECS:
-        return row
-    map_name, scope = CODECS[row]
-    return f"{map_name} map, a scale per {scope.removesuffix('s')}"
-
-
-def _diverged(codecs: dict[Any, Any]) -> tuple[float, Draw]:
-    counts = [[sum(c[n] for c in of.values()) for n in ("diverged", "runs")]
-              for of in codecs.values()]  # fmt: skip
-    return bars(
-        "AdamW on a small GPT, three learning rates, five seeds",
-        "runs that diverged, percent; less is better",
-        [row if row == REFERENCE else f"{_codec(row)}, {column}" for row, column in codecs],
-        [100 * diverged / runs for diverged, runs in counts],
-        [f"{diverged} of {runs}" for diverged, runs in counts],
-        [row.startswith("torchao8") for row, _ in codecs],
-    )
-
 
 def quality(summary: dict[str, Any], folder: Path) -> None:
     """A picture for each study that has runs."""
-    cells = summary["cells"]
     machines = "; ".join(f"{m['cpu']}, torch {m['versions']['torch']}" for m in summary["machines"])
-    panels = []
-    for task, label in (("gpt", "a small GPT"), ("digits", "handwritten digits")):
-        of_task = [cell for cell in cells if cell["task"] == task]
-        panels.append(_losses(label, groups(of_task, "family", ("row",), "column")))
-    if panels := [panel for panel in panels if panel[0] > _AROUND]:
-        heading = "Loss after training, 8-bit against 32-bit"
-        note = f"mean and deviation over seeds; {machines}"
-        save(folder / "quality-family.png", heading, note, panels)
-    codecs = groups(cells, "ablation", ("row", "column"), "lr")
-    if codecs:
-        heading = "Which formats of 8-bit state train"
-        save(folder / "quality-codec.png", heading, machines, [_diverged(codecs)])
-    rounded = [c for c in cells if c["study"] == "rounding" and c["update_error"]]
-    if rounded:
-        heading = "Error of a step from 8-bit second moments"
-        note = f"against float32 moments of the same gradients; {machines}"
-        save(folder / "quality-rounding.png", heading, note, [(3.6, _errors(rounded))])
+    over_seeds = f"mean and deviation over seeds; {machines}"
+    _losses(summary["cells"], over_seeds, folder / "quality-family.png")
+    _diverged(summary["cells"], machines, folder / "quality-codec.png")
+    _errors(summary["cells"], machines, folder / "quality-rounding.png")
 
 
 def main(argv: Iterable[str] | None = None) -> None:

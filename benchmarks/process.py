@@ -73,11 +73,6 @@ class Worker:
             raise WorkerError(error)
         return result
 
-    @property
-    def alive(self) -> bool:
-        """Whether the process runs."""
-        return self._process.is_alive()
-
     def stop(self) -> None:
         """Ends the process."""
         self._process.kill()

@@ -100,10 +100,10 @@ def command_line() -> str:
     return shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
 
 
-def field_of(path: str, field: str) -> str:
+def field_of(path: str, field: str, colon: str = ":") -> str:
     """What stands behind "field:" in a file; "" if there is no such file or field."""
     try:
-        match = re.search(rf"^{field}\s*:\s*(.+)$", Path(path).read_text(), re.MULTILINE)
+        match = re.search(rf"^{field}\s*{colon}\s*(.+)$", Path(path).read_text(), re.MULTILINE)
     except OSError:
         return ""
     return match.group(1).strip() if match else ""
@@ -122,24 +122,24 @@ def usable_cores() -> int:
 
 def describe_machine(threads: int) -> dict[str, Any]:
     """CPU, memory and settings that a timing depends on."""
-    caches = {}
-    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        kind, level, size = ((index / n).read_text().strip() for n in ("type", "level", "size"))
-        caches |= {f"L{level}": size} if kind in ("Data", "Unified") else {}
-    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     flags = field_of("/proc/cpuinfo", "flags").split()
     return {
         "cpu": field_of("/proc/cpuinfo", "model name") or platform.processor(),
         "cores": usable_cores(),
         "threads": threads,
         "cpu_flags": [flag for flag in _CPU_FLAGS if flag in flags],
-        "caches_of_one_core": caches,
         "memory_bytes": kibibytes("/proc/meminfo", "MemTotal"),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "transparent_hugepages": pages.read_text().strip() if pages.exists() else None,
         "system": f"{platform.system()} {platform.machine()}",
-        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
     }
+
+
+def _cpu_seconds() -> list[float]:
+    """Seconds of all cores since the system started: all, stolen by a hypervisor, busy, our own."""
+    ticks = field_of("/proc/stat", "cpu", "").split()
+    seconds = [int(field) / os.sysconf("SC_CLK_TCK") for field in ticks[:8]]
+    steal, idle = seconds[7], seconds[3] + seconds[4]
+    return [sum(seconds), steal, sum(seconds) - steal - idle, sum(os.times()[:4])]
 
 
 class CpuWatch:
@@ -150,26 +150,13 @@ class CpuWatch:
     """
 
     def __init__(self) -> None:
-        self._start = self._seconds()
-
-    @staticmethod
-    def _seconds() -> tuple[float, float, float, float] | None:
-        try:
-            fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
-        except OSError:
-            return None
-        user, nice, system, idle, iowait, irq, softirq, steal = (
-            int(field) / os.sysconf("SC_CLK_TCK") for field in fields
-        )
-        busy = user + nice + system + irq + softirq
-        return busy + idle + iowait + steal, steal, busy, sum(os.times()[:4])
+        self._start = _cpu_seconds() if Path("/proc/stat").exists() else None
 
     def shares(self) -> dict[str, float] | None:
         """{"stolen", "others"} as fractions; says them if they are large. None: no /proc/stat."""
-        now = self._seconds()
-        if self._start is None or now is None:
+        if self._start is None:
             return None
-        total, steal, busy, own = (b - a for a, b in zip(self._start, now, strict=True))
+        total, steal, busy, own = (b - a for a, b in zip(self._start, _cpu_seconds(), strict=True))
         total = max(total, 1e-9)
         found = {"stolen": steal / total, "others": max(busy - own, 0.0) / total}
         if sum(found.values()) > _BUSY_SHARE:

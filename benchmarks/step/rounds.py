@@ -35,10 +35,9 @@ class Plan:
         """Whether the deadline has passed."""
         return time.monotonic() > self.deadline
 
-    def takes_part(self, number: int, step_s: float) -> bool:
-        """Whether a contender has a turn in a round: a slow one sits out some, evenly."""
-        rounds = int(min(self.rounds, max(self.budget // step_s, MIN_ROUNDS)))
-        return (number + 1) * rounds // self.rounds > number * rounds // self.rounds
+    def turns(self, step_s: float) -> range:
+        """The rounds in which a contender has a turn: a slow one sits out some, evenly."""
+        return range(0, self.rounds, math.ceil(max(1.0, self.rounds * step_s / self.budget)))
 
 
 @dataclass
@@ -93,9 +92,8 @@ class Bench:
 
     def stop(self) -> None:
         """Ends all processes; others are started where they are needed."""
-        for worker in (worker for workers in self._workers.values() for worker in workers):
-            worker.stop()
-        self._workers = {}
+        for name in list(self._workers):
+            self._end(name)
 
     # -- talking to processes ------------------------------------------------------------------
 
@@ -117,26 +115,18 @@ class Bench:
             if row.skipped is None:
                 found.append((row, answers))
             else:
-                self._clear(row)
+                self._end(row.name)
         return found
 
-    def _clear(self, row: Row) -> None:
-        """Has what a row held given back; ends the processes that cannot even do that."""
-        for worker in self._workers[row.name]:
-            worker.send("free")
-            try:
-                worker.receive(60)
-            except WorkerError:
-                worker.stop()
+    def _end(self, name: str) -> None:
+        for worker in self._workers.pop(name, []):
+            worker.stop()
 
     def _start(self, rows: list[Row]) -> None:
-        """Starts the processes that do not run; one that ended gets another for the next list."""
+        """Starts the processes that do not run: one that failed gets another for the next list."""
         for row in rows:
-            one, workers = row.contender, self._workers.get(row.name, [])
-            if not workers or not all(worker.alive for worker in workers):
-                for worker in workers:
-                    worker.stop()
-                store = next(self._places)
+            if row.name not in self._workers:
+                one, store = row.contender, next(self._places)
                 environment = {"OMP_NUM_THREADS": str(self._threads), "TORCHAO8_CPU": one.cpu_path}
                 self._workers[row.name] = [
                     Worker(Stepper, one, self._device, self._threads, rank, self._ranks, store,
@@ -159,9 +149,8 @@ class Bench:
     def _finish(self, rows: list[Row]) -> None:
         for row in rows:
             if row.skipped is None and len(row.rounds) < MIN_ROUNDS:
-                self._clear(row)
                 row.skip(f"only {len(row.rounds)} rounds within the time limit")
-        for row in rows:
+                self._end(row.name)
             timeout = 60 + 20 * row.info.get("step_s", 0.0)
             for _, peaks in self._ask([row], timeout, "peak_extra_bytes"):
                 row.peak_extra_bytes = peaks[0]
@@ -173,18 +162,17 @@ class Bench:
     def _measure(self, rows: list[Row], tensors: TensorList, dtype: str) -> None:
         self._set_up(rows, tensors, dtype)
         for row in rows:
-            if row.skipped is None and MIN_ROUNDS * row.info["step_s"] > self.plan.budget:
-                self._clear(row)
-                row.skip(
-                    f"a step takes {row.info['step_s']:.1f} s: {MIN_ROUNDS} of them would take "
-                    f"more than the budget of {self.plan.budget:.0f} s"
-                )
+            step_s = row.info.get("step_s", 0.0)
+            if len(self.plan.turns(step_s)) < MIN_ROUNDS:
+                budget = f"the budget of {self.plan.budget:.0f} s"
+                row.skip(f"{MIN_ROUNDS} steps of {step_s:.1f} s take more than {budget}")
+                self._end(row.name)
         for number in range(self.plan.rounds):
             if self.plan.late() and number >= MIN_ROUNDS:
                 break
             first = number % len(rows)
             for row in rows[first:] + rows[:first]:
-                if row.skipped is None and self.plan.takes_part(number, row.info["step_s"]):
+                if row.skipped is None and number in self.plan.turns(row.info["step_s"]):
                     time.sleep(self._device.settle_s)
                     timeout = 60 + 20 * (self.plan.turn + row.info["step_s"])
                     for _, seconds in self._ask([row], timeout, "turn", self.plan.turn):
