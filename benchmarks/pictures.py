@@ -21,7 +21,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot
 
 from benchmarks import reporting
-from benchmarks.quality.page import groups
+from benchmarks.quality.report import groups
 from benchmarks.quality.runs import CODECS, REFERENCE
 from benchmarks.step.contenders import BASELINE, MEMORY
 from benchmarks.step.tables import milliseconds, title

@@ -30,7 +30,7 @@ class FakeGpu(devices.Cpu):
 
     kind = "cuda"
     settle_s = 0.0
-    lists = ("mixed", "deadly")  # type: ignore[assignment]
+    lists = ("mixed", "deadly")
     defaults = devices.Cuda.defaults
 
     def __init__(self, name: str) -> None:

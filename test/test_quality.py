@@ -15,9 +15,8 @@ import benchmarks.quality.__main__ as quality
 import torchao8
 from benchmarks import pictures
 from benchmarks.quality import moments
-from benchmarks.quality import page as shown
+from benchmarks.quality import report as shown
 from benchmarks.quality import runs as study
-from benchmarks.quality import summary as numbers
 
 QUICK = study.QUICK
 MACHINE = {"cpu": "some CPU", "threads": 1, "versions": {"torch": "2.13.0", "bitsandbytes": None}}
@@ -230,7 +229,7 @@ def cells_of(table: str) -> list[dict[str, str]]:
 
 def test_family_table() -> None:
     runs, records = made_up()
-    summary = numbers.summarize(runs, records)
+    summary = shown.summarize(runs, records)
     assert summary["runs_planned"] == len(runs)
     assert summary["runs_recorded"] == len(records) == len(runs) - 3
     assert summary["hours"] == pytest.approx(len(records) / 100)
@@ -251,7 +250,7 @@ def test_family_table() -> None:
 
 
 def test_ablation_table() -> None:
-    summary = numbers.summarize(*made_up())
+    summary = shown.summarize(*made_up())
     rows = cells_of(shown.ablation_table(summary["cells"]))
     found = {(row["state"], row["embeddings"]): row for row in rows}
     assert len(found) == 1 + 2 + 8
@@ -265,7 +264,7 @@ def test_ablation_table() -> None:
 
 
 def test_rounding_table() -> None:
-    summary = numbers.summarize(*made_up())
+    summary = shown.summarize(*made_up())
     rows = cells_of(shown.rounding_table(summary["cells"]))
     ways = ("32-bit", "nearest", "stochastic")
     places = [(f"beta2 {beta2}", way) for beta2 in (0.999, 0.95) for way in ways]
@@ -285,7 +284,7 @@ def test_page_and_picture_of_any_part_of_the_records(tmp_path: Path) -> None:
         ("one", records[:1]),
         ("half", records[: len(records) // 2]),
     ):
-        summary = numbers.summarize(runs, part)
+        summary = shown.summarize(runs, part)
         json.dumps(summary)
         page = shown.page(summary)
         assert f"{len(part)} of {len(runs)} runs" in page
@@ -297,7 +296,7 @@ def test_page_and_picture_of_any_part_of_the_records(tmp_path: Path) -> None:
     }
     # One run is compared with none.
     assert drawn == {"whole": {"family", "codec", "rounding"}, "one": set(), "half": {"family"}}
-    other = numbers.summarize(study.plan(study.FULL), records)
+    other = shown.summarize(study.plan(study.FULL), records)
     assert other["runs_recorded"] == 0
     assert not other["cells"]
 

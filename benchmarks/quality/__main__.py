@@ -27,9 +27,8 @@ from typing import Any
 import torch
 
 from benchmarks import reporting
-from benchmarks.quality.page import page
+from benchmarks.quality.report import page, summarize
 from benchmarks.quality.runs import FULL, QUICK, Run, attempt, plan
-from benchmarks.quality.summary import summarize
 
 Record = dict[str, Any]
 

@@ -6,7 +6,7 @@ import importlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -54,18 +54,20 @@ SOURCES = (OURS_32BIT, OURS_8BIT, TORCH, BITSANDBYTES)
 class Settings:
     """How large the studies are."""
 
-    sizes: dict[str, Size] = field(
-        default_factory=lambda: {"gpt": GptSize(), "digits": DigitsSize()}
-    )
-    steps: dict[str, int] = field(
-        default_factory=lambda: {"gpt": 600, "digits": 600, "ablation": 300, "rounding": 5000}
-    )
-    seeds: int = 5
-    ablation_lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
-    error_every: int = 200
+    sizes: dict[str, Size]
+    steps: dict[str, int]
+    seeds: int
+    ablation_lrs: tuple[float, ...]
+    error_every: int
 
 
-FULL = Settings()
+FULL = Settings(
+    sizes={"gpt": GptSize(), "digits": DigitsSize()},
+    steps={"gpt": 600, "digits": 600, "ablation": 300, "rounding": 5000},
+    seeds=5,
+    ablation_lrs=(1e-3, 3e-3, 1e-2),
+    error_every=200,
+)
 QUICK = Settings(
     sizes={"gpt": GptSize(1, 64, 2, 32, 2, 2), "digits": DigitsSize(16, 32, 16)},
     steps={"gpt": 4, "digits": 4, "ablation": 3, "rounding": 6},

@@ -31,6 +31,7 @@ class Cpu:
     """The CPU, and what the classes of other devices replace."""
 
     kind = "cpu"
+    lists = LISTS["cpu"]
     settle_s = 0.05  # before a turn: until the last one's OpenMP threads have stopped spinning
     process_bytes = 1 << 29  # of a process besides its tensors
     usable_share = 0.9  # of the free memory
@@ -44,11 +45,6 @@ class Cpu:
         self.device = torch.device(name)
 
     # -- for the process that asks -------------------------------------------------------------
-
-    @property
-    def lists(self) -> tuple[str, ...]:
-        """Names of the tensor lists for this kind of device."""
-        return LISTS[self.kind]
 
     def describe(self, threads: int) -> dict[str, Any]:
         """What a timing depends on, for the result file."""
@@ -117,6 +113,7 @@ class Cuda(Cpu):
     """A GPU, "cuda" or "cuda:N"."""
 
     kind = "cuda"
+    lists = LISTS["cuda"]
     settle_s = 0.0
     process_bytes = 1 << 28  # they are there when free memory is read, so this is for code
     usable_share = 0.95
