@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -392,3 +393,28 @@ def test_the_command_is_told_without_the_machine_s_paths(monkeypatch: pytest.Mon
     assert reporting.command_line() == "python -m benchmarks.step --list gpt2"
     monkeypatch.setattr("sys.argv", ["/home/me/benchmarks/compare.py"])
     assert reporting.command_line() == "python -m benchmarks.compare"
+
+
+def test_each_reported_result_has_its_command_and_is_not_overwritten_unasked() -> None:
+    text = (RESULTS.parent / "README.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| `") and "python -m" in line]
+    named = {name for row in rows for name in re.findall(r"`([\w-]+\.\w+)`", row.split("|")[1])}
+    assert named == {path.name for path in RESULTS.iterdir()}
+    folder = command.parse([])[0].out
+    assert not (RESULTS.parents[1] / folder).is_relative_to(RESULTS)
+
+
+def test_picture_of_memory_shows_the_estimate(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="no matplotlib, which pictures are drawn with")
+    from benchmarks import memory
+
+    rows = {name: memory.gibibytes(*what) for name, what in memory.ROWS.items()}
+    elements = 8_030_261_248
+    exact = rows["AdamW, float32 weights"]
+    assert exact["weights"] == exact["gradients"] == pytest.approx(4 * elements / 2**30)
+    assert exact["optimizer state"] == pytest.approx(8 * elements / 2**30, rel=1e-6)
+    smallest = rows["Lion8bit, bfloat16 weights"]
+    assert smallest["weights"] == exact["weights"] / 2
+    assert sum(smallest.values()) == min(sum(row.values()) for row in rows.values())
+    memory.main(["--out", str(tmp_path)])
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
