@@ -5,10 +5,10 @@
     python -m benchmarks.compare OLD --sharded     # DTensors on two ranks, host time, checkpoints
 
 Each commit is checked out and built once, under build/compare/<hash>; the working tree is built in
-place. Every optimizer has a process of its own, in which torchao8 is imported from its build; those
-of AdamW, and then those of AdamW8bit, take turns with torch's, in an order that rotates. Ratios are of speed, in the same round: above 1, what is
-named first takes less time. `bits` says whether the parameters and every state of both commits have
-the same bits after five steps on seeded gradients.
+place. Every optimizer has a process of its own, in which torchao8 is imported from its build. Those
+of AdamW, and then those of AdamW8bit, take turns with torch's, in an order that rotates. Ratios are
+of speed, in the same round: above 1, what is named first takes less time. `bits` says whether the
+parameters and every state of both commits have the same bits after five steps on seeded gradients.
 """
 
 from __future__ import annotations

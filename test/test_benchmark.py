@@ -187,10 +187,8 @@ def test_batches_fit_into_memory(
     chosen = [contenders.CONTENDERS[name] for name in names]
     always = [*contenders.MEMORY, contenders.CONTENDERS["torch"]]
     tensors = tensor_lists.tensor_list("one")
-    found, too_large = bench.batches(chosen, always, tensors, 4)
+    found = bench.batches(chosen, always, tensors, 4)
     assert [[one.name for one in batch] for batch in found] == batches
-    assert {row.name for row in too_large} == set(names) - {n for batch in batches for n in batch}
-    assert all(" GB of memory, of " in str(row.skipped) for row in too_large)
 
 
 def test_steps_on_a_cpu_are_timed_one_by_one() -> None:

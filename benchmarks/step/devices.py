@@ -35,7 +35,7 @@ class Cpu:
     settle_s = 0.05  # before a turn: until the last one's OpenMP threads have stopped spinning
     process_bytes = 1 << 29  # of a process besides its tensors
     usable_share = 0.9  # of the free memory
-    setup_timeout = 600.0  # seconds for a contender's first steps; some compile in them
+    timeout = 600.0  # seconds for whatever a process does; some compile in the first step
     # What an option is if it is not given.
     defaults: ClassVar[dict[str, Any]] = {
         "list": ["gpt2"], "rounds": 15, "turn": 0.25, "budget": 60.0, "time_limit": math.inf,
@@ -117,7 +117,7 @@ class Cuda(Cpu):
     settle_s = 0.0
     process_bytes = 1 << 28  # they are there when free memory is read, so this is for code
     usable_share = 0.95
-    setup_timeout = 80.0
+    timeout = 80.0
     # Everything must be over in three minutes.
     defaults: ClassVar[dict[str, Any]] = {
         "list": ["all"], "rounds": 9, "turn": 0.05, "budget": 10.0, "time_limit": 150.0,

@@ -58,12 +58,6 @@ class Row:
         """That of the contender."""
         return self.contender.name
 
-    def skip(self, reason: str) -> None:
-        """Leaves it out from now on, for the first reason that is told."""
-        if self.skipped is None:
-            self.skipped = reason
-            say(f"  skipping {self.name}: {reason}")
-
 
 def ratios(ours: dict[int, float], theirs: dict[int, float]) -> list[float]:
     """How many times as fast as `theirs`, in the rounds of both."""
@@ -92,40 +86,41 @@ class Bench:
 
     def stop(self) -> None:
         """Ends all processes; others are started where they are needed."""
-        for name in list(self._workers):
-            self._end(name)
+        for worker in (worker for workers in self._workers.values() for worker in workers):
+            worker.stop()
+        self._workers = {}
 
     # -- talking to processes ------------------------------------------------------------------
 
-    def _ask(
-        self, rows: list[Row], timeout: float, method: str, *arguments: Any
-    ) -> list[tuple[Row, list[Any]]]:
+    def _ask(self, rows: list[Row], method: str, *arguments: Any) -> list[tuple[Row, list[Any]]]:
         """Calls a method in all rows' processes at a time; the answers. Who fails is skipped."""
         rows = [row for row in rows if row.skipped is None]
         for worker in (worker for row in rows for worker in self._workers[row.name]):
             worker.send(method, *arguments)
-        end, found = time.monotonic() + timeout, []
+        end, found = time.monotonic() + self._device.timeout, []
         for row in rows:
             answers = []
             for worker in self._workers[row.name]:
                 try:
                     answers.append(worker.receive(end - time.monotonic()))
                 except WorkerError as error:
-                    row.skip(str(error))
+                    self._skip(row, str(error))
             if row.skipped is None:
                 found.append((row, answers))
-            else:
-                self._end(row.name)
         return found
 
-    def _end(self, name: str) -> None:
-        for worker in self._workers.pop(name, []):
-            worker.stop()
+    def _skip(self, row: Row, reason: str) -> None:
+        """Leaves a row out from now on, for the first reason told, and ends its processes."""
+        if row.skipped is None:
+            row.skipped = reason
+            say(f"  skipping {row.name}: {reason}")
+            for worker in self._workers.pop(row.name, []):
+                worker.stop()
 
     def _start(self, rows: list[Row]) -> None:
         """Starts the processes that do not run: one that failed gets another for the next list."""
         for row in rows:
-            if row.name not in self._workers:
+            if row.skipped is None and row.name not in self._workers:
                 one, store = row.contender, next(self._places)
                 environment = {"OMP_NUM_THREADS": str(self._threads), "TORCHAO8_CPU": one.cpu_path}
                 self._workers[row.name] = [
@@ -133,40 +128,18 @@ class Bench:
                            environment=environment, source=one.source)
                     for rank in range(self._ranks)
                 ]  # fmt: skip
-        self._ask(rows, self._device.setup_timeout, "ready")
+        self._ask(rows, "ready")
 
     # -- the steps of a measurement ------------------------------------------------------------
 
     def _set_up(self, rows: list[Row], tensors: TensorList, dtype: str) -> None:
-        left = self.plan.deadline - time.monotonic()
-        timeout = min(self._device.setup_timeout, max(left, 15))
         # On a GPU all at a time, since some compile on the CPU; there one would disturb the others.
         for some in [rows] if self._device.kind != "cpu" else [[row] for row in rows]:
-            self._start([row for row in some if row.skipped is None])
-            for row, answers in self._ask(some, timeout, "set_up", tensors, dtype):
+            self._start(some)
+            for row, answers in self._ask(some, "set_up", tensors, dtype):
                 row.info = {**answers[0], "bits": [answer["bits"] for answer in answers]}
 
-    def _finish(self, rows: list[Row]) -> None:
-        for row in rows:
-            if row.skipped is None and len(row.rounds) < MIN_ROUNDS:
-                row.skip(f"only {len(row.rounds)} rounds within the time limit")
-                self._end(row.name)
-            timeout = 60 + 20 * row.info.get("step_s", 0.0)
-            for _, peaks in self._ask([row], timeout, "peak_extra_bytes"):
-                row.peak_extra_bytes = peaks[0]
-            if row.contender.tensors == "DTensor":
-                for _, sizes in self._ask([row], 600, "saved_bytes", next(self._places)):
-                    row.saved_bytes = sizes[0]
-            self._ask([row], 60, "free")
-
-    def _measure(self, rows: list[Row], tensors: TensorList, dtype: str) -> None:
-        self._set_up(rows, tensors, dtype)
-        for row in rows:
-            step_s = row.info.get("step_s", 0.0)
-            if len(self.plan.turns(step_s)) < MIN_ROUNDS:
-                budget = f"the budget of {self.plan.budget:.0f} s"
-                row.skip(f"{MIN_ROUNDS} steps of {step_s:.1f} s take more than {budget}")
-                self._end(row.name)
+    def _turns(self, rows: list[Row]) -> None:
         for number in range(self.plan.rounds):
             if self.plan.late() and number >= MIN_ROUNDS:
                 break
@@ -174,18 +147,34 @@ class Bench:
             for row in rows[first:] + rows[:first]:
                 if row.skipped is None and number in self.plan.turns(row.info["step_s"]):
                     time.sleep(self._device.settle_s)
-                    timeout = 60 + 20 * (self.plan.turn + row.info["step_s"])
-                    for _, seconds in self._ask([row], timeout, "turn", self.plan.turn):
+                    for _, seconds in self._ask([row], "turn", self.plan.turn):
                         row.rounds[number] = max(seconds)  # ranks run at the same time
-        self._finish(rows)
+
+    def _measure(self, rows: list[Row], tensors: TensorList, dtype: str) -> None:
+        self._set_up(rows, tensors, dtype)
+        for row in rows:
+            step_s = row.info.get("step_s", 0.0)
+            if len(self.plan.turns(step_s)) < MIN_ROUNDS:
+                budget = f"the budget of {self.plan.budget:.0f} s"
+                self._skip(row, f"{MIN_ROUNDS} steps of {step_s:.1f} s take more than {budget}")
+        self._turns(rows)
+        for row in rows:
+            if len(row.rounds) < MIN_ROUNDS:
+                self._skip(row, f"only {len(row.rounds)} rounds within the time limit")
+            for _, peaks in self._ask([row], "peak_extra_bytes"):
+                row.peak_extra_bytes = peaks[0]
+            if row.contender.tensors == "DTensor":
+                for _, sizes in self._ask([row], "saved_bytes", next(self._places)):
+                    row.saved_bytes = sizes[0]
+        self._ask(rows, "free")
 
     def batches(
         self, chosen: Sequence[Contender], everywhere: Sequence[Contender],
         tensors: TensorList, itemsize: int,
-    ) -> tuple[list[list[Contender]], list[Row]]:  # fmt: skip
+    ) -> list[list[Contender]]:  # fmt: skip
         """Splits contenders into batches that fit into memory beside what runs in every batch.
 
-        Also returns rows for those that fit into none.
+        Those that fit into none are left out.
         """
         device = self._device
 
@@ -197,16 +186,12 @@ class Bench:
 
         room = int(device.usable_share * device.free_bytes()) - sum(map(need, everywhere))
         batches: list[list[Contender]] = [[]]
-        too_large = []
         for one in chosen:
-            if need(one) > room:
-                reason = f"needs {need(one) / 1e9:.0f} GB of memory, of {room / 1e9:.0f} free"
-                too_large.append(Row(one, skipped=reason))
-                continue
-            if sum(map(need, batches[-1])) + need(one) > room:
+            if sum(map(need, batches[-1])) + need(one) > room and batches[-1]:
                 batches.append([])
-            batches[-1].append(one)
-        return batches, too_large
+            if need(one) <= room:
+                batches[-1].append(one)
+        return batches
 
     # -- what is asked for ---------------------------------------------------------------------
 
@@ -220,22 +205,21 @@ class Bench:
         """
         say(f"{tensors.label}, {dtype}")
         present = [one for one in chosen if installed(one.package)]
-        left_out = [Row(one, skipped=f"{one.package} is not installed")
-                    for one in chosen if one not in present]  # fmt: skip
         if self._device.kind != "cpu":  # before its memory is counted: processes take some of it
             self._start([Row(one) for one in [*everywhere, *present]])
-        itemsize = getattr(torch, dtype).itemsize
-        batches, too_large = self.batches(present, everywhere, tensors, itemsize)
         rows: list[Row] = []
-        for number, batch in enumerate(batches):
-            if number > 0 and self.plan.late():
-                reason = "left out: the time limit has passed"
-                left_out += [Row(one, skipped=reason) for one in batch]
-                continue
-            some = [Row(one, number) for one in [*everywhere, *batch]]
-            self._measure(some, tensors, dtype)
-            rows += some
-        return rows + left_out + too_large
+        itemsize = getattr(torch, dtype).itemsize
+        for number, batch in enumerate(self.batches(present, everywhere, tensors, itemsize)):
+            if number == 0 or not self.plan.late():
+                some = [Row(one, number) for one in [*everywhere, *batch]]
+                self._measure(some, tensors, dtype)
+                rows += some
+        for one in chosen:
+            if one not in [row.contender for row in rows]:
+                reason = "it did not fit into memory, or the time limit has passed"
+                missing = f"{one.package} is not installed"
+                rows.append(Row(one, skipped=reason if one in present else missing))
+        return rows
 
     def count_launches(self, rows: list[Row], tensors: TensorList, dtype: str) -> None:
         """Counts the kernel launches of a step of measured rows.
@@ -244,14 +228,10 @@ class Bench:
         """
         measured = [row for row in rows if row.skipped is None and row.contender not in MEMORY]
         for batch in sorted({row.batch for row in measured}):
-            if self.plan.late():
-                break
-            again = {row.name: Row(row.contender) for row in measured if row.batch == batch}
-            self._set_up(list(again.values()), tensors, dtype)
-            counts = {
-                row.name: found[0] for row, found in self._ask([*again.values()], 30, "launches")
-            }
-            for row in measured:
-                if row.batch == batch:
-                    row.launches = counts.get(row.name)
-            self._ask(list(again.values()), 60, "free")
+            if not self.plan.late():
+                again = [Row(row.contender) for row in measured if row.batch == batch]
+                self._set_up(again, tensors, dtype)
+                counts = {row.name: found[0] for row, found in self._ask(again, "launches")}
+                for row in measured:
+                    row.launches = counts.get(row.name, row.launches)
+                self._ask(again, "free")
