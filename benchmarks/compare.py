@@ -144,16 +144,8 @@ def table(cases: list[dict[str, Any]]) -> str:
     if sharded:
         names = [*names[:2], *(_dtensor_column(side) for side in SIDES)]
     unit = "us a tensor" if sharded else "ms"
-    headers = [
-        "",
-        "dtype",
-        "step",
-        "optimizer",
-        "tensors",
-        *(f"{s}, {unit}" for s in SIDES),
-        *names,
-    ]
-    headers += ["new/torch, MB saved"] * sharded + ["bits"]
+    headers = ["", "dtype", "step", "optimizer", "tensors", *(f"{s}, {unit}" for s in SIDES)]
+    headers += [*names, *["new/torch, MB saved"] * sharded, "bits"]
     lines, left_out = [], []
     for case in cases:
         for row in case["rows"]:

@@ -59,14 +59,8 @@ def add_timing(made: argparse.ArgumentParser, rounds: str, turn: str, lists: str
     """Adds what the benchmarks of the step know; texts tell the defaults, which are None."""
     add = made.add_argument
     add("--list", nargs="+", metavar="LIST", help=f"lists of tensors ({lists})")
-    dtypes = ["float32", "bfloat16"]
-    add(
-        "--dtype",
-        nargs="+",
-        choices=dtypes,
-        default=dtypes,
-        help="of parameters and gradients (both)",
-    )
+    both = ["float32", "bfloat16"]
+    add("--dtype", nargs="+", choices=both, default=both, help="of parameters and gradients (both)")
     add("--rounds", type=at_least(int, 3), help=f"turns of each contender ({rounds})")
     add("--turn", type=at_least(float, 0), help=f"seconds of steps in a turn ({turn})")
     add("--threads", type=at_least(int, 1), default=usable_cores(), help="threads (all cores)")

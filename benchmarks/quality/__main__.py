@@ -103,12 +103,8 @@ def _parse(argv: Iterable[str] | None) -> tuple[argparse.Namespace, list[Run]]:
     chosen = [run for run in runs if any(fnmatchcase(run.label, one) for one in args.only)]
     if not chosen:
         parser.error(f"--only: {' '.join(args.only)} matches no run; see --list")
-    makes_runs = not args.list and not args.report
-    if (
-        makes_runs
-        and any(r.task == "digits" for r in chosen)
-        and not reporting.installed("sklearn")
-    ):
+    of_digits = not (args.list or args.report) and any(run.task == "digits" for run in chosen)
+    if of_digits and not reporting.installed("sklearn"):
         parser.error("the digits need scikit-learn: pip install scikit-learn")
     return args, chosen
 
