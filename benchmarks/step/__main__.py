@@ -14,7 +14,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,30 +29,12 @@ from benchmarks.step.contenders import (
     rule_names,
 )
 from benchmarks.step.devices import Cpu, open_device
-from benchmarks.step.rounds import Bench, Plan, Row
-from benchmarks.step.tables import case_record, rules_table, table, title
-from benchmarks.step.tensor_lists import LISTS, TensorList, list_names, tensor_list
+from benchmarks.step.rounds import Bench, Plan
+from benchmarks.step.tables import Case, rules_table, table, title
+from benchmarks.step.tensor_lists import LISTS, list_names, tensor_list
 
 _PACKAGES = ("torchao8", "bitsandbytes", "torchao", "deepspeed", "flashoptim", "triton")
 _COUNTING_S = 25.0  # for the launches, which are counted after everything is timed
-
-
-@dataclass
-class Case:
-    """What is measured at a time: contenders against rivals on a list of tensors of one dtype."""
-
-    list_name: str
-    tensors: TensorList
-    dtype: str
-    rivals: list[Contender]
-    rule: str | None
-    rows: list[Row]
-
-    def record(self, kind: str) -> dict[str, Any]:
-        """Its part of the result file."""
-        named = {} if self.rule is None else {"rule": self.rule}
-        about = self.rivals, self.list_name, self.tensors, self.dtype
-        return {**named, **case_record(self.rows, *about, kind)}
 
 
 def _parser() -> argparse.ArgumentParser:

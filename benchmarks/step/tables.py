@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
 
@@ -45,40 +46,44 @@ def _record(row: Row, numel: int, fastest: Row | None, copy: Row, kind: str) -> 
     return {**found, "buckets": info["buckets"], "launches": row.launches}
 
 
-def case_record(
-    rows: list[Row],
-    rivals: list[Contender],
-    list_name: str,
-    tensors: TensorList,
-    dtype: str,
-    kind: str,
-) -> dict[str, Any]:
-    """What the result file says about one list and dtype.
+@dataclass
+class Case:
+    """What is measured at a time: contenders and rivals on a list of tensors of one dtype.
 
     Speed-ups are over the fastest of the rivals of a batch, which are in every batch.
     """
-    records, fastest = [], None
-    for number in sorted({row.batch for row in rows}):
-        some = [row for row in rows if row.batch == number]
-        timed = [row for row in some if row.contender in rivals and row.skipped is None]
-        if timed:
-            fastest = min(timed, key=lambda row: median(row.rounds.values()))
-        copy = next((row for row in some if row.name == "copy"), Row(MEMORY[0]))
-        records += [_record(row, tensors.numel, fastest, copy, kind) for row in some]
-    # What is in every batch stands once above the others; the memory rates and the rest below.
-    memory, shared = {one.name for one in MEMORY}, {one.name for one in rivals}
-    records.sort(
-        key=lambda r: (r["batch"] > 0 and r["name"] in memory | shared, r["name"] in memory)
-    )
-    return {
-        "fastest": fastest.name if fastest else "",
-        "list": list_name,
-        "label": tensors.label,
-        "tensors": len(tensors.shapes),
-        "parameters": tensors.numel,
-        "dtype": dtype,
-        "rows": records,
-    }
+
+    list_name: str
+    tensors: TensorList
+    dtype: str
+    rivals: list[Contender]
+    rule: str | None
+    rows: list[Row]
+
+    def record(self, kind: str) -> dict[str, Any]:
+        """What the result file says, for this kind of device."""
+        records, fastest = [], None
+        for number in sorted({row.batch for row in self.rows}):
+            some = [row for row in self.rows if row.batch == number]
+            timed = [row for row in some if row.contender in self.rivals and row.skipped is None]
+            if timed:
+                fastest = min(timed, key=lambda row: median(row.rounds.values()))
+            copy = next((row for row in some if row.name == "copy"), Row(MEMORY[0]))
+            records += [_record(row, self.tensors.numel, fastest, copy, kind) for row in some]
+        # What is in every batch stands once above the others; the memory rates and the rest below.
+        memory = {one.name for one in MEMORY}
+        shared = memory | {one.name for one in self.rivals}
+        records.sort(key=lambda r: (r["batch"] > 0 and r["name"] in shared, r["name"] in memory))
+        return {
+            **({} if self.rule is None else {"rule": self.rule}),
+            "fastest": fastest.name if fastest else "",
+            "list": self.list_name,
+            "label": self.tensors.label,
+            "tensors": len(self.tensors.shapes),
+            "parameters": self.tensors.numel,
+            "dtype": self.dtype,
+            "rows": records,
+        }
 
 
 def title(case: dict[str, Any]) -> str:
