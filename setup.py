@@ -167,7 +167,7 @@ def make_cuda_extension() -> Extension | None:
     )
     extension = CUDAExtension(
         "torchao8._C_cuda",
-        relative("csrc/cuda/*.cu", "csrc/cuda/*.cpp", "csrc/op/*.cpp"),
+        relative("csrc/cuda/*.cu", "csrc/cuda/*.cpp", "csrc/op/*.cpp", "csrc/old_runtime.cpp"),
         depends=relative("csrc/**/*.h", "csrc/**/*.cuh"),
         include_dirs=[str(ROOT / "csrc")],
         extra_compile_args={"cxx": compile_flags(), "nvcc": nvcc_flags()},
