@@ -3,7 +3,8 @@
 The extension uses the LibTorch Stable ABI and CPython's limited API: one built file serves every
 torch from `OLDEST_TORCH` on and every Python from `OLDEST_PYTHON` on. tools/check_abi.py checks it.
 
-DEBUG=1 in the environment builds with debug information and little optimization.
+DEBUG=1 in the environment builds with debug information and little optimization. TORCHAO8_LABEL=1
+adds torch's CUDA release to the version of a build with CUDA kernels: 0.1.0+cu130.
 """
 
 from __future__ import annotations
@@ -177,6 +178,15 @@ def make_cuda_extension() -> Extension | None:
     return extension
 
 
+def version_label() -> str:
+    """What TORCHAO8_LABEL=1 adds to the version: the CUDA that torch must have to load the file."""
+    import torch
+
+    if os.environ.get("TORCHAO8_LABEL") != "1" or torch.version.cuda is None:
+        return ""
+    return "+cu" + torch.version.cuda.replace(".", "")
+
+
 def build_command(with_torch: bool) -> type[build_ext]:
     """The command that compiles."""
     if not with_torch:
@@ -198,7 +208,10 @@ def main() -> None:
     setup(
         ext_modules=[e for e in (make_extension(with_torch), cuda) if e is not None],
         cmdclass={"build_ext": build_command(with_torch)},
-        options={"bdist_wheel": {"py_limited_api": "cp{}{}".format(*OLDEST_PYTHON)}},
+        options={
+            "bdist_wheel": {"py_limited_api": "cp{}{}".format(*OLDEST_PYTHON)},
+            "egg_info": {"tag_build": version_label() if cuda is not None else ""},
+        },
     )
 
 
