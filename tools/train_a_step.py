@@ -35,7 +35,7 @@ def raw_bytes(tensor: Tensor) -> bytes:
 def take_steps(name: str) -> list[Tensor]:
     """Parameters and states after three steps of the class of that name."""
     shapes = (((20, 300), torch.float32), ((20, 300), torch.bfloat16), ((64,), torch.float32))
-    params = [nn.Parameter(pattern(*of, period=97)) for of in shapes]
+    params = [nn.Parameter(pattern(shape, dtype, 97)) for shape, dtype in shapes]
     optimizer = getattr(torchao8, name)(params, lr=1e-3, weight_decay=0.1)
     for period in (101, 89, 113):
         for param in params:
@@ -63,7 +63,8 @@ def train() -> str:
     losses: list[float] = []
     saved = b""
     for _ in range(2):
-        model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
+        first = nn.Linear(64, 128)
+        model = nn.Sequential(first, nn.ReLU(), nn.Linear(128, 64))
         optimizer = torchao8.AdamW8bit(model.parameters(), lr=3e-3)
         if saved:
             checkpoint = torch.load(io.BytesIO(saved), weights_only=True)
@@ -75,16 +76,16 @@ def train() -> str:
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        codes = optimizer.state[model[0].weight]["exp_avg_codes"]
+        codes = optimizer.state[first.weight]["exp_avg_codes"]
         if codes.dtype != torch.uint8:
             raise SystemExit(f"the moments of a matrix must be uint8, they are {codes.dtype}")
         buffer = io.BytesIO()
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
         saved = buffer.getvalue()
-    first, halfway, last = losses[0], losses[20], losses[-1]
-    if not last < halfway < first:
-        raise SystemExit(f"the loss must fall, it was {first:.4f}, {halfway:.4f}, {last:.4f}")
-    return f"{first:.3f} -> {halfway:.3f} -> {last:.3f}"
+    start, halfway, end = losses[0], losses[20], losses[-1]
+    if not end < halfway < start:
+        raise SystemExit(f"the loss must fall, it was {start:.4f}, {halfway:.4f}, {end:.4f}")
+    return f"{start:.3f} -> {halfway:.3f} -> {end:.3f}"
 
 
 def main() -> int:
