@@ -19,6 +19,7 @@ from pathlib import Path
 import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
@@ -110,6 +111,12 @@ def compile_flags() -> list[str]:
     ]
 
 
+def link_flags() -> list[str]:
+    """Flags for the linker: csrc/old_runtime.cpp has what takes the place of dlsym."""
+    wrapped = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
+    return ["-Wl,--wrap=dlsym"] if wrapped and platform.libc_ver()[0] == "glibc" else []
+
+
 def nvcc_flags() -> list[str]:
     """Flags for nvcc: as for the CPU, no fast-math and no contraction that the source does not
     spell. test/test_cuda_source.py compiles with the same."""
@@ -117,6 +124,7 @@ def nvcc_flags() -> list[str]:
         "-O3",
         "-fmad=false",
         "--expt-relaxed-constexpr",
+        "-Xcompiler=-fvisibility=hidden",
         "-DUSE_CUDA",
         *(f"-D{macro}" for macro in macros()),
     ]
@@ -136,6 +144,7 @@ def make_extension(with_torch: bool) -> Extension:
         "depends": relative("csrc/**/*.h", "csrc/**/*.inl"),
         "include_dirs": [str(ROOT / "csrc")],
         "extra_compile_args": compile_flags(),
+        "extra_link_args": link_flags(),
         "py_limited_api": True,
     }
     if not with_torch:
@@ -172,19 +181,22 @@ def make_cuda_extension() -> Extension | None:
         depends=relative("csrc/**/*.h", "csrc/**/*.cuh"),
         include_dirs=[str(ROOT / "csrc")],
         extra_compile_args={"cxx": compile_flags(), "nvcc": nvcc_flags()},
+        extra_link_args=link_flags(),
         py_limited_api=True,
     )
     extension.libraries = ["cudart", "torch_cpu", "torch_cuda"]
     return extension
 
 
-def version_label() -> str:
-    """What TORCHAO8_LABEL=1 adds to the version: the CUDA that torch must have to load the file."""
-    import torch
+class LabelledVersion(egg_info):
+    """With TORCHAO8_LABEL=1, the version ends in the CUDA that torch must have for the kernels."""
 
-    if os.environ.get("TORCHAO8_LABEL") != "1" or torch.version.cuda is None:
-        return ""
-    return "+cu" + torch.version.cuda.replace(".", "")
+    def finalize_options(self) -> None:
+        import torch
+
+        if os.environ.get("TORCHAO8_LABEL") == "1" and torch.version.cuda is not None:
+            self.tag_build = "+cu" + torch.version.cuda.replace(".", "")
+        super().finalize_options()
 
 
 def build_command(with_torch: bool) -> type[build_ext]:
@@ -205,13 +217,11 @@ def main() -> None:
         )
     with_torch = import_torch()
     cuda = make_cuda_extension() if with_torch else None
+    commands = {"build_ext": build_command(with_torch)}
     setup(
         ext_modules=[e for e in (make_extension(with_torch), cuda) if e is not None],
-        cmdclass={"build_ext": build_command(with_torch)},
-        options={
-            "bdist_wheel": {"py_limited_api": "cp{}{}".format(*OLDEST_PYTHON)},
-            "egg_info": {"tag_build": version_label() if cuda is not None else ""},
-        },
+        cmdclass=commands if cuda is None else {**commands, "egg_info": LabelledVersion},
+        options={"bdist_wheel": {"py_limited_api": "cp{}{}".format(*OLDEST_PYTHON)}},
     )
 
 

@@ -35,4 +35,28 @@ template std::string std::stringbuf::str() const&;
 template std::string std::stringbuf::str() &&;
 #endif
 
+// torch's headers from 2.14 on call dlsym, which has the version GLIBC_2.34 since glibc 2.34. The
+// linker makes these calls calls of __wrap_dlsym (`--wrap=dlsym` in setup.py), and this one calls
+// dlsym by its first version, which all releases of glibc have.
+#if defined(__x86_64__) || defined(__aarch64__)
+extern "C" {
+#if __GLIBC_PREREQ(2, 34)
+void* first_dlsym(void* handle, const char* name);
+#if defined(__x86_64__)
+__asm__(".symver first_dlsym, dlsym@GLIBC_2.2.5");
+#else
+__asm__(".symver first_dlsym, dlsym@GLIBC_2.17");
+#endif
+void* __wrap_dlsym(void* handle, const char* name) {
+  return first_dlsym(handle, name);
+}
+#else
+void* __real_dlsym(void* handle, const char* name);
+void* __wrap_dlsym(void* handle, const char* name) {
+  return __real_dlsym(handle, name);
+}
+#endif
+}
+#endif
+
 #endif
