@@ -44,7 +44,7 @@ CXX_FILES = $(shell find csrc test benchmarks -name '*.h' -o -name '*.inl' -o -n
 
 say = @printf '==> %s\n' '$(1)'
 
-.PHONY: help demo demo-fsdp2 choose test test-all test-slow gpu bench lint format build wheel clean distclean FORCE
+.PHONY: help demo demo-fsdp2 choose test test-all test-slow gpu bench lint format build wheel release clean distclean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -61,6 +61,7 @@ help:
 	@echo 'make format     format Python and C++'
 	@echo 'make build      build the extension in place'
 	@echo 'make wheel      build dist/*.whl and check its ABI'
+	@echo 'make release    build the sdist and the wheel in dist, check them, install the wheel and train; uploads nothing'
 	@echo 'make clean      remove what was built (distclean: also the environments)'
 	@echo 'Variables:'; sed -n 's/^#   /  /p' Makefile
 
@@ -146,8 +147,31 @@ wheel: $(call tools,build)
 	$(IN_VENV) $(VPYTHON) -m build --wheel --no-isolation
 	$(VPYTHON) tools/check_abi.py dist/torchao8-*.whl
 
+# The wheel is built from the unpacked sdist, away from the checkout, so that a file that the sdist
+# lacks is noticed. auditwheel gives the wheel its tag, or says which symbols are too new for it. The
+# libraries it leaves out come with torch. With a torch that has CUDA, the wheel has the CUDA kernels,
+# and +cu130 or the like in its name; the files are then in dist-<the choice of torch>.
+DIST := dist$(SUFFIX)
+PLATFORM := manylinux_2_28_$(shell uname -m)
+release: $(call tools,build release)
+	$(call say,building the sdist and from it the wheel)
+	rm -rf build/release $(DIST)
+	mkdir -p build/release/source $(DIST)
+	$(IN_VENV) $(VPYTHON) -m build --sdist --no-isolation --outdir $(DIST)
+	tar -xzf $(DIST)/*.tar.gz -C build/release/source --strip-components=1
+	$(IN_VENV) TORCHAO8_LABEL=1 $(VPYTHON) -m build --wheel --no-isolation \
+		--outdir build/release build/release/source
+	$(VPYTHON) tools/check_abi.py build/release/*.whl
+	$(IN_VENV) auditwheel repair --plat $(PLATFORM) --only-plat --exclude 'libtorch*.so' \
+		--exclude 'libcudart.so.*' --wheel-dir $(DIST) build/release/*.whl
+	$(call say,checking the sdist and the wheel)
+	$(VPYTHON) -m twine check --strict $(DIST)/*
+	$(VPYTHON) tools/check_abi.py $(DIST)/*.whl
+	$(VPYTHON) tools/check_release.py $(DIST)
+	$(VPYTHON) tools/check_install.py --torch '$(TORCH)' $(DIST)/*.whl
+
 clean:
-	rm -rf build dist torchao8.egg-info torchao8/_C*.so .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist dist-* torchao8.egg-info torchao8/_C*.so .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find torchao8 test tools tutorials benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean

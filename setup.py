@@ -3,7 +3,8 @@
 The extension uses the LibTorch Stable ABI and CPython's limited API: one built file serves every
 torch from `OLDEST_TORCH` on and every Python from `OLDEST_PYTHON` on. tools/check_abi.py checks it.
 
-DEBUG=1 in the environment builds with debug information and little optimization.
+DEBUG=1 in the environment builds with debug information and little optimization. TORCHAO8_LABEL=1
+adds torch's CUDA release to the version of a build with CUDA kernels: 0.1.0+cu130.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
@@ -109,6 +111,12 @@ def compile_flags() -> list[str]:
     ]
 
 
+def link_flags() -> list[str]:
+    """Flags for the linker: csrc/old_runtime.cpp has what takes the place of dlsym."""
+    wrapped = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
+    return ["-Wl,--wrap=dlsym"] if wrapped and platform.libc_ver()[0] == "glibc" else []
+
+
 def nvcc_flags() -> list[str]:
     """Flags for nvcc: as for the CPU, no fast-math and no contraction that the source does not
     spell. test/test_cuda_source.py compiles with the same."""
@@ -116,6 +124,7 @@ def nvcc_flags() -> list[str]:
         "-O3",
         "-fmad=false",
         "--expt-relaxed-constexpr",
+        "-Xcompiler=-fvisibility=hidden",
         "-DUSE_CUDA",
         *(f"-D{macro}" for macro in macros()),
     ]
@@ -135,6 +144,7 @@ def make_extension(with_torch: bool) -> Extension:
         "depends": relative("csrc/**/*.h", "csrc/**/*.inl"),
         "include_dirs": [str(ROOT / "csrc")],
         "extra_compile_args": compile_flags(),
+        "extra_link_args": link_flags(),
         "py_limited_api": True,
     }
     if not with_torch:
@@ -167,14 +177,26 @@ def make_cuda_extension() -> Extension | None:
     )
     extension = CUDAExtension(
         "torchao8._C_cuda",
-        relative("csrc/cuda/*.cu", "csrc/cuda/*.cpp", "csrc/op/*.cpp"),
+        relative("csrc/cuda/*.cu", "csrc/cuda/*.cpp", "csrc/op/*.cpp", "csrc/old_runtime.cpp"),
         depends=relative("csrc/**/*.h", "csrc/**/*.cuh"),
         include_dirs=[str(ROOT / "csrc")],
         extra_compile_args={"cxx": compile_flags(), "nvcc": nvcc_flags()},
+        extra_link_args=link_flags(),
         py_limited_api=True,
     )
     extension.libraries = ["cudart", "torch_cpu", "torch_cuda"]
     return extension
+
+
+class LabelledVersion(egg_info):
+    """With TORCHAO8_LABEL=1, the version ends in the CUDA that torch must have for the kernels."""
+
+    def finalize_options(self) -> None:
+        import torch
+
+        if os.environ.get("TORCHAO8_LABEL") == "1" and torch.version.cuda is not None:
+            self.tag_build = "+cu" + torch.version.cuda.replace(".", "")
+        super().finalize_options()
 
 
 def build_command(with_torch: bool) -> type[build_ext]:
@@ -195,9 +217,10 @@ def main() -> None:
         )
     with_torch = import_torch()
     cuda = make_cuda_extension() if with_torch else None
+    commands = {"build_ext": build_command(with_torch)}
     setup(
         ext_modules=[e for e in (make_extension(with_torch), cuda) if e is not None],
-        cmdclass={"build_ext": build_command(with_torch)},
+        cmdclass=commands if cuda is None else {**commands, "egg_info": LabelledVersion},
         options={"bdist_wheel": {"py_limited_api": "cp{}{}".format(*OLDEST_PYTHON)}},
     )
 

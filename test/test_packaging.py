@@ -246,7 +246,7 @@ def test_oldest_python() -> None:
 
 
 def test_makefile_lists_what_can_be_installed(capsys: pytest.CaptureFixture[str]) -> None:
-    for extra in ("build", "test", "demo", "lint", "bench"):
+    for extra in ("build", "release", "test", "demo", "lint", "bench"):
         assert requirements.main([extra]) == 0
         assert capsys.readouterr().out.strip()
         assert re.search(rf"tools[,-][a-z ]*\b{extra}\b", text_of("Makefile"))
