@@ -177,7 +177,7 @@ def _parse(argv: Iterable[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.sharded and args.compiled:
         parser.error("--compiled: expected without --sharded, which times the host of eager steps")
-    # torch.compile takes minutes for a step over 148 tensors, and hours over 1,000.
+    # Older commits take minutes to compile a step over 148 tensors, and hours over 1,000.
     default = (
         ["tiny"] if args.sharded else ["block"] if args.compiled else ["gpt2", "small", "tiny"]
     )

@@ -78,8 +78,12 @@ class OptimizerJob:
 
         self.params: list[Tensor] = []
         for shape in tensors.shapes:
-            self.params.append(torch.nn.Parameter(values(shape, 0.02)))
-            self.params[-1].grad = values(shape, 1e-3)
+            param, grad = torch.nn.Parameter(values(shape, 0.02)), values(shape, 1e-3)
+            if isinstance(grad, DTensor):
+                # As fully_shard makes them: a gradient has the very spec of its parameter.
+                grad = DTensor(grad.to_local(), param._spec, requires_grad=False)
+            param.grad = grad
+            self.params.append(param)
         self.optimizer = chosen.build(self.params)
         group = self.optimizer.param_groups[0]
         if chosen.tensors == "shard" and "min_8bit_size" in group:
