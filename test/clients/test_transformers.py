@@ -1,0 +1,107 @@
+"""transformers' Trainer."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import torch
+
+import torchao8
+
+pytest.importorskip("transformers", reason="no transformers: make test-clients")
+pytest.importorskip("accelerate", reason="no accelerate, which the Trainer needs")
+
+from transformers import Trainer, TrainingArguments
+
+from torchao8.integrations.transformers import create_optimizer, trainer_optimizer
+
+
+def arguments(folder: Path, **options: Any) -> TrainingArguments:
+    return TrainingArguments(**runs.trainer_options(folder, **options))
+
+
+def make(folder: Path, cls: type, **options: Any) -> Trainer:
+    """A trainer with ours, or with the AdamW of torch that it makes itself."""
+    args = arguments(folder, **options)
+    ours = {} if cls is torch.optim.AdamW else {"optimizer_cls_and_kwargs": trainer_optimizer(args)}
+    return Trainer(runs.causal_lm(), args, train_dataset=runs.token_rows(24), **ours)
+
+
+@runs.both_optimizers
+def test_resumes_to_the_bit(cls: type, tmp_path: Path) -> None:
+    runs.train_and_resume(lambda: make(tmp_path, cls, optim="adamw_torch"), tmp_path)
+
+
+def test_numbers_and_groups_are_those_of_the_trainer(tmp_path: Path) -> None:
+    classes = (torch.optim.AdamW, torchao8.AdamW8bit)
+    trainers = [make(tmp_path, cls, optim="adamw_torch") for cls in classes]
+    of_torch, ours = (trainer.create_optimizer() for trainer in trainers)
+    assert type(ours) is torchao8.AdamW8bit
+
+    def options(trainer: Trainer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        names = {p: name for name, p in trainer.model.named_parameters()}
+        kept = ("lr", "betas", "eps", "weight_decay")
+        return {
+            names[p]: {k: group[k] for k in kept}
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
+
+    assert options(trainers[0], of_torch) == options(trainers[1], ours)
+    assert options(trainers[1], ours)["lm_head.weight"] == {
+        "lr": 3e-3,
+        "betas": (0.9, 0.95),
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+    }
+
+
+def test_embeddings_have_32_bits_and_matrices_8(tmp_path: Path) -> None:
+    trainer = make(tmp_path, torchao8.AdamW8bit, max_steps=1, save_strategy="no")
+    trainer.train()
+    optimizer, model = runs.unwrapped(trainer.optimizer), trainer.model
+    assert "exp_avg" in optimizer.state[model.model.embed_tokens.weight]
+    assert "exp_avg_codes" in optimizer.state[model.lm_head.weight]
+
+
+def test_the_optimizer_itself_is_taken_too(tmp_path: Path) -> None:
+    args = arguments(tmp_path, save_strategy="no")
+    ends = []
+    for is_given in (True, False):
+        model = runs.causal_lm()
+        given = (
+            {"optimizers": (create_optimizer(model, args), None)}
+            if is_given
+            else {"optimizer_cls_and_kwargs": trainer_optimizer(args)}
+        )
+        trainer = Trainer(model, args, train_dataset=runs.token_rows(24), **given)
+        trainer.train()
+        ends.append(runs.ended(trainer.model, trainer.optimizer))
+    runs.assert_same(*ends)
+
+
+def test_other_classes_options_and_patterns(tmp_path: Path) -> None:
+    args, model = arguments(tmp_path), runs.causal_lm()
+    lion = create_optimizer(model, args, torchao8.Lion8bit, embeddings_in_32bit=False, seed=3)
+    assert lion.defaults["betas"] == (0.9, 0.95)
+    assert lion.defaults["seed"] == 3
+    assert {group["optim_bits"] for group in lion.param_groups} == {8}
+    slow = {"lm_head.*": {"lr": 1e-5, "weight_decay": 0.5}}
+    ademamix = create_optimizer(model, args, torchao8.AdEMAMix8bit, patterns=slow, alpha=2.0)
+    assert ademamix.defaults["betas"] == (0.9, 0.95, 0.9999)
+    assert ademamix.defaults["alpha"] == 2.0
+    (head,) = (g for g in ademamix.param_groups if g["params"][0] is model.lm_head.weight)
+    assert (head["lr"], head["weight_decay"]) == (1e-5, 0.5)
+    sgd = create_optimizer(model, args, torchao8.SGD8bit, momentum=0.9)
+    assert (sgd.defaults["lr"], sgd.defaults["weight_decay"]) == (3e-3, 0.1)
+
+
+def test_what_is_no_class_of_ours_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"cls: expected a class of torchao8"):
+        create_optimizer(runs.causal_lm(), arguments(tmp_path), torch.optim.AdamW)
+
+
+def test_bf16_gradient_accumulation_and_clipping(tmp_path: Path) -> None:
+    options = {"bf16": True, "gradient_accumulation_steps": 2, "max_grad_norm": 0.1}
+    runs.train_and_resume(lambda: make(tmp_path, torchao8.AdamW8bit, **options), tmp_path)
