@@ -83,11 +83,6 @@ def bytes_of(tensor: Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes()
 
 
-def differs(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Whether any tensor does: that training went on is part of what a test must see."""
-    return any(not _same_bits(a[name], b[name]) for name in a)
-
-
 # -- a language model without a download ----------------------------------------------------------
 
 WORDS = [f"w{i}" for i in range(120)]
