@@ -54,6 +54,21 @@ def test_resumes_to_the_bit(cls: type, tmp_path: Path) -> None:
     runs.assert_same(end, runs.ended(model, optimizer))
 
 
+def test_a_run_of_torch_goes_on_in_8_bits(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    model, optimizer, data = prepared(torch.optim.AdamW, accelerator)
+    train(accelerator, model, optimizer, data)
+    accelerator.save_state(tmp_path / "saved")
+
+    accelerator = Accelerator(cpu=True)
+    model, optimizer, data = prepared(torchao8.AdamW8bit, accelerator)
+    accelerator.load_state(tmp_path / "saved")
+    train(accelerator, model, optimizer, data)
+    state = optimizer.optimizer.state[model.second.weight]
+    assert int(state["step"]) == 12
+    assert "exp_avg_codes" in state
+
+
 # -- FSDP2 ----------------------------------------------------------------------------------------
 
 
@@ -156,7 +171,7 @@ def to_8_bits(rank: int, world_size: int, folder: str) -> list[float]:
     return [float(error)]
 
 
-def test_a_run_of_torch_goes_on_in_8_bits(tmp_path: Path) -> None:
+def test_a_sharded_run_of_torch_goes_on_in_8_bits(tmp_path: Path) -> None:
     """The optimizer's folder of a checkpoint of accelerate is one that ``load_dcp`` reads."""
     run_ranks(2, to_8_bits, str(tmp_path / "saved"))
 

@@ -1,5 +1,6 @@
 """PEFT: LoRA adapters."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ pytest.importorskip("peft", reason="no peft: make test-clients")
 pytest.importorskip("transformers", reason="no transformers: make test-clients")
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 
 
 def adapters(model: Any) -> Any:
@@ -61,3 +63,16 @@ def test_small_adapters_have_8_bits_when_asked() -> None:
         train(model, optimizer, runs.token_rows(1))
         assert len(optimizer.state) == 12  # 3 modules of 2 layers, 2 matrices each
         assert sum("exp_avg_codes" in state for state in optimizer.state.values()) == codes
+
+
+def test_loraplus_takes_classes_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It imports bitsandbytes for every class named as one of its own."""
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
+    model, options = adapters(runs.causal_lm()), {"lr": 1e-3, "loraplus_lr_ratio": 16}
+    with pytest.raises(ImportError):
+        create_loraplus_optimizer(model, torchao8.AdamW8bit, **options)
+    bits = {"optim_bits": 8, "min_8bit_size": 512}
+    optimizer = create_loraplus_optimizer(model, torchao8.AdamW, **options, **bits)
+    train(model, optimizer, runs.token_rows(1))
+    assert all("exp_avg_codes" in state for state in optimizer.state.values())
+    assert sorted({group["lr"] for group in optimizer.param_groups}) == [1e-3, 16e-3]

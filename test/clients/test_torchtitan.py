@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import torchao8
+from torchao8.checkpoint import load_dcp
 
 pytest.importorskip("torchtitan", reason="no torchtitan: make test-clients")
 
@@ -94,6 +95,32 @@ def resume(rank: int, world_size: int, config: Any, ours: bool, folder: str) -> 
 def test_resumes_to_the_bit(ours: bool, tmp_path: Path) -> None:
     config = adamw8bit(lr=1e-2) if ours else default_adamw(lr=1e-2, fused=False)
     run_ranks(2, resume, config, ours, str(tmp_path))
+
+
+def to_8_bits(rank: int, world_size: int, folder: str) -> None:
+    of_torch = Run(default_adamw(lr=1e-2, fused=False), folder)
+    of_torch.train(range(3))
+    of_torch.checkpoints.save(3)
+    (theirs,) = of_torch.optimizers
+    first = theirs.state[of_torch.model.second.weight]["exp_avg"].full_tensor()
+
+    run = Run(adamw8bit(lr=1e-3), folder)
+    run.checkpoints.exclude_from_loading = ["optimizer"]
+    assert run.checkpoints.load(3)
+    (optimizer,) = run.optimizers
+    load_dcp(run.model, optimizer, f"{folder}/checkpoints/step-3")
+    state = optimizer.state[run.model.second.weight]
+    ours = torchao8.dequantize_blockwise(
+        state["exp_avg_codes"].full_tensor(), state["exp_avg_scale"].full_tensor()
+    )
+    assert (ours - first).abs().max() < 0.02 * first.abs().max()
+    assert {int(state["step"]) for state in optimizer.state.values()} == {3}
+    run.train(range(3, 6))
+    assert {int(state["step"]) for state in optimizer.state.values()} == {6}
+
+
+def test_a_run_of_torch_goes_on_in_8_bits(tmp_path: Path) -> None:
+    run_ranks(2, to_8_bits, str(tmp_path))
 
 
 def mixed() -> Any:

@@ -105,3 +105,34 @@ def test_what_is_no_class_of_ours_is_refused(tmp_path: Path) -> None:
 def test_bf16_gradient_accumulation_and_clipping(tmp_path: Path) -> None:
     options = {"bf16": True, "gradient_accumulation_steps": 2, "max_grad_norm": 0.1}
     runs.train_and_resume(lambda: make(tmp_path, torchao8.AdamW8bit, **options), tmp_path)
+
+
+def test_a_class_alone_ignores_the_arguments(tmp_path: Path) -> None:
+    """Why there is an adapter at all."""
+    model, args = runs.causal_lm(), arguments(tmp_path)
+    alone = Trainer(model, args, optimizer_cls_and_kwargs=(torchao8.AdamW8bit, {}))
+    optimizer = alone.create_optimizer()
+    assert {group["lr"] for group in optimizer.param_groups} == {1e-3}
+    assert {group["optim_bits"] for group in optimizer.param_groups} == {8}
+
+
+def test_a_run_of_torch_goes_on_in_8_bits(tmp_path: Path) -> None:
+    """Its file has no names, so the groups must be the same: no group for embeddings."""
+    make(tmp_path, torch.optim.AdamW, optim="adamw_torch").train()
+    args = arguments(tmp_path)
+    for in_32bit in (True, False):
+        optimizer = trainer_optimizer(args, embeddings_in_32bit=in_32bit)
+        trainer = Trainer(
+            runs.causal_lm(),
+            args,
+            train_dataset=runs.token_rows(24),
+            optimizer_cls_and_kwargs=optimizer,
+        )
+        if in_32bit:
+            with pytest.raises(ValueError, match="group"):
+                trainer.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-3")
+            continue
+        trainer.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-3")
+        states = runs.unwrapped(trainer.optimizer).state
+        assert {int(state["step"]) for state in states.values()} == {6}
+        assert "exp_avg_codes" in states[trainer.model.lm_head.weight]

@@ -19,7 +19,7 @@ try:
     from timm.optim._optim_factory import default_registry
 except ImportError as error:
     raise ImportError(
-        "torchao8.integrations.timm needs timm 1.0.12 or newer: pip install 'timm>=1.0.12'"
+        "torchao8.integrations.timm needs timm, with a registry of optimizers: pip install -U timm"
     ) from error
 
 __all__ = ["register"]
