@@ -34,6 +34,7 @@ def learner(cls: type, folder: Path) -> Any:
     )
 
 
+@pytest.mark.filterwarnings("error:Could not load the optimizer state")
 @runs.both_optimizers
 def test_resumes_to_the_bit(cls: type, tmp_path: Path) -> None:
     whole = learner(cls, tmp_path)
@@ -45,7 +46,6 @@ def test_resumes_to_the_bit(cls: type, tmp_path: Path) -> None:
 
     resumed = learner(cls, tmp_path)
     with resumed.no_bar(), resumed.no_logging():
-        resumed.create_opt()
         resumed.load("half", with_opt=True)
         resumed.fit(2)
     runs.assert_same(end, runs.ended(resumed.model, resumed.opt))

@@ -75,4 +75,4 @@ def test_loraplus_takes_classes_by_name(monkeypatch: pytest.MonkeyPatch) -> None
     optimizer = create_loraplus_optimizer(model, torchao8.AdamW, **options, **bits)
     train(model, optimizer, runs.token_rows(1))
     assert all("exp_avg_codes" in state for state in optimizer.state.values())
-    assert sorted({group["lr"] for group in optimizer.param_groups}) == [1e-3, 16e-3]
+    assert {group["lr"] for group in optimizer.param_groups if group["params"]} == {1e-3, 16e-3}
