@@ -18,12 +18,13 @@ pytest.importorskip("accelerate", reason="no accelerate: make test-clients")
 
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, load_fsdp_model
 
 
-def prepared(cls: type, accelerator: Accelerator, **options: Any) -> tuple[Any, Any, Any]:
+def prepared(cls: type, accelerator: Accelerator, in_groups: bool = False) -> tuple[Any, Any, Any]:
+    """A model, an optimizer and data; the optimizer of two groups with named parameters, or one."""
     model = runs.Net()
-    optimizer = cls(model.parameters(), lr=1e-2, **options)
+    optimizer = cls(torchao8.param_groups(model) if in_groups else model.parameters(), lr=1e-2)
     samples = [sample for batch in runs.batches(6) for sample in zip(*batch, strict=True)]
     data = DataLoader(samples, batch_size=8)
     return accelerator.prepare(model, optimizer, data)
@@ -41,14 +42,14 @@ def train(accelerator: Accelerator, model: Any, optimizer: Any, data: Any) -> No
 @runs.both_optimizers
 def test_resumes_to_the_bit(cls: type, tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    model, optimizer, data = prepared(cls, accelerator)
+    model, optimizer, data = prepared(cls, accelerator, in_groups=True)
     train(accelerator, model, optimizer, data)
     accelerator.save_state(tmp_path / "saved")
     train(accelerator, model, optimizer, data)
     end = runs.ended(model, optimizer)
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    model, optimizer, data = prepared(cls, accelerator)
+    model, optimizer, data = prepared(cls, accelerator, in_groups=True)
     accelerator.load_state(tmp_path / "saved")
     train(accelerator, model, optimizer, data)
     runs.assert_same(end, runs.ended(model, optimizer))
@@ -124,7 +125,7 @@ def of_rank(model: nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
 def resume_sharded(rank: int, world_size: int, ours: bool, folder: str) -> None:
     cls = torchao8.AdamW8bit if ours else torch.optim.AdamW
     accelerator = fsdp2()
-    model, optimizer, data = prepared(cls, accelerator)
+    model, optimizer, data = prepared(cls, accelerator, in_groups=True)
     train(accelerator, model, optimizer, data)
     accelerator.save_state(folder)
     train(accelerator, model, optimizer, data)
@@ -132,7 +133,7 @@ def resume_sharded(rank: int, world_size: int, ours: bool, folder: str) -> None:
     assert any(name.endswith(".exp_avg_codes") for name in end) == ours
 
     accelerator = fsdp2()
-    model, optimizer, data = prepared(cls, accelerator)
+    model, optimizer, data = prepared(cls, accelerator, in_groups=True)
     accelerator.load_state(folder)
     train(accelerator, model, optimizer, data)
     runs.assert_same(end, of_rank(model, optimizer))
@@ -153,9 +154,7 @@ def to_8_bits(rank: int, world_size: int, folder: str) -> list[float]:
     }
 
     accelerator = fsdp2()
-    model, optimizer, data = prepared(torchao8.AdamW8bit, accelerator)
-    from accelerate.utils import load_fsdp_model
-
+    model, optimizer, data = prepared(torchao8.AdamW8bit, accelerator, in_groups=True)
     load_fsdp_model(accelerator.state.fsdp_plugin, accelerator, model, folder)
     load_dcp(model, runs.unwrapped(optimizer), f"{folder}/optimizer_0")
     weight, name = model.second.weight, "second.weight"
