@@ -11,6 +11,7 @@ import io
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import environment  # noqa: F401 (before any client)
 import pytest
 import torch
 from torch import Tensor, nn

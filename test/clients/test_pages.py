@@ -5,6 +5,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import environment  # noqa: F401 (before any client)
 import pytest
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "use-with"

@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import runs
 import torch
+from ranks import run_ranks
 
 import torchao8
 
 pytest.importorskip("transformers", reason="no transformers: make test-clients")
 pytest.importorskip("accelerate", reason="no accelerate, which the Trainer needs")
 
+from sharded_by_accelerate import force_fsdp2, of_rank
 from transformers import Trainer, TrainingArguments
 
 from torchao8.integrations.transformers import create_optimizer, trainer_optimizer
@@ -136,3 +138,29 @@ def test_a_run_of_torch_goes_on_in_8_bits(tmp_path: Path) -> None:
         states = runs.unwrapped(trainer.optimizer).state
         assert {int(state["step"]) for state in states.values()} == {6}
         assert "exp_avg_codes" in states[trainer.model.lm_head.weight]
+
+
+def resume_sharded(rank: int, world_size: int, ours: bool, folder: str) -> None:
+    force_fsdp2()
+    cls = torchao8.AdamW8bit if ours else torch.optim.AdamW
+    sharding = {
+        "version": 2,
+        "reshard_after_forward": True,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        "state_dict_type": "SHARDED_STATE_DICT",
+        "cpu_ram_efficient_loading": False,
+    }
+    whole, halved = (
+        make(Path(folder), cls, optim="adamw_torch", fsdp=True, fsdp_config=sharding)
+        for _ in range(2)
+    )
+    whole.train()
+    end = of_rank(whole.model, whole.optimizer)
+    halved.train(resume_from_checkpoint=f"{folder}/checkpoint-3")
+    runs.assert_same(end, of_rank(halved.model, halved.optimizer))
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_fsdp2_resumes_to_the_bit(ours: bool, tmp_path: Path) -> None:
+    run_ranks(2, resume_sharded, ours, str(tmp_path))

@@ -1,4 +1,7 @@
-"""What all tests of clients need: no network, no progress bars, and an importable torchvision."""
+"""What all tests of clients need before a client is imported: no network, the CPU, torchvision.
+
+A module, not a conftest: ranks are processes that import it anew.
+"""
 
 import os
 from importlib import util
@@ -6,7 +9,7 @@ from importlib import util
 import torch
 
 for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "WANDB_DISABLED"):
-    os.environ[_name] = "1"  # before a client is imported: no test loads or sends anything
+    os.environ[_name] = "1"  # no test loads or sends anything
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 _libraries = []  # torch forgets the operators of a library that nobody holds
