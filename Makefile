@@ -44,7 +44,7 @@ CXX_FILES = $(shell find csrc test benchmarks -name '*.h' -o -name '*.inl' -o -n
 
 say = @printf '==> %s\n' '$(1)'
 
-.PHONY: help demo demo-fsdp2 choose test test-all test-slow gpu bench lint format build wheel release clean distclean FORCE
+.PHONY: help demo demo-fsdp2 choose test test-all test-slow test-clients gpu bench lint format build wheel release clean distclean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -55,6 +55,7 @@ help:
 	@echo 'make test       run the tests of every promise and every optimizer, in minutes'
 	@echo 'make test-all   run the tests that make test leaves out: combinations, mutants of the kernels'
 	@echo 'make test-slow  run the tests that need much time or memory'
+	@echo 'make test-clients  train with transformers, accelerate, Lightning and others (test/clients)'
 	@echo 'make gpu        build with the installed torch and nvcc, without network; test and time on the GPU'
 	@echo 'make bench      time a step against other libraries (benchmarks/step)'
 	@echo 'make lint       ruff, clang-format and mypy'
@@ -93,6 +94,11 @@ test-all: $(call tools,test demo) $(EXTENSION_READY)
 test-slow: $(call tools,test demo) $(EXTENSION_READY)
 	$(call say,running the slow tests)
 	$(VPYTHON) -m pytest -m slow $(ARGS)
+
+# A package that is missing has its tests skipped, each with a line that names it.
+test-clients: $(call tools,test clients) $(EXTENSION_READY)
+	$(call say,training with other packages)
+	$(PYTEST) test/clients $(ARGS)
 
 # Uses the machine as it is: makes no environment and installs nothing. If one part fails, the rest
 # still runs, because time on a GPU machine is scarce.
