@@ -395,13 +395,15 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-def test_readme(capsys: pytest.CaptureFixture[str]) -> None:
-    """What the README shows is what its command prints."""
-    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
-    _, shown = readme.split("$ python -m torchao8 estimate ")
-    arguments, output = shown.split("```")[0].split("\n", 1)
-    assert command(["estimate", *arguments.split()]) == 0
-    assert capsys.readouterr().out == output
+def test_page_about_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    """What the page shows is what its commands print."""
+    page = (PACKAGE.parent / "docs" / "memory.md").read_text(encoding="utf-8")
+    _, *examples = page.split("$ python -m torchao8 estimate ")
+    assert examples
+    for shown in examples:
+        arguments, output = shown.split("```")[0].split("\n", 1)
+        assert command(["estimate", *arguments.split()]) == 0
+        assert capsys.readouterr().out == output
 
 
 def test_command_with_an_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
