@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import doc_pages
@@ -18,8 +19,17 @@ from doc_pages import DOCS, ROOT
 import torchao8
 
 SITE = ROOT / "build" / "docs"
+INDEX = SITE / "searchindex.js"
+
+
+def is_stale() -> bool:
+    """Whether a page, or a module that the reference is made from, has changed since the build."""
+    sources = [*DOCS.rglob("*.*"), *Path(torchao8.__file__).parent.rglob("*.py")]
+    return any(source.stat().st_mtime > INDEX.stat().st_mtime for source in sources)
+
+
 pytestmark = pytest.mark.skipif(
-    not (SITE / "searchindex.js").exists(), reason="the documentation is not built: make docs"
+    not INDEX.exists() or is_stale(), reason="the documentation is not built: make docs"
 )
 
 # What the search program asks of a browser; nothing of it matters for its answers.
