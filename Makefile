@@ -58,6 +58,7 @@ help:
 	@echo 'make test-clients  train with transformers, accelerate, Lightning and others (test/clients)'
 	@echo 'make gpu        build with the installed torch and nvcc, without network; test and time on the GPU'
 	@echo 'make bench      time a step against other libraries (benchmarks/step)'
+	@echo 'make docs       build the documentation, with warnings as errors, into build/docs (open index.html)'
 	@echo 'make lint       ruff, clang-format and mypy'
 	@echo 'make format     format Python and C++'
 	@echo 'make build      build the extension in place'
@@ -129,6 +130,14 @@ gpu:
 bench: $(call tools,bench) $(EXTENSION_READY)
 	$(call say,timing a step)
 	$(VPYTHON) -m benchmarks.step $(ARGS)
+
+# Sphinx reads all pages again (-E): what it kept of an earlier build would hide their warnings.
+.PHONY: docs
+docs: $(call tools,docs test) $(EXTENSION_READY)
+	$(call say,building the documentation)
+	$(VPYTHON) -m sphinx -q -E -W --keep-going -b html docs build/docs
+	$(call say,checking what was built)
+	$(VPYTHON) -m pytest -q test/test_docs_site.py $(ARGS)
 
 lint: $(call tools,lint)
 	$(call say,checking style and types)

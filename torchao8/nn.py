@@ -14,12 +14,9 @@ class StableEmbedding(nn.Embedding):
     larger than the others, and every output has the same variance. Its third part, 32-bit state for
     the weights, is an option of their parameter group: :func:`torchao8.param_groups` sets it.
 
-    Args:
-        num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse,
-            device, dtype: as of ``torch.nn.Embedding``. Gradients must be dense for a step.
-
-    Shape:
-        input (*), of integers; output (*, embedding_dim), of the dtype of the weights.
+    The arguments are those of ``torch.nn.Embedding``. Gradients must be dense for a step, so
+    ``sparse`` must be False. The input has any shape (integers); the output has one more dimension,
+    ``embedding_dim``, and the dtype of the weights.
     """
 
     def __init__(

@@ -94,8 +94,7 @@ def quantize_blockwise(
             taken for a second moment: what is above 0 never gets the code of 0, what is below 0
             counts as 0.
         block_size: elements that share a scale, a power of two from 64 to 2048. Blocks lie inside
-            rows, or go through the whole tensor where ``shape[1:]`` holds fewer than 16 elements,
-            see :mod:`torchao8.block_layout`.
+            rows, or go through the whole tensor where ``shape[1:]`` holds fewer than 16 elements.
         signed: which of the two maps, see :func:`dynamic_map`.
 
     Returns:

@@ -21,26 +21,27 @@ __all__ = ["Adagrad", "Adagrad8bit", "PagedAdagrad", "PagedAdagrad8bit"]
 class Adagrad(LowPrecisionOptimizer):
     """Adagrad with 32-bit state, as ``torch.optim.Adagrad``.
 
-    With g the gradient plus weight_decay * p (L2), and s the sum of its squares, at step t::
+    With g the gradient and s the sum of its squares, at step t::
 
+        g = g + weight_decay * p
         s = s + g^2
         p = p - lr / (1 + (t - 1) * lr_decay) * g / (sqrt(s) + eps)
 
-    `Adaptive Subgradient Methods for Online Learning and Stochastic Optimization
+    Source: `Adaptive Subgradient Methods for Online Learning and Stochastic Optimization
     <https://jmlr.org/papers/v12/duchi11a.html>`_.
 
     Args:
-        params: parameters, (name, parameter) pairs or dicts of groups; float32, bfloat16 or
-            float16.
-        lr: learning rate, a number or a tensor of one element.
-        lr_decay: of the learning rate, for each step.
-        weight_decay: the factor of the L2 penalty.
+        params: parameters, (name, parameter) pairs, or dicts of groups. Their dtype is float32,
+            bfloat16 or float16.
+        lr: learning rate.
+        lr_decay: how fast the learning rate falls from step to step.
+        weight_decay: factor of the decay (L2).
         initial_accumulator_value: s before the first step.
-        eps: added to the root.
-        common: see :class:`torchao8.optim.CommonOptions`.
+        eps: added to the root, which keeps the update finite.
+        common: the options of every optimizer, by keyword: :class:`torchao8.optim.CommonOptions`.
 
     Raises:
-        ValueError: an option out of range, or parameters that cannot be optimized.
+        ValueError: an option out of range, or a parameter that cannot be optimized.
         NotImplementedError: ``differentiable=True``.
         TypeError: an unknown argument.
     """
@@ -83,18 +84,31 @@ class Adagrad(LowPrecisionOptimizer):
 
 
 class Adagrad8bit(Adagrad):
-    """:class:`Adagrad` with 8-bit state: about one byte a parameter in place of four."""
+    """Adagrad with 8-bit state: about 1 byte a parameter in place of 4.
+
+    Takes the place of ``torch.optim.Adagrad``.
+    """
 
     _bits = 8
 
 
 class PagedAdagrad(Adagrad):
-    """:class:`Adagrad` with paged state: the default of ``is_paged`` is True."""
+    """Adagrad whose 32-bit state may leave the GPU, or RAM, when memory is short.
+
+    The step and its bits are those of :class:`Adagrad`. The state lies in memory that the system
+    may move out, and comes back for each step: CUDA's managed memory on a GPU, a file on the CPU.
+    Only the default of ``is_paged`` differs.
+    """
 
     _paged = True
 
 
 class PagedAdagrad8bit(Adagrad8bit):
-    """:class:`Adagrad8bit` with paged state: the default of ``is_paged`` is True."""
+    """Adagrad8bit whose 8-bit state may leave the GPU, or RAM, when memory is short.
+
+    The step and its bits are those of :class:`Adagrad8bit`. The state lies in memory that the
+    system may move out, and comes back for each step: CUDA's managed memory on a GPU, a file on the
+    CPU. Only the default of ``is_paged`` differs.
+    """
 
     _paged = True

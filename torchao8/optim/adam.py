@@ -106,33 +106,29 @@ class Adam(_Adam):
 
     With m and v the moving averages of the gradient g and of its square, at step t::
 
-        m = beta1 * m + (1 - beta1) * g            v = beta2 * v + (1 - beta2) * g^2
+        g = g + weight_decay * p
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g^2
         p = p - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 
-    `Adam: A Method for Stochastic Optimization <https://arxiv.org/abs/1412.6980>`_. amsgrad takes
-    the largest v so far: `On the Convergence of Adam and Beyond
-    <https://openreview.net/forum?id=ryQu7f-RZ>`_.
-
-    Moments are float32 whatever the dtype of the parameter. An element whose gradient is not finite
-    keeps its value and its moments.
-
-    Every argument but ``params`` is an option of the parameter groups and may be set for each of
-    them: ``[{"params": embedding, "optim_bits": 32}, {"params": others}]``.
+    Source: `Adam: A Method for Stochastic Optimization <https://arxiv.org/abs/1412.6980>`_,
+    algorithm 1. With amsgrad, the largest v so far takes the place of v:
+    `On the Convergence of Adam and Beyond <https://openreview.net/forum?id=ryQu7f-RZ>`_.
 
     Args:
-        params: parameters, (name, parameter) pairs or dicts of groups; float32, bfloat16 or
-            float16.
-        lr: learning rate. This and each other number may be a tensor of one element, which may
-            change from step to step under ``torch.compile`` without a recompilation.
-        betas: the decay rates of the two averages, in [0, 1).
-        eps: added to the root.
-        weight_decay: the factor of the decay.
-        amsgrad: divide by the largest second moment so far.
+        params: parameters, (name, parameter) pairs, or dicts of groups. Their dtype is float32,
+            bfloat16 or float16.
+        lr: learning rate.
+        betas: decay rates of the two averages, in [0, 1).
+        eps: added to the root, which keeps the update finite.
+        weight_decay: factor of the decay.
+        amsgrad: divide by the largest second moment so far, which is one more state. To be decided
+            before the first step.
         decoupled_weight_decay: decay as :class:`AdamW` does.
-        common: see :class:`torchao8.optim.CommonOptions`.
+        common: the options of every optimizer, by keyword: :class:`torchao8.optim.CommonOptions`.
 
     Raises:
-        ValueError: an option out of range, or parameters that cannot be optimized.
+        ValueError: an option out of range, or a parameter that cannot be optimized.
         NotImplementedError: ``differentiable=True``.
         TypeError: an unknown argument.
     """
@@ -156,12 +152,34 @@ class Adam(_Adam):
 
 
 class AdamW(_Adam):
-    """:class:`Adam` with decoupled weight decay, as ``torch.optim.AdamW``.
+    """Adam with decoupled weight decay and 32-bit state, as ``torch.optim.AdamW``.
 
-    Before the update, p = p * (1 - lr * weight_decay).
+    With m and v the moving averages of the gradient g and of its square, at step t::
 
-    `Decoupled Weight Decay Regularization <https://arxiv.org/abs/1711.05101>`_. Arguments and
-    errors are those of :class:`Adam`.
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g^2
+        p = p * (1 - lr * weight_decay)
+        p = p - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+
+    Source: `Decoupled Weight Decay Regularization <https://arxiv.org/abs/1711.05101>`_,
+    algorithm 2. With amsgrad, the largest v so far takes the place of v:
+    `On the Convergence of Adam and Beyond <https://openreview.net/forum?id=ryQu7f-RZ>`_.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or dicts of groups. Their dtype is float32,
+            bfloat16 or float16.
+        lr: learning rate.
+        betas: decay rates of the two averages, in [0, 1).
+        eps: added to the root, which keeps the update finite.
+        weight_decay: factor of the decay, which does not go through the averages.
+        amsgrad: divide by the largest second moment so far, which is one more state. To be decided
+            before the first step.
+        common: the options of every optimizer, by keyword: :class:`torchao8.optim.CommonOptions`.
+
+    Raises:
+        ValueError: an option out of range, or a parameter that cannot be optimized.
+        NotImplementedError: ``differentiable=True``.
+        TypeError: an unknown argument.
     """
 
     _fixed = {"decoupled_weight_decay": True}  # noqa: RUF012 (nobody writes to it)
@@ -181,12 +199,14 @@ class AdamW(_Adam):
 
 
 class Adam8bit(_Adam):
-    """:class:`Adam` with 8-bit state: about 2 bytes a parameter in place of 8.
+    """Adam with 8-bit state: about 2 bytes a parameter in place of 8.
 
-    Weight decay is L2, as in ``torch.optim.Adam``; the class of this name in bitsandbytes decays
-    decoupled, as :class:`AdamW8bit` does. `8-bit Optimizers via Block-wise Quantization
-    <https://arxiv.org/abs/2110.02861>`_. Arguments and errors are those of :class:`Adam`; some
-    common options may be given by position, as in bitsandbytes.
+    Takes the place of ``torch.optim.Adam``: weight decay is added to the gradient (L2). The class
+    of this name in bitsandbytes decays decoupled, as :class:`AdamW8bit` does. ``optim_bits`` to
+    ``is_paged`` may be given by position, as in bitsandbytes.
+
+    How the state is kept: `8-bit Optimizers via Block-wise Quantization
+    <https://arxiv.org/abs/2110.02861>`_.
     """
 
     _bits = 8
@@ -215,9 +235,13 @@ class Adam8bit(_Adam):
 
 
 class AdamW8bit(_Adam):
-    """:class:`AdamW` with 8-bit state: about 2 bytes a parameter in place of 8.
+    """Adam with decoupled weight decay and 8-bit state: about 2 bytes a parameter in place of 8.
 
-    Arguments and errors are those of :class:`Adam8bit`.
+    Takes the place of ``torch.optim.AdamW`` and of ``AdamW8bit`` in bitsandbytes. ``optim_bits`` to
+    ``is_paged`` may be given by position, as in bitsandbytes.
+
+    How the state is kept: `8-bit Optimizers via Block-wise Quantization
+    <https://arxiv.org/abs/2110.02861>`_.
     """
 
     _bits = 8
@@ -265,24 +289,44 @@ def _with_positional(
 
 
 class PagedAdam(Adam):
-    """:class:`Adam` with paged state: the default of ``is_paged`` is True."""
+    """Adam whose 32-bit state may leave the GPU, or RAM, when memory is short.
+
+    The step and its bits are those of :class:`Adam`. The state lies in memory that the system may
+    move out, and comes back for each step: CUDA's managed memory on a GPU, a file on the CPU. Only
+    the default of ``is_paged`` differs.
+    """
 
     _paged = True
 
 
 class PagedAdam8bit(Adam8bit):
-    """:class:`Adam8bit` with paged state: the default of ``is_paged`` is True."""
+    """Adam8bit whose 8-bit state may leave the GPU, or RAM, when memory is short.
+
+    The step and its bits are those of :class:`Adam8bit`. The state lies in memory that the system
+    may move out, and comes back for each step: CUDA's managed memory on a GPU, a file on the CPU.
+    Only the default of ``is_paged`` differs.
+    """
 
     _paged = True
 
 
 class PagedAdamW(AdamW):
-    """:class:`AdamW` with paged state: the default of ``is_paged`` is True."""
+    """AdamW whose 32-bit state may leave the GPU, or RAM, when memory is short.
+
+    The step and its bits are those of :class:`AdamW`. The state lies in memory that the system may
+    move out, and comes back for each step: CUDA's managed memory on a GPU, a file on the CPU. Only
+    the default of ``is_paged`` differs.
+    """
 
     _paged = True
 
 
 class PagedAdamW8bit(AdamW8bit):
-    """:class:`AdamW8bit` with paged state: the default of ``is_paged`` is True."""
+    """AdamW8bit whose 8-bit state may leave the GPU, or RAM, when memory is short.
+
+    The step and its bits are those of :class:`AdamW8bit`. The state lies in memory that the system
+    may move out, and comes back for each step: CUDA's managed memory on a GPU, a file on the CPU.
+    Only the default of ``is_paged`` differs.
+    """
 
     _paged = True

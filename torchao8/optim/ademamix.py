@@ -26,31 +26,34 @@ __all__ = ["AdEMAMix", "AdEMAMix8bit", "PagedAdEMAMix", "PagedAdEMAMix8bit"]
 class AdEMAMix(LowPrecisionOptimizer):
     """AdEMAMix with 32-bit state: Adam with a second, slow average of the gradients.
 
-    With m the fast and s the slow average of the gradient g, v that of its square, at step t::
+    With m the fast and s the slow average of the gradient g, and v that of its square, at step t::
 
-        m = beta1 * m + (1 - beta1) * g            v = beta2 * v + (1 - beta2) * g^2
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g^2
         s = beta3(t) * s + (1 - beta3(t)) * g
         u = (m / (1 - beta1^t) + alpha(t) * s) / (sqrt(v / (1 - beta2^t)) + eps)
         p = p * (1 - lr * weight_decay) - lr * u
 
-    `The AdEMAMix Optimizer: Better, Faster, Older <https://arxiv.org/abs/2409.03137>`_, algorithm
-    1, with its decoupled decay. alpha(t) grows linearly to ``alpha`` in ``t_alpha`` steps; beta3(t)
-    goes from beta1 to beta3 in ``t_beta3`` steps, its half-life growing linearly. In 8 bits the
-    slow average is rounded stochastically as v is: a step moves it by less than half a code.
+    alpha(t) grows linearly to alpha in t_alpha steps. beta3(t) goes from beta1 to beta3 in t_beta3
+    steps, so that its half-life grows linearly. In 8 bits the slow average is rounded
+    stochastically, as v is: rounding to nearest would lose its small changes.
+
+    Source: `The AdEMAMix Optimizer: Better, Faster, Older <https://arxiv.org/abs/2409.03137>`_,
+    algorithm 1.
 
     Args:
-        params: parameters, (name, parameter) pairs or dicts of groups; float32, bfloat16 or
-            float16.
-        lr: learning rate, a number or a tensor of one element.
-        betas: the decay rates beta1, beta2, beta3, in [0, 1).
-        alpha: what the slow average counts.
-        t_alpha, t_beta3: steps of the two warm-ups; 0 or None for none.
-        eps: added to the root.
-        weight_decay: the factor of the decay.
-        common: see :class:`torchao8.optim.CommonOptions`.
+        params: parameters, (name, parameter) pairs, or dicts of groups. Their dtype is float32,
+            bfloat16 or float16.
+        lr: learning rate.
+        betas: decay rates beta1, beta2 and beta3, in [0, 1).
+        alpha: weight of the slow average.
+        t_alpha, t_beta3: steps of the two warm-ups, 0 or None for none. Python ints.
+        eps: added to the root, which keeps the update finite.
+        weight_decay: factor of the decay.
+        common: the options of every optimizer, by keyword: :class:`torchao8.optim.CommonOptions`.
 
     Raises:
-        ValueError: an option out of range, or parameters that cannot be optimized.
+        ValueError: an option out of range, or a parameter that cannot be optimized.
         NotImplementedError: ``differentiable=True``.
         TypeError: an unknown argument.
     """
@@ -100,18 +103,31 @@ class AdEMAMix(LowPrecisionOptimizer):
 
 
 class AdEMAMix8bit(AdEMAMix):
-    """:class:`AdEMAMix` with 8-bit state: about three bytes a parameter in place of twelve."""
+    """AdEMAMix with 8-bit state: about 3 bytes a parameter in place of 12.
+
+    Adam with a second, slow average of the gradients.
+    """
 
     _bits = 8
 
 
 class PagedAdEMAMix(AdEMAMix):
-    """:class:`AdEMAMix` with paged state: the default of ``is_paged`` is True."""
+    """AdEMAMix whose 32-bit state may leave the GPU, or RAM, when memory is short.
+
+    The step and its bits are those of :class:`AdEMAMix`. The state lies in memory that the system
+    may move out, and comes back for each step: CUDA's managed memory on a GPU, a file on the CPU.
+    Only the default of ``is_paged`` differs.
+    """
 
     _paged = True
 
 
 class PagedAdEMAMix8bit(AdEMAMix8bit):
-    """:class:`AdEMAMix8bit` with paged state: the default of ``is_paged`` is True."""
+    """AdEMAMix8bit whose 8-bit state may leave the GPU, or RAM, when memory is short.
+
+    The step and its bits are those of :class:`AdEMAMix8bit`. The state lies in memory that the
+    system may move out, and comes back for each step: CUDA's managed memory on a GPU, a file on the
+    CPU. Only the default of ``is_paged`` differs.
+    """
 
     _paged = True

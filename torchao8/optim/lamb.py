@@ -29,35 +29,36 @@ __all__ = ["LAMB", "LAMB8bit", "PagedLAMB", "PagedLAMB8bit"]
 class LAMB(LowPrecisionOptimizer):
     """LAMB with 32-bit state: AdamW whose learning rate follows the norm of each parameter.
 
-    With m and v the moving averages of the gradient and of its square, as in
-    :class:`torchao8.Adam`, and w the parameter, at step t::
+    With m and v the moving averages of the gradient g and of its square, at step t::
 
-        u = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay * w
-        w = w - lr * |w| / |u| * u
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g^2
+        u = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay * p
+        p = p - lr * |p| / |u| * u
 
-    `Large Batch Optimization for Deep Learning: Training BERT in 76 minutes
-    <https://arxiv.org/abs/1904.00962>`_, algorithm 2, with the identity for its phi; weight decay
-    is decoupled and is part of the ratio. |w| and |u| are 2-norms over the whole parameter, also
-    where it is sharded, and leave out elements that are not finite. Where w or u is 0, the ratio is
-    1, and it is 2^100 at most. A pass over parameters, gradients and states, which writes nothing,
-    measures u before the step: a step of LAMB reads all of them twice.
+    ``|p|`` and ``|u|`` are 2-norms over the whole parameter, also where it is sharded. They leave
+    out elements that are not finite. Where one of them is 0, the ratio is 1. It is at most 2^100.
+    To measure u, a step of LAMB reads parameters, gradients and states twice.
 
-    The class of this name in bitsandbytes is another one: its ratio is at most 1 (``max_unorm``),
-    and is computed without the weight decay.
+    The class of this name in bitsandbytes is another one: its ratio is at most 1 (``max_unorm``)
+    and leaves out the weight decay.
+
+    Source: `Large Batch Optimization for Deep Learning: Training BERT in 76 minutes
+    <https://arxiv.org/abs/1904.00962>`_, algorithm 2, with the identity for its phi.
 
     Args:
-        params: parameters, (name, parameter) pairs or dicts of groups; float32, bfloat16 or
-            float16.
-        lr: learning rate, a number or a tensor of one element.
-        betas: the decay rates of the two averages, in [0, 1).
-        eps: added to the root.
-        weight_decay: the factor of the decay.
-        adaptive: whether there is a ratio; False is AdamW, as biases and the parameters of norms
-            are commonly trained.
-        common: see :class:`torchao8.optim.CommonOptions`.
+        params: parameters, (name, parameter) pairs, or dicts of groups. Their dtype is float32,
+            bfloat16 or float16.
+        lr: learning rate.
+        betas: decay rates of the two averages, in [0, 1).
+        eps: added to the root, which keeps the update finite.
+        weight_decay: factor of the decay, which is part of u.
+        adaptive: whether the ratio is used. False is AdamW, as biases and norms are commonly
+            trained.
+        common: the options of every optimizer, by keyword: :class:`torchao8.optim.CommonOptions`.
 
     Raises:
-        ValueError: an option out of range, or parameters that cannot be optimized.
+        ValueError: an option out of range, or a parameter that cannot be optimized.
         NotImplementedError: ``differentiable=True``.
         TypeError: an unknown argument.
     """
@@ -125,18 +126,31 @@ class LAMB(LowPrecisionOptimizer):
 
 
 class LAMB8bit(LAMB):
-    """:class:`LAMB` with 8-bit state: about 2 bytes a parameter in place of 8."""
+    """LAMB with 8-bit state: about 2 bytes a parameter in place of 8.
+
+    AdamW whose learning rate follows the norm of each parameter.
+    """
 
     _bits = 8
 
 
 class PagedLAMB(LAMB):
-    """:class:`LAMB` with paged state: the default of ``is_paged`` is True."""
+    """LAMB whose 32-bit state may leave the GPU, or RAM, when memory is short.
+
+    The step and its bits are those of :class:`LAMB`. The state lies in memory that the system may
+    move out, and comes back for each step: CUDA's managed memory on a GPU, a file on the CPU. Only
+    the default of ``is_paged`` differs.
+    """
 
     _paged = True
 
 
 class PagedLAMB8bit(LAMB8bit):
-    """:class:`LAMB8bit` with paged state: the default of ``is_paged`` is True."""
+    """LAMB8bit whose 8-bit state may leave the GPU, or RAM, when memory is short.
+
+    The step and its bits are those of :class:`LAMB8bit`. The state lies in memory that the system
+    may move out, and comes back for each step: CUDA's managed memory on a GPU, a file on the CPU.
+    Only the default of ``is_paged`` differs.
+    """
 
     _paged = True

@@ -29,42 +29,46 @@ __all__ = ["LARS", "LARS8bit", "PagedLARS", "PagedLARS8bit"]
 
 
 class LARS(LowPrecisionOptimizer):
-    """LARS with 32-bit momentum: SGD whose learning rate follows the norm of each parameter.
+    """LARS with momentum in 32 bits: SGD whose learning rate follows the norm of each parameter.
 
-    With g the gradient, w the parameter, and b the momentum buffer, which starts at 0::
+    With g the gradient and b the momentum buffer, which starts at 0::
 
-        ratio = trust_coefficient * |w| / (|g| + weight_decay * |w|)
-        b = momentum * b + lr * ratio * (g + weight_decay * w)
-        w = w - b
+        ratio = trust_coefficient * |p| / (|g| + weight_decay * |p|)
+        u = lr * ratio * (g + weight_decay * p)
+        b = momentum * b + (1 - dampening) * u    (at the first step: b = u)
+        p = p - b
+        p = p - (u + momentum * b)                (nesterov, in place of the line above)
 
-    `Large Batch Training of Convolutional Networks <https://arxiv.org/abs/1708.03888>`_, algorithm
-    1; weight decay is L2 and is part of the ratio. |w| and |g| are 2-norms over the whole
-    parameter, also where it is sharded, and leave out elements that are not finite. Where w is 0,
-    or the denominator is, the ratio is 1, and it is 2^100 at most. The norms take one more pass
-    over parameters and gradients.
+    Without momentum, b = u, and there is no state but the number of steps. ``|p|`` and ``|g|`` are
+    2-norms over the whole parameter, also where it is sharded. They leave out elements that are not
+    finite. Where p or the denominator is 0, the ratio is 1. It is at most 2^100. For the norms, a
+    step reads parameters and gradients once more.
 
-    A step moves a parameter by about lr * trust_coefficient of its norm, so that lr is far above
-    what SGD wants.
+    A step moves a parameter by about lr * trust_coefficient of its norm. So lr should be far above
+    that of SGD.
 
-    The class of this name in bitsandbytes is another one: it bounds the norm of the update by
-    ``max_unorm`` times that of the parameter.
+    The class of this name in bitsandbytes is another one: it has no ratio, and bounds the norm of
+    the update by ``max_unorm`` times that of the parameter.
+
+    Source: `Large Batch Training of Convolutional Networks <https://arxiv.org/abs/1708.03888>`_,
+    algorithm 1.
 
     Args:
-        params: parameters, (name, parameter) pairs or dicts of groups; float32, bfloat16 or
-            float16.
-        lr: learning rate, a number or a tensor of one element.
-        momentum: the factor of the buffer. While it is 0 the buffer stays as it is; 8-bit state
-            with positive scales, as bitsandbytes has them, is rounded once more.
-        dampening: what the gradient lacks to get into the buffer, but for the first one.
-        weight_decay: the factor of the L2 penalty.
-        nesterov: Nesterov's momentum; takes a momentum and no dampening.
-        trust_coefficient: of the ratio.
-        adaptive: whether there is a ratio; False is SGD with the learning rate inside of the
-            buffer, as biases and the parameters of norms are commonly trained.
-        common: see :class:`torchao8.optim.CommonOptions`.
+        params: parameters, (name, parameter) pairs, or dicts of groups. Their dtype is float32,
+            bfloat16 or float16.
+        lr: learning rate.
+        momentum: factor of the buffer. While it is 0 the buffer stays as it is. (8-bit state that
+            came from bitsandbytes is then rounded once more.)
+        dampening: reduces what the gradient adds to the buffer.
+        weight_decay: factor of the decay (L2).
+        nesterov: Nesterov's momentum. Needs momentum > 0 and dampening = 0.
+        trust_coefficient: factor of the ratio.
+        adaptive: whether the ratio is used. False is SGD with the learning rate inside of the
+            buffer, as biases and norms are commonly trained.
+        common: the options of every optimizer, by keyword: :class:`torchao8.optim.CommonOptions`.
 
     Raises:
-        ValueError: an option out of range, or parameters that cannot be optimized.
+        ValueError: an option out of range, or a parameter that cannot be optimized.
         NotImplementedError: ``differentiable=True``.
         TypeError: an unknown argument.
     """
@@ -145,19 +149,32 @@ class LARS(LowPrecisionOptimizer):
 
 
 class LARS8bit(LARS):
-    """:class:`LARS` with 8-bit momentum: about one byte a parameter in place of four."""
+    """LARS with 8-bit state: about 1 byte a parameter in place of 4, with momentum.
+
+    SGD whose learning rate follows the norm of each parameter.
+    """
 
     _bits = 8
 
 
 class PagedLARS(LARS):
-    """:class:`LARS` with paged state: the default of ``is_paged`` is True."""
+    """LARS whose 32-bit state may leave the GPU, or RAM, when memory is short.
+
+    The step and its bits are those of :class:`LARS`. The state lies in memory that the system may
+    move out, and comes back for each step: CUDA's managed memory on a GPU, a file on the CPU. Only
+    the default of ``is_paged`` differs.
+    """
 
     _paged = True
 
 
 class PagedLARS8bit(LARS8bit):
-    """:class:`LARS8bit` with paged state: the default of ``is_paged`` is True."""
+    """LARS8bit whose 8-bit state may leave the GPU, or RAM, when memory is short.
+
+    The step and its bits are those of :class:`LARS8bit`. The state lies in memory that the system
+    may move out, and comes back for each step: CUDA's managed memory on a GPU, a file on the CPU.
+    Only the default of ``is_paged`` differs.
+    """
 
     _paged = True
 

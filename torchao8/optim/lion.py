@@ -18,27 +18,30 @@ __all__ = ["Lion", "Lion8bit", "PagedLion", "PagedLion8bit"]
 
 
 class Lion(LowPrecisionOptimizer):
-    """Lion with 32-bit state.
+    """Lion with 32-bit state: the sign of an average of the gradients, with decoupled weight decay.
 
     With m the moving average of the gradient g::
 
-        c = beta1 * m + (1 - beta1) * g            m = beta2 * m + (1 - beta2) * g
+        c = beta1 * m + (1 - beta1) * g
+        m = beta2 * m + (1 - beta2) * g
         p = p * (1 - lr * weight_decay) - lr * sign(c)
 
-    where the sign of zero is zero. `Symbolic Discovery of Optimization Algorithms
-    <https://arxiv.org/abs/2302.06675>`_, algorithm 2, with its decoupled decay. Every element moves
-    by lr, so that it is to be 3 to 10 times smaller than for Adam, and weight_decay as much larger.
+    The sign of zero is zero. Every element moves by lr. So lr should be 3 to 10 times smaller than
+    for Adam, and weight_decay larger by the same factor.
+
+    Source: `Symbolic Discovery of Optimization Algorithms <https://arxiv.org/abs/2302.06675>`_,
+    algorithm 2.
 
     Args:
-        params: parameters, (name, parameter) pairs or dicts of groups; float32, bfloat16 or
-            float16.
-        lr: learning rate, a number or a tensor of one element.
-        betas: of the interpolation and of the average, in [0, 1).
-        weight_decay: the factor of the decay.
-        common: see :class:`torchao8.optim.CommonOptions`.
+        params: parameters, (name, parameter) pairs, or dicts of groups. Their dtype is float32,
+            bfloat16 or float16.
+        lr: learning rate.
+        betas: decay rates of the interpolation c and of the average m, in [0, 1).
+        weight_decay: factor of the decay.
+        common: the options of every optimizer, by keyword: :class:`torchao8.optim.CommonOptions`.
 
     Raises:
-        ValueError: an option out of range, or parameters that cannot be optimized.
+        ValueError: an option out of range, or a parameter that cannot be optimized.
         NotImplementedError: ``differentiable=True``.
         TypeError: an unknown argument.
     """
@@ -71,18 +74,31 @@ class Lion(LowPrecisionOptimizer):
 
 
 class Lion8bit(Lion):
-    """:class:`Lion` with 8-bit state: about one byte a parameter in place of four."""
+    """Lion with 8-bit state: about 1 byte a parameter in place of 4.
+
+    Decay is decoupled, as in bitsandbytes' class of this name.
+    """
 
     _bits = 8
 
 
 class PagedLion(Lion):
-    """:class:`Lion` with paged state: the default of ``is_paged`` is True."""
+    """Lion whose 32-bit state may leave the GPU, or RAM, when memory is short.
+
+    The step and its bits are those of :class:`Lion`. The state lies in memory that the system may
+    move out, and comes back for each step: CUDA's managed memory on a GPU, a file on the CPU. Only
+    the default of ``is_paged`` differs.
+    """
 
     _paged = True
 
 
 class PagedLion8bit(Lion8bit):
-    """:class:`Lion8bit` with paged state: the default of ``is_paged`` is True."""
+    """Lion8bit whose 8-bit state may leave the GPU, or RAM, when memory is short.
+
+    The step and its bits are those of :class:`Lion8bit`. The state lies in memory that the system
+    may move out, and comes back for each step: CUDA's managed memory on a GPU, a file on the CPU.
+    Only the default of ``is_paged`` differs.
+    """
 
     _paged = True

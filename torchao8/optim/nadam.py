@@ -21,31 +21,34 @@ __all__ = ["NAdam", "NAdam8bit", "PagedNAdam", "PagedNAdam8bit"]
 class NAdam(LowPrecisionOptimizer):
     """NAdam with 32-bit state, as ``torch.optim.NAdam``: Adam with Nesterov's momentum.
 
-    With m and v the moving averages of the gradient and of its square, as in
-    :class:`torchao8.Adam`, at step t::
+    With m and v the moving averages of the gradient g and of its square, at step t::
 
+        g = g + weight_decay * p
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g^2
         mu_t = beta1 * (1 - 0.5 * 0.96^(t * momentum_decay))
         u = (1 - mu_t) / (1 - mu_1 ... mu_t) * g + mu_(t+1) / (1 - mu_1 ... mu_(t+1)) * m
         p = p - lr * u / (sqrt(v / (1 - beta2^t)) + eps)
 
-    `Incorporating Nesterov Momentum into Adam
-    <https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ>`_. The product of all mu so far is a
-    state, ``mu_product``: one float32 number for each parameter, in 8 bits too.
+    With decoupled_weight_decay, p = p * (1 - lr * weight_decay) takes the place of the first line.
+    The product of all mu so far is a state too: one float32 number for each parameter tensor.
+
+    Source: `Incorporating Nesterov Momentum into Adam
+    <https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ>`_.
 
     Args:
-        params: parameters, (name, parameter) pairs or dicts of groups; float32, bfloat16 or
-            float16.
-        lr: learning rate, a number or a tensor of one element.
-        betas: the decay rates of the two averages, in [0, 1).
-        eps: added to the root.
-        weight_decay: the factor of the decay.
+        params: parameters, (name, parameter) pairs, or dicts of groups. Their dtype is float32,
+            bfloat16 or float16.
+        lr: learning rate.
+        betas: decay rates of the two averages, in [0, 1).
+        eps: added to the root, which keeps the update finite.
+        weight_decay: factor of the decay.
         momentum_decay: how fast mu grows from half of beta1 to beta1.
-        decoupled_weight_decay: p = p * (1 - lr * weight_decay) before the update, in place of a
-            weight_decay * p that is added to the gradient (L2).
-        common: see :class:`torchao8.optim.CommonOptions`.
+        decoupled_weight_decay: shrink the parameter in place of adding to the gradient.
+        common: the options of every optimizer, by keyword: :class:`torchao8.optim.CommonOptions`.
 
     Raises:
-        ValueError: an option out of range, or parameters that cannot be optimized.
+        ValueError: an option out of range, or a parameter that cannot be optimized.
         NotImplementedError: ``differentiable=True``.
         TypeError: an unknown argument.
     """
@@ -96,18 +99,31 @@ class NAdam(LowPrecisionOptimizer):
 
 
 class NAdam8bit(NAdam):
-    """:class:`NAdam` with 8-bit state: about 2 bytes a parameter in place of 8."""
+    """NAdam with 8-bit state: about 2 bytes a parameter in place of 8.
+
+    Takes the place of ``torch.optim.NAdam``.
+    """
 
     _bits = 8
 
 
 class PagedNAdam(NAdam):
-    """:class:`NAdam` with paged state: the default of ``is_paged`` is True."""
+    """NAdam whose 32-bit state may leave the GPU, or RAM, when memory is short.
+
+    The step and its bits are those of :class:`NAdam`. The state lies in memory that the system may
+    move out, and comes back for each step: CUDA's managed memory on a GPU, a file on the CPU. Only
+    the default of ``is_paged`` differs.
+    """
 
     _paged = True
 
 
 class PagedNAdam8bit(NAdam8bit):
-    """:class:`NAdam8bit` with paged state: the default of ``is_paged`` is True."""
+    """NAdam8bit whose 8-bit state may leave the GPU, or RAM, when memory is short.
+
+    The step and its bits are those of :class:`NAdam8bit`. The state lies in memory that the system
+    may move out, and comes back for each step: CUDA's managed memory on a GPU, a file on the CPU.
+    Only the default of ``is_paged`` differs.
+    """
 
     _paged = True

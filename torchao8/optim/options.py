@@ -53,39 +53,43 @@ class KeywordOptions(TypedDict, total=False):
 class CommonOptions(KeywordOptions, total=False):
     """Keyword arguments of every optimizer, and options of its parameter groups.
 
+    Each group may have its own: ``[{"params": embedding, "optim_bits": 32}, {"params": others}]``.
+    Options that lay out the state cannot change after the first step: ``optim_bits``,
+    ``min_8bit_size``, ``block_size``, ``block_wise``, ``is_paged`` and ``page_dir``.
+
     Attributes:
-        maximize: ascend.
-        foreach, capturable: hints for torch.optim, accepted and without effect: the step is always
-            multi-tensor and capturable.
-        differentiable: must be False.
-        fused: the step is always fused; True also lets ``torch.amp.GradScaler`` leave unscaling and
-            the skipping of a step to the op.
-        optim_bits: 8 or 32, the bits of a state value; the default is that of the class.
-        min_8bit_size: a parameter with fewer elements keeps 32-bit state, and so do scalars. Of
-            DTensors so do vectors, and what has fewer than 16 elements in ``shape[1:]`` (a matrix
-            of LoRA of rank 8): no block fits all the ways to shard them.
-        block_size: elements that share a scale in 8 bits, a power of two from 64 to 2048.
+        maximize: step along the gradient, not against it.
+        foreach, capturable: accepted for scripts that were written for torch.optim; they change
+            nothing. The step always updates all tensors at once, and CUDA graphs can capture it.
+        differentiable: must be False. A step that autograd records is not implemented.
+        fused: the step is always fused. True also lets ``torch.amp.GradScaler`` hand the unscaling
+            and the skipping of a step to the optimizer.
+        optim_bits: how many bits each number of the state has, 8 or 32.
+        min_8bit_size: a parameter with fewer elements keeps 32-bit state, and so does a scalar.
+            Sharded parameters (DTensors) keep 32-bit state, too, where they are vectors or have
+            fewer than 16 elements in ``shape[1:]``: no block fits all the ways to shard them.
+        block_size: how many neighbouring elements, a block, share a scale in 8-bit state. A power
+            of two from 64 to 2048.
         state_rounding: how averages and sums of squares are rounded to 8 bits, "stochastic" or
-            "nearest". Other states say in their class how they are rounded.
-        stochastic_rounding: write bfloat16 parameters back with stochastic rounding, in place of
-            nearest, which loses updates of less than half a unit of a parameter's last place.
-            float32 parameters need none and take none; float16 ones are refused.
-        seed: of the stochastic rounding. The same seed, step and gradients give the same bits. The
-            draws of a parameter are independent of each other; parameters of one seed share those
-            of equal indices at equal steps.
-        percentile_clipping: p scales a gradient down whose norm is larger than the p-th of its
-            parameter's last 100, in ascending order, to that norm; 100 is off. As in bitsandbytes
-            up to 0.45, but for the norm of the whole parameter where it is sharded, and for zeros
-            before any other norm, which do not count. To be decided before the first step.
-        block_wise: False gives each 8-bit state of a parameter one scale in place of one a block,
-            as bitsandbytes up to 0.45 could: coarser, and a step reads everything twice.
-            ``block_size`` then only says which parameters keep 8 bits and how they are rounded.
+            "nearest". Averages of gradients are rounded to nearest.
+        stochastic_rounding: round bfloat16 parameters stochastically. Rounding to nearest loses
+            updates that are smaller than half a unit of a parameter's last place. float32
+            parameters are not rounded. float16 ones are refused.
+        seed: seed of the stochastic rounding. The same seed, step and gradients give the same bits.
+            Parameters with one seed share the random numbers of equal indices.
+        percentile_clipping: an int p from 1 to 99 scales a gradient down whose norm is larger than
+            the p-th of the last 100 norms of its parameter, in ascending order, to that norm. 100
+            turns it off. To be decided before the first step. bitsandbytes had it up to 0.45; here
+            the norm is that of the whole parameter, also where it is sharded.
+        block_wise: False gives each 8-bit state of a parameter one scale in place of one for each
+            block. This is coarser, and a step reads everything twice. ``block_size`` then only says
+            which parameters keep 8 bits and how they are rounded.
         is_paged: whether the state of parameters of 100,000 elements and more may leave the GPU, or
-            RAM, when memory is short, and comes back for each step; the default is that of the
-            class. On a GPU it lies in CUDA's managed memory, on the CPU in a file without a name,
-            mapped into memory, whose space is reserved at the first step.
-        page_dir: the folder of that file; "" is the temporary one, which may itself be in RAM. For
-            parameters on the CPU. As is_paged, to be decided before the first step.
+            RAM, when memory is short. It comes back for each step. On a GPU it lies in CUDA's
+            managed memory, on the CPU in a file without a name, whose space is reserved at the
+            first step.
+        page_dir: the folder of that file; "" is the temporary folder, which may itself be in RAM.
+            For parameters on the CPU.
     """
 
     optim_bits: int

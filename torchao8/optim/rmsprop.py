@@ -28,32 +28,37 @@ __all__ = ["PagedRMSprop", "PagedRMSprop8bit", "RMSprop", "RMSprop8bit"]
 class RMSprop(LowPrecisionOptimizer):
     """RMSprop with 32-bit state, as ``torch.optim.RMSprop``.
 
-    With g the gradient plus weight_decay * p (L2), v and a the moving averages of its square and,
-    if centered, of itself, and b the momentum buffer::
+    With v the moving average of the square of the gradient g, a that of the gradient itself, if
+    centered, and b the momentum buffer::
 
-        v = alpha * v + (1 - alpha) * g^2          a = alpha * a + (1 - alpha) * g
-        u = g / (sqrt(v - a^2) + eps)              (a = 0 where not centered)
-        b = momentum * b + u
-        p = p - lr * b                             p = p - lr * u without momentum
+        g = g + weight_decay * p
+        v = alpha * v + (1 - alpha) * g^2
+        a = alpha * a + (1 - alpha) * g    (centered; else a = 0)
+        u = g / (sqrt(v - a^2) + eps)
+        b = momentum * b + u               (without momentum: b = u)
+        p = p - lr * b
 
-    `Neural Networks for Machine Learning, lecture 6
+    In 8 bits, v - a^2 counts as at least v / 64, because a smaller difference may come from
+    rounding alone.
+
+    Source: `Neural Networks for Machine Learning, lecture 6
     <https://www.cs.toronto.edu/~tijmen/csc321/slides/lecture_slides_lec6.pdf>`_; centered:
-    `Generating Sequences With Recurrent Neural Networks <https://arxiv.org/abs/1308.0850>`_. In 8
-    bits v - a^2 is no less than v / 64: what is less, rounding may have made.
+    `Generating Sequences With Recurrent Neural Networks <https://arxiv.org/abs/1308.0850>`_.
 
     Args:
-        params: parameters, (name, parameter) pairs or dicts of groups; float32, bfloat16 or
-            float16.
-        lr: learning rate, a number or a tensor of one element.
-        alpha: the decay rate of the averages, in [0, 1).
-        eps: added to the root.
-        weight_decay: the factor of the L2 penalty.
-        momentum: the factor of the buffer. While it is 0 the buffer stays as it is.
-        centered: divide by the standard deviation; to be decided before the first step.
-        common: see :class:`torchao8.optim.CommonOptions`.
+        params: parameters, (name, parameter) pairs, or dicts of groups. Their dtype is float32,
+            bfloat16 or float16.
+        lr: learning rate.
+        alpha: decay rate of the averages, in [0, 1).
+        eps: added to the root, which keeps the update finite.
+        weight_decay: factor of the decay (L2).
+        momentum: factor of the buffer, a Python number. While it is 0 the buffer stays as it is.
+        centered: divide by the standard deviation, which needs one more state. To be decided before
+            the first step.
+        common: the options of every optimizer, by keyword: :class:`torchao8.optim.CommonOptions`.
 
     Raises:
-        ValueError: an option out of range, or parameters that cannot be optimized.
+        ValueError: an option out of range, or a parameter that cannot be optimized.
         NotImplementedError: ``differentiable=True``.
         TypeError: an unknown argument.
     """
@@ -117,18 +122,32 @@ class RMSprop(LowPrecisionOptimizer):
 
 
 class RMSprop8bit(RMSprop):
-    """:class:`RMSprop` with 8-bit state: about one byte a parameter and state in place of four."""
+    """RMSprop with 8-bit state: about 1 byte a parameter in place of 4.
+
+    Takes the place of ``torch.optim.RMSprop``. ``momentum`` and ``centered`` cost a byte more
+    each.
+    """
 
     _bits = 8
 
 
 class PagedRMSprop(RMSprop):
-    """:class:`RMSprop` with paged state: the default of ``is_paged`` is True."""
+    """RMSprop whose 32-bit state may leave the GPU, or RAM, when memory is short.
+
+    The step and its bits are those of :class:`RMSprop`. The state lies in memory that the system
+    may move out, and comes back for each step: CUDA's managed memory on a GPU, a file on the CPU.
+    Only the default of ``is_paged`` differs.
+    """
 
     _paged = True
 
 
 class PagedRMSprop8bit(RMSprop8bit):
-    """:class:`RMSprop8bit` with paged state: the default of ``is_paged`` is True."""
+    """RMSprop8bit whose 8-bit state may leave the GPU, or RAM, when memory is short.
+
+    The step and its bits are those of :class:`RMSprop8bit`. The state lies in memory that the
+    system may move out, and comes back for each step: CUDA's managed memory on a GPU, a file on the
+    CPU. Only the default of ``is_paged`` differs.
+    """
 
     _paged = True

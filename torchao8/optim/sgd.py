@@ -27,30 +27,33 @@ __all__ = ["SGD", "PagedSGD", "PagedSGD8bit", "SGD8bit"]
 
 
 class SGD(LowPrecisionOptimizer):
-    """SGD with 32-bit momentum, as ``torch.optim.SGD``.
+    """SGD with momentum in 32 bits, as ``torch.optim.SGD``.
 
-    With g the gradient plus weight_decay * p (L2), and b the momentum buffer::
+    With g the gradient and b the momentum buffer::
 
-        b = g at the first step, then momentum * b + (1 - dampening) * g
-        p = p - lr * b                             p = p - lr * (g + momentum * b) with nesterov
+        g = g + weight_decay * p
+        b = momentum * b + (1 - dampening) * g    (at the first step: b = g)
+        p = p - lr * b
+        p = p - lr * (g + momentum * b)           (nesterov, in place of the line above)
 
-    `On the importance of initialization and momentum in deep learning
-    <https://proceedings.mlr.press/v28/sutskever13.html>`_. Without momentum there is no state but
-    the number of steps.
+    Without momentum, b = g, and there is no state but the number of steps: 8 bits save nothing.
+
+    Source: `On the importance of initialization and momentum in deep learning
+    <https://proceedings.mlr.press/v28/sutskever13.html>`_.
 
     Args:
-        params: parameters, (name, parameter) pairs or dicts of groups; float32, bfloat16 or
-            float16.
-        lr: learning rate, a number or a tensor of one element.
-        momentum: the factor of the buffer. While it is 0 the buffer stays as it is; 8-bit state
-            with positive scales, as bitsandbytes has them, is rounded once more.
-        dampening: what the gradient lacks to get into the buffer.
-        weight_decay: the factor of the L2 penalty.
-        nesterov: Nesterov's momentum; takes a momentum and no dampening.
-        common: see :class:`torchao8.optim.CommonOptions`.
+        params: parameters, (name, parameter) pairs, or dicts of groups. Their dtype is float32,
+            bfloat16 or float16.
+        lr: learning rate.
+        momentum: factor of the buffer. While it is 0 the buffer stays as it is. (8-bit state that
+            came from bitsandbytes is then rounded once more.)
+        dampening: reduces what the gradient adds to the buffer.
+        weight_decay: factor of the decay (L2).
+        nesterov: Nesterov's momentum. Needs momentum > 0 and dampening = 0.
+        common: the options of every optimizer, by keyword: :class:`torchao8.optim.CommonOptions`.
 
     Raises:
-        ValueError: an option out of range, or parameters that cannot be optimized.
+        ValueError: an option out of range, or a parameter that cannot be optimized.
         NotImplementedError: ``differentiable=True``.
         TypeError: an unknown argument.
     """
@@ -113,18 +116,31 @@ class SGD(LowPrecisionOptimizer):
 
 
 class SGD8bit(SGD):
-    """:class:`SGD` with 8-bit momentum: about one byte a parameter in place of four."""
+    """SGD with 8-bit state: about 1 byte a parameter in place of 4, with momentum.
+
+    Takes the place of ``torch.optim.SGD``.
+    """
 
     _bits = 8
 
 
 class PagedSGD(SGD):
-    """:class:`SGD` with paged state: the default of ``is_paged`` is True."""
+    """SGD whose 32-bit state may leave the GPU, or RAM, when memory is short.
+
+    The step and its bits are those of :class:`SGD`. The state lies in memory that the system may
+    move out, and comes back for each step: CUDA's managed memory on a GPU, a file on the CPU. Only
+    the default of ``is_paged`` differs.
+    """
 
     _paged = True
 
 
 class PagedSGD8bit(SGD8bit):
-    """:class:`SGD8bit` with paged state: the default of ``is_paged`` is True."""
+    """SGD8bit whose 8-bit state may leave the GPU, or RAM, when memory is short.
+
+    The step and its bits are those of :class:`SGD8bit`. The state lies in memory that the system
+    may move out, and comes back for each step: CUDA's managed memory on a GPU, a file on the CPU.
+    Only the default of ``is_paged`` differs.
+    """
 
     _paged = True
