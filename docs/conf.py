@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
 project = "torchao8"
-author = "The authors of torchao8"
+author = "The torchao8 contributors"
 release = version = torchao8.__version__
 
 extensions = [
