@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import logging
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,25 @@ def ids(page: Path) -> str:
 EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=ids)
 
 
+@pytest.fixture
+def untouched_logging() -> Iterator[None]:
+    """A page may say how to print what the library logs: to this process, and to no other test."""
+    root, own = logging.getLogger(), logging.getLogger("torchao8")
+    handlers, levels = list(root.handlers), (root.level, own.level)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    own.setLevel(levels[1])
+
+
 # Those of docs/use-with run in test/clients, which prepares their packages.
 @pytest.mark.parametrize("page", [p for p in PAGES if p.parent.name != "use-with"], ids=ids)
 def test_python_of_a_page_runs(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_compiler: None
+    page: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fresh_compiler: None,
+    untouched_logging: None,
 ) -> None:
     """All blocks in their order, in one namespace, in an empty folder."""
     text = page.read_text(encoding="utf-8")
