@@ -2,7 +2,7 @@
 
     python -m benchmarks.memory --out docs/images
 
-The figures are those of `torchao8.estimate`, for the shapes of Llama 3 8B on one GPU. Activations
+The figures are those of `torchao8.estimate`, for the shapes of Llama 3 8B on one device. Activations
 are not counted. Needs matplotlib.
 """
 
@@ -63,7 +63,7 @@ def main(argv: Iterable[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=reporting.OUT, help="folder (%(default)s)")
     args = parser.parse_args(argv)
-    note = f"One GPU, activations not counted; torchao8 {torchao8.__version__}, by estimate()"
+    note = f"One device, activations not counted; torchao8 {torchao8.__version__}, by estimate()"
     heading = "Memory of a training step of Llama 3 8B"
     with picture(args.out / "memory.png", heading, note, [1.4 * len(ROWS)]) as (panel,):
         draw(panel)
