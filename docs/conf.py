@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 project = "torchao8"
 author = "The torchao8 contributors"
+copyright = "2026, the torchao8 contributors"
 release = version = torchao8.__version__
 
 extensions = [
