@@ -20,7 +20,7 @@ from torchao8.optim.options import CommonOptions
 _SECTION = re.compile(r"^(Args|Attributes|Raises):\n", re.MULTILINE)
 _OPTIONS = """\
 Every argument but ``params`` is an option of the parameter groups and may differ from group to
-group. Where the signature has a Tensor, a tensor of one element may stand in place of a number. It
+group. A number whose type allows it, such as ``lr``, may also be a tensor of one element. It
 may change from step to step, and ``torch.compile`` does not compile the step again."""
 
 

@@ -59,8 +59,8 @@ class CommonOptions(KeywordOptions, total=False):
 
     Attributes:
         maximize: step along the gradient, not against it.
-        foreach, capturable: accepted for scripts that were written for torch.optim; they change
-            nothing. The step always updates all tensors at once, and CUDA graphs can capture it.
+        foreach, capturable: accepted for scripts that were written for torch.optim, without
+            effect. The step always updates all tensors at once, and CUDA graphs can capture it.
         differentiable: must be False. A step that autograd records is not implemented.
         fused: the step is always fused. True also lets ``torch.amp.GradScaler`` hand the unscaling
             and the skipping of a step to the optimizer.
@@ -88,8 +88,8 @@ class CommonOptions(KeywordOptions, total=False):
             RAM, when memory is short. It comes back for each step. On a GPU it lies in CUDA's
             managed memory, on the CPU in a file without a name, whose space is reserved at the
             first step.
-        page_dir: the folder of that file; "" is the temporary folder, which may itself be in RAM.
-            For parameters on the CPU.
+        page_dir: for parameters on the CPU, the folder of the file of paged state; "" is the
+            temporary folder, which may itself be in RAM.
     """
 
     optim_bits: int
