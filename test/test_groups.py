@@ -20,6 +20,13 @@ def names(group: dict[str, Any]) -> list[str]:
     return [name for name, _ in group["params"]]
 
 
+def test_what_is_no_model_and_what_are_no_patterns() -> None:
+    with pytest.raises(TypeError, match=r"model: expected an nn\.Module, .* got generator"):
+        torchao8.param_groups(model().parameters())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"patterns: expected a mapping .* got list"):
+        torchao8.param_groups(model(), patterns=["head.*"])  # type: ignore[arg-type]
+
+
 def test_groups_of_a_model() -> None:
     embedding, vectors, matrices = torchao8.param_groups(model())
     assert names(embedding) == ["0.weight"]

@@ -316,5 +316,5 @@ def test_table_compares_with_the_first_row() -> None:
     rows = _report.table(results).splitlines()[:5]
     assert len({len(row) for row in rows}) == 1
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-    assert cells[3] == ["one", "2.0000", "+0.00%", "8.00", "100.0", "1.50"]
+    assert cells[3] == ["one", "2.0000", "0.00%", "8.00", "100.0", "1.50"]
     assert cells[4] == ["two", "1.9900", "-0.50%", "2.03", "not known", "1.00"]

@@ -94,7 +94,7 @@ def _check_8bit() -> tuple[bool, str]:
     passed = worst_param < 2e-6 and worst_state <= 1
     return passed, (
         f"largest difference of a parameter {worst_param:.1e}, "
-        f"of a moment {worst_state:.2f} codes (up to 1 is right)"
+        f"of 8-bit state {worst_state:.2f} of its largest rounding error (up to 1 is right)"
     )
 
 

@@ -41,9 +41,19 @@ def param_groups(
         Groups of ``params``, a list of (name, parameter) pairs, and options.
 
     Raises:
+        TypeError: ``model`` is no module, or ``patterns`` no mapping.
         ValueError: a pattern that matches no parameter, or one that gives ``params``.
     """
-    patterns = patterns or {}
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: expected an nn.Module, whose parameters have names, got {type(model).__name__}"
+        )
+    patterns = {} if patterns is None else patterns
+    if not isinstance(patterns, Mapping):
+        raise TypeError(
+            "patterns: expected a mapping of names to options, as "
+            f"{{'head.*': {{'lr': 1e-4}}}}, got {type(patterns).__name__}"
+        )
     embeddings = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
     }

@@ -40,6 +40,12 @@ class Result:
     step_ms: float | None  # None if not measured
 
 
+def _percent(share: float) -> str:
+    """With its sign, unless it rounds to 0."""
+    text = f"{100 * share:+.2f}%"
+    return "0.00%" if text in ("+0.00%", "-0.00%") else text
+
+
 def peak_memory(device: str, work: Callable[..., object], *arguments: Any) -> int | None:
     """Return the peak memory in bytes of a new process that does some work.
 
@@ -96,7 +102,7 @@ def table(results: list[Result]) -> str:
             [
                 result.name,
                 f"{loss:.4f}",
-                f"{100 * (loss / reference - 1):+.2f}%",
+                _percent(loss / reference - 1),
                 f"{result.optimizer_bytes:.2f}",
             ]
         )

@@ -320,8 +320,9 @@ class _Loading:
         for how, labels in self.converted.items():
             others = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
             warn_caller(
-                f"{name}: the state of {labels[0]}{others} was saved {how}, as optim_bits, "
-                "min_8bit_size, block_size, block_wise or the sharding ask for here"
+                f"{name}: the state of {labels[0]}{others} was saved {how}. "
+                "The options of this optimizer (optim_bits, min_8bit_size, block_size, block_wise) "
+                "or the sharding of its parameters decide that"
             )
         for warning in self.optimizer._warnings_of_load(
             self.groups, self.saved_groups, self.authors
