@@ -2,8 +2,8 @@
 
     python -m benchmarks.memory --out docs/images
 
-The figures are those of `torchao8.estimate`, for the shapes of Llama 3 8B on one device. Activations
-are not counted. Needs matplotlib.
+The figures are those of `torchao8.estimate`, for the shapes of Llama 3 8B on one device.
+Activations are not counted. Needs matplotlib.
 """
 
 from __future__ import annotations
