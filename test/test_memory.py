@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 
 import torchao8
+from torchao8._messages import describe
 from torchao8.checkpoint import load_dcp
 from torchao8.optim._state import memory, paging
 from torchao8.sharding import local
@@ -89,6 +90,11 @@ def test_reasons_by_name() -> None:
     optimizer = torchao8.AdamW8bit(torchao8.param_groups(model))
     small = ("layer.bias", "norm.weight", "norm.bias")
     assert optimizer.memory().kept_32bit == {OPTION: ("embedding.weight",), TOO_SMALL: small}
+    # A parameter that was appended to the list of a group has no name.
+    (*_, last) = optimizer.param_groups
+    last["params"].append(nn.Parameter(torch.ones(3)))
+    assert optimizer.memory().kept_32bit[TOO_SMALL] == (*small, "parameter 5")
+    assert describe(optimizer, last["params"][-1]) == "parameter 5"
     unnamed = torchao8.AdamW8bit(model.parameters())
     assert unnamed.memory().kept_32bit == {TOO_SMALL: ("parameter 2", "parameter 3", "parameter 4")}
 

@@ -2,10 +2,20 @@
 
 import sys
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+
+def name_in(group: dict[str, Any], i: int) -> str | None:
+    """The name of a parameter in its group; None if it has none.
+
+    Names may be fewer than parameters: some programs append to ``group["params"]`` themselves.
+    """
+    names = group.get("param_names", ())
+    return names[i] if i < len(names) else None
 
 
 def describe(optimizer: Optimizer, p: Tensor) -> str:
@@ -14,8 +24,8 @@ def describe(optimizer: Optimizer, p: Tensor) -> str:
     for group in optimizer.param_groups:
         for i, q in enumerate(group["params"]):
             if q is p:
-                name = f" ({group['param_names'][i]})" if "param_names" in group else ""
-                return f"parameter {number}{name}"
+                name = name_in(group, i)
+                return f"parameter {number}" if name is None else f"parameter {number} ({name})"
             number += 1
     raise ValueError("the parameter is not in the optimizer")
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torchao8 import _tables, sharding
+from torchao8._messages import name_in
 from torchao8.optim._state import paging
 from torchao8.optim._state.layout import gets_state, layout_of, why_kept
 from torchao8.optim._state.spec import NORMS, State, has_state, is_8bit, keys_of
@@ -149,10 +150,9 @@ def _parts(optimizer: OptimizerContract) -> Iterator[_Part]:
     number = 0
     for group in optimizer.param_groups:
         states_of_group = optimizer._states_of(group)
-        names = group.get("param_names", ())
         for i, p in enumerate(group["params"]):
             kept: dict[str, Any] = optimizer.state.get(p, {})
-            name = names[i] if names else f"parameter {number}"
+            name = name_in(group, i) or f"parameter {number}"
             number += 1
             if has_state(kept):
                 yield _part(name, group, p, optimizer._states_in(group, kept), kept, False)
