@@ -350,6 +350,24 @@ def test_one_op_call_for_each_bucket(case: OptimizerCase, device: str) -> None:
     )
 
 
+@pytest.mark.parametrize("in_two_groups", [False, True])
+def test_one_step_count_for_two_parameters_is_refused(in_two_groups: bool) -> None:
+    """Two op calls would count it twice, and the second would read what the first has counted."""
+    params = make_params(shapes=[(64, 64), (3,)])
+    groups = [{"params": p} for p in params] if in_two_groups else params
+    optimizer = AdamW8bit(groups)
+    train(optimizer, params, [0])
+    optimizer.state[params[1]]["step"] = optimizer.state[params[0]]["step"]
+    set_grads(params, 1)
+    before = all_bits(optimizer)
+    with pytest.raises(RuntimeError, match=r"'step' of parameter 0 and parameter 1: expected"):
+        optimizer.step()
+    assert all_bits(optimizer) == before
+    optimizer.state[params[1]]["step"] = optimizer.state[params[0]]["step"].clone()
+    train(optimizer, params, [1])
+    assert [int(optimizer.state[p]["step"]) for p in params] == [2, 2]
+
+
 @every_optimizer()
 def test_buckets_do_not_change_the_result(case: OptimizerCase, device: str) -> None:
     """All parameters in one optimizer or each in its own: the same bits."""

@@ -83,6 +83,7 @@ def make_plan(optimizer: OptimizerContract) -> tuple[Plan, list[Work]]:
         plan.place(optimizer, group, entries)
         made.append(entries)
     if not torch.compiler.is_compiling():
+        _check_counts(optimizer, [entry for entries in made for entry in entries])
         numbers = {id(p): i for i, p in enumerate(optimizer.state)}
         for plan, group, entries in zip(plans, groups, made, strict=True):
             plan.remember(group, entries, numbers)
@@ -91,6 +92,20 @@ def make_plan(optimizer: OptimizerContract) -> tuple[Plan, list[Work]]:
         for plan, group, entries in zip(plans, groups, made, strict=True)
     ]
     return Plan(optimizer, plans), works
+
+
+def _check_counts(optimizer: OptimizerContract, entries: Sequence[Entry]) -> None:
+    """Raises RuntimeError if two parameters share the tensor that counts their steps: an op sees
+    only the parameters of its own call, and each call would count the step once more."""
+    owners: dict[int, Tensor] = {}
+    for entry in entries:
+        first = owners.setdefault(id(entry.state["step"]), entry.param)
+        if first is not entry.param:
+            both = f"{describe(optimizer, first)} and {describe(optimizer, entry.param)}"
+            raise RuntimeError(
+                f"{type(optimizer).__name__}: 'step' of {both}: expected a tensor for each "
+                "parameter, got one tensor for both. Give each a copy (tensor.clone())"
+            )
 
 
 class Entry:
