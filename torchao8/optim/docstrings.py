@@ -4,6 +4,8 @@ There are four classes of each rule, with 20 arguments and more each. In the sou
 32-bit state has the formula and the arguments of its rule, and the other three say what they are:
 that is what editors show that read the source only. :func:`complete` makes the rest from what the
 class declares, so that ``help()`` and the reference of the documentation need no other page.
+
+It runs when the package is imported, so what many classes have in common is made once.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 from torchao8.optim.contract import OptimizerContract, bare_name, states_under
@@ -60,6 +63,7 @@ def complete(cls: type[OptimizerContract], classes: Mapping[str, Any]) -> str | 
     return "\n\n".join(part for part in text if part)
 
 
+@cache
 def parts_of(doc: str) -> Parts:
     head, *sections = _SECTION.split(inspect.cleandoc(doc))
     summary, _, body = head.strip().partition("\n\n")
@@ -89,6 +93,7 @@ def _arguments(cls: type[OptimizerContract], texts: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
+@cache
 def _wrapped(text: str, first: str = "", others: str = "") -> str:
     """The text in lines that begin with these indents."""
     return textwrap.fill(
