@@ -137,7 +137,7 @@ docs: $(call tools,docs test) $(EXTENSION_READY)
 	$(call say,building the documentation)
 	$(VPYTHON) -m sphinx -q -E -W --keep-going -b html docs build/docs
 	$(call say,checking what was built)
-	$(VPYTHON) -m pytest -q test/test_docs_site.py $(ARGS)
+	DOCS_ARE_BUILT=1 $(VPYTHON) -m pytest -q test/test_docs_site.py $(ARGS)
 
 lint: $(call tools,lint)
 	$(call say,checking style and types)

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 
 import torchao8
+from torchao8 import _tables
 from torchao8._messages import describe
 from torchao8.checkpoint import load_dcp
 from torchao8.optim._state import memory, paging
@@ -306,3 +307,18 @@ def test_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(Tensor, name, refuse)
     assert optimizer.memory().tensors == len(MODEL)
+
+
+def test_a_notebook_shows_the_table() -> None:
+    optimizer = torchao8.AdamW8bit(make_params())
+    assert repr(optimizer.memory()) == str(optimizer.memory())
+    estimate = torchao8.estimate([(64, 64)])
+    assert repr(estimate) == str(estimate)
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(0, "0 B"), (1000, "1000 B"), (1024, "1.00 KiB"), (2**20 - 1, "1.00 MiB")],
+)
+def test_sizes(nbytes: int, text: str) -> None:
+    assert _tables.size(nbytes) == text

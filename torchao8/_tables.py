@@ -8,11 +8,11 @@ from collections.abc import Sequence
 def size(nbytes: int) -> str:
     """Bytes as a person reads them.
 
-    >>> size(1000), size(2**20)
-    ('1000 B', '1.00 MiB')
+    >>> size(1000), size(2**20 - 1), size(2**20)
+    ('1000 B', '1.00 MiB', '1.00 MiB')
     """
     for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if nbytes >= 2**power:
+        if round(nbytes / 2**power, 2) >= 1:
             return f"{nbytes / 2**power:,.2f} {unit}"
     return f"{nbytes} B"
 

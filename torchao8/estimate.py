@@ -44,7 +44,7 @@ class Bytes:
     state_8bit: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Estimate:
     """The memory of training, in bytes; printed, it is a table.
 
@@ -76,6 +76,9 @@ class Estimate:
     checkpoint_8bit: int
     total: Bytes
     kept_32bit: dict[str, tuple[str, ...]]
+
+    def __repr__(self) -> str:  # what a notebook shows
+        return str(self)
 
     def __str__(self) -> str:
         return "\n".join([_heading(self), *_table(self), *_kept_lines(self)])

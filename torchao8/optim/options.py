@@ -60,7 +60,8 @@ class CommonOptions(KeywordOptions, total=False):
     Attributes:
         maximize: step along the gradient, not against it.
         foreach, capturable: accepted for scripts that were written for torch.optim, without
-            effect. The step always updates all tensors at once, and CUDA graphs can capture it.
+            effect. The step always updates all tensors at once, and is written for CUDA graphs to
+            capture it (no GPU has run it yet).
         differentiable: must be False. A step that autograd records is not implemented.
         fused: the step is always fused. True also lets ``torch.amp.GradScaler`` hand the unscaling
             and the skipping of a step to the optimizer.
@@ -85,9 +86,9 @@ class CommonOptions(KeywordOptions, total=False):
             block. This is coarser, and a step reads everything twice. ``block_size`` then only says
             which parameters keep 8 bits and how they are rounded.
         is_paged: whether the state of parameters of 100,000 elements and more may leave the GPU, or
-            RAM, when memory is short. It comes back for each step. On a GPU it lies in CUDA's
-            managed memory, on the CPU in a file without a name, whose space is reserved at the
-            first step.
+            RAM, when memory is short. It comes back for each step. On the CPU it lies
+            in a file without a name, whose space is reserved at the first step; on a GPU, in CUDA's
+            managed memory (no GPU has run it yet).
         page_dir: for parameters on the CPU, the folder of the file of paged state; "" is the
             temporary folder, which may itself be in RAM.
     """

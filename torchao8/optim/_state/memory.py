@@ -27,7 +27,7 @@ LOG = logging.getLogger("torchao8")
 LOG.addHandler(logging.NullHandler())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Memory:
     """The memory of an optimizer's state, in bytes; printed, it is a table.
 
@@ -73,6 +73,9 @@ class Memory:
     def total(self) -> int:
         """All bytes of state."""
         return sum(getattr(self, kind) for kind in _KINDS)
+
+    def __repr__(self) -> str:  # what a notebook shows
+        return str(self)
 
     def __str__(self) -> str:
         return "\n".join([_heading(self), *_tables.columns(_rows(self)), *_notes(self)])
