@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchao8._implementation import number_dtype
+
 # An option that is a number: it may change from step to step, in place where it is a tensor.
 Number = float | Tensor
 
@@ -27,17 +29,19 @@ def one_number(value: Number) -> Tensor:
 
 
 def all_numbers(values: Sequence[Number], device: torch.device) -> Tensor:
-    """The numbers of a rule in one tensor, float64 of shape (n,).
+    """The numbers of a rule in one tensor, of shape (n,).
 
-    It lies on the CPU, or, if one of the numbers is a tensor on another device, on ``device``.
+    It lies on the CPU, or, if one of the numbers is a tensor on another device, on ``device``. It is
+    float64, but on a device without kernels, which need not have that, float32.
     """
     elsewhere = any(isinstance(v, Tensor) and not v.is_cpu for v in values)
     where = device if elsewhere else torch.device("cpu")
+    dtype = number_dtype(where) if elsewhere else torch.float64
     if torch.compiler.is_compiling():
-        one = torch.ones((), dtype=torch.float64, device=where)
+        one = torch.ones((), dtype=dtype, device=where)
         return torch.stack(
             [
-                v.reshape(()).to(where, torch.float64) if isinstance(v, Tensor) else one * v
+                v.reshape(()).to(where, dtype) if isinstance(v, Tensor) else one * v
                 for v in values
             ]
         )
@@ -46,9 +50,9 @@ def all_numbers(values: Sequence[Number], device: torch.device) -> Tensor:
     # Nothing is copied from the host, which a captured stream could not do.
     return torch.stack(
         [
-            v.reshape(()).to(where, torch.float64)
+            v.reshape(()).to(where, dtype)
             if isinstance(v, Tensor) and not v.is_cpu
-            else torch.full((), float(v), dtype=torch.float64, device=where)
+            else torch.full((), float(v), dtype=dtype, device=where)
             for v in values
         ]
     )

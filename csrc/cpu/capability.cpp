@@ -31,8 +31,9 @@ Capability choose() {
   const char* variable = std::getenv("TORCHAO8_CPU");
   if (variable == nullptr || *variable == '\0') return best;
   const std::string name = variable;
+  if (name == "portable") return best;  // read in Python, which does without the kernels
   TORCHAO8_CHECK(name == "avx512" || name == "avx2" || name == "scalar",
-                 "TORCHAO8_CPU must be avx512, avx2 or scalar, got ", name);
+                 "TORCHAO8_CPU must be avx512, avx2, scalar or portable, got ", name);
   const Capability wanted = name == "avx512" ? Capability::kAvx512
                             : name == "avx2" ? Capability::kAvx2
                                              : Capability::kScalar;

@@ -36,7 +36,6 @@ def check_params(params: Iterable[Any], stochastic_rounding: bool) -> None:
     Raises:
         ValueError: a parameter given twice, of an unsupported dtype or layout, or with elements
             that share memory.
-        RuntimeError: on a GPU, without the CUDA kernels.
     """
     seen: set[int] = set()
     for index, entry in enumerate(params):
@@ -65,15 +64,6 @@ def check_new_params(optimizer: Optimizer, params: Iterable[Any]) -> None:
             )
 
 
-def check_device(index: int, device: torch.device) -> None:
-    """Raises RuntimeError where the kernels for a device are missing."""
-    if device.type == "cuda" and ops.CUDA_EXTENSION_FILE is None:
-        raise RuntimeError(
-            f"params[{index}] is on {device}, and torchao8 has no CUDA kernels here: "
-            f"{ops.CUDA_MISSING}. `python -m torchao8` prints what was found."
-        )
-
-
 def _check_trainable(index: int, p: Tensor, stochastic_rounding: bool) -> None:
     if is_dtensor(p):
         if any(placement.is_partial() for placement in p.placements):
@@ -82,7 +72,6 @@ def _check_trainable(index: int, p: Tensor, stochastic_rounding: bool) -> None:
                 f"{p.placements}"
             )
         p = local(p)
-    check_device(index, p.device)
     if p.dtype not in PARAM_DTYPES or p.layout is not torch.strided:
         raise ValueError(
             f"params[{index}]: expected a dense tensor of {_DTYPE_NAMES}, got {kind(p)}"

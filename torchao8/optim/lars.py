@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from torchao8 import ops
 from torchao8._numbers import one_number
 from torchao8.optim._state.spec import State
 from torchao8.optim.base import LowPrecisionOptimizer
@@ -137,13 +138,14 @@ class LARS(LowPrecisionOptimizer):
         return bool(group["adaptive"])
 
     def _trust_ratios(self, group: Group, param_norms: Tensor, norms: Tensor) -> Tensor:
+        numbers = map(one_number, (group["trust_coefficient"], group["weight_decay"]))
+        if ops.is_portable(norms.device):
+            own = (ops.to_float32(number, norms.device) for number in numbers)
+            return lars_trust_ratios(param_norms, norms, *own)
         ratios: Tensor = torch.ops.torchao8.lars_trust_ratios(
             param_norms,
             norms,
-            *(
-                number if number.is_cpu else number.to(norms.device)
-                for number in map(one_number, (group["trust_coefficient"], group["weight_decay"]))
-            ),
+            *(number if number.is_cpu else number.to(norms.device) for number in numbers),
         )
         return ratios
 

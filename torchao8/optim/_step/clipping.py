@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchao8 import ops
 from torchao8.optim._state.spec import NORMS_KEPT
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -29,12 +30,12 @@ def clip_factors_(
 
     Args:
         histories: float32 of shape (100,), one for each parameter; changed.
-        norms: float64 of shape (n,).
+        norms: of shape (n,), float64 but on devices without kernels.
         steps: 0-d float32, the steps that a parameter has made before this one.
         found_inf: where it is not 0, the histories stay as they are.
 
     Returns:
-        float64 of shape (n,), from 0 to 1.
+        Of the shape and dtype of the norms, from 0 to 1.
     """
     before = torch.stack(histories)
     # No norm is infinite, but float32 ends earlier than float64.
@@ -44,11 +45,26 @@ def clip_factors_(
     is_new = is_empty | (torch.arange(NORMS_KEPT, dtype=torch.int64, device=slot.device) == slot)
     after = torch.where(is_new & ~(is_empty & (current == 0)), current, before)
     limit = after.sort(dim=1).values[:, percentile : percentile + 1].clamp_min(0)
-    factors = torch.where(current > limit, limit.double() / current.double(), 1.0)
+    factors = torch.where(current > limit, limit.to(norms.dtype) / current.to(norms.dtype), 1.0)
     if found_inf is not None:
         after = torch.where(found_inf != 0, before, after)
     torch._foreach_copy_(histories, after.unbind())
     return factors.squeeze(1)
+
+
+def clip_factors(
+    histories: list[Tensor],
+    norms: Tensor,
+    steps: list[Tensor],
+    found_inf: Tensor | None,
+    percentile: int,
+) -> Tensor:
+    """:func:`clip_factors_` as an op, but on devices without kernels."""
+    function = torch.ops.torchao8.clip_factors_
+    if ops.is_portable(norms.device):
+        function = clip_factors_
+    factors: Tensor = function(histories, norms, steps, found_inf, percentile)
+    return factors
 
 
 for _device in ("CPU", "CUDA"):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torchao8 import ops, sharding
-from torchao8.optim._step import clipping as clipping  # it registers clip_factors_
+from torchao8.optim._step import clipping
 from torchao8.optim._step.bucket import Member, Work
 from torchao8.optim._step.pages import pages_ahead
 from torchao8.optim.contract import OptimizerContract
@@ -74,11 +74,12 @@ class _Device:
         self.trusts = any(optimizer._has_trust_ratios(group) for group in groups)
 
     def factors(self) -> Tensor:
-        """float64 of shape (n, 2), in the order of the members."""
+        """Of shape (n, 2), in the order of the members."""
         measures = self.trusts and self.optimizer._compares_updates
         grads = [self.works[i].grads[k] for i, k in self.members]
         params = [sharding.local(self.works[i].params[k]) for i, k in self.members]
-        clip = torch.ones(len(self.members), dtype=torch.float64, device=grads[0].device)
+        device = grads[0].device
+        clip = torch.ones(len(self.members), dtype=ops.number_dtype(device), device=device)
         norms = param_norms = clip
         if measures:
             if self.clips:
@@ -126,7 +127,7 @@ class _Device:
                 clip.append(torch.ones_like(norms[part]))
                 continue
             clip.append(
-                torch.ops.torchao8.clip_factors_(
+                clipping.clip_factors(
                     [work.histories[k] for k in numbers],
                     norms[part],
                     [work.steps[k] for k in numbers],
