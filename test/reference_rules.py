@@ -1,9 +1,10 @@
-"""The oracle of the update rules: each in float64 plain PyTorch, as its publication has it.
+"""The oracle of the update rules: the rules of torchao8.portable.rules in float64, and how far
+float32 arithmetic may lead away from them.
 
-Slow and obvious; it shares no code and no shortcut with the library. Every rule tells how far
-float32 arithmetic may lead away from it: each of the at most 8 operations on the way to a sum adds
-half a unit in the last place, 2^-24, of the largest number that it handled. Capital letters are
-those sums without cancellation.
+It shares nothing with the kernels. The rules themselves are compared with those of torch.optim, in
+float64, where it has them (test_portable.py). Errors: each of the at most 8 operations on the way
+to a sum adds half a unit in the last place, 2^-24, of the largest number that it handled. Capital
+letters are those sums without cancellation.
 """
 
 import math
@@ -12,6 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from torchao8 import ops
+from torchao8.portable.rules import RULES as LIBRARY_RULES
+from torchao8.portable.rules import Old, Rate
 
 UNIT = 8 * 2.0**-24
 States = dict[str, Tensor]
@@ -41,9 +46,37 @@ def gradient(p: Tensor, g: Tensor, o: Options, decay: float) -> tuple[Tensor, Te
     return g, g.abs() + 2 * decay * p.abs(), good
 
 
+def exact(
+    rule: str, p: Tensor, g: Tensor, old: States, step: int, o: Options, in_8bit: bool, **others: Any
+) -> tuple[Tensor, States]:
+    """What a rule makes of a parameter and its states, in float64; for `guarded` to choose from."""
+    found = LIBRARY_RULES[rule]
+    g = torch.where(usable(g), g, 0.0)
+    o = {"decoupled_weight_decay": False, "rate_in_buffer": False, "momentum_decay": 0.0, **o}
+    o = {**o, **others}
+    o.update({f"beta{i}": beta for i, beta in enumerate(o.get("betas", ()), 1)})
+    numbers = {
+        name: torch.tensor(float(o[name]), dtype=torch.float64)
+        for name in (*ops.NUMBERS[f"{rule}_step_"], "lr")
+    }
+    options: dict[str, Any] = {name: o.get(name) for name in ("nesterov", "rate_in_buffer")}
+    options.update({k: Rate.of(v) if k in found.rates else v for k, v in numbers.items()})
+    options["decoupled_weight_decay"] = o["decoupled_weight_decay"]
+    options["gain"] = -1.0 if o["maximize"] else 1.0
+    options["floor"] = 1e-300
+    options["least_share"] = 1 / 64 if in_8bit else 0.0
+    options.update({k: v for k, v in old.items() if k == "mu_product"})
+    c = found.numbers(options, torch.tensor(float(step), dtype=torch.float64), False)
+    move, new = found.update(p, g, {k: Old(v) for k, v in old.items()}, c)
+    return p - move, {**new, **{k: v for k, v in c.items() if k == "mu_product"}}
+
+
 def guarded(good: Tensor, old_p: Tensor, old: States, result: Result) -> Result:
     """What is not usable leaves its element as it was."""
-    states = {k: torch.where(good, v, old[k]) for k, v in result.states.items()}
+    states = {
+        k: v if k == "mu_product" else torch.where(good, v, old[k])  # of the step, not of elements
+        for k, v in result.states.items()
+    }
     param = torch.where(good, result.param, old_p)
     return Result(param, states, result.param_error, result.errors)
 
@@ -51,18 +84,11 @@ def guarded(good: Tensor, old_p: Tensor, old: States, result: Result) -> Result:
 def adam(p: Tensor, g: Tensor, old: States, step: int, o: Options, in_8bit: bool) -> Result:
     """Adam, AdamW. The error of v reaches the parameter through the root, where it counts half."""
     decoupled, decay, (beta1, beta2) = o["decoupled_weight_decay"], o["weight_decay"], o["betas"]
+    param, new = exact("adam", p, g, old, step, o, in_8bit)
     g, G, good = gradient(p, g, o, 0.0 if decoupled else decay)
-    new = {
-        "exp_avg": beta1 * old["exp_avg"] + (1 - beta1) * g,
-        "exp_avg_sq": beta2 * old["exp_avg_sq"] + (1 - beta2) * g**2,
-    }
-    root = new["exp_avg_sq"]
-    if o["amsgrad"]:
-        root = new["max_exp_avg_sq"] = torch.maximum(old["max_exp_avg_sq"], root)
+    root = new.get("max_exp_avg_sq", new["exp_avg_sq"])
     step_size = o["lr"] / (1 - beta1**step)
     denominator = ((root / (1 - beta2**step)).sqrt() + o["eps"]).clamp_min(1e-300)
-    decayed = p * (1 - o["lr"] * decay) if decoupled else p
-    param = decayed - step_size * new["exp_avg"] / denominator
     M = beta1 * old["exp_avg"].abs() + (1 - beta1) * G
     V = torch.maximum(root, beta2 * old["exp_avg_sq"] + (1 - beta2) * G**2)
     through_v = torch.where(root > 0, new["exp_avg"].abs() * V / root.clamp_min(1e-300), 0.0)
@@ -74,28 +100,31 @@ def adam(p: Tensor, g: Tensor, old: States, step: int, o: Options, in_8bit: bool
 def lion(p: Tensor, g: Tensor, old: States, step: int, o: Options, in_8bit: bool) -> Result:
     """Where the interpolation is as small as its own error, its sign may be any."""
     beta1, beta2 = o["betas"]
+    param, new = exact("lion", p, g, old, step, o, in_8bit)
     g, G, good = gradient(p, g, o, 0.0)
     m = old["exp_avg"]
     c, C = beta1 * m + (1 - beta1) * g, beta1 * m.abs() + (1 - beta1) * G
-    new, M = beta2 * m + (1 - beta2) * g, beta2 * m.abs() + (1 - beta2) * G
-    param = p * (1 - o["lr"] * o["weight_decay"]) - o["lr"] * c.sign()
+    M = beta2 * m.abs() + (1 - beta2) * G
     unsure = (c.abs() <= UNIT * C) & (C > 0)
     error = UNIT * (p.abs() + o["lr"]) + torch.where(unsure, 2 * o["lr"], 0.0)
-    return guarded(good, p, old, Result(param, {"exp_avg": new}, error, {"exp_avg": UNIT * M}))
+    return guarded(good, p, old, Result(param, new, error, {"exp_avg": UNIT * M}))
 
 
 def sgd(p: Tensor, g: Tensor, old: States, step: int, o: Options, in_8bit: bool) -> Result:
+    return _sgd(p, g, old, step, {**o, "rate_in_buffer": False})
+
+
+def _sgd(p: Tensor, g: Tensor, old: States, step: int, o: Options) -> Result:
+    """With the learning rate outside, or inside of the buffer."""
+    param, new = exact("sgd", p, g, old, step, o, False)
     g, G, good = gradient(p, g, o, o["weight_decay"])
     if not o["momentum"]:
-        error = UNIT * (p.abs() + o["lr"] * G)
-        return guarded(good, p, old, Result(p - o["lr"] * g, {}, error, {}))
-    gain = 1.0 if step == 1 else 1 - o["dampening"]
-    b = o["momentum"] * old["momentum_buffer"] + gain * g
+        return guarded(good, p, old, Result(param, {}, UNIT * (p.abs() + o["lr"] * G), {}))
+    inside, outside = (o["lr"], 1.0) if o["rate_in_buffer"] else (1.0, o["lr"])
+    gain = inside * (1.0 if step == 1 else 1 - o["dampening"])
     B = o["momentum"] * old["momentum_buffer"].abs() + abs(gain) * G
-    param = p - o["lr"] * (g + o["momentum"] * b if o["nesterov"] else b)
-    error = UNIT * (p.abs() + o["lr"] * (B * (1 + o["momentum"]) + G))
-    states, errors = {"momentum_buffer": b}, {"momentum_buffer": UNIT * B}
-    return guarded(good, p, old, Result(param, states, error, errors))
+    error = UNIT * (p.abs() + outside * B * (1 + o["momentum"]) + o["lr"] * G)
+    return guarded(good, p, old, Result(param, new, error, {"momentum_buffer": UNIT * B}))
 
 
 def lamb(p: Tensor, g: Tensor, old: States, step: int, o: Options, in_8bit: bool) -> Result:
@@ -116,34 +145,25 @@ def lars(p: Tensor, g: Tensor, old: States, step: int, o: Options, in_8bit: bool
         norm = float(p.norm())
         below = float(g[g.isfinite()].norm()) + o["weight_decay"] * norm
         ratio = o["trust_coefficient"] * norm / below if norm and below else 1.0
-    g, G, good = gradient(p, g, o, o["weight_decay"])
-    rate = o["lr"] * ratio
-    if not o["momentum"]:
-        return guarded(good, p, old, Result(p - rate * g, {}, UNIT * (p.abs() + rate * G), {}))
-    gain = rate * (1.0 if step == 1 else 1 - o["dampening"])
-    b = o["momentum"] * old["momentum_buffer"] + gain * g
-    B = o["momentum"] * old["momentum_buffer"].abs() + abs(gain) * G
-    param = p - (rate * g + o["momentum"] * b if o["nesterov"] else b)
-    error = UNIT * (p.abs() + B * (1 + o["momentum"]) + rate * G)
-    states, errors = {"momentum_buffer": b}, {"momentum_buffer": UNIT * B}
-    return guarded(good, p, old, Result(param, states, error, errors))
+    return _sgd(p, g, old, step, {**o, "lr": o["lr"] * ratio, "rate_in_buffer": True})
 
 
 def rmsprop(p: Tensor, g: Tensor, old: States, step: int, o: Options, in_8bit: bool) -> Result:
     """In 8 bits the variance is at least a 64th of the mean square."""
     alpha = o["alpha"]
+    param, states = exact("rmsprop", p, g, old, step, o, in_8bit)
     g, G, good = gradient(p, g, o, o["weight_decay"])
-    v = alpha * old["square_avg"] + (1 - alpha) * g**2
+    v = states["square_avg"]
     V = alpha * old["square_avg"] + (1 - alpha) * G**2
-    states, errors = {"square_avg": v}, {"square_avg": UNIT * V}
+    errors = {"square_avg": UNIT * V}
     variance, spread = v, V
     if o["centered"]:
-        a = alpha * old["grad_avg"] + (1 - alpha) * g
+        a = states["grad_avg"]
         A = alpha * old["grad_avg"].abs() + (1 - alpha) * G
         variance, spread = v - a**2, V + 3 * A**2
         if in_8bit:
             variance = torch.maximum(variance, v / 64)
-        states["grad_avg"], errors["grad_avg"] = a, UNIT * A
+        errors["grad_avg"] = UNIT * A
     # The error of the variance; the smallest one that it may be in truth.
     low = (variance - UNIT * spread).clamp_min(1e-300)
     denominator = (variance.clamp_min(0).sqrt() + o["eps"]).clamp_min(1e-300)
@@ -151,22 +171,22 @@ def rmsprop(p: Tensor, g: Tensor, old: States, step: int, o: Options, in_8bit: b
     through_v = torch.where(spread > 0, U * spread / low, 0.0)
     update_error = UNIT * (U + through_v)
     if o["momentum"]:
-        update = o["momentum"] * old["momentum_buffer"] + update
+        update = states["momentum_buffer"]
         update_error = update_error + UNIT * (o["momentum"] * old["momentum_buffer"].abs() + U)
-        states["momentum_buffer"], errors["momentum_buffer"] = update, update_error
+        errors["momentum_buffer"] = update_error
     error = UNIT * (p.abs() + o["lr"] * update.abs()) + o["lr"] * update_error
-    return guarded(good, p, old, Result(p - o["lr"] * update, states, error, errors))
+    return guarded(good, p, old, Result(param, states, error, errors))
 
 
 def adagrad(p: Tensor, g: Tensor, old: States, step: int, o: Options, in_8bit: bool) -> Result:
+    param, new = exact("adagrad", p, g, old, step, o, in_8bit)
     g, G, good = gradient(p, g, o, o["weight_decay"])
-    s, S = old["sum"] + g**2, old["sum"] + G**2
+    s, S = new["sum"], old["sum"] + G**2
     lr = o["lr"] / (1 + (step - 1) * o["lr_decay"])
     denominator = (s.sqrt() + o["eps"]).clamp_min(1e-300)
     through_s = torch.where(s > 0, g.abs() * S / s.clamp_min(1e-300), 0.0)
     error = UNIT * (p.abs() + lr * (G + through_s) / denominator)
-    result = Result(p - lr * g / denominator, {"sum": s}, error, {"sum": UNIT * S})
-    return guarded(good, p, old, result)
+    return guarded(good, p, old, Result(param, new, error, {"sum": UNIT * S}))
 
 
 def nadam(p: Tensor, g: Tensor, old: States, step: int, o: Options, in_8bit: bool) -> Result:
@@ -176,9 +196,9 @@ def nadam(p: Tensor, g: Tensor, old: States, step: int, o: Options, in_8bit: boo
         return float(beta1 * (1 - 0.5 * 0.96 ** (t * o["momentum_decay"])))
 
     decoupled, decay, (beta1, beta2) = o["decoupled_weight_decay"], o["weight_decay"], o["betas"]
+    param, new = exact("nadam", p, g, old, step, o, in_8bit)
     g, G, good = gradient(p, g, o, 0.0 if decoupled else decay)
-    m = beta1 * old["exp_avg"] + (1 - beta1) * g
-    v = beta2 * old["exp_avg_sq"] + (1 - beta2) * g**2
+    m, v = new["exp_avg"], new["exp_avg_sq"]
     M = beta1 * old["exp_avg"].abs() + (1 - beta1) * G
     V = beta2 * old["exp_avg_sq"] + (1 - beta2) * G**2
     now, ahead = momentum(step), momentum(step + 1)
@@ -186,36 +206,30 @@ def nadam(p: Tensor, g: Tensor, old: States, step: int, o: Options, in_8bit: boo
     of_g, of_m = (1 - now) / (1 - product), ahead / (1 - product * ahead)
     mixed, most = of_g * g + of_m * m, of_g * G + of_m * M
     denominator = ((v / (1 - beta2**step)).sqrt() + o["eps"]).clamp_min(1e-300)
-    decayed = p * (1 - o["lr"] * decay) if decoupled else p
     through_v = torch.where(v > 0, mixed.abs() * V / v.clamp_min(1e-300), 0.0)
     error = UNIT * (p.abs() + o["lr"] * (2 * most + through_v) / denominator)
-    param = decayed - o["lr"] * mixed / denominator
     errors = {"exp_avg": UNIT * M, "exp_avg_sq": UNIT * V, "mu_product": UNIT * product}
-    result = guarded(good, p, old, Result(param, {"exp_avg": m, "exp_avg_sq": v}, error, errors))
-    result.states["mu_product"] = product  # of the step, not of its elements
-    return result
+    return guarded(good, p, old, Result(param, new, error, errors))
 
 
 def ademamix(p: Tensor, g: Tensor, old: States, step: int, o: Options, in_8bit: bool) -> Result:
-    """The half-life of beta3 grows linearly from that of beta1, by its definition."""
+    """The half-life of beta3 grows linearly from that of beta1."""
     beta1, beta2, beta3 = o["betas"]
+    alpha = o["alpha"] * (min(1.0, step / o["t_alpha"]) if o["t_alpha"] else 1.0)
+    param, new = exact("ademamix", p, g, old, step, o, in_8bit)
     if step < o["t_beta3"]:
         share = step / o["t_beta3"]
         life1, life3 = (math.log(0.5) / math.log(beta) for beta in (beta1, beta3))
         beta3 = 0.5 ** (1 / ((1 - share) * life1 + share * life3))
-    alpha = o["alpha"] * (min(1.0, step / o["t_alpha"]) if o["t_alpha"] else 1.0)
     g, G, good = gradient(p, g, o, 0.0)
     betas = {"exp_avg_fast": beta1, "exp_avg_slow": beta3, "exp_avg_sq": beta2}
-    added = {"exp_avg_fast": g, "exp_avg_slow": g, "exp_avg_sq": g**2}
     most = {"exp_avg_fast": G, "exp_avg_slow": G, "exp_avg_sq": G**2}
-    new = {k: b * old[k] + (1 - b) * added[k] for k, b in betas.items()}
     errors = {k: UNIT * (b * old[k].abs() + (1 - b) * most[k]) for k, b in betas.items()}
-    fast, slow, v = new.values()
+    fast, slow, v = (new[k] for k in betas)
     mixed = fast / (1 - beta1**step) + alpha * slow
     mixed_error = errors["exp_avg_fast"] / (1 - beta1**step) + alpha * errors["exp_avg_slow"]
     denominator = ((v / (1 - beta2**step)).sqrt() + o["eps"]).clamp_min(1e-300)
     through_v = torch.where(v > 0, mixed.abs() * errors["exp_avg_sq"] / v.clamp_min(1e-300), 0.0)
-    param = p * (1 - o["lr"] * o["weight_decay"]) - o["lr"] * mixed / denominator
     error = UNIT * p.abs() + o["lr"] * (2 * mixed_error + through_v) / denominator
     error = error + o["lr"] * UNIT * mixed.abs() / denominator
     return guarded(good, p, old, Result(param, new, error, errors))
