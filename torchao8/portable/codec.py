@@ -7,7 +7,6 @@ has the reasons for what is computed, this only says how. No operation depends o
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -42,19 +41,33 @@ _TABLES = {
     "a": (lambda signed: tables.position_lines(signed)[1], torch.float32),
     "b": (lambda signed: tables.position_lines(signed)[2], torch.float32),
     "c": (lambda signed: tables.position_lines(signed)[3], torch.float32),
+    "lanes": (lambda signed: _LANE_FACTORS, torch.int64),
+    # A compiler would multiply an index by a constant of its own, as a number that may not wrap.
+    "golden": (lambda signed: (_signed64(_GOLDEN),), torch.int64),
 }
 
 
+class _Made:
+    """The tables that were made, as attributes: torch.compile reads these as they are."""
+
+
+_made = _Made()
+
+
 @torch.compiler.assume_constant_result
+def _make_table(attribute: str, name: str, signed: bool, device: torch.device) -> None:
+    """Run as it is at trace time, too: no graph builds a table."""
+    if not hasattr(_made, attribute):
+        values, dtype = _TABLES[name]
+        with torch.inference_mode(False):
+            setattr(_made, attribute, torch.tensor(values(signed), dtype=dtype, device=device))
+
+
 def _table(name: str, signed: bool, device: torch.device) -> Tensor:
-    return _made_table(name, signed, str(device))
-
-
-@functools.cache
-def _made_table(name: str, signed: bool, device: str) -> Tensor:
-    values, dtype = _TABLES[name]
-    with torch.inference_mode(False):
-        return torch.tensor(values(signed), dtype=dtype, device=device)
+    attribute = f"{name}_{signed}_{device}"
+    _make_table(attribute, name, signed, device)
+    made: Tensor = getattr(_made, attribute)
+    return made
 
 
 class Tables(NamedTuple):
@@ -69,7 +82,7 @@ class Tables(NamedTuple):
 
     @staticmethod
     def of(signed: bool, device: torch.device) -> Tables:
-        return Tables(*(_table(name, signed, device) for name in Tables._fields))
+        return Tables(*[_table(name, signed, device) for name in Tables._fields])
 
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:
@@ -197,36 +210,36 @@ def mix_bits(z: Tensor) -> Tensor:
     return z ^ _shifted(z, 31)
 
 
+def _mixed(z: int) -> int:
+    """The same of a number of the host."""
+    z &= _MASK64
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & _MASK64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & _MASK64
+    return z ^ z >> 31
+
+
 def random_keys(seed: int, t: Tensor, streams: int) -> list[Tensor]:
     """The keys of some streams, int64 of the shape of t: of the states, and the parameter's."""
-    of_seed = mix_bits(torch.zeros_like(t, dtype=torch.int64) + _signed64(seed + _GOLDEN))
+    of_seed = _signed64(_mixed(seed + _GOLDEN))
     step = 4 * t.to(torch.int64)
-    return [mix_bits(of_seed ^ mix_bits(step + stream)) for stream in (*range(streams), PARAM_STREAM)]
+    return [
+        mix_bits(mix_bits(step + stream) ^ of_seed) for stream in (*range(streams), PARAM_STREAM)
+    ]
 
 
 def _coefficients(key: Tensor, first: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four of each block, by the global index of its first element."""
-    z = mix_bits(key + first * _signed64(_GOLDEN))
-    w = mix_bits(z + _signed64(_GOLDEN))
+    golden = _table("golden", True, first.device)
+    z = mix_bits(key + first * golden)
+    w = mix_bits(z + golden)
     return z & _MASK32, _shifted(z, 32), w & _MASK32, _shifted(w, 32)
-
-
-@torch.compiler.assume_constant_result
-def _lanes(device: torch.device) -> Tensor:
-    return _made_lanes(str(device))
-
-
-@functools.cache
-def _made_lanes(device: str) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(_LANE_FACTORS, dtype=torch.int64, device=device)
 
 
 def lane_draws(key: Tensor, first: Tensor, mask: int = _MASK23) -> tuple[Tensor, Tensor]:
     """Of each of the 8 lanes of a block, the hash of its first element and what one adds from one
     element of the lane to the next; of the shape (*first.shape, 8)."""
     c0, c1, c2, c3 = (c.unsqueeze(-1) for c in _coefficients(key, first))
-    lanes = _lanes(first.device)
+    lanes = _table("lanes", True, first.device)
     return (c0 + c1 * lanes) & mask, (c2 + c3 * lanes) & mask
 
 
@@ -258,7 +271,7 @@ def element_hashes(key: Tensor, element: Tensor) -> Tensor:
     """The same where there are no blocks, by the global indices of the elements."""
     i = element & 255
     c0, c1, c2, c3 = _coefficients(key, element - i)
-    lanes = _look_up(_lanes(element.device), i & 7)
+    lanes = _look_up(_table("lanes", True, element.device), i & 7)
     return ((c0 + c1 * lanes + ((c2 + c3 * lanes) & _MASK32) * (i >> 3)) >> 16 & 0xFFFF).to(torch.int32)
 
 

@@ -9,7 +9,8 @@ the parameter moves down by, and the new states:
                                 under a root. t: the steps with this one. scaled: whether averages
                                 are kept in units of 1 - beta, in which what a gradient adds needs
                                 no factor
-    update(p, g, old, c)        c: those numbers
+    update(p, g, old, c)        c: those numbers. "<state>.rests", where it is there, says that the
+                                state stays as it is
 
 Written like this, plain operators are all that a rule needs, on tensors of any shape and dtype.
 csrc/rules has the same rules for the kernels, with the papers.
@@ -71,6 +72,15 @@ def _average(c: Numbers, state: str, rate: Rate, scaled: bool) -> Any:
 def _sum(c: Numbers, state: str, decay: Any, gain: Any) -> None:
     """The same of a sum, whose unit is 1."""
     c.update({f"{state}.decay": decay, f"{state}.gain": gain, f"{state}.unit": 1.0})
+
+
+def _buffer(c: Numbers, o: Numbers, gain: Any, of_buffer: Any, of_new: Any) -> None:
+    """The same of a momentum buffer, with what a step takes of the buffer and of what goes into it.
+    With a momentum of 0 the buffer stays as it is."""
+    rests = c["momentum_buffer.rests"] = o["momentum"] == 0
+    _sum(c, "momentum_buffer", o["momentum"], gain)
+    c["of_buffer"] = torch.where(rests, 0.0, of_buffer)
+    c["of_new"] = torch.where(rests, o["lr"], of_new)
 
 
 def _mix(c: Numbers, state: str, old: Olds, new: Tensor) -> Tensor:
@@ -220,15 +230,14 @@ def lion(p: Tensor, g: Tensor, old: Olds, c: Numbers) -> Step:
 
 
 def sgd_numbers(o: Numbers, t: Tensor, scaled: bool) -> Numbers:
-    """With a momentum of 0 the buffer stays as it is; the first gradient is not dampened."""
-    rests = o["momentum"] == 0
+    """The first gradient is not dampened. LARS has the learning rate inside of the buffer."""
     inside, outside = (o["lr"], 1.0) if o["rate_in_buffer"] else (1.0, o["lr"])
+    c = {**_coupled(o), "lr": o["lr"]}
     gain = torch.where(t == 1, 1.0, 1 - o["dampening"]) * inside
-    of_buffer = outside * o["momentum"] if o["nesterov"] else outside
-    of_gradient = o["lr"] if o["nesterov"] else torch.where(rests, o["lr"], 0.0)
-    c = {**_coupled(o), "lr": o["lr"], "of_gradient": of_gradient}
-    c["of_buffer"] = torch.where(rests, 0.0, of_buffer)
-    _sum(c, "momentum_buffer", torch.where(rests, 1.0, o["momentum"]), torch.where(rests, 0.0, gain))
+    if o["nesterov"]:
+        _buffer(c, o, gain, outside * o["momentum"], o["lr"])
+    else:
+        _buffer(c, o, gain, outside, 0.0)
     return c
 
 
@@ -237,23 +246,18 @@ def sgd(p: Tensor, g: Tensor, old: Olds, c: Numbers) -> Step:
     if "momentum_buffer" not in old:
         return g * c["lr"], {}
     b = _mix(c, "momentum_buffer", old, g)
-    return b * c["of_buffer"] + g * c["of_gradient"], {"momentum_buffer": b}
+    return b * c["of_buffer"] + g * c["of_new"], {"momentum_buffer": b}
 
 
 # -- RMSprop -------------------------------------------------------------------------------------
 
 
 def rmsprop_numbers(o: Numbers, t: Tensor, scaled: bool) -> Numbers:
-    """With a momentum of 0 the buffer stays as it is."""
-    rests = o["momentum"] == 0
     c = {**_coupled(o), "least_share": o["least_share"], "lr": o["lr"]}
     unit = c["mean_unit"] = _average(c, "square_avg", o["alpha"], scaled)
     _average(c, "grad_avg", o["alpha"], scaled)
-    of_root = unit.sqrt() if scaled else 1.0
-    _sum(c, "momentum_buffer", torch.where(rests, 1.0, o["momentum"]), torch.where(rests, 0.0, 1.0))
-    c["of_buffer"] = torch.where(rests, 0.0, o["lr"])
-    c["of_update"] = torch.where(rests, o["lr"], 0.0)
-    return {**c, **_root_numbers(o, of_root)}
+    _buffer(c, o, 1.0, o["lr"], 0.0)
+    return {**c, **_root_numbers(o, unit.sqrt() if scaled else 1.0)}
 
 
 def rmsprop(p: Tensor, g: Tensor, old: Olds, c: Numbers) -> Step:
@@ -269,7 +273,7 @@ def rmsprop(p: Tensor, g: Tensor, old: Olds, c: Numbers) -> Step:
         return g * c["lr"] / _denominator(variance, c), new
     update = g / _denominator(variance, c)
     b = new["momentum_buffer"] = _mix(c, "momentum_buffer", old, update)
-    return b * c["of_buffer"] + update * c["of_update"], new
+    return b * c["of_buffer"] + update * c["of_new"], new
 
 
 # -- Adagrad -------------------------------------------------------------------------------------

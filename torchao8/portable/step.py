@@ -157,7 +157,7 @@ def to_device(t: Tensor, device: torch.device) -> Tensor:
 def as_rows(c: Numbers, t: Tensor) -> Tensor:
     """The numbers, a row for each parameter."""
     columns = [v if isinstance(v, Tensor) else t.new_full((), v) for v in c.values()]
-    return torch.stack([v.expand_as(t) for v in columns], 1)
+    return torch.stack([v.to(t.dtype).expand_as(t) for v in columns], 1)
 
 
 # -- one piece -----------------------------------------------------------------------------------
@@ -201,12 +201,14 @@ def step_piece_(form: Form, x: Tensors) -> None:
         rounded = codec.round_stochastically(moved, x.hashes)
     else:
         rounded = moved.to(x.param.dtype)
-    changes = [(x.param, torch.where(made.good, rounded, x.param))]
+    changes = [(x.param, torch.where(made.good, rounded, x.param), x.skip)]
     draws = iter(x.draws)
     for i, state in enumerate(form.states):
-        new = made.new[i]
+        new, stays = made.new[i], x.skip
+        if (rests := c.get(f"{state.name}.rests")) is not None:
+            stays = rests != 0 if stays is None else stays | (rests != 0)
         if not form.in_8bit:
-            changes.append((x.values[i], new))
+            changes.append((x.values[i], new, stays))
             continue
         signed, unit = state.signed, c[f"{state.name}.unit"]
         t = codec.Tables.of(signed, new.device)
@@ -218,11 +220,12 @@ def step_piece_(form: Form, x: Tensors) -> None:
         else:
             codes = codec.encode_nearest(new, inverse, signed, t)
         valid = codec.has_scale(extreme, unit, signed)
-        changes.append((x.values[i], codec.with_extremes(codes, new, extreme, valid, signed)))
+        codes = codec.with_extremes(codes, new, extreme, valid, signed)
+        changes.append((x.values[i], codes, stays))
         if not form.has_extremes:
-            changes.append((x.scales[i], codec.scale_of(extreme, unit, signed)))
-    for tensor, value in changes:
-        tensor.copy_(value if x.skip is None else torch.where(x.skip, tensor, value))
+            changes.append((x.scales[i], codec.scale_of(extreme, unit, signed), stays))
+    for tensor, value, stays in changes:
+        tensor.copy_(value if stays is None else torch.where(stays, tensor, value))
 
 
 # -- the ops -------------------------------------------------------------------------------------
@@ -317,8 +320,11 @@ def _write_scales(
         unit = rows[:, names.index(f"{state.name}.unit")]
         extreme = codec.extreme_of_key(torch.stack([row[s] for row in extremes]), state.signed)
         new = codec.scale_of(extreme, unit, state.signed)
+        stays = c.get(f"{state.name}.rests", torch.zeros_like(unit)).expand_as(unit) != 0
+        if skip is not None:
+            stays = stays | skip
         for i, scale in enumerate(tensors):
-            scale.copy_(new[i] if skip is None else torch.where(skip, scale, new[i]))
+            scale.copy_(torch.where(stays[i], scale, new[i]))
 
 
 def extremes(call: Call) -> Tensor:
