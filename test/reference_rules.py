@@ -47,7 +47,14 @@ def gradient(p: Tensor, g: Tensor, o: Options, decay: float) -> tuple[Tensor, Te
 
 
 def exact(
-    rule: str, p: Tensor, g: Tensor, old: States, step: int, o: Options, in_8bit: bool, **others: Any
+    rule: str,
+    p: Tensor,
+    g: Tensor,
+    old: States,
+    step: int,
+    o: Options,
+    in_8bit: bool,
+    **others: Any,
 ) -> tuple[Tensor, States]:
     """What a rule makes of a parameter and its states, in float64; for `guarded` to choose from."""
     found = LIBRARY_RULES[rule]

@@ -31,8 +31,8 @@ def one_number(value: Number) -> Tensor:
 def all_numbers(values: Sequence[Number], device: torch.device) -> Tensor:
     """The numbers of a rule in one tensor, of shape (n,).
 
-    It lies on the CPU, or, if one of the numbers is a tensor on another device, on ``device``. It is
-    float64, but on a device without kernels, which need not have that, float32.
+    It lies on the CPU, or, if one of the numbers is a tensor on another device, on ``device``. It
+    is float64; on a device without kernels, which need not have that, float32.
     """
     elsewhere = any(isinstance(v, Tensor) and not v.is_cpu for v in values)
     where = device if elsewhere else torch.device("cpu")
@@ -40,10 +40,7 @@ def all_numbers(values: Sequence[Number], device: torch.device) -> Tensor:
     if torch.compiler.is_compiling():
         one = torch.ones((), dtype=dtype, device=where)
         return torch.stack(
-            [
-                v.reshape(()).to(where, dtype) if isinstance(v, Tensor) else one * v
-                for v in values
-            ]
+            [v.reshape(()).to(where, dtype) if isinstance(v, Tensor) else one * v for v in values]
         )
     if not elsewhere:
         return torch.tensor([float(v) for v in values], dtype=torch.float64, device="cpu")

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchao8 import ops
 from torchao8._messages import describe, kind
 from torchao8.sharding import is_dtensor, local
 

@@ -272,7 +272,9 @@ def element_hashes(key: Tensor, element: Tensor) -> Tensor:
     i = element & 255
     c0, c1, c2, c3 = _coefficients(key, element - i)
     lanes = _look_up(_table("lanes", True, element.device), i & 7)
-    return ((c0 + c1 * lanes + ((c2 + c3 * lanes) & _MASK32) * (i >> 3)) >> 16 & 0xFFFF).to(torch.int32)
+    return ((c0 + c1 * lanes + ((c2 + c3 * lanes) & _MASK32) * (i >> 3)) >> 16 & 0xFFFF).to(
+        torch.int32
+    )
 
 
 def round_stochastically(x: Tensor, hashes: Tensor) -> Tensor:

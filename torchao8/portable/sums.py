@@ -35,9 +35,7 @@ def _limbs(bins: Tensor) -> Tensor:
     low = (bins & ((_MASK32 + 1 >> shift) - 1)) << shift
     rest = bins >> (32 - shift)
     parts = [low, rest & _MASK32, rest >> 32]
-    padded = [
-        torch.nn.functional.pad(part.sum(-1), (k, 2 - k)) for k, part in enumerate(parts)
-    ]
+    padded = [torch.nn.functional.pad(part.sum(-1), (k, 2 - k)) for k, part in enumerate(parts)]
     return padded[0] + padded[1] + padded[2]
 
 

@@ -8,10 +8,6 @@ from __future__ import annotations
 import functools
 import math
 import struct
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor
 
 DECADES = 7
 BIAS = 2.0**-31  # part of every y that is rounded stochastically

@@ -1,0 +1,407 @@
+"""The implementation in plain PyTorch operators, against the kernels and by itself.
+
+It is not the same to the bit: without a fused multiply-add, products are rounded once more. So
+parameters lie within the oracle's bounds, and codes may be the next one where a value lies at a
+border. State, random numbers and exact sums are the same.
+"""
+
+import copy
+import math
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from helpers import SMALL, all_bits, bits, make_params, set_grads, through_file
+from optim_table import OPTIMIZERS, OptimizerCase, Options, every_8bit, every_option_set
+from reference_rules import exact
+from test_optim import CountOps, oracle_step
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import torchao8
+from torchao8 import ops
+from torchao8._implementation import choose_portable
+from torchao8.optim.base import LowPrecisionOptimizer
+from torchao8.portable import pieces
+
+pytestmark = pytest.mark.skipif(
+    ops.is_portable(torch.device("cpu")), reason="compares with the kernels of the CPU"
+)
+
+# Codes that differ: values within rounding, 2^-23 or so, of a border between codes that are at
+# least 0.7% of the scale apart. At most 2^-23 / 0.007 = 1.7e-5 of them.
+MOST_DIFFERENT = 1e-4
+
+
+@contextmanager
+def portable(device: str = "cpu") -> Iterator[None]:
+    choose_portable(device)
+    try:
+        yield
+    finally:
+        choose_portable(device, False)
+
+
+def step_portably(optimizer: torch.optim.Optimizer) -> None:
+    with portable():
+        optimizer.step()
+
+
+def copy_state(source: LowPrecisionOptimizer, target: LowPrecisionOptimizer) -> None:
+    """Parameters and states, in place."""
+    for a, b in zip(source.param_groups, target.param_groups, strict=True):
+        for p, q in zip(a["params"], b["params"], strict=True):
+            q.data.copy_(p.data)
+            for key, value in source.state[p].items():
+                target.state[q][key].copy_(value)
+
+
+class Differences:
+    """Of codes and scales, counted."""
+
+    def __init__(self) -> None:
+        self.codes = self.different = self.furthest = 0
+
+    def add(self, key: str, a: Tensor, b: Tensor) -> None:
+        if a.dtype == torch.uint8:
+            distance = (a.int() - b.int()).abs()
+            self.codes += distance.numel()
+            self.different += int((distance > 0).sum())
+            self.furthest = max(self.furthest, int(distance.max()))
+            if "sq" in key or key.startswith("sum"):
+                assert torch.equal(a == 0, b == 0)  # a second moment is never rounded to zero
+
+    def check(self) -> None:
+        assert self.furthest <= 1
+        assert self.different <= max(1, MOST_DIFFERENT * self.codes)
+
+
+@every_option_set()
+@pytest.mark.parametrize(
+    ("dtype", "more"),
+    [
+        pytest.param(torch.float32, {}, id="float32"),
+        pytest.param(torch.float16, {"block_size": 64}, id="float16"),
+        pytest.param(torch.bfloat16, {"stochastic_rounding": True}, id="bfloat16"),
+        pytest.param(torch.float32, {"block_wise": False}, id="one scale"),
+    ],
+)
+def test_steps_like_the_kernels(
+    case: OptimizerCase, options: Options, dtype: torch.dtype, more: Options
+) -> None:
+    """Ten steps, each from the same state: no error adds up."""
+    of_kernels, of_operators = make_params(dtype), make_params(dtype)
+    options = {**options, **more, "min_8bit_size": SMALL}
+    theirs, ours = (case.make(ps, **options) for ps in (of_kernels, of_operators))
+    differences = Differences()
+    unit = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps
+    for step in range(10):
+        for params in (of_kernels, of_operators):
+            set_grads(params, step)
+        theirs._init_states()
+        block_wise = options.get("block_wise", True) and "block_size" not in options
+        wanted = [oracle_step(case, theirs, p) for p in of_kernels] if block_wise else []
+        theirs.step()
+        step_portably(ours)
+        for i, (p, q) in enumerate(zip(of_kernels, of_operators, strict=True)):
+            p, q = p.detach(), q.detach()
+            # Each of both is within the oracle's bound, and is rounded once to its dtype, up or
+            # down by a unit in the last place if that is stochastic.
+            if block_wise:
+                limit = 2 * wanted[i].param_error + 2 * unit * p.double().abs() + 1e-37
+                assert ((p.double() - q.double()).abs() <= limit).all()
+            else:
+                torch.testing.assert_close(p, q, rtol=1e-4 + unit, atol=1e-5)
+            for key, value in theirs.state[of_kernels[i]].items():
+                other = ours.state[of_operators[i]][key]
+                differences.add(key, value, other)
+                if block_wise and key in wanted[i].errors:
+                    error = 2 * wanted[i].errors[key] + 1e-37
+                    assert ((value.double() - other.double()).abs() <= error).all()
+                elif key.endswith("_scale"):
+                    torch.testing.assert_close(value, other, rtol=1e-4, atol=0)
+        copy_state(theirs, ours)
+    differences.check()
+
+
+@every_8bit()
+def test_ten_steps_on_their_own(case: OptimizerCase) -> None:
+    """Codes that differ once mostly differ from then on."""
+    of_kernels, of_operators = make_params(), make_params()
+    theirs, ours = (case.make(ps, min_8bit_size=SMALL) for ps in (of_kernels, of_operators))
+    for step in range(10):
+        for params in (of_kernels, of_operators):
+            set_grads(params, step)
+        theirs.step()
+        step_portably(ours)
+    differences = Differences()
+    for p, q in zip(of_kernels, of_operators, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
+        for key, value in theirs.state[p].items():
+            differences.add(key, value, ours.state[q][key])
+    differences.check()
+
+
+@every_8bit()
+@pytest.mark.parametrize("saved_by", ["kernels", "operators"])
+def test_state_goes_from_one_to_the_other(case: OptimizerCase, saved_by: str) -> None:
+    options = {"min_8bit_size": SMALL, **case.full}
+    first, second = make_params(), make_params()
+    writer, reader = case.make(first, **options), case.make(second, **options)
+    steps = [lambda o: o.step(), step_portably]
+    write, read = steps if saved_by == "kernels" else steps[::-1]
+    for seed in range(2):
+        set_grads(first, seed)
+        write(writer)
+    saved = through_file(copy.deepcopy(writer.state_dict()))
+    reader.load_state_dict(saved)
+    for p, q in zip(first, second, strict=True):
+        q.data.copy_(p.data)
+        assert {k: bits(v) for k, v in writer.state[p].items()} == {
+            k: bits(v) for k, v in reader.state[q].items()
+        }
+    set_grads(second, 2)
+    read(reader)
+    assert all(q.isfinite().all() for q in second)
+
+
+@every_8bit()
+@pytest.mark.parametrize("optim_bits", [8, 32])
+def test_found_inf_changes_nothing(case: OptimizerCase, optim_bits: int) -> None:
+    for options in ({}, {"block_wise": False}):
+        params = make_params()
+        options = {**options, **case.full, "optim_bits": optim_bits, "min_8bit_size": SMALL}
+        optimizer = case.make(params, fused=True, **options)
+        set_grads(params, 0)
+        step_portably(optimizer)
+        before = all_bits(optimizer)
+        set_grads(params, 1)
+        expected = all_bits(optimizer)["grads"]
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(1.0)
+        step_portably(optimizer)
+        assert all_bits(optimizer) == {**before, "grads": expected}
+        optimizer.found_inf = torch.tensor(0.0)
+        step_portably(optimizer)
+        assert all_bits(optimizer)["params"] != before["params"]
+
+
+@pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.cls.__name__)
+def test_no_op_of_the_library_is_asked_for(case: OptimizerCase) -> None:
+    """A device without kernels has none of them."""
+    params = make_params() + make_params(torch.bfloat16)
+    options = {**case.full, "min_8bit_size": SMALL, "percentile_clipping": 50}
+    with portable(), CountOps() as counted:
+        optimizer = case.make(params, **options)
+        optimizer.add_param_group({"params": make_params(seed=1), "block_wise": False})
+        for seed in range(2):
+            set_grads([p for group in optimizer.param_groups for p in group["params"]], seed)
+            optimizer.step()
+        codes, scale = torchao8.quantize_blockwise(torch.randn(3, 300))
+        torchao8.dequantize_blockwise(codes, scale)
+    assert counted.calls == []
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses what not every device has, on the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(result):
+            if isinstance(t, Tensor) and t.device.type == "meta":
+                assert t.dtype != torch.float64, func
+        return result
+
+
+@every_8bit()
+def test_nothing_waits_for_the_device(case: OptimizerCase) -> None:
+    """On the device meta, which has no numbers to wait for. Nothing there is float64, either."""
+
+    def step(in_8bit: bool, one_scale: bool) -> None:
+        (family,) = [f for f in ops.FAMILIES if f.step_op == case.cls._op]
+        p = torch.empty(40, 700, device="meta")
+        grad, count = torch.empty_like(p), torch.empty((), device="meta")
+        state = torch.empty_like(p, dtype=torch.uint8 if in_8bit else torch.float32)
+        values = [[torch.empty((), device="meta") if s.scalar else state] for s in family.states]
+        shape = (1,) if one_scale else (40, 3)
+        scales = [
+            [torch.empty(shape, device="meta")] if in_8bit else []
+            for s in family.states
+            if not s.scalar
+        ]
+        numbers = torch.full((len(family.numbers),), 0.5, dtype=torch.float64)
+        flags = dict.fromkeys(family.flags, False)
+        shared = ([p], [grad], values, scales, [count], torch.tensor(0.1, dtype=torch.float64),
+                  numbers, count, [torch.empty(2, device="meta")])  # fmt: skip
+        found = list(ops.extremes(family.step_op, *shared, **flags)) if one_scale else []
+        ops.step_(family.step_op, *shared, found, count, **flags)
+        ops.count_step_([count], count)
+        ops.norms(ops.sum_squares([p]))
+
+    with portable("meta"), NoFloat64():
+        for in_8bit, one_scale in ((True, False), (True, True), (False, False)):
+            step(in_8bit, one_scale)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes of new tensors that there were at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(result):
+            if isinstance(t, Tensor):
+                self._add(t.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("optim_bits", [8, 32])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: torch.randn(3000, 2048), id="matrix"),
+        pytest.param(lambda: torch.randn(5_000_001), id="vector"),
+        pytest.param(lambda: torch.randn(3, 1_500_001), id="rows with an end"),
+        pytest.param(lambda: torch.randn(500, 100, 10, 10).transpose(1, 3), id="other strides"),
+    ],
+)
+def test_temporaries_do_not_grow_with_the_model(make: Any, optim_bits: int) -> None:
+    """64 MB at most, of a parameter of 20 MB or more with its gradient; three of them."""
+    params = [torch.nn.Parameter(make()) for _ in range(3)]
+    options: Options = {"optim_bits": optim_bits, "stochastic_rounding": True, "amsgrad": True}
+    optimizer = torchao8.AdamW8bit(
+        [p.bfloat16().detach().requires_grad_() for p in params], **options
+    )
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.randn_like(p)
+    optimizer._init_states()
+    with portable(), Peak() as memory:
+        optimizer.step()
+    assert memory.peak < 64e6
+
+
+def test_pieces_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do other strides of parameters and gradients, which are cut in another way."""
+    results = []
+    for piece, other in ((1 << 18, False), (1 << 10, False), (1 << 10, True)):
+        monkeypatch.setattr(pieces, "PIECE", piece)
+        params = make_params(torch.bfloat16)
+        if other:
+            for p in params:
+                p.data = p.data.t().contiguous().t() if p.dim() == 2 else p.data
+        for optim_bits in (8, 32):
+            options = {"optim_bits": optim_bits, "stochastic_rounding": True}
+            optimizer = torchao8.AdamW8bit(params, min_8bit_size=SMALL, **options)
+            for seed in range(2):
+                set_grads(params, seed)
+                step_portably(optimizer)
+            results.append(all_bits(optimizer))
+    assert results[0] == results[2] == results[4]
+    assert results[1] == results[3] == results[5]
+
+
+def test_exact_sums_and_norms() -> None:
+    generator = torch.Generator().manual_seed(0)
+    exponents = [0.0, -40.0, 37.0]
+    tensors = [
+        torch.randn(n, generator=generator) * 10.0 ** (e * torch.rand(n, generator=generator))
+        for n in (0, 1, 300, 40_000, 300_000)
+        for e in exponents
+    ]
+    tensors += [torch.randn(300, 700).bfloat16().t(), torch.randn(7, 9).half(), torch.zeros(5)]
+    tensors[-4][::5] = math.nan
+    tensors[-4][1::5] = -math.inf
+    tensors.append(torch.tensor([2.0**-149, 2.0**-126, torch.finfo(torch.float32).max]))
+    wanted = ops.sum_squares(tensors)
+    with portable():
+        rows = ops.sum_squares(tensors)
+        assert torch.equal(rows, wanted)
+        added = rows[:3].sum(0, keepdim=True)
+        norms = ops.norms(torch.cat((rows, added, -added)))
+    assert norms.dtype == torch.float32
+    exact_norms = ops.norms(torch.cat((rows, added, -added)))
+    torch.testing.assert_close(
+        norms.double(), exact_norms, rtol=2.0**-22, atol=1e-45, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block_size", [64, 256, 2048])
+def test_the_codec_is_the_same_to_the_bit(
+    signed: bool, dtype: torch.dtype, block_size: int
+) -> None:
+    """Scales of every size, those that are none, and blocks that end early."""
+    generator = torch.Generator().manual_seed(1)
+    for shape in ((3, 300), (5000,), (2, 3, 70), (40, 8), (0, 4), (4, 2048), ()):
+        for scale in (1.0, 1e-30, 1e-38, 1e-41, 3e38):
+            x = (torch.randn(shape, generator=generator) * scale).to(dtype)
+            x.view(-1)[::1001] = math.nan
+            x.view(-1)[7::999] = math.inf
+            options = {"block_size": block_size, "signed": signed}
+            wanted = torchao8.quantize_blockwise(x, **options)
+            with portable():
+                found = torchao8.quantize_blockwise(x, **options)
+                back = torchao8.dequantize_blockwise(*wanted, dtype=dtype, **options)
+            assert [bits(t) for t in found] == [bits(t) for t in wanted]
+            expected = torchao8.dequantize_blockwise(*wanted, dtype=dtype, **options)
+            torch.testing.assert_close(back, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@every_option_set(of_torch=True)
+def test_the_rules_are_those_of_torch_optim(case: OptimizerCase, options: Options) -> None:
+    """In float64: what the oracle and the portable step have in common."""
+    if case.optim_bits == 8:
+        pytest.skip("the rule is the same")
+    options = {**case.base, **options}
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(50, dtype=torch.float64, generator=generator)
+    ours = case.make([torch.nn.Parameter(torch.ones(1))], **options)
+    group = ours.param_groups[0]
+    group["decoupled_weight_decay"] = group.get("decoupled_weight_decay", False)
+    if case.cls.__name__ == "AdamW":
+        group["decoupled_weight_decay"] = True
+    theirs = p.clone().requires_grad_()
+    optimizer = case.torch_cls([theirs], **options)  # type: ignore[misc]
+    states = {s.name: torch.zeros_like(p) for s in ours._states(group)}
+    states.update({name: torch.ones((), dtype=torch.float64) for name in case.scalars})
+    if "initial_accumulator_value" in options:
+        states["sum"] += options["initial_accumulator_value"]
+    for step in range(1, 6):
+        theirs.grad = torch.randn(50, dtype=torch.float64, generator=generator)
+        rule = case.rule
+        p, states = exact(rule, p, theirs.grad, states, step, group, False)
+        optimizer.step()
+        torch.testing.assert_close(p, theirs.detach(), rtol=1e-11, atol=1e-13)
+
+
+def test_the_environment_chooses() -> None:
+    code = "from torchao8 import ops; import torch; print(ops.is_portable(torch.device('cpu')))"
+    for value, expected in (("portable", "True"), ("scalar", "False"), ("", "False")):
+        environment = {**os.environ, "TORCHAO8_CPU": value}
+        run = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        )
+        assert run.stdout.strip() == expected, run.stderr
