@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchao8 import AdamW, AdamW8bit, RMSprop, ops
-from torchao8.optim._params import check_device
+from torchao8.optim._state import paging
 
 
 def message(error: type[Exception], call: Callable[[], Any]) -> str:
@@ -366,13 +366,10 @@ def test_a_misspelled_group_option_is_named() -> None:
         AdamW8bit([{"params": make_params(), "initial_lr": 1.0, "max_lr": 1.0, "name": "all"}])
 
 
-def test_a_gpu_without_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paged_state_takes_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "CUDA_EXTENSION_FILE", None)
-    with pytest.raises(
-        RuntimeError, match=r"params\[3\] is on cuda:1, and torchao8 has no CUDA ker"
-    ):
-        check_device(3, torch.device("cuda:1"))
-    check_device(3, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"is_paged: expected False, or .* parameters on cuda:1"):
+        paging._new_pages(torch.device("cuda:1"), "", 4096)
 
 
 # -- checkpoints -------------------------------------------------------------------------------

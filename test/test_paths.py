@@ -52,7 +52,7 @@ def test_an_unknown_path_is_refused() -> None:
     worker = Worker("sse9")
     worker.close()
     assert worker.greeting["path"] is None
-    message = "TORCHAO8_CPU must be avx512, avx2 or scalar, got sse9"
+    message = "TORCHAO8_CPU must be avx512, avx2, scalar or portable, got sse9"
     assert worker.greeting["error"].endswith(message)
 
 

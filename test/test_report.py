@@ -147,5 +147,5 @@ def test_a_path_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     result = run_python("-m", "torchao8", path=PACKAGE.parent)
     assert result.returncode == 1
     assert "CPU path      " in result.stdout
-    assert "TORCHAO8_CPU must be avx512, avx2 or scalar, got sse" in result.stdout
+    assert "TORCHAO8_CPU must be avx512, avx2, scalar or portable, got sse" in result.stdout
     assert result.stderr == ""

@@ -29,6 +29,9 @@ def main() -> int:
         return 1
     _line("extension", ops.EXTENSION_FILE)
     _line("CUDA kernels", ops.CUDA_EXTENSION_FILE or f"none: {ops.CUDA_MISSING}")
+    for device_type in _device_types():
+        portable = ops.is_portable(torch.device(device_type))
+        _line("steps on", f"{device_type}: {_PORTABLE if portable else 'the kernels of torchao8'}")
     forced = os.environ.get("TORCHAO8_CPU")
     try:
         _line("CPU path", ops.cpu_capability() + (f" (TORCHAO8_CPU={forced})" if forced else ""))
@@ -40,6 +43,16 @@ def main() -> int:
         _line("self-check", f"{'ok' if result.passed else 'FAILED'}: {result.name}")
         _line("", result.detail)
     return 0 if all(result.passed for result in results) else 1
+
+
+_PORTABLE = "PyTorch operators (torchao8.portable)"
+
+
+def _device_types() -> list[str]:
+    """The CPU, and the accelerator that torch finds."""
+    accelerator = getattr(torch, "accelerator", None)
+    found = accelerator is not None and accelerator.is_available()
+    return ["cpu", *([accelerator.current_accelerator().type] if found else [])]
 
 
 def _line(name: str, value: object) -> None:

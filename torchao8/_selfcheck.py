@@ -27,9 +27,12 @@ def run() -> list[Result]:
     }
     from torchao8 import ops
 
-    if ops.CUDA_EXTENSION_FILE is not None:
-        for i in range(torch.cuda.device_count()):
-            checks[f"8-bit AdamW on cuda:{i} against the CPU"] = partial(_check_cuda, f"cuda:{i}")
+    for i in range(torch.cuda.device_count()):
+        device = f"cuda:{i}"
+        if ops.is_portable(torch.device(device)):
+            checks[f"8-bit AdamW on {device} against float64"] = partial(_check_8bit, device)
+        else:
+            checks[f"8-bit AdamW on {device} against the CPU"] = partial(_check_cuda, device)
     return [_run_one(name, check) for name, check in checks.items()]
 
 
@@ -65,7 +68,7 @@ def _check_32bit() -> tuple[bool, str]:
     return worst < 2e-6, f"largest difference of a parameter {worst:.1e}"
 
 
-def _check_8bit() -> tuple[bool, str]:
+def _check_8bit(device: str = "cpu") -> tuple[bool, str]:
     """Each step is repeated in float64 from the state before it.
 
     Parameters are updated before the moments are quantized, so they may differ by float32 rounding
@@ -75,18 +78,19 @@ def _check_8bit() -> tuple[bool, str]:
     from torchao8 import AdamW8bit
 
     generator = torch.Generator().manual_seed(1)
-    params = _params(generator)
+    params = [p.detach().to(device).requires_grad_() for p in _params(generator)]
     optimizer = AdamW8bit(params, LR, BETAS, EPS, WEIGHT_DECAY)
     param_errors, state_errors = [], []
     for step in range(1, STEPS + 1):
         for p in params:
-            p.grad = torch.randn(p.shape, generator=generator, device="cpu", dtype=torch.float32)
-        before = [(p.detach().double(), *_moments(optimizer.state[p], p)) for p in params]
+            grad = torch.randn(p.shape, generator=generator, device="cpu", dtype=torch.float32)
+            p.grad = grad.to(device)
+        before = [(p.detach().cpu().double(), *_moments(optimizer.state[p], p)) for p in params]
         optimizer.step()
         for p, (old, m, v) in zip(params, before, strict=True):
             assert p.grad is not None
-            new, m, v = _adamw(old, p.grad.double(), m, v, step)
-            param_errors.append((p - new).detach())
+            new, m, v = _adamw(old, p.grad.cpu().double(), m, v, step)
+            param_errors.append((p.cpu() - new).detach())
             for got, want in zip(_moments(optimizer.state[p], p), (m, v), strict=True):
                 limit = 0.9 / 128 * _scales(want) * (1 + 1e-4)
                 state_errors.append((got - want) / limit)
@@ -137,8 +141,8 @@ def _moments(state: dict[str, Tensor], p: Tensor) -> tuple[Tensor, Tensor]:
         if not state:
             return torch.zeros(p.shape, dtype=torch.float64, device="cpu")
         if name in state:
-            return state[name].double()
-        codes, scale = state[f"{name}_codes"], state[f"{name}_scale"]
+            return state[name].cpu().double()
+        codes, scale = state[f"{name}_codes"].cpu(), state[f"{name}_scale"].cpu()
         return dequantize_blockwise(codes, scale, signed=signed).double()
 
     return moment("exp_avg", True), moment("exp_avg_sq", False)

@@ -1,4 +1,4 @@
-"""Exact sums of squares and their norms, in integers. csrc/codec/exact_sum.h says what rows mean."""
+"""Exact sums of squares and their norms, in integers: rows as csrc/codec/exact_sum.h has them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MASK32 = (1 << 32) - 1
 
 
 def _bins(x: Tensor) -> Tensor:
-    """The squares of up to 2^15 numbers in each row, summed by exponent: int64 of shape (rows, 256).
+    """The squares of up to 2^15 numbers in each row, summed by exponent: int64, 256 for a row.
 
     The exponent e is that of twice the bits above the smallest square, see `_limbs`.
     """

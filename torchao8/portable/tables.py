@@ -6,6 +6,7 @@ From the arithmetic of csrc/codec/dynamic_map.h, where it is derived; to the bit
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import struct
 
@@ -59,7 +60,7 @@ def nearest_cells(signed: bool) -> tuple[int, ...]:
     above 0 may get) and, in the low bits, where the next one begins; no cell has two of them."""
     values = codebook(signed)[127:] if signed else codebook(signed)[1:]
     starts = []
-    for below, above in zip(values, values[1:], strict=False):
+    for below, above in itertools.pairwise(values):
         middle = (below + above) / 2
         bits = _bits(_f32(middle))
         starts.append(bits + 1 if _f32(middle) < middle else bits)

@@ -143,6 +143,11 @@ def _new_pages(device: torch.device, folder: str, size: int) -> Pages:
         return _map_file(folder, size)
     if device.type != "cuda":
         raise ValueError(f"is_paged: expected parameters on the CPU or on a GPU, got {device}")
+    if ops.CUDA_EXTENSION_FILE is None:
+        raise ValueError(
+            f"is_paged: expected False, or the library's CUDA kernels, which page the state of "
+            f"parameters on {device}, got none: {ops.CUDA_MISSING}"
+        )
     if folder:
         raise ValueError(
             f"page_dir: expected '', as parameters are on {device}, where no file backs paged "
