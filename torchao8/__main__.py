@@ -50,9 +50,8 @@ _PORTABLE = "PyTorch operators (torchao8.portable)"
 
 def _device_types() -> list[str]:
     """The CPU, and the accelerator that torch finds."""
-    accelerator = getattr(torch, "accelerator", None)
-    found = accelerator is not None and accelerator.is_available()
-    return ["cpu", *([accelerator.current_accelerator().type] if found else [])]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
 
 
 def _line(name: str, value: object) -> None:

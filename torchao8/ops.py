@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchao8._families import Family, FamilyState
 from torchao8._implementation import add_kernels as _add_kernels
 from torchao8._implementation import is_portable as is_portable
 from torchao8._implementation import number_dtype as number_dtype
@@ -46,28 +47,6 @@ if torch.version.cuda is not None:
 
 _quantize = torch.ops.torchao8.quantize_blockwise.default
 _dequantize = torch.ops.torchao8.dequantize_blockwise.default
-
-
-class FamilyState(NamedTuple):
-    """A state of a family of update rules; its lists in the op are <name>s and <name>_scales."""
-
-    name: str
-    optional: bool  # the lists may be empty
-    signed: bool
-    stochastic: bool  # rounded so, where the caller says so
-    scalar: bool  # one float32 number a parameter, of shape (), without scales
-
-
-class Family(NamedTuple):
-    """A family of update rules, as the extension names it (csrc/rules)."""
-
-    name: str
-    step_op: str
-    extremes_op: str  # finds what the step has to know of tensors with one scale
-    states: tuple[FamilyState, ...]
-    numbers: tuple[str, ...]  # in the order of the op's tensor of them
-    flags: tuple[str, ...]
-    rules: tuple[int, ...]  # the number of states of each
 
 
 FAMILIES = tuple(
@@ -243,7 +222,7 @@ def step_(
     """
     if not params:  # an op chooses its device by its tensors
         return
-    options = {
+    options: dict[str, Any] = {
         "block_size": block_size,
         "stochastic_rounding": stochastic_rounding,
         "stochastic_params": stochastic_params,

@@ -33,6 +33,7 @@ from torchao8.optim._step.calls import call_ops
 from torchao8.optim._step.plan import Plan, plan_step
 from torchao8.optim.contract import OptimizerContract
 from torchao8.optim.options import Group, plain_hints
+from torchao8.portable import codec
 from torchao8.sharding import is_dtensor
 
 
@@ -272,7 +273,7 @@ class LowPrecisionOptimizer(OptimizerContract):
 
 
 def _run_when_traced(cls: type[LowPrecisionOptimizer]) -> None:
-    """Has torch.compile run three methods as they are, once, when it traces a call of them.
+    """Has torch.compile run some functions as they are, once, when it traces a call of them.
 
     ``torch.optim`` calls its method for this ``_init_group``, a name that torch.compile knows. But
     it refuses to run that one where the gradients come from the same graph, in a whole train step.
@@ -282,6 +283,7 @@ def _run_when_traced(cls: type[LowPrecisionOptimizer]) -> None:
     torch.compiler.assume_constant_result(cls._init_states)
     torch.compiler.assume_constant_result(cls._shard_rows)
     torch.compiler.assume_constant_result(cls._shard_groups)
+    torch.compiler.assume_constant_result(codec.make_table)
 
 
 def _warn_of_misspelled(group: Group, options: Group) -> None:

@@ -7,6 +7,7 @@ has the reasons for what is computed, this only says how. No operation depends o
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ def zero_code(signed: bool) -> int:
 
 # -- what is looked up ---------------------------------------------------------------------------
 
-_TABLES = {
+_TABLES: dict[str, tuple[Callable[[bool], Sequence[float]], torch.dtype]] = {
     "codebook": (tables.codebook, torch.float32),
     "nearest": (tables.nearest_cells, torch.int32),
     "start": (lambda signed: tables.position_lines(signed)[0], torch.float32),
@@ -54,9 +55,8 @@ class _Made:
 _made = _Made()
 
 
-@torch.compiler.assume_constant_result
-def _make_table(attribute: str, name: str, signed: bool, device: torch.device) -> None:
-    """Run as it is at trace time, too: no graph builds a table."""
+def make_table(attribute: str, name: str, signed: bool, device: torch.device) -> None:
+    """Run as it is when it is traced (base.py sees to that): no graph builds a table."""
     if not hasattr(_made, attribute):
         values, dtype = _TABLES[name]
         with torch.inference_mode(False):
@@ -65,7 +65,7 @@ def _make_table(attribute: str, name: str, signed: bool, device: torch.device) -
 
 def _table(name: str, signed: bool, device: torch.device) -> Tensor:
     attribute = f"{name}_{signed}_{device}"
-    _make_table(attribute, name, signed, device)
+    make_table(attribute, name, signed, device)
     made: Tensor = getattr(_made, attribute)
     return made
 

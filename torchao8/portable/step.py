@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from torchao8._families import Family
 from torchao8.portable import codec, compiled
 from torchao8.portable.pieces import Entry, Piece, block_pieces, element_pieces, shards, slices
 from torchao8.portable.rules import RULES, Numbers, Old, Rate
-
-if TYPE_CHECKING:
-    from torchao8.ops import Family
 
 ROOT_FLOOR_8BIT = 2.0**-101  # under a root, in units of about the squared gradient
 ROOT_FLOOR_32BIT = 2.0**-126

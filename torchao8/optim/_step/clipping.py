@@ -60,10 +60,11 @@ def clip_factors(
     percentile: int,
 ) -> Tensor:
     """:func:`clip_factors_` as an op, but on devices without kernels."""
-    function = torch.ops.torchao8.clip_factors_
     if ops.is_portable(norms.device):
-        function = clip_factors_
-    factors: Tensor = function(histories, norms, steps, found_inf, percentile)
+        return clip_factors_(histories, norms, steps, found_inf, percentile)
+    factors: Tensor = torch.ops.torchao8.clip_factors_(
+        histories, norms, steps, found_inf, percentile
+    )
     return factors
 
 
