@@ -1,10 +1,100 @@
-"""Whether the code of a form is compiled, or runs operator by operator."""
+"""The code of a form: compiled once where torch.compile works, else run operator by operator.
+
+TORCHAO8_COMPILE=0 in the environment says never to compile.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import types
+import warnings
+from collections.abc import Callable, Hashable
 from typing import Any
 
+import torch
+from torch import Tensor
 
-def run(function: Callable[..., None], form: Any, x: Any) -> None:
-    function(form, x)
+# Devices that inductor generates code for; those that it failed on are taken out.
+devices = set() if os.environ.get("TORCHAO8_COMPILE") == "0" else {"cpu", "cuda", "xpu"}
+_compiled: dict[Hashable, Callable[[Any], None]] = {}
+
+
+def may_compile(device: torch.device) -> bool:
+    return device.type in devices and not torch.compiler.is_compiling()
+
+
+def run(function: Callable[[Any, Any], None], form: Hashable, x: Any) -> None:
+    """Calls ``function(form, x)``, which writes into tensors of x.
+
+    x is a NamedTuple; its tensors have as many dimensions before the last one as there are kinds of
+    blocks, and any sizes there.
+    """
+    if not may_compile(x.param.device):
+        return function(form, x)
+    x = _flattened(x)
+    if 1 in x.param.shape[: max(1, x.param.dim() - 1)]:  # a size of 1 would be code of its own
+        return function(form, x)
+    key = (form, x.param.dim(), x.param.dim() > 1 and x.param.shape[-1], x.param.dtype,
+           x.grad.dtype, x.param.device)  # fmt: skip
+    is_new = key not in _compiled
+    if is_new:
+        _compiled[key] = _compile(function, form, f"step_{len(_compiled)}")
+    _mark_dynamic(x)
+    try:
+        _compiled[key](x)
+    except Exception as error:
+        if not is_new:
+            raise
+        _give_up(x.param.device, error)
+        function(form, x)
+
+
+def _compile(function: Callable[[Any, Any], None], form: Any, name: str) -> Callable[[Any], None]:
+    def step(x: Any) -> None:
+        function(form, x)
+
+    # torch.compile counts what it makes of a code object, and stops at eight.
+    code = step.__code__.replace(co_name=name)
+    own = types.FunctionType(code, step.__globals__, name, None, step.__closure__)
+    return torch.compile(own, fullgraph=True, dynamic=False)
+
+
+def _give_up(device: torch.device, error: Exception) -> None:
+    devices.discard(device.type)
+    warnings.warn(
+        f"torchao8: torch.compile failed on {device}, and steps there run operator by operator, "
+        f"which is slower: {type(error).__name__}: {str(error).splitlines()[0]}",
+        stacklevel=2,
+    )
+
+
+def _leading(x: Any) -> list[Tensor]:
+    draws = [t for pair in x.draws for t in pair]
+    hashes = [] if x.hashes is None else [x.hashes]
+    return [x.param, x.grad, *x.values, *x.scales, *draws, *hashes]
+
+
+def _flattened(x: Any) -> Any:
+    """With one dimension of blocks, where that is the same memory."""
+    if x.param.dim() < 3 or not all(t.is_contiguous() for t in _leading(x)):
+        return x
+
+    def flat(t: Tensor) -> Tensor:
+        return t if t.dim() < 3 else t.flatten(0, 1)  # a scale of the whole tensor has one
+
+    return x._replace(
+        param=flat(x.param),
+        grad=flat(x.grad),
+        values=[flat(t) for t in x.values],
+        scales=[flat(t) for t in x.scales],
+        draws=[(flat(a), flat(b)) for a, b in x.draws],
+        hashes=None if x.hashes is None else flat(x.hashes),
+    )
+
+
+def _mark_dynamic(x: Any) -> None:
+    dims = max(1, x.param.dim() - 1)
+    for t in _leading(x):
+        if t.dim() == x.param.dim():
+            for dim in range(dims):
+                torch._dynamo.maybe_mark_dynamic(t, dim)
