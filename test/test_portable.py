@@ -29,7 +29,7 @@ import torchao8
 from torchao8 import ops
 from torchao8._implementation import choose_portable
 from torchao8.optim.base import LowPrecisionOptimizer
-from torchao8.portable import pieces
+from torchao8.portable import compiled, pieces
 
 pytestmark = pytest.mark.skipif(
     ops.is_portable(torch.device("cpu")), reason="compares with the kernels of the CPU"
@@ -41,12 +41,16 @@ MOST_DIFFERENT = 1e-4
 
 
 @contextmanager
-def portable(device: str = "cpu") -> Iterator[None]:
+def portable(device: str = "cpu", compiles: bool = False) -> Iterator[None]:
+    before = set(compiled.devices)
     choose_portable(device)
+    if not compiles:
+        compiled.devices.clear()
     try:
         yield
     finally:
         choose_portable(device, False)
+        compiled.devices.update(before)
 
 
 def step_portably(optimizer: torch.optim.Optimizer) -> None:

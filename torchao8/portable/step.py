@@ -243,6 +243,7 @@ def step_(
     block_size: int,
     stochastic_rounding: bool,
     stochastic_params: bool,
+    count_steps: bool,
     seed: int,
     shard_offsets: Sequence[int],
     shard_row_strides: Sequence[int],
@@ -279,6 +280,8 @@ def step_(
         news = c[name].unbind()
         for tensor, new in zip(tensors, news, strict=True):
             tensor.copy_(new if skip is None else torch.where(skip, tensor, new))
+    if count_steps:
+        count_step_(call.steps, found_inf)
 
 
 def _tensors(
