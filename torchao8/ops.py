@@ -459,7 +459,12 @@ def free_managed(address: int, device: torch.device) -> None:
 
 
 def cpu_capability() -> str:
-    """The CPU code in use: "avx512", "avx2" or "scalar". TORCHAO8_CPU=<one of them> forces one."""
+    """The CPU code in use: "avx512", "avx2" or "scalar", or "portable", which are PyTorch operators.
+
+    TORCHAO8_CPU=<one of them> forces one.
+    """
+    if is_portable(torch.device("cpu")):
+        return "portable"
     return ("scalar", "avx2", "avx512")[torch.ops.torchao8.cpu_capability.default()]
 
 

@@ -92,6 +92,8 @@ _ADAMW = [
     _ours("8bit-avx2", "torchao8.AdamW8bit, AVX2", devices=("cpu",), cpu_path="avx2"),
     _ours("8bit-scalar", "torchao8.AdamW8bit, plain C++",
           lists=("block",), devices=("cpu",), cpu_path="scalar"),
+    _ours("8bit-portable", "torchao8.AdamW8bit, PyTorch operators",
+          lists=(), devices=("cpu",), cpu_path="portable"),
     _ours("8bit-all", "torchao8.AdamW8bit(min_8bit_size=0)",
           options={"min_8bit_size": 0}, lists=("small",)),
     _ours("8bit-compiled", "torch.compile of torchao8.AdamW8bit.step", lists=(), compiled=True),

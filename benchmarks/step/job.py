@@ -19,7 +19,6 @@ from benchmarks.step.contenders import MEMORY, Contender
 from benchmarks.step.devices import Cpu
 from benchmarks.step.tensor_lists import TensorList
 
-_CPU_PATHS = ("scalar", "avx2", "avx512")  # what torchao8's cpu_capability() counts
 _STEPS_FOR_BITS = 5
 
 
@@ -93,7 +92,9 @@ class OptimizerJob:
         self.samples = self._sample()
         self.path = None
         if device.type == "cpu" and chosen.package == "torchao8":
-            self.path = _CPU_PATHS[torch.ops.torchao8.cpu_capability()]
+            from torchao8 import ops
+
+            self.path = ops.cpu_capability()
             if self.path != (chosen.cpu_path or self.path):
                 reason = f"this machine cannot run the {chosen.cpu_path} path (it runs {self.path})"
                 raise RuntimeError(reason)
