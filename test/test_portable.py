@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +21,11 @@ import reference
 import torch
 from helpers import SMALL, all_bits, bits, make_params, set_grads, through_file
 from optim_table import OPTIMIZERS, OptimizerCase, Options, every_8bit, every_option_set
+from ranks import run_ranks
 from reference_rules import exact
+from test_compile import Compiled
 from test_optim import CountOps, moment, oracle_step
+from test_sharded_training import _fsdp_against_unsharded, _unsharded
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -419,6 +423,76 @@ def test_the_rules_are_those_of_torch_optim(case: OptimizerCase, options: Option
         # NAdam of torch.optim keeps a product of momenta in float32.
         rtol = 1e-6 if case.scalars else 1e-11
         torch.testing.assert_close(p, theirs.detach(), rtol=rtol, atol=1e-2 * rtol)
+
+
+def test_sharded_over_two_ranks() -> None:
+    """FSDP2 with uneven rows: the bits of the same steps unsharded."""
+    adam = next(i for i, case in enumerate(OPTIMIZERS) if case.cls is torchao8.AdamW8bit)
+    lamb = next(i for i, case in enumerate(OPTIMIZERS) if case.cls is torchao8.LAMB8bit)
+    with portable():
+        runs = [(i, kind, _unsharded.__wrapped__(i, kind)) for i in (adam, lamb) for kind in (0, 1)]
+    run_ranks(2, _sharded_portably, runs)
+
+
+def _sharded_portably(rank: int, world_size: int, runs: Any) -> None:
+    with portable():
+        _fsdp_against_unsharded(rank, world_size, (world_size,), runs)
+
+
+def test_a_traced_step_is_one_graph(fresh_compiler: None) -> None:
+    """A learning rate that changes compiles nothing again."""
+    lr = torch.tensor(0.01)
+    with portable():
+        pair = [torchao8.AdamW8bit(make_params(), lr=lr, min_8bit_size=SMALL) for _ in range(2)]
+        step = Compiled(pair[0].step, fullgraph=True)
+        for seed in range(3):
+            lr.fill_(0.01 / (seed + 1))
+            for optimizer in pair:
+                set_grads(optimizer.param_groups[0]["params"], seed)
+            step()
+            pair[1].step()
+            assert all_bits(pair[0]) == all_bits(pair[1])
+    assert step.graphs == 1
+
+
+def test_a_compiled_piece_steps_like_an_eager_one(fresh_compiler: None) -> None:
+    """Once for each kind of tensor, whatever their sizes. Warns of nothing."""
+    shapes = [(40, 512), (17, 512), (300, 256), (3000,)]
+    pair = []
+    for compiles in (True, False):
+        params = make_params(shapes=shapes)
+        optimizer = torchao8.AdamW8bit(params, min_8bit_size=5000)
+        before = len(compiled._compiled)
+        with portable(compiles=compiles), warnings.catch_warnings():
+            warnings.filterwarnings("error", message="torchao8")
+            for seed in range(3):
+                set_grads(params, seed)
+                optimizer.step()
+        assert len(compiled._compiled) - before == (2 if compiles else 0)
+        pair.append(optimizer)
+    differences = Differences()
+    for p, q in zip(*(o.param_groups[0]["params"] for o in pair), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+        for key, value in pair[0].state[p].items():
+            differences.add(value, pair[1].state[q][key])
+    differences.check()
+
+
+def test_where_compiling_fails_it_runs_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: fail)
+    monkeypatch.setattr(compiled, "_compiled", {})
+    params, same = make_params(), make_params()
+    optimizers = [torchao8.AdamW8bit(ps, min_8bit_size=SMALL) for ps in (params, same)]
+    for ps in (params, same):
+        set_grads(ps, 0)
+    with portable(compiles=True), pytest.warns(UserWarning, match="operator by operator") as told:
+        optimizers[0].step()
+    assert len(told) == 1
+    step_portably(optimizers[1])
+    assert all_bits(optimizers[0]) == all_bits(optimizers[1])
 
 
 def test_the_environment_chooses() -> None:

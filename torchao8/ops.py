@@ -459,7 +459,7 @@ def free_managed(address: int, device: torch.device) -> None:
 
 
 def cpu_capability() -> str:
-    """The CPU code in use: "avx512", "avx2" or "scalar", or "portable", which are PyTorch operators.
+    """The CPU code in use: "avx512", "avx2", "scalar", or "portable" for PyTorch operators.
 
     TORCHAO8_CPU=<one of them> forces one.
     """

@@ -210,17 +210,12 @@ def mix_bits(z: Tensor) -> Tensor:
     return z ^ _shifted(z, 31)
 
 
-def _mixed(z: int) -> int:
-    """The same of a number of the host."""
-    z &= _MASK64
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & _MASK64
-    z = (z ^ z >> 27) * 0x94D049BB133111EB & _MASK64
-    return z ^ z >> 31
-
-
 def random_keys(seed: int, t: Tensor, streams: int) -> list[Tensor]:
     """The keys of some streams, int64 of the shape of t: of the states, and the parameter's."""
-    of_seed = _signed64(_mixed(seed + _GOLDEN))
+    # A seed that changes is no number of Python where a step is traced.
+    of_seed = mix_bits(
+        torch.full_like(t, seed, dtype=torch.int64) + _table("golden", True, t.device)
+    )
     step = 4 * t.to(torch.int64)
     return [
         mix_bits(mix_bits(step + stream) ^ of_seed) for stream in (*range(streams), PARAM_STREAM)

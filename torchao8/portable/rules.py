@@ -269,9 +269,9 @@ def rmsprop(p: Tensor, g: Tensor, old: Olds, c: Numbers) -> Step:
     if "grad_avg" in old:
         a = new["grad_avg"] = _mix(c, "grad_avg", old, g)
         variance = torch.maximum(v - a * c["mean_unit"] * a, v * c["least_share"])
-    if "momentum_buffer" not in old:
-        return g * c["lr"] / _denominator(variance, c), new
     update = g / _denominator(variance, c)
+    if "momentum_buffer" not in old:
+        return update * c["lr"], new
     b = new["momentum_buffer"] = _mix(c, "momentum_buffer", old, update)
     return b * c["of_buffer"] + update * c["of_new"], new
 

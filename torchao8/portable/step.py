@@ -152,6 +152,18 @@ def to_device(t: Tensor, device: torch.device) -> Tensor:
     return t if t.device == device else t.to(device, non_blocking=True)
 
 
+def refuse_capture(device: torch.device) -> None:
+    """Raises RuntimeError while a CUDA graph is recorded."""
+    if torch.compiler.is_compiling() or device.type != "cuda":
+        return
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "step: expected no CUDA graph being recorded, as there are no CUDA kernels of torchao8 "
+            "here, and a step in PyTorch operators reads lr and other numbers on the host. Build "
+            "the kernels, or step outside of the graph"
+        )
+
+
 def as_rows(c: Numbers, t: Tensor) -> Tensor:
     """The numbers, a row for each parameter."""
     columns = [v if isinstance(v, Tensor) else t.new_full((), v) for v in c.values()]
@@ -249,6 +261,7 @@ def step_(
     shard_row_strides: Sequence[int],
 ) -> None:
     """As :func:`torchao8.ops.step_`."""
+    refuse_capture(call.params[0].device)
     t = call.t()
     c = call.rule_numbers(t)
     rows = as_rows(c, t)
