@@ -84,9 +84,15 @@ choose: $(EXTENSION_READY)
 
 # Each test process computes on one thread, unless a test sets more.
 PYTEST := OMP_NUM_THREADS=1 $(VPYTHON) -m pytest -n $(TEST_JOBS) --dist worksteal
+# The implementation for devices without kernels, against the same oracle.
+PORTABLE := TORCHAO8_CPU=portable TORCHAO8_CUDA=portable TORCHAO8_COMPILE=0
+OF_RULES := 'oracle or bad_gradient or follows'
+comma := ,
 test: $(call tools,test demo) $(EXTENSION_READY)
 	$(call say,running the tests)
 	$(PYTEST) $(ARGS)
+	$(if $(ARGS),,$(call say,the rules again$(comma) in PyTorch operators))
+	$(if $(ARGS),,$(PORTABLE) $(PYTEST) test/test_optim.py -k $(OF_RULES))
 
 test-all: $(call tools,test demo) $(EXTENSION_READY)
 	$(call say,running the tests that make test leaves out)
@@ -124,6 +130,7 @@ gpu:
 				$(PYTHON) -m pytest -q test/test_cuda.py -k '$(SANITIZED)'; \
 		done; \
 	else echo 'skipped: no compute-sanitizer in PATH'; fi; \
+	run env $(PORTABLE) $(PYTHON) -m pytest -q test/test_optim.py -k $(OF_RULES); \
 	run $(PYTHON) -m benchmarks.step --device cuda $(BENCH_ARGS); \
 	exit $$status
 

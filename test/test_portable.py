@@ -24,7 +24,7 @@ from optim_table import OPTIMIZERS, OptimizerCase, Options, every_8bit, every_op
 from ranks import run_ranks
 from reference_rules import exact
 from test_compile import Compiled
-from test_optim import CountOps, moment, oracle_step
+from test_optim import CountOps, moment, on_cpu, oracle_step
 from test_sharded_training import _fsdp_against_unsharded, _unsharded
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -57,8 +57,8 @@ def portable(device: str = "cpu", compiles: bool = False) -> Iterator[None]:
         compiled.devices.update(before)
 
 
-def step_portably(optimizer: torch.optim.Optimizer) -> None:
-    with portable():
+def step_portably(optimizer: torch.optim.Optimizer, device: str = "cpu") -> None:
+    with portable(device):
         optimizer.step()
 
 
@@ -100,10 +100,10 @@ class Differences:
     ],
 )
 def test_steps_like_the_kernels(
-    case: OptimizerCase, options: Options, dtype: torch.dtype, more: Options
+    case: OptimizerCase, options: Options, dtype: torch.dtype, more: Options, device: str
 ) -> None:
     """Ten steps, each from the same state: no error adds up."""
-    of_kernels, of_operators = make_params(dtype), make_params(dtype)
+    of_kernels, of_operators = (make_params(dtype, device=device) for _ in range(2))
     options = {**options, **more, "min_8bit_size": SMALL}
     theirs, ours = (case.make(ps, **options) for ps in (of_kernels, of_operators))
     differences = Differences()
@@ -115,9 +115,9 @@ def test_steps_like_the_kernels(
         block_wise = options.get("block_wise", True) and "block_size" not in options
         wanted = [oracle_step(case, theirs, p) for p in of_kernels] if block_wise else []
         theirs.step()
-        step_portably(ours)
+        step_portably(ours, device)
         for i, (p, q) in enumerate(zip(of_kernels, of_operators, strict=True)):
-            p, q = p.detach(), q.detach()
+            p, q = p.detach().cpu(), q.detach().cpu()
             # Each of both is within the oracle's bound, and is rounded once to its dtype, up or
             # down by a unit in the last place if that is stochastic.
             if block_wise:
@@ -125,8 +125,8 @@ def test_steps_like_the_kernels(
                 assert ((p.double() - q.double()).abs() <= limit).all()
             else:
                 torch.testing.assert_close(p, q, rtol=1e-4 + unit, atol=1e-5)
-            for key, value in theirs.state[of_kernels[i]].items():
-                other = ours.state[of_operators[i]][key]
+            for key, value in on_cpu(theirs.state[of_kernels[i]]).items():
+                other = ours.state[of_operators[i]][key].cpu()
                 differences.add(value, other)
                 if block_wise and key in wanted[i].errors:
                     error = 2 * wanted[i].errors[key] + 1e-37
@@ -138,7 +138,7 @@ def test_steps_like_the_kernels(
                     if case.is_signed(name):
                         continue
                     live = wanted[i].states[name] > wanted[i].errors[name]
-                    scale = ours.state[of_operators[i]][f"{name}_scale"]
+                    scale = ours.state[of_operators[i]][f"{name}_scale"].cpu()
                     live &= reference.expand_scale(scale, tuple(live.shape), 256) > 0
                     assert (other[live] > 0).all()  # a second moment is never rounded to zero
         copy_state(theirs, ours)
