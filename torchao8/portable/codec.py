@@ -124,7 +124,8 @@ def has_scale(extreme: Tensor, unit: Tensor, signed: bool) -> Tensor:
 def scale_of(extreme: Tensor, unit: Tensor, signed: bool) -> Tensor:
     """The scale to store: zero where it counts as zero, NaN where it is none."""
     scale = extreme * unit
-    none = torch.where(in_range(extreme, signed) & in_range(scale, True), 0.0, torch.nan)
+    usable = in_range(extreme, signed) & in_range(scale, True)
+    none = torch.where(usable, torch.zeros_like(scale), torch.nan)
     return torch.where(has_scale(extreme, unit, signed), scale, none)
 
 

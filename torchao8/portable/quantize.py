@@ -16,7 +16,7 @@ def quantize_blockwise(x: Tensor, *, block_size: int, signed: bool) -> tuple[Ten
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     scale = torch.empty(scale_shape(x.shape, block_size), dtype=torch.float32, device=x.device)
     t = codec.Tables.of(signed, x.device)
-    one = torch.ones((), device=x.device)
+    one = torch.ones((), dtype=torch.float32, device=x.device)
     stride = row_length(x.shape, block_size)
     for piece in block_pieces(Entry(x, x, [codes], [scale], 0, stride), block_size):
         values = piece.grad.to(torch.float32)
@@ -24,7 +24,9 @@ def quantize_blockwise(x: Tensor, *, block_size: int, signed: bool) -> tuple[Ten
             values = torch.where(values.isfinite(), values.clamp_min(0), values)
         extreme = codec.extreme_of(values, signed)
         large = extreme.isfinite() & ~codec.in_range(extreme, signed)
-        factor = torch.where(large, 0.25, 1.0)  # the inverse would be subnormal
+        factor = torch.where(
+            large, 0.25, torch.ones_like(extreme)
+        )  # the inverse would be subnormal
         inverse = codec.inverse_of(extreme * factor, signed)
         encoded = codec.encode_nearest(values * factor, inverse, signed, t)
         if not signed:

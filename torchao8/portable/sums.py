@@ -90,7 +90,7 @@ def norms(rows: Tensor) -> Tensor:
     k = torch.arange(LIMBS, dtype=torch.int64, device=rows.device)
     highest = torch.where(rows != 0, k, 0).amax(-1, keepdim=True)
     near = (highest - torch.arange(3, dtype=torch.int64, device=rows.device)).clamp_min(0)
-    weights = torch.tensor([1.0, 2.0**-32, 2.0**-64], device=rows.device)
+    weights = torch.exp2(-32.0 * torch.arange(3, dtype=torch.float32, device=rows.device))
     below = highest - torch.arange(3, dtype=torch.int64, device=rows.device) >= 0
     value = torch.where(below, rows.gather(-1, near).to(torch.float32) * weights, 0.0).sum(-1)
     # The unit of limb k is 2^(32 k - 298), whose root is 2^(16 k - 149): as two factors, as
