@@ -65,6 +65,16 @@ def run(block: Block, page: Path, namespace: dict[str, Any]) -> None:
     exec(code, namespace)
 
 
+def test_the_readme_is_one_screen_that_a_package_page_can_show() -> None:
+    """A package page has no folder beside it: links are whole addresses."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    assert max(map(len, text.splitlines())) <= 120
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    assert len(links) > 10
+    assert [link for link in links if not link.startswith("https://")] == []
+
+
 @EACH_PAGE
 def test_python_that_does_not_run_is_still_python(page: Path) -> None:
     """An excerpt parses, and the names of this library in it exist."""
