@@ -470,7 +470,7 @@ def test_state_of_another_format_is_converted(
     new, told = loaded(optimizer.state_dict(), device, **here)
     assert len(told) == 1
     who = "the state of parameter 0 (of shape [3, 300]) and 5 more"
-    assert f"{who} was saved {how}, as" in told[0]
+    assert f"{who} was saved {how}. The options" in told[0]
     block_wise = there.get("block_wise", False)
     for p, q in zip(params, new.param_groups[0]["params"], strict=True):
         for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
