@@ -12,8 +12,8 @@ import subprocess
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -27,13 +27,15 @@ from test_compile import Compiled
 from test_optim import CountOps, moment, on_cpu, oracle_step
 from test_sharded_training import _fsdp_against_unsharded, _unsharded
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import torchao8
 from torchao8 import ops
 from torchao8._implementation import choose_portable
 from torchao8.optim.base import LowPrecisionOptimizer
-from torchao8.portable import compiled, pieces
+from torchao8.portable import codec, compiled, pieces
 
 pytestmark = pytest.mark.skipif(
     ops.is_portable(torch.device("cpu")), reason="compares with the kernels of the CPU"
@@ -232,9 +234,10 @@ def test_no_op_of_the_library_is_asked_for(case: OptimizerCase) -> None:
 
 
 class NoFloat64(TorchDispatchMode):
-    """Refuses what not every device has, on the device."""
+    """Refuses what not every device has: float64, and copies that take the bytes at once."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert not (kwargs or {}).get("non_blocking"), func  # MPS reads the host's memory later
         result = func(*args, **(kwargs or {}))
         for t in torch.utils._pytree.tree_leaves(result):
             if isinstance(t, Tensor) and t.device.type == "meta":
@@ -493,6 +496,86 @@ def test_where_compiling_fails_it_runs_all_the_same(monkeypatch: pytest.MonkeyPa
     assert len(told) == 1
     step_portably(optimizers[1])
     assert all_bits(optimizers[0]) == all_bits(optimizers[1])
+
+
+def twice(function: Callable[[], Any]) -> None:
+    for _ in range(2):
+        function()
+
+
+@pytest.mark.parametrize("fails_at", ["compiling", "first run", "another run"])
+def test_a_failure_leaves_nothing_half_written(
+    fails_at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a first run wrote before it failed is taken back; and code may be compiled again."""
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    runs = 0
+
+    def compile_it(function: Any, **options: Any) -> Any:
+        if fails_at == "compiling":
+            raise RuntimeError("not on this Python")
+
+        def run(x: Any) -> None:
+            nonlocal runs
+            runs += 1
+            if fails_at == "another run" and runs == 1:
+                return function(x)
+            if fails_at == "first run":
+                function(x)
+            raise BackendCompilerFailed(compile_it, RuntimeError("no compiler"), None)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile_it)
+    monkeypatch.setattr(compiled, "_compiled", {})
+    pair = [torchao8.AdamW8bit(make_params(), min_8bit_size=SMALL) for _ in range(2)]
+    for seed in range(2):
+        for optimizer in pair:
+            set_grads(optimizer.param_groups[0]["params"], seed)
+    with portable(compiles=True), pytest.warns(UserWarning, match="operator by operator"):
+        twice(pair[0].step)
+    twice(lambda: step_portably(pair[1]))
+    assert all_bits(pair[0]) == all_bits(pair[1])
+
+
+def test_under_a_mode_that_sees_each_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a counter of operations is: the step is not compiled there, and is afterwards."""
+    calls = 0
+
+    def compile_it(function: Any, **options: Any) -> Any:
+        def run(x: Any) -> None:
+            nonlocal calls
+            calls += 1
+            function(x)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile_it)
+    monkeypatch.setattr(compiled, "_compiled", {})
+    params = make_params()
+    optimizer = torchao8.AdamW8bit(params, min_8bit_size=SMALL)
+    set_grads(params, 0)
+    with portable(compiles=True):
+        with FlopCounterMode(display=False):
+            optimizer.step()
+        assert calls == 0
+        optimizer.step()
+    assert calls > 0
+
+
+def test_fake_tensors_leave_no_table_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of fake tensors, as tools that estimate memory make, before and after a real one."""
+
+    def step() -> None:
+        params = make_params(torch.bfloat16)
+        set_grads(params, 0)
+        step_portably(torchao8.AdamW8bit(params, min_8bit_size=SMALL, stochastic_rounding=True))
+
+    monkeypatch.setattr(codec, "_made", codec._Made())
+    for mode in (FakeTensorMode, nullcontext, FakeTensorMode, nullcontext):
+        with mode():
+            step()
 
 
 def test_the_environment_chooses() -> None:
