@@ -399,6 +399,43 @@ def test_the_codec_is_the_same_to_the_bit(
             torch.testing.assert_close(back, expected, rtol=0, atol=0, equal_nan=True)
 
 
+def test_arguments_that_do_not_fit() -> None:
+    """Both implementations refuse them, and name the argument."""
+    codes, scale = torchao8.quantize_blockwise(torch.randn(4, 300))
+    refused: list[tuple[str, Callable[[], Any]]] = [
+        (
+            "quantize_blockwise: block_size",
+            lambda: torchao8.quantize_blockwise(codes.float(), block_size=100),
+        ),
+        ("quantize_blockwise: input", lambda: torchao8.quantize_blockwise(codes.double())),
+        (
+            "dequantize_blockwise: block_size",
+            lambda: torchao8.dequantize_blockwise(codes, scale, block_size=32),
+        ),
+        ("dequantize_blockwise: codes", lambda: torchao8.dequantize_blockwise(codes.int(), scale)),
+        ("dequantize_blockwise: codes", lambda: torchao8.dequantize_blockwise(codes.t(), scale)),
+        (
+            "dequantize_blockwise: scale",
+            lambda: torchao8.dequantize_blockwise(codes, scale.view(-1)),
+        ),
+        (
+            "dequantize_blockwise: scale",
+            lambda: torchao8.dequantize_blockwise(codes, scale.double()),
+        ),
+        (
+            "dequantize_blockwise: dtype",
+            lambda: torchao8.dequantize_blockwise(codes, scale, dtype=torch.float64),
+        ),
+        (r"sum_squares: tensors\[1\]", lambda: ops.sum_squares([scale, scale.double()])),
+        ("norms: sums", lambda: ops.norms(torch.zeros(3, 17, dtype=torch.int64))),
+        ("norms: sums", lambda: ops.norms(torch.zeros(3, 18))),
+    ]
+    for argument, call in refused:
+        for implementation in (nullcontext, portable):
+            with implementation(), pytest.raises(RuntimeError, match=argument):
+                call()
+
+
 @every_option_set(of_torch=True)
 def test_the_rules_are_those_of_torch_optim(case: OptimizerCase, options: Options) -> None:
     """In float64: what the oracle and the portable step have in common."""
