@@ -175,6 +175,23 @@ def test_ten_steps_on_their_own(case: OptimizerCase) -> None:
 
 
 @every_8bit()
+def test_parameters_that_are_not_finite_stay(case: OptimizerCase) -> None:
+    """As with the kernels: a mask of minus infinity among them is not made NaN."""
+    for options in ({}, case.full):
+        of_kernels, of_operators = make_params(), make_params()
+        values = torch.tensor([math.inf, -math.inf, math.nan])
+        for ps, step in ((of_kernels, lambda o: o.step()), (of_operators, step_portably)):
+            for p in ps:
+                p.data.view(-1)[:3] = values[: p.numel()]
+            optimizer = case.make(ps, min_8bit_size=SMALL, **options)
+            set_grads(ps, 0)
+            step(optimizer)
+        for p, q in zip(of_kernels, of_operators, strict=True):
+            assert bits(p.isfinite()) == bits(q.isfinite())
+            assert torch.equal(p.isnan(), q.isnan())
+
+
+@every_8bit()
 @pytest.mark.parametrize("saved_by", ["kernels", "operators"])
 def test_state_goes_from_one_to_the_other(case: OptimizerCase, saved_by: str) -> None:
     options = {"min_8bit_size": SMALL, **case.full}

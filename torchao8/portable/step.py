@@ -220,7 +220,9 @@ def step_piece_(form: Form, x: Tensors) -> None:
         rounded = codec.round_stochastically(moved, x.hashes)
     else:
         rounded = moved.to(x.param.dtype)
-    changes = [(x.param, torch.where(made.good, rounded, x.param), x.skip)]
+    # An infinite parameter stays, too: its decay by a factor of 0 would be NaN.
+    moves = made.good & x.param.isfinite()
+    changes = [(x.param, torch.where(moves, rounded, x.param), x.skip)]
     draws = iter(x.draws)
     for i, state in enumerate(form.states):
         new, stays = made.new[i], x.skip
