@@ -34,6 +34,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import torchao8
 from torchao8 import ops
 from torchao8._implementation import choose_portable
+from torchao8.optim._state.spec import NORMS_KEPT
+from torchao8.optim._step import clipping
 from torchao8.optim.base import LowPrecisionOptimizer
 from torchao8.portable import codec, compiled, pieces
 
@@ -285,11 +287,23 @@ def test_nothing_waits_for_the_device(case: OptimizerCase) -> None:
         found = list(ops.extremes(family.step_op, *shared, **flags)) if one_scale else []
         ops.step_(family.step_op, *shared, found, count, **flags)
         ops.count_step_([count], count)
-        ops.norms(ops.sum_squares([p]))
+
+    def factors() -> None:
+        p, count = torch.empty(40, 700, device="meta"), torch.empty((), device="meta")
+        norms = ops.norms(ops.sum_squares([p]))
+        history = [torch.empty(NORMS_KEPT, device="meta")]
+        clip = clipping.clip_factors(history, norms, [count], count, 50)
+        for cls in (torchao8.LARS, torchao8.LAMB):
+            optimizer: Any = cls([torch.nn.Parameter(torch.ones(1))], weight_decay=0.1)
+            optimizer._trust_ratios(optimizer.param_groups[0], norms, norms)
+        numbers = torch.full((4,), 0.5, dtype=torch.float64)
+        pairs = list(torch.stack((clip, clip), 1))
+        ops.lamb_update_sums([p], [p], ([p], [p]), ([], []), [count], numbers, count, factors=pairs)
 
     with portable("meta"), NoFloat64():
         for in_8bit, one_scale in ((True, False), (True, True), (False, False)):
             step(in_8bit, one_scale)
+        factors()
 
 
 class Peak(TorchDispatchMode):
