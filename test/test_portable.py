@@ -12,8 +12,8 @@ import subprocess
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -27,13 +27,17 @@ from test_compile import Compiled
 from test_optim import CountOps, moment, on_cpu, oracle_step
 from test_sharded_training import _fsdp_against_unsharded, _unsharded
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import torchao8
 from torchao8 import ops
 from torchao8._implementation import choose_portable
+from torchao8.optim._state.spec import NORMS_KEPT
+from torchao8.optim._step import clipping
 from torchao8.optim.base import LowPrecisionOptimizer
-from torchao8.portable import compiled, pieces
+from torchao8.portable import codec, compiled, pieces
 
 pytestmark = pytest.mark.skipif(
     ops.is_portable(torch.device("cpu")), reason="compares with the kernels of the CPU"
@@ -173,6 +177,23 @@ def test_ten_steps_on_their_own(case: OptimizerCase) -> None:
 
 
 @every_8bit()
+def test_parameters_that_are_not_finite_stay(case: OptimizerCase) -> None:
+    """As with the kernels: a mask of minus infinity among them is not made NaN."""
+    for options in ({}, case.full):
+        of_kernels, of_operators = make_params(), make_params()
+        values = torch.tensor([math.inf, -math.inf, math.nan])
+        for ps, step in ((of_kernels, lambda o: o.step()), (of_operators, step_portably)):
+            for p in ps:
+                p.data.view(-1)[:3] = values[: p.numel()]
+            optimizer = case.make(ps, min_8bit_size=SMALL, **options)
+            set_grads(ps, 0)
+            step(optimizer)
+        for p, q in zip(of_kernels, of_operators, strict=True):
+            assert bits(p.isfinite()) == bits(q.isfinite())
+            assert torch.equal(p.isnan(), q.isnan())
+
+
+@every_8bit()
 @pytest.mark.parametrize("saved_by", ["kernels", "operators"])
 def test_state_goes_from_one_to_the_other(case: OptimizerCase, saved_by: str) -> None:
     options = {"min_8bit_size": SMALL, **case.full}
@@ -232,9 +253,10 @@ def test_no_op_of_the_library_is_asked_for(case: OptimizerCase) -> None:
 
 
 class NoFloat64(TorchDispatchMode):
-    """Refuses what not every device has, on the device."""
+    """Refuses what not every device has: float64, and copies that take the bytes at once."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert not (kwargs or {}).get("non_blocking"), func  # MPS reads the host's memory later
         result = func(*args, **(kwargs or {}))
         for t in torch.utils._pytree.tree_leaves(result):
             if isinstance(t, Tensor) and t.device.type == "meta":
@@ -265,11 +287,23 @@ def test_nothing_waits_for_the_device(case: OptimizerCase) -> None:
         found = list(ops.extremes(family.step_op, *shared, **flags)) if one_scale else []
         ops.step_(family.step_op, *shared, found, count, **flags)
         ops.count_step_([count], count)
-        ops.norms(ops.sum_squares([p]))
+
+    def factors() -> None:
+        p, count = torch.empty(40, 700, device="meta"), torch.empty((), device="meta")
+        norms = ops.norms(ops.sum_squares([p]))
+        history = [torch.empty(NORMS_KEPT, device="meta")]
+        clip = clipping.clip_factors(history, norms, [count], count, 50)
+        for cls in (torchao8.LARS, torchao8.LAMB):
+            optimizer: Any = cls([torch.nn.Parameter(torch.ones(1))], weight_decay=0.1)
+            optimizer._trust_ratios(optimizer.param_groups[0], norms, norms)
+        numbers = torch.full((4,), 0.5, dtype=torch.float64)
+        pairs = list(torch.stack((clip, clip), 1))
+        ops.lamb_update_sums([p], [p], ([p], [p]), ([], []), [count], numbers, count, factors=pairs)
 
     with portable("meta"), NoFloat64():
         for in_8bit, one_scale in ((True, False), (True, True), (False, False)):
             step(in_8bit, one_scale)
+        factors()
 
 
 class Peak(TorchDispatchMode):
@@ -396,6 +430,43 @@ def test_the_codec_is_the_same_to_the_bit(
             torch.testing.assert_close(back, expected, rtol=0, atol=0, equal_nan=True)
 
 
+def test_arguments_that_do_not_fit() -> None:
+    """Both implementations refuse them, and name the argument."""
+    codes, scale = torchao8.quantize_blockwise(torch.randn(4, 300))
+    refused: list[tuple[str, Callable[[], Any]]] = [
+        (
+            "quantize_blockwise: block_size",
+            lambda: torchao8.quantize_blockwise(codes.float(), block_size=100),
+        ),
+        ("quantize_blockwise: input", lambda: torchao8.quantize_blockwise(codes.double())),
+        (
+            "dequantize_blockwise: block_size",
+            lambda: torchao8.dequantize_blockwise(codes, scale, block_size=32),
+        ),
+        ("dequantize_blockwise: codes", lambda: torchao8.dequantize_blockwise(codes.int(), scale)),
+        ("dequantize_blockwise: codes", lambda: torchao8.dequantize_blockwise(codes.t(), scale)),
+        (
+            "dequantize_blockwise: scale",
+            lambda: torchao8.dequantize_blockwise(codes, scale.view(-1)),
+        ),
+        (
+            "dequantize_blockwise: scale",
+            lambda: torchao8.dequantize_blockwise(codes, scale.double()),
+        ),
+        (
+            "dequantize_blockwise: dtype",
+            lambda: torchao8.dequantize_blockwise(codes, scale, dtype=torch.float64),
+        ),
+        (r"sum_squares: tensors\[1\]", lambda: ops.sum_squares([scale, scale.double()])),
+        ("norms: sums", lambda: ops.norms(torch.zeros(3, 17, dtype=torch.int64))),
+        ("norms: sums", lambda: ops.norms(torch.zeros(3, 18))),
+    ]
+    for argument, call in refused:
+        for implementation in (nullcontext, portable):
+            with implementation(), pytest.raises(RuntimeError, match=argument):
+                call()
+
+
 @every_option_set(of_torch=True)
 def test_the_rules_are_those_of_torch_optim(case: OptimizerCase, options: Options) -> None:
     """In float64: what the oracle and the portable step have in common."""
@@ -493,6 +564,86 @@ def test_where_compiling_fails_it_runs_all_the_same(monkeypatch: pytest.MonkeyPa
     assert len(told) == 1
     step_portably(optimizers[1])
     assert all_bits(optimizers[0]) == all_bits(optimizers[1])
+
+
+def twice(function: Callable[[], Any]) -> None:
+    for _ in range(2):
+        function()
+
+
+@pytest.mark.parametrize("fails_at", ["compiling", "first run", "another run"])
+def test_a_failure_leaves_nothing_half_written(
+    fails_at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a first run wrote before it failed is taken back; and code may be compiled again."""
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    runs = 0
+
+    def compile_it(function: Any, **options: Any) -> Any:
+        if fails_at == "compiling":
+            raise RuntimeError("not on this Python")
+
+        def run(x: Any) -> None:
+            nonlocal runs
+            runs += 1
+            if fails_at == "another run" and runs == 1:
+                return function(x)
+            if fails_at == "first run":
+                function(x)
+            raise BackendCompilerFailed(compile_it, RuntimeError("no compiler"), None)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile_it)
+    monkeypatch.setattr(compiled, "_compiled", {})
+    pair = [torchao8.AdamW8bit(make_params(), min_8bit_size=SMALL) for _ in range(2)]
+    for seed in range(2):
+        for optimizer in pair:
+            set_grads(optimizer.param_groups[0]["params"], seed)
+    with portable(compiles=True), pytest.warns(UserWarning, match="operator by operator"):
+        twice(pair[0].step)
+    twice(lambda: step_portably(pair[1]))
+    assert all_bits(pair[0]) == all_bits(pair[1])
+
+
+def test_under_a_mode_that_sees_each_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a counter of operations is: the step is not compiled there, and is afterwards."""
+    calls = 0
+
+    def compile_it(function: Any, **options: Any) -> Any:
+        def run(x: Any) -> None:
+            nonlocal calls
+            calls += 1
+            function(x)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile_it)
+    monkeypatch.setattr(compiled, "_compiled", {})
+    params = make_params()
+    optimizer = torchao8.AdamW8bit(params, min_8bit_size=SMALL)
+    set_grads(params, 0)
+    with portable(compiles=True):
+        with FlopCounterMode(display=False):
+            optimizer.step()
+        assert calls == 0
+        optimizer.step()
+    assert calls > 0
+
+
+def test_fake_tensors_leave_no_table_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of fake tensors, as tools that estimate memory make, before and after a real one."""
+
+    def step() -> None:
+        params = make_params(torch.bfloat16)
+        set_grads(params, 0)
+        step_portably(torchao8.AdamW8bit(params, min_8bit_size=SMALL, stochastic_rounding=True))
+
+    monkeypatch.setattr(codec, "_made", codec._Made())
+    for mode in (FakeTensorMode, nullcontext, FakeTensorMode, nullcontext):
+        with mode():
+            step()
 
 
 def test_the_environment_chooses() -> None:

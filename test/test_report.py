@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import torchao8
-from torchao8 import _selfcheck, ops
+from torchao8 import _implementation, _selfcheck, ops
 from torchao8.__main__ import main
 
 PACKAGE = Path(torchao8.__file__).parent
@@ -140,6 +140,26 @@ def test_the_self_check_compares_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     passed, detail = _selfcheck._check_cuda("cpu")
     assert not passed
     assert detail.endswith("of 16 tensors differ")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "portable", "other"),
+    [
+        pytest.param("cuda", set(), "the CPU", id="kernels on both"),
+        pytest.param("cuda", {"cpu"}, "float64", id="kernels on the GPU alone"),
+        pytest.param("cuda", {"cuda"}, "float64", id="kernels on the CPU alone"),
+        pytest.param("mps", set(), "float64", id="a GPU that has none"),
+    ],
+)
+def test_what_the_self_check_compares_a_gpu_with(
+    gpu: str, portable: set[str], other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bits with the CPU's where both have kernels, else its numbers with float64."""
+    monkeypatch.setattr(_selfcheck, "_accelerators", lambda: [torch.device(gpu, 0)])
+    monkeypatch.setattr(_implementation, "_kernels", {"cpu", "cuda"})
+    monkeypatch.setattr(_implementation, "_portable", portable)
+    monkeypatch.setattr(_selfcheck, "_run_one", lambda name, check: name)
+    assert _selfcheck.run()[2:] == [f"8-bit AdamW on {gpu}:0 against {other}"]
 
 
 def test_a_path_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:

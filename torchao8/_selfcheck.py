@@ -27,13 +27,20 @@ def run() -> list[Result]:
     }
     from torchao8 import ops
 
-    for i in range(torch.cuda.device_count()):
-        device = f"cuda:{i}"
-        if ops.is_portable(torch.device(device)):
-            checks[f"8-bit AdamW on {device} against float64"] = partial(_check_8bit, device)
+    for device in _accelerators():
+        # Bits are compared where both devices have kernels.
+        if ops.is_portable(device) or ops.is_portable(torch.device("cpu")):
+            checks[f"8-bit AdamW on {device} against float64"] = partial(_check_8bit, str(device))
         else:
-            checks[f"8-bit AdamW on {device} against the CPU"] = partial(_check_cuda, device)
+            checks[f"8-bit AdamW on {device} against the CPU"] = partial(_check_cuda, str(device))
     return [_run_one(name, check) for name, check in checks.items()]
+
+
+def _accelerators() -> list[torch.device]:
+    """All GPUs of the kind that torch finds."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    count = 0 if found is None else torch.accelerator.device_count()
+    return [torch.device(found.type, i) for i in range(count) if found is not None]
 
 
 def _run_one(name: str, check: Callable[[], tuple[bool, str]]) -> Result:

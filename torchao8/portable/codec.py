@@ -27,6 +27,7 @@ _LANE_FACTORS = tuple(
 )
 _MASK23, _MASK32, _MASK64 = (1 << 23) - 1, (1 << 32) - 1, (1 << 64) - 1
 _RANDOM_MASK, _ONE_BITS = 0x007FFE00, 0x3F800100
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 
 def zero_code(signed: bool) -> int:
@@ -58,12 +59,18 @@ _made = _Made()
 def make_table(attribute: str, name: str, signed: bool, device: torch.device) -> None:
     """Run as it is when it is traced (base.py sees to that): no graph builds a table."""
     if not hasattr(_made, attribute):
-        values, dtype = _TABLES[name]
-        with torch.inference_mode(False):
-            setattr(_made, attribute, torch.tensor(values(signed), dtype=dtype, device=device))
+        setattr(_made, attribute, _new_table(name, signed, device))
+
+
+def _new_table(name: str, signed: bool, device: torch.device) -> Tensor:
+    values, dtype = _TABLES[name]
+    with torch.inference_mode(False):
+        return torch.tensor(values(signed), dtype=dtype, device=device)
 
 
 def _table(name: str, signed: bool, device: torch.device) -> Tensor:
+    if not torch.compiler.is_compiling() and torch._C._get_dispatch_mode(_FAKE) is not None:
+        return _new_table(name, signed, device)  # a fake one, which is not to be kept
     attribute = f"{name}_{signed}_{device}"
     make_table(attribute, name, signed, device)
     made: Tensor = getattr(_made, attribute)

@@ -13,14 +13,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 # Devices that inductor generates code for; those that it failed on are taken out.
 devices = set() if os.environ.get("TORCHAO8_COMPILE") == "0" else {"cpu", "cuda", "xpu"}
 _compiled: dict[Hashable, Callable[[Any], None]] = {}
 
 
-def may_compile(device: torch.device) -> bool:
-    return device.type in devices and not torch.compiler.is_compiling()
+def may_compile(x: Tensor) -> bool:
+    """Not within a graph, nor under a mode as of a profiler or of fake tensors, which sees each
+    operator: torch.compile would skip the code there, and from then on."""
+    return (
+        x.device.type in devices
+        and type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and not is_in_torch_dispatch_mode()
+    )
 
 
 def run(function: Callable[[Any, Any], None], form: Hashable, x: Any) -> None:
@@ -29,22 +37,37 @@ def run(function: Callable[[Any, Any], None], form: Hashable, x: Any) -> None:
     x is a NamedTuple; its tensors have as many dimensions before the last one as there are kinds of
     blocks, and any sizes there.
     """
-    if not may_compile(x.param.device):
+    if not may_compile(x.param):
         return function(form, x)
     x = _flattened(x)
     if 1 in x.param.shape[: max(1, x.param.dim() - 1)]:  # a size of 1 would be code of its own
         return function(form, x)
     key = (form, x.param.dim(), x.param.dim() > 1 and x.param.shape[-1], x.param.dtype,
            x.grad.dtype, x.param.device)  # fmt: skip
-    is_new = key not in _compiled
-    if is_new:
-        _compiled[key] = _compile(function, form, f"step_{len(_compiled)}")
     _mark_dynamic(x)
+    if key in _compiled:
+        return _run_again(key, function, form, x)
+    # What fails in its first run may have written some of its tensors already.
+    before = [(t, t.clone()) for t in (x.param, *x.values, *x.scales)]
     try:
+        _compiled[key] = _compile(function, form, f"step_{len(_compiled)}")
         _compiled[key](x)
     except Exception as error:
-        if not is_new:
+        for tensor, value in before:
+            tensor.copy_(value)
+        if isinstance(error, torch.OutOfMemoryError):
             raise
+        _give_up(x.param.device, error)
+        function(form, x)
+
+
+def _run_again(key: Hashable, function: Callable[[Any, Any], None], form: Hashable, x: Any) -> None:
+    """It may be compiled once more, as in another grad mode, and that may fail before it runs."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        _compiled[key](x)
+    except TorchDynamoException as error:
         _give_up(x.param.device, error)
         function(form, x)
 
@@ -53,17 +76,17 @@ def _compile(function: Callable[[Any, Any], None], form: Any, name: str) -> Call
     def step(x: Any) -> None:
         function(form, x)
 
-    # torch.compile counts what it makes of a code object, and stops at eight.
+    # torch.compile counts what it makes of a code object. Beyond its limit it runs it as it is.
     code = step.__code__.replace(co_name=name)
     own = types.FunctionType(code, step.__globals__, name, None, step.__closure__)
-    return torch.compile(own, fullgraph=True, dynamic=False)
+    return torch.compile(own, dynamic=False)
 
 
 def _give_up(device: torch.device, error: Exception) -> None:
     devices.discard(device.type)
     warnings.warn(
         f"torchao8: torch.compile failed on {device}, and steps there run operator by operator, "
-        f"which is slower: {type(error).__name__}: {str(error).splitlines()[0]}",
+        f"which is slower: {type(error).__name__}: {str(error).partition(chr(10))[0]}",
         stacklevel=2,
     )
 

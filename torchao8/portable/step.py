@@ -138,7 +138,9 @@ class Call(NamedTuple):
             o["gain"] = o["gain"] / to_device(self.grad_scale.reshape(()), device)
         if self.factors:
             factors = to_device(torch.stack(list(self.factors)), device)
-            o["gain"], o["lr"] = o["gain"] * factors[:, 0], o["lr"] * factors[:, 1]
+            o["gain"] = o["gain"] * factors[:, 0]
+            if self.lr is not None:
+                o["lr"] = o["lr"] * factors[:, 1]
         o["floor"] = ROOT_FLOOR_8BIT if self.in_8bit else ROOT_FLOOR_32BIT
         o["least_share"] = LEAST_SHARE if self.in_8bit else 0.0
         for name, tensors in self.scalar_lists().items():
@@ -146,10 +148,17 @@ class Call(NamedTuple):
         return rule.numbers(o, t, self.in_8bit)
 
 
+# Devices whose copies from the host take the bytes before they return. MPS does not: it reads them
+# later, when the temporary tensor may be gone (pytorch/pytorch#139550).
+_COPIES_AT_ONCE = {"cuda", "xpu"}
+
+
 def to_device(t: Tensor, device: torch.device) -> Tensor:
-    """As float32. The host does not wait for it."""
+    """As float32. The host waits for it only where it has to, see above."""
     t = t.to(torch.float32)
-    return t if t.device == device else t.to(device, non_blocking=True)
+    if t.device == device:
+        return t
+    return t.to(device, non_blocking=device.type in _COPIES_AT_ONCE)
 
 
 def refuse_capture(device: torch.device) -> None:
@@ -211,7 +220,9 @@ def step_piece_(form: Form, x: Tensors) -> None:
         rounded = codec.round_stochastically(moved, x.hashes)
     else:
         rounded = moved.to(x.param.dtype)
-    changes = [(x.param, torch.where(made.good, rounded, x.param), x.skip)]
+    # An infinite parameter stays, too: its decay by a factor of 0 would be NaN.
+    moves = made.good & x.param.isfinite()
+    changes = [(x.param, torch.where(moves, rounded, x.param), x.skip)]
     draws = iter(x.draws)
     for i, state in enumerate(form.states):
         new, stays = made.new[i], x.skip

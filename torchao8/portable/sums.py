@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchao8.portable.pieces import PIECE
+from torchao8.portable.quantize import check_float_dtype
 
 LIMBS = 18
 _MOST = 1 << 15  # squares of 48 bits in a bin
@@ -68,6 +69,8 @@ def sum_rows(count: int, device: torch.device, pieces: Iterable[tuple[int, Tenso
 
 def sum_squares(tensors: list[Tensor]) -> Tensor:
     """As :func:`torchao8.ops.sum_squares`."""
+    for i, t in enumerate(tensors):
+        check_float_dtype(f"sum_squares: tensors[{i}]", t.dtype)
 
     def pieces() -> Iterator[tuple[int, Tensor]]:
         for i, t in enumerate(tensors):
@@ -86,6 +89,11 @@ def norms(rows: Tensor) -> Tensor:
 
     Of the highest limb that is not 0 and the two below it: the others are less than 2^-32 of them.
     """
+    if rows.dtype != torch.int64 or rows.dim() != 2 or rows.shape[1] != LIMBS:
+        raise RuntimeError(
+            f"norms: sums must be int64 of shape [n, {LIMBS}], as sum_squares gives it, got "
+            f"{rows.dtype}, {list(rows.shape)}"
+        )
     rows = canonical(rows)
     k = torch.arange(LIMBS, dtype=torch.int64, device=rows.device)
     highest = torch.where(rows != 0, k, 0).amax(-1, keepdim=True)
