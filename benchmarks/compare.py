@@ -123,7 +123,7 @@ def compared(
         "old over torch": speed(of["old"], of["torch"]),
         **{_dtensor_column(s): speed(plain[s], row) for s, row in of.items() if s in plain},
         "bits": same_bits(of["old"], of["new"]),
-        "saved_bytes": {s: row.saved_bytes for s, row in of.items() if row.saved_bytes},
+        "saved_bytes": {s: size for s, row in of.items() if (size := row.info.get("saved_bytes"))},
         "skipped": {s: row.skipped for s, row in of.items() if row.skipped},
         "ms_of_rounds": {s: [1e3 * t for t in row.rounds.values()] for s, row in of.items()},
     }

@@ -32,19 +32,15 @@ class FakeGpu(devices.Cpu):
     kind = "cuda"
     settle_s = 0.0
     lists = ("mixed", "deadly")
+    buffer_bytes = 1 << 20
     defaults = devices.Cuda.defaults
 
     def __init__(self, name: str) -> None:
         super().__init__("cpu")
+        self.result_name = "fake-gpu-8"
 
     def describe(self, threads: int) -> dict[str, Any]:
         return {"cpu": "some CPU", "gpu": {"name": "Fake GPU 8"}}
-
-    def result_name(self) -> str:
-        return "fake-gpu-8"
-
-    def buffer_bytes(self) -> int:
-        return 1 << 20
 
     def free_bytes(self) -> int:
         return 1 << 40
@@ -202,29 +198,18 @@ def test_steps_on_a_cpu_are_timed_one_by_one() -> None:
     assert 0.1 * (len(calls) // 5) + 0.004 * len(calls) > 0.5
 
 
-class FakeEvent:
-    """Notes when it is recorded; ten seconds lie between any two."""
+def test_steps_on_a_gpu_are_enqueued_for_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
 
-    log: list[str]
+    def timeit(self: Any, number: int) -> SimpleNamespace:
+        counts.append(number)
+        return SimpleNamespace(mean=10.0)
 
-    def __init__(self, enable_timing: bool) -> None:
-        assert enable_timing
-
-    def record(self) -> None:
-        self.log.append("event")
-
-    def elapsed_time(self, end: "FakeEvent") -> float:
-        return 10e3
-
-
-def test_steps_on_a_gpu_are_enqueued_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    log = FakeEvent.log = []
-    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    monkeypatch.setattr(devices.Timer, "timeit", timeit)
     gpu = object.__new__(devices.Cuda)  # there may be none
-    assert gpu.seconds_of_step(lambda: log.append("step"), 25.0) == 10
-    trial = ["wait", "step", "event", *["step", "event"] * 3, "wait"]
-    assert log == [*trial, "wait", "step", "event", *["step", "event"] * 2, "wait"]
+    assert gpu.seconds_of_step(lambda: None, 25.0) == 10
+    assert gpu.seconds_of_step(lambda: None, 5.0) == 10
+    assert counts == [3, 2, 3, 1]
 
 
 def test_only_kernels_are_counted() -> None:

@@ -81,7 +81,7 @@ def parse(argv: Iterable[str] | None) -> tuple[argparse.Namespace, Cpu]:
         if device.kind not in CONTENDERS[name].devices:
             parser.error(f"--contenders: {name} does not run on {device.kind}")
     if args.name is None:
-        parts = [device.result_name(), *(one for one in args.list if one != "all")]
+        parts = [device.result_name, *(one for one in args.list if one != "all")]
         args.name = "-".join([*parts, *(["family"] if args.family is not None else [])])
     return args, device
 
@@ -108,7 +108,7 @@ def measure(
                     named = {} if name is None else {"rule": name}
                     left_out.append({"list": list_name, "dtype": dtype, **named, "reason": reason})
                     continue
-                tensors = tensor_list(list_name, device.layers())
+                tensors = tensor_list(list_name, device.layers)
                 if name is None:
                     chosen, theirs = _chosen(args, device.kind, list_name), [CONTENDERS[BASELINE]]
                 else:

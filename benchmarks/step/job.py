@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils.benchmark import timer
 
 from benchmarks.step.contenders import MEMORY, Contender
 from benchmarks.step.devices import Cpu
@@ -145,7 +146,7 @@ class MemoryJob:
     """
 
     def __init__(self, kind: str, tensors: TensorList, dtype: torch.dtype, device: Cpu) -> None:
-        nbytes = device.buffer_bytes()
+        nbytes = device.buffer_bytes
         if device.kind == "cpu":
             # As much data as torch's fused step touches on this list, so that both run in the same
             # level of cache or out of it.
@@ -173,7 +174,7 @@ class Stepper:
     """
 
     def __init__(
-        self, chosen: Contender, device: Cpu, threads: int, rank: int, ranks: int, store: str
+        self, chosen: Contender, device: Cpu, threads: int, ranks: int, store: str, rank: int
     ) -> None:
         torch.set_num_threads(threads)
         self._chosen = chosen
@@ -188,19 +189,17 @@ class Stepper:
             where = f"file://{store}"
             dist.init_process_group("gloo", init_method=where, rank=rank, world_size=ranks)
 
-    def ready(self) -> None:
-        """Nothing: once this is answered, libraries are imported and the device is at hand."""
-
     def set_up(self, tensors: TensorList, dtype_name: str) -> dict[str, Any]:
         """Makes the tensors of a list and takes the first steps."""
-        self.free()
         dtype = getattr(torch, dtype_name)
         if self._chosen in MEMORY:
             self._job = MemoryJob(self._chosen.name, tensors, dtype, self._device)
         else:
             self._job = OptimizerJob(self._chosen, tensors, dtype, self._device.device)
         bits = self._job.bits() if self._chosen.source else None  # before any other step
-        first = self._device.seconds_of_first_step(self._job.step)  # makes state; some compile
+        start = timer()
+        self._job.step()  # makes state; some compile
+        first = timer() - start
         step_s = self._device.seconds_of_step(self._job.step, 0.0)
         return {**self._job.describe(), "first_step_s": first, "step_s": step_s, "bits": bits}
 
@@ -208,24 +207,26 @@ class Stepper:
         """The median time of the steps that fit into these seconds."""
         return self._device.seconds_of_step(self._job.step, seconds)
 
-    def peak_extra_bytes(self) -> int | None:
-        """How far memory rises during a step; checks that the steps did what they are for."""
-        peak = self._device.peak_extra_bytes(self._job.step)
-        self._job.check()
-        return peak
+    def finish(self, folder: str) -> dict[str, int | None]:
+        """What is told after all turns; checks that the steps did what they are for.
 
-    def saved_bytes(self, folder: str) -> int:
-        """Bytes of the files that torch.distributed.checkpoint writes of the state."""
-        state = {"state": self._job.optimizer.state_dict()["state"]}
-        dcp.save(state, checkpoint_id=folder)
-        dist.barrier()
-        return sum(file.stat().st_size for file in Path(folder).iterdir())
+        `saved_bytes` are those of the files of state that torch.distributed.checkpoint writes.
+        """
+        found = {"peak_extra_bytes": self._device.peak_extra_bytes(self._job.step)}
+        self._job.check()
+        if self._chosen.tensors == "DTensor":
+            dcp.save({"state": self._job.optimizer.state_dict()["state"]}, checkpoint_id=folder)
+            dist.barrier()
+            found["saved_bytes"] = sum(file.stat().st_size for file in Path(folder).iterdir())
+        self._free()
+        return found
 
     def launches(self) -> int | None:
-        """Kernels that a step starts."""
-        return self._device.launches(self._job.step)
+        """Kernels that a step starts; for the end, since a profiler slows down its process."""
+        found = self._device.launches(self._job.step)
+        self._free()
+        return found
 
-    def free(self) -> None:
-        """Lets go of the tensors, and of the memory they had."""
+    def _free(self) -> None:
         self._job = None
         self._device.free()

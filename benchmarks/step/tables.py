@@ -38,12 +38,12 @@ def _record(row: Row, numel: int, fastest: Row | None, copy: Row, kind: str) -> 
         "gb_per_s": rate,
         "share_of_copy_rate": of_copy,
         "state_bytes_per_parameter": info["state_bytes"] / numel if is_step else None,
-        "peak_extra_bytes": row.peak_extra_bytes if is_step else None,
+        "peak_extra_bytes": info["peak_extra_bytes"] if is_step else None,
         "batch": row.batch,
     }
     if kind == "cpu":
         return {**found, "cpu_path": info["path"]}
-    return {**found, "buckets": info["buckets"], "launches": row.launches}
+    return {**found, "buckets": info["buckets"], "launches": info.get("launches")}
 
 
 @dataclass
