@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Iterable
@@ -100,27 +101,28 @@ def measure(
     cases: list[Case] = []
     left_out: list[dict[str, Any]] = []
     rules = [None] if args.family is None else args.family or rule_names()
-    for list_name in args.lists:
-        for dtype in args.dtype:
-            for name in rules:
-                if bench.plan.late():
-                    reason = f"the time limit of {args.time_limit:.0f} s had passed"
-                    named = {} if name is None else {"rule": name}
-                    left_out.append({"list": list_name, "dtype": dtype, **named, "reason": reason})
-                    continue
-                tensors = tensor_list(list_name, device.layers)
-                if name is None:
-                    chosen, theirs = _chosen(args, device.kind, list_name), [CONTENDERS[BASELINE]]
-                else:
-                    chosen, theirs = [rule(name)[0]], rivals(name, device.kind, dtype)
-                rows = bench.measure(chosen, [*MEMORY, *theirs], tensors, dtype)
-                cases.append(Case(list_name, tensors, dtype, theirs, name, rows))
-                if name is not None:
-                    bench.stop()  # no other rule needs these processes
-                if device.kind == "cpu":  # on a GPU launches are still to be counted
-                    record = cases[-1].record(device.kind)
-                    print(f"\n{title(record)}\n{table(record)}\n", flush=True)
+    for list_name, dtype, name in itertools.product(args.lists, args.dtype, rules):
+        if bench.plan.late():
+            reason = f"the time limit of {args.time_limit:.0f} s had passed"
+            named = {} if name is None else {"rule": name}
+            left_out.append({"list": list_name, "dtype": dtype, **named, "reason": reason})
+            continue
+        tensors = tensor_list(list_name, device.layers)
+        chosen, theirs = _chosen(args, device.kind, list_name), [CONTENDERS[BASELINE]]
+        if name is not None:
+            chosen, theirs = [rule(name)[0]], rivals(name, device.kind, dtype)
+        rows = bench.measure(chosen, [*MEMORY, *theirs], tensors, dtype)
+        cases.append(Case(list_name, tensors, dtype, theirs, name, rows))
+        if name is not None:
+            bench.stop()  # no other rule needs these processes
+        if device.kind == "cpu":  # on a GPU launches are still to be counted
+            _show(cases[-1])
     return cases, left_out
+
+
+def _show(case: Case) -> None:
+    record = case.record()
+    print(f"\n{title(record)}\n{table(record)}\n", flush=True)
 
 
 def main(argv: Iterable[str] | None = None) -> None:
@@ -138,15 +140,13 @@ def main(argv: Iterable[str] | None = None) -> None:
     plan = Plan(args.rounds, args.turn, args.budget, begin + args.time_limit)
     with Bench(device, args.threads, plan) as bench:
         cases, record["left_out"] = measure(args, device, bench)
-        record["cases"] = [case.record(device.kind) for case in cases]
         if device.kind != "cpu":
-            reporting.write_results(args, record)  # before a profiler has its turn
             late = time.monotonic() + _COUNTING_S
             bench.plan = dataclasses.replace(plan, deadline=late)
-            for i, case in enumerate(cases):
+            for case in cases:
                 bench.count_launches(case.rows, case.tensors, case.dtype)
-                found = record["cases"][i] = case.record(device.kind)
-                print(f"\n{title(found)}\n{table(found)}")
+                _show(case)
+    record["cases"] = [case.record() for case in cases]
     record["seconds"] = time.monotonic() - begin
     record["device"]["cpu_taken_by_others"] = watch.shares()
     for one in record["left_out"]:

@@ -110,7 +110,7 @@ class OptimizerJob:
         # How many calls of its op a step of torchao8 makes: one for each dtype and format.
         formats = {(p.dtype, tuple(sorted(self.optimizer.state[p]))) for p in self.params}
         return {
-            "path": self.path,
+            "cpu_path": self.path,
             "state_bytes": state,
             # A step reads parameters, gradients and state, and writes all but the gradients.
             "moved_bytes": 3 * params + 2 * state,
@@ -161,7 +161,7 @@ class MemoryJob:
 
     def describe(self) -> dict[str, Any]:
         """As that of an optimizer."""
-        return {"path": None, "state_bytes": 0, "moved_bytes": self.moved, "buckets": None}
+        return {"moved_bytes": self.moved}
 
     def check(self) -> None:
         """There is nothing to check."""
