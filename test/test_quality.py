@@ -59,7 +59,7 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
 
 
 def test_a_seed_gives_all_optimizers_the_same_start_and_batches() -> None:
-    task = study.open_task(QUICK.sizes["gpt"])
+    task = QUICK.sizes["gpt"]
     losses = [task.loss(task.model(seed), step, seed).item()
               for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0))]  # fmt: skip
     assert losses[0] == losses[1]
@@ -69,13 +69,13 @@ def test_a_seed_gives_all_optimizers_the_same_start_and_batches() -> None:
 def test_a_run_that_diverges_is_told() -> None:
     runs = study.plan(QUICK)
     (run,) = (r for r in runs if r.label == "family/gpt/SGD/8-bit/seed 0")
-    task = study.open_task(run.size)
-    good = study.train(run, task)
+    task = run.size
+    good = study.train(run)
     assert not good["diverged"]
     assert good["steps_done"] == run.steps
     assert good["held_out"] < task.guess
     assert 1 < good["state_bytes_per_parameter"] < 1.2
-    wild = study.train(dataclasses.replace(run, lr=1e30), task)
+    wild = study.train(dataclasses.replace(run, lr=1e30))
     assert wild["diverged"]
     assert wild["steps_done"] < run.steps
 
