@@ -126,7 +126,6 @@ def measure(elements: int) -> dict[str, list[dict[str, Any]]]:
 
 
 def main(argv: Iterable[str] | None = None) -> None:
-    """Runs the benchmark with the command line `argv` (of the process if None)."""
     parser = reporting.parser(__doc__, "codec-error")
     parser.add_argument("--elements", type=int, default=1 << 22, help="of each tensor (2^22)")
     args = parser.parse_args(argv)

@@ -29,7 +29,7 @@ from benchmarks import reporting
 from benchmarks.step.contenders import BASELINE, CONTENDERS, Contender
 from benchmarks.step.devices import Cpu
 from benchmarks.step.rounds import Bench, Plan, Row, ratios
-from benchmarks.step.tensor_lists import LISTS, list_names, tensor_list
+from benchmarks.step.tensor_lists import LISTS, list_names, tensor_lists
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILDS = ROOT / "build" / "compare"
@@ -185,7 +185,7 @@ def measure(args: argparse.Namespace, sources: dict[str, Path]) -> list[dict[str
     for step, suffix in [("eager", ""), ("compiled", "-compiled")][: 1 + args.compiled]:
         with Bench(Cpu("cpu"), threads, plan, ranks) as bench:
             for list_name, dtype in itertools.product(args.lists, args.dtype):
-                tensors, found = tensor_list(list_name), []
+                tensors, found = tensor_lists()[list_name], []
                 for optimizer, name in OPTIMIZERS.items():
                     chosen = contenders(name + suffix, sources, kinds)
                     found += compared(optimizer, bench.measure(chosen, [], tensors, dtype))

@@ -68,7 +68,6 @@ def add_timing(made: argparse.ArgumentParser, rounds: str, turn: str, lists: str
 
 
 def installed(package: str) -> bool:
-    """Whether `package` can be imported, without importing it."""
     return importlib.util.find_spec(package) is not None
 
 

@@ -69,7 +69,9 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the names above known to the benchmark."""
     monkeypatch.setitem(devices.DEVICES, "fake", FakeGpu)
     for name, shapes in (("mixed", [(64, 256), (300,)]), ("deadly", [(32, 256)] * 3)):
-        monkeypatch.setitem(tensor_lists._FIXED, name, tensor_lists.TensorList(name, shapes))
+        monkeypatch.setitem(
+            tensor_lists.tensor_lists(), name, tensor_lists.TensorList(name, shapes)
+        )
     fragile = contenders.Contender("fragile", "Fragile", "test_benchmark.Fragile")
     monkeypatch.setitem(contenders.CONTENDERS, "fragile", fragile)
 
@@ -182,7 +184,7 @@ def test_batches_fit_into_memory(
     names = ["8bit", "32bit", "bitsandbytes", "flashoptim"]
     chosen = [contenders.CONTENDERS[name] for name in names]
     always = [*contenders.MEMORY, contenders.CONTENDERS["torch"]]
-    tensors = tensor_lists.tensor_list("one")
+    tensors = tensor_lists.tensor_lists()["one"]
     found = bench.batches(chosen, always, tensors, 4)
     assert [[one.name for one in batch] for batch in found] == batches
 
@@ -258,29 +260,21 @@ def test_arguments_that_cannot_be_are_refused(
 
 
 def test_lists_are_the_models_they_are_named_after() -> None:
-    resnet = tensor_lists.tensor_list("resnet101")
-    assert (resnet.numel, len(resnet.shapes)) == (44_549_160, 314)
-    assert tensor_lists.tensor_list("gpt2").numel == 124_439_808
-    llama = tensor_lists.tensor_list("llama")
-    assert (llama.numel, len(llama.shapes)) == (6_738_415_616, 291)
-    (one,) = tensor_lists.tensor_list("one").shapes
+    lists = tensor_lists.tensor_lists()
+    sizes = {name: (len(one.shapes), one.numel) for name, one in lists.items()}
+    assert sizes["resnet101"] == (314, 44_549_160)
+    assert sizes["gpt2"] == (148, 124_439_808)
+    assert sizes["block"] == (12, 7_087_872)
+    assert sizes["llama"] == (45, 1_090_560_000)
+    (one,) = tensor_lists.tensor_lists()["one"].shapes
     assert one[0] * one[1] >= 1e9
     assert one[1] % 256 == 0
-    tiny = [tensor_lists.tensor_list(name) for name in tensor_lists.TINY]
-    sizes = [(len(one.shapes), one.largest) for one in tiny]
-    assert sizes == [(148, 64), (1000, 64), (148, 4096), (1000, 4096)]
+    tiny = [tensor_lists.tensor_lists()[name] for name in tensor_lists.TINY]
+    counts = [(len(one.shapes), one.largest) for one in tiny]
+    assert counts == [(148, 64), (1000, 64), (148, 4096), (1000, 4096)]
     args, _ = command.parse(["--list", "tiny"])
     assert tuple(args.lists) == tensor_lists.TINY
     assert args.name == "step-cpu-tiny"
-
-
-def test_llama_is_as_deep_as_memory_allows() -> None:
-    for gigabytes in (40, 60, 120):
-        layers = tensor_lists.llama_layers(gigabytes * 10**9)
-        numel = [tensor_lists.tensor_list("llama", n).numel for n in (layers, layers + 1)]
-        assert 48 * numel[0] <= gigabytes * 10**9 < 48 * numel[1]
-    assert tensor_lists.llama_layers(10**9) == 1
-    assert tensor_lists.llama_layers(10**12) == 32
 
 
 def test_our_contenders_are_what_they_are_called() -> None:

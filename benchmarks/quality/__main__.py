@@ -110,7 +110,6 @@ def _parse(argv: Iterable[str] | None) -> tuple[argparse.Namespace, list[Run]]:
 
 
 def main(argv: Iterable[str] | None = None) -> None:
-    """Runs the benchmark with the command line `argv` (of the process if None)."""
     args, chosen = _parse(argv)
     if args.list:
         print(*dict.fromkeys(run.label for run in chosen), sep="\n")

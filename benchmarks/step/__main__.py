@@ -32,7 +32,7 @@ from benchmarks.step.contenders import (
 from benchmarks.step.devices import Cpu, open_device
 from benchmarks.step.rounds import Bench, Plan
 from benchmarks.step.tables import Case, rules_table, table, title
-from benchmarks.step.tensor_lists import LISTS, list_names, tensor_list
+from benchmarks.step.tensor_lists import LISTS, list_names, tensor_lists
 
 _PACKAGES = ("torchao8", "bitsandbytes", "torchao", "deepspeed", "flashoptim", "triton")
 _COUNTING_S = 25.0  # for the launches, which are counted after everything is timed
@@ -41,7 +41,7 @@ _COUNTING_S = 25.0  # for the launches, which are counted after everything is ti
 def _parser() -> argparse.ArgumentParser:
     shown = ["lists:"]
     for kind, names in LISTS.items():
-        shown += [f"  {kind:6}{name:18}{tensor_list(name).label}" for name in names]
+        shown += [f"  {kind:6}{name:18}{tensor_lists()[name].label}" for name in names]
     shown += ["  also tiny (those that begin so) and all", "", "contenders:"]
     for one in CONTENDERS.values():
         where = "" if len(one.devices) > 1 else f" ({one.devices[0]})"
@@ -88,10 +88,12 @@ def parse(argv: Iterable[str] | None) -> tuple[argparse.Namespace, Cpu]:
 
 
 def _chosen(args: argparse.Namespace, kind: str, list_name: str) -> list[Contender]:
-    if args.contenders is None:
-        every = [c for c in CONTENDERS.values() if c.lists is None or list_name in c.lists]
-        return [c for c in every if kind in c.devices and c.name != BASELINE]
-    return [CONTENDERS[name] for name in dict.fromkeys(args.contenders) if name != BASELINE]
+    """The contenders that are named, or those that run on a list, beside torch's."""
+    named = args.contenders or [
+        c.name for c in CONTENDERS.values()
+        if kind in c.devices and (c.lists is None or list_name in c.lists)
+    ]  # fmt: skip
+    return [CONTENDERS[name] for name in dict.fromkeys(named) if name != BASELINE]
 
 
 def measure(
@@ -107,7 +109,7 @@ def measure(
             named = {} if name is None else {"rule": name}
             left_out.append({"list": list_name, "dtype": dtype, **named, "reason": reason})
             continue
-        tensors = tensor_list(list_name, device.layers)
+        tensors = tensor_lists()[list_name]
         chosen, theirs = _chosen(args, device.kind, list_name), [CONTENDERS[BASELINE]]
         if name is not None:
             chosen, theirs = [rule(name)[0]], rivals(name, device.kind, dtype)
@@ -126,7 +128,6 @@ def _show(case: Case) -> None:
 
 
 def main(argv: Iterable[str] | None = None) -> None:
-    """Runs the benchmark with the command line `argv` (of the process if None)."""
     args, device = parse(argv)
     torch.set_num_threads(args.threads)
     watch, begin = reporting.CpuWatch(), time.monotonic()

@@ -18,7 +18,7 @@ from torch.utils import collect_env
 from torch.utils.benchmark import Timer
 
 from benchmarks.reporting import describe_machine, kibibytes
-from benchmarks.step.tensor_lists import LISTS, llama_layers
+from benchmarks.step.tensor_lists import LISTS
 
 Step = Callable[[], object]
 
@@ -33,7 +33,6 @@ class Cpu:
     buffer_bytes = 1 << 29  # of a memory job's buffer, at most: far more than a cache holds
     usable_share = 0.9  # of the free memory
     timeout = 600.0  # seconds for whatever a process does; some compile in the first step
-    layers = 1  # of the list "llama"
     # What an option is if it is not given.
     defaults: ClassVar[dict[str, Any]] = {
         "list": ["gpt2"], "rounds": 15, "turn": 0.25, "budget": 60.0, "time_limit": math.inf,
@@ -115,8 +114,6 @@ class Cuda(Cpu):
         gpu = torch.cuda.get_device_properties(self.device)
         self.result_name = re.sub(r"[^a-z0-9]+", "-", gpu.name.lower()).strip("-")
         self.buffer_bytes = min(1 << 31, gpu.total_memory // 32)  # 2 GiB on a large card
-        # A tenth goes to the processes' contexts, and three buffers to the memory jobs.
-        self.layers = llama_layers(int(0.9 * gpu.total_memory) - 3 * self.buffer_bytes)
 
     def describe(self, threads: int) -> dict[str, Any]:
         gpu = torch.cuda.get_device_properties(self.device)

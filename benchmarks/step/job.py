@@ -63,9 +63,9 @@ class OptimizerJob:
     def __init__(
         self, chosen: Contender, tensors: TensorList, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.chosen = chosen
-        ranks = dist.get_world_size() if chosen.tensors != "whole" else 1
-        mesh = init_device_mesh("cpu", (ranks,)) if chosen.tensors != "whole" else None
+        self._chosen = chosen
+        sharded = chosen.tensors != "whole"
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if sharded else None
         generator = torch.Generator(device).manual_seed(0)
 
         def values(shape: tuple[int, ...], std: float) -> Tensor:
@@ -87,18 +87,12 @@ class OptimizerJob:
         self.optimizer = chosen.build(self.params)
         group = self.optimizer.param_groups[0]
         if chosen.tensors == "shard" and "min_8bit_size" in group:
-            group["min_8bit_size"] //= ranks  # a shard has 8-bit state where its DTensor has
+            group["min_8bit_size"] //= (
+                dist.get_world_size()
+            )  # a shard has 8-bit state where its DTensor has
         step = self.optimizer.step
         self.step: Callable[[], object] = torch.compile(step) if chosen.compiled else step
-        self.samples = self._sample()
-        self.path = None
-        if device.type == "cpu" and chosen.package == "torchao8":
-            from torchao8 import ops
-
-            self.path = ops.cpu_capability()
-            if self.path != (chosen.cpu_path or self.path):
-                reason = f"this machine cannot run the {chosen.cpu_path} path (it runs {self.path})"
-                raise RuntimeError(reason)
+        self._samples = self._sample()
 
     def _sample(self) -> list[Tensor]:
         return [_local(param.detach()).flatten()[:64].clone() for param in self.params]
@@ -107,15 +101,21 @@ class OptimizerJob:
         """What is known after a step: the code path, and the bytes that a step moves."""
         state = state_bytes(self.optimizer)
         params = sum(_local(param).nbytes for param in self.params)
-        # How many calls of its op a step of torchao8 makes: one for each dtype and format.
-        formats = {(p.dtype, tuple(sorted(self.optimizer.state[p]))) for p in self.params}
-        return {
-            "cpu_path": self.path,
-            "state_bytes": state,
-            # A step reads parameters, gradients and state, and writes all but the gradients.
-            "moved_bytes": 3 * params + 2 * state,
-            "buckets": len(formats) if self.chosen.package == "torchao8" else None,
-        }
+        # A step reads parameters, gradients and state, and writes all but the gradients.
+        found = {"state_bytes": state, "moved_bytes": 3 * params + 2 * state}
+        if self._chosen.package == "torchao8":
+            # How many calls of its op a step makes: one for each dtype and format.
+            formats = {(p.dtype, tuple(sorted(self.optimizer.state[p]))) for p in self.params}
+            found["buckets"] = len(formats)
+            if not self.params[0].is_cuda:
+                from torchao8 import ops
+
+                path = ops.cpu_capability()
+                if path != (self._chosen.cpu_path or path):
+                    lacking = f"this machine cannot run the {self._chosen.cpu_path} path"
+                    raise RuntimeError(f"{lacking} (it runs {path})")
+                found["cpu_path"] = path
+        return found
 
     def bits(self) -> dict[str, str]:
         """Hashes of the parameters and of each state after a few steps from the start."""
@@ -133,7 +133,7 @@ class OptimizerJob:
 
     def check(self) -> None:
         """Raises if a parameter has not moved or is no number: then nothing was measured."""
-        for i, (old, new) in enumerate(zip(self.samples, self._sample(), strict=True)):
+        for i, (old, new) in enumerate(zip(self._samples, self._sample(), strict=True)):
             if old.numel() and (torch.equal(old, new) or not torch.isfinite(new).all()):
                 raise RuntimeError(f"after the run parameter {i} is unchanged or not finite")
 
@@ -152,19 +152,20 @@ class MemoryJob:
             # level of cache or out of it.
             touched = 4 * tensors.numel * dtype.itemsize
             nbytes = min(touched // (2 if kind == "copy" else 1), nbytes)
-        source = torch.ones(nbytes // 4, device=device.device)
-        target = torch.zeros_like(source) if kind == "copy" else source
-        self.moved = 2 * source.nbytes  # read once, written once
-        self.step: Callable[[], object] = lambda: source.mul_(1.0)
-        if kind == "copy":
-            self.step = lambda: target.copy_(source)
+        self._source = torch.ones(nbytes // 4, device=device.device)
+        self._target = torch.zeros_like(self._source) if kind == "copy" else None
+
+    def step(self) -> None:
+        if self._target is None:
+            self._source.mul_(1.0)
+        else:
+            self._target.copy_(self._source)
 
     def describe(self) -> dict[str, Any]:
-        """As that of an optimizer."""
-        return {"moved_bytes": self.moved}
+        return {"moved_bytes": 2 * self._source.nbytes}  # read once, written once
 
     def check(self) -> None:
-        """There is nothing to check."""
+        """Buffers stay as they are."""
 
 
 class Stepper:
@@ -204,7 +205,6 @@ class Stepper:
         return {**self._job.describe(), "first_step_s": first, "step_s": step_s, "bits": bits}
 
     def turn(self, seconds: float) -> float:
-        """The median time of the steps that fit into these seconds."""
         return self._device.seconds_of_step(self._job.step, seconds)
 
     def finish(self, folder: str) -> dict[str, int | None]:
@@ -222,7 +222,6 @@ class Stepper:
         return found
 
     def launches(self) -> int | None:
-        """Kernels that a step starts; for the end, since a profiler slows down its process."""
         found = self._device.launches(self._job.step)
         self._free()
         return found

@@ -52,7 +52,6 @@ class Row:
 
     @property
     def name(self) -> str:
-        """That of the contender."""
         return self.contender.name
 
 
@@ -86,8 +85,6 @@ class Bench:
         for worker in (worker for workers in self._workers.values() for worker in workers):
             worker.stop()
         self._workers = {}
-
-    # -- talking to processes ------------------------------------------------------------------
 
     def _ask(self, rows: list[Row], method: str, *arguments: Any) -> list[tuple[Row, list[Any]]]:
         """Calls a method in all rows' processes at a time; the answers. Who fails is skipped."""
@@ -180,8 +177,6 @@ class Bench:
                 batches[-1].append(one)
         return batches
 
-    # -- what is asked for ---------------------------------------------------------------------
-
     def measure(
         self, chosen: Sequence[Contender], everywhere: Sequence[Contender],
         tensors: TensorList, dtype: str,
@@ -192,19 +187,17 @@ class Bench:
         """
         say(f"{tensors.label}, {dtype}")
         present = [one for one in chosen if installed(one.package)]
-        rows: list[Row] = []
+        rows = [Row(one, skipped=f"{one.package} is not installed")
+                for one in chosen if one not in present]  # fmt: skip
         itemsize = getattr(torch, dtype).itemsize
         for number, batch in enumerate(self.batches(present, everywhere, tensors, itemsize)):
             if number == 0 or not self.plan.late():
                 some = [Row(one, number) for one in [*everywhere, *batch]]
                 self._measure(some, tensors, dtype)
                 rows += some
-        for one in chosen:
-            if one not in [row.contender for row in rows]:
-                reason = "it did not fit into memory, or the time limit has passed"
-                missing = f"{one.package} is not installed"
-                rows.append(Row(one, skipped=reason if one in present else missing))
-        return rows
+        reason = "it did not fit into memory, or the time limit has passed"
+        known = {row.name for row in rows}
+        return rows + [Row(one, skipped=reason) for one in present if one.name not in known]
 
     def count_launches(self, rows: list[Row], tensors: TensorList, dtype: str) -> None:
         """Counts the kernel launches of a step of measured rows.
