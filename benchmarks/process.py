@@ -74,7 +74,6 @@ class Worker:
         return result
 
     def stop(self) -> None:
-        """Ends the process."""
         self._process.kill()
         self._process.join()
 

@@ -165,8 +165,7 @@ class Bench:
         def need(one: Contender) -> int:
             if one in MEMORY:
                 return int(device.process_bytes + 1.5 * device.buffer_bytes)  # 3 buffers in all
-            held = tensors.numel * (2 * itemsize + one.state_bytes)
-            return int(device.process_bytes + held + tensors.largest * one.temporary_bytes)
+            return int(device.process_bytes + tensors.numel * (2 * itemsize + one.state_bytes))
 
         room = int(device.usable_share * device.free_bytes()) - sum(map(need, everywhere))
         batches: list[list[Contender]] = [[]]

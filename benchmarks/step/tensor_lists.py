@@ -29,11 +29,6 @@ class TensorList:
         """Elements of all tensors."""
         return sum(math.prod(shape) for shape in self.shapes)
 
-    @property
-    def largest(self) -> int:
-        """Elements of the largest tensor."""
-        return max(math.prod(shape) for shape in self.shapes)
-
 
 def _resnet101() -> list[Shape]:
 
