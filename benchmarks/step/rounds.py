@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.process import Worker, WorkerError
+from benchmarks.process import Worker
 from benchmarks.reporting import installed, say
 from benchmarks.step.contenders import MEMORY, Contender
 from benchmarks.step.devices import Cpu
@@ -95,10 +95,10 @@ class Bench:
         for row in rows:
             answers = []
             for worker in self._workers[row.name]:
-                try:
-                    answers.append(worker.receive(end - time.monotonic()))
-                except WorkerError as error:
-                    self._skip(row, str(error))
+                error, result = worker.receive(end - time.monotonic())
+                answers.append(result)
+                if error is not None:  # ends the other ranks, too, which may wait for this one
+                    self._skip(row, error)
             if row.skipped is None:
                 found.append((row, answers))
         return found
