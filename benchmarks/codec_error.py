@@ -14,6 +14,7 @@ The rows "dynamic" with blocks run `torchao8.quantize_blockwise` and
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -51,18 +52,13 @@ def absmax_codec(make_map: Callable[[bool], Tensor], block_size: int | None) -> 
     return codec
 
 
-def torchao8_codec(block_size: int) -> Codec:
-    """What torchao8's optimizers store: the dynamic map, and a scale with the extreme's sign."""
-
-    def codec(x: Tensor, signed: bool) -> Tensor:
-        codes, scale = torchao8.quantize_blockwise(x, block_size=block_size, signed=signed)
-        return torchao8.dequantize_blockwise(codes, scale, block_size=block_size, signed=signed)
-
-    return codec
-
-
 def codecs() -> dict[tuple[str, str], Codec]:
     """The codecs to compare by map and by what shares one scale, the crudest first."""
+
+    def library(size: int, x: Tensor, signed: bool) -> Tensor:
+        codes, scale = torchao8.quantize_blockwise(x, block_size=size, signed=signed)
+        return torchao8.dequantize_blockwise(codes, scale, block_size=size, signed=signed)
+
     dynamic = torchao8.dynamic_map
     found = {("linear", "tensor"): absmax_codec(linear_map, None),
              ("dynamic", "tensor"): absmax_codec(dynamic, None)}  # fmt: skip
@@ -70,34 +66,27 @@ def codecs() -> dict[tuple[str, str], Codec]:
         scope = f"blocks of {size}"
         found["linear", scope] = absmax_codec(linear_map, size)
         found["dynamic, positive scale", scope] = absmax_codec(dynamic, size)
-        found["dynamic", scope] = torchao8_codec(size)
+        found["dynamic", scope] = functools.partial(library, size)
     return found
 
 
-def error_of_values(x: Tensor, signed: bool, codec: Codec) -> dict[str, float]:
-    """Mean |q - x|; mean and median of |q - x| / |x|; share rounded to zero (of x != 0)."""
-    stored = codec(x, signed)
-    error = (stored.double() - x).abs()
-    live = x != 0
-    relative = error[live] / x[live].double().abs()
+def errors(stored: Tensor, exact: Tensor) -> dict[str, float]:
+    """Absolute and relative errors; the share rounded to zero of what is not zero."""
+    error, live = (stored.double() - exact).abs(), exact != 0
+    relative = error[live] / exact[live].double().abs()
     return {
         "mean_absolute_error": error.mean().item(),
+        "median_absolute_error": error.median().item(),
+        "largest_absolute_error": error.max().item(),
         "mean_relative_error": relative.mean().item(),
         "median_relative_error": relative.median().item(),
         "share_rounded_to_zero": (stored[live] == 0).double().mean().item(),
     }
 
 
-def error_of_update(m: Tensor, v: Tensor, codec: Codec, eps: float = 1e-8) -> dict[str, float]:
-    """Error of u = m / (sqrt(v) + eps) from quantized moments: mean, median, largest |u' - u|."""
-    exact = m.double() / (v.double().sqrt() + eps)
-    stored = codec(m, True).double() / (codec(v, False).double().sqrt() + eps)
-    error = (stored - exact).abs()
-    return {
-        "mean_absolute_error": error.mean().item(),
-        "median_absolute_error": error.median().item(),
-        "largest_absolute_error": error.max().item(),
-    }
+def update(m: Tensor, v: Tensor) -> Tensor:
+    """Adam's m / (sqrt(v) + eps)."""
+    return m.double() / (v.double().sqrt() + 1e-8)
 
 
 def adam_moments(elements: int, steps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -123,30 +112,30 @@ def measure(elements: int) -> dict[str, list[dict[str, Any]]]:
     m, v = adam_moments(elements, 50, generator)
     far = torch.rand(normal.shape, generator=generator) < 1e-4
     outliers = torch.where(far, normal * 100, normal)
-    kinds: dict[str, Callable[[Codec], dict[str, float]]] = {
-        "normal": lambda codec: error_of_values(normal, True, codec),
-        "normal, 1 in 10,000 is 100 times as large": lambda c: error_of_values(outliers, True, c),
-        "second moment v": lambda codec: error_of_values(v, False, codec),
-        "update m / sqrt(v)": lambda codec: error_of_update(m, v, codec),
+    kinds: dict[str, tuple[Tensor, Callable[[Codec], Tensor]]] = {
+        "normal": (normal, lambda codec: codec(normal, True)),
+        "normal, 1 in 10,000 is 100 times as large": (outliers, lambda c: c(outliers, True)),
+        "second moment v": (v, lambda codec: codec(v, False)),
+        "update m / sqrt(v)": (update(m, v), lambda c: update(c(m, True), c(v, False))),
     }
     return {
-        data: [{"map": m, "scope": s, **error(codec)} for (m, s), codec in codecs().items()]
-        for data, error in kinds.items()
-    }
+        data: [{"map": m, "scope": s, **errors(stored(codec), exact)}
+               for (m, s), codec in codecs().items()]
+        for data, (exact, stored) in kinds.items()
+    }  # fmt: skip
 
 
 def main(argv: Iterable[str] | None = None) -> None:
-    """Runs the benchmark with the command line `argv` (of the process if None)."""
     parser = reporting.parser(__doc__, "codec-error")
     parser.add_argument("--elements", type=int, default=1 << 22, help="of each tensor (2^22)")
     args = parser.parse_args(argv)
     if args.elements < 2048 or args.elements % 2048:
         parser.error(f"--elements: must be a multiple of 2048, got {args.elements}")
     tables = measure(args.elements)
-    for data, errors in tables.items():
-        names = list(errors[0])[2:]
-        headers = ["map", "scale of", *(name.replace("_", " ") for name in names)]
-        lines = [[one["map"], one["scope"], *(f"{one[n]:.3g}" for n in names)] for one in errors]
+    for data, rows in tables.items():
+        headers = ["map", "scale of", *(name.replace("_", " ") for name in list(rows[0])[2:])]
+        lines = [[map_name, scope, *(f"{value:.3g}" for value in values)]
+                 for map_name, scope, *values in (row.values() for row in rows)]  # fmt: skip
         print(f"\n{data}, {args.elements:,} elements")
         print(reporting.format_table(headers, lines, left=2))
     record = {
@@ -154,7 +143,7 @@ def main(argv: Iterable[str] | None = None) -> None:
         "versions": reporting.versions(["torchao8"]),
         "elements": args.elements,
         "seed": SEED,
-        "tables": [{"data": data, "errors": errors} for data, errors in tables.items()],
+        "tables": [{"data": data, "errors": rows} for data, rows in tables.items()],
     }
     print(f"\nwrote {reporting.write_results(args, record)}")
 

@@ -7,13 +7,15 @@
 Each commit is checked out and built once, under build/compare/<hash>; the working tree is built in
 place. Every optimizer has a process of its own, in which torchao8 is imported from its build. Those
 of AdamW, and then those of AdamW8bit, take turns with torch's, in an order that rotates. Ratios are
-of speed, in the same round: above 1, what is named first takes less time. `bits` says whether the
-parameters and every state of both commits have the same bits after five steps on seeded gradients.
+of speed, in the same round: above 1, the row takes less time than what it is compared with. `bits`
+says whether the parameters and every state of both commits have the same bits after five steps on
+seeded gradients.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import subprocess
 import sys
@@ -27,12 +29,12 @@ from benchmarks import reporting
 from benchmarks.step.contenders import BASELINE, CONTENDERS, Contender
 from benchmarks.step.devices import Cpu
 from benchmarks.step.rounds import Bench, Plan, Row, ratios
-from benchmarks.step.tensor_lists import LISTS, list_names, tensor_list
+from benchmarks.step.tensor_lists import LISTS, list_names, tensor_lists
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILDS = ROOT / "build" / "compare"
 OPTIMIZERS = {"AdamW": "32bit", "AdamW8bit": "8bit"}  # class: contender
-SIDES = ("old", "new", "torch")
+SIDES = ("new", "old", "torch")  # each is compared with those behind it
 
 
 # --- the two builds -----------------------------------------------------------------------------
@@ -80,12 +82,10 @@ def source_of(revision: str | None) -> tuple[str, Path]:
 
 def contenders(name: str, sources: dict[str, Path], kinds: tuple[str, ...]) -> list[Contender]:
     """An optimizer of both sides and torch's, on each kind of tensors; its side comes first."""
-    chosen = [
-        replace(CONTENDERS[name], name=f"{side} {name}", source=str(tree))
-        for side, tree in sources.items()
-    ]
-    chosen.append(replace(CONTENDERS[BASELINE], name="torch"))
-    return [replace(c, name=f"{c.name} {kind}", tensors=kind) for c in chosen for kind in kinds]
+    sides = {side: replace(CONTENDERS[name], source=str(tree)) for side, tree in sources.items()}
+    sides["torch"] = CONTENDERS[BASELINE]
+    return [replace(chosen, name=f"{side} {name} {kind}", tensors=kind)
+            for side, chosen in sides.items() for kind in kinds]  # fmt: skip
 
 
 def speed(of: Row, over: Row) -> dict[str, float] | None:
@@ -107,60 +107,49 @@ def same_bits(old: Row, new: Row) -> str:
     return "yes" if not wrong else f"no: {', '.join(wrong)}"
 
 
-def compared(
-    optimizer: str, kind: str, of: dict[str, Row], plain: dict[str, Row]
-) -> dict[str, Any]:
-    """What the result file says about an optimizer on a kind of tensors: `of` has a row a side.
-
-    `plain` are the rows of the shards if the kind is "DTensor".
-    """
-    return {
-        "optimizer": optimizer,
-        "tensors": kind,
-        "ms": {s: 1e3 * median(row.rounds.values()) for s, row in of.items() if row.rounds},
-        "new over old": speed(of["new"], of["old"]),
-        "new over torch": speed(of["new"], of["torch"]),
-        "old over torch": speed(of["old"], of["torch"]),
-        **{_dtensor_column(s): speed(plain[s], row) for s, row in of.items() if s in plain},
-        "bits": same_bits(of["old"], of["new"]),
-        "saved_bytes": {s: row.saved_bytes for s, row in of.items() if row.saved_bytes},
-        "skipped": {s: row.skipped for s, row in of.items() if row.skipped},
-        "ms_of_rounds": {s: [1e3 * t for t in row.rounds.values()] for s, row in of.items()},
-    }
-
-
-def _dtensor_column(side: str) -> str:
-    return f"{side}: time of DTensors over shards"
-
-
-def _ratio(value: dict[str, float] | None) -> str:
-    return "" if value is None else "{median:.2f} ({low:.2f} - {high:.2f})".format(**value)
+def compared(optimizer: str, rows: list[Row]) -> list[dict[str, Any]]:
+    """The rows of the result file about an optimizer: one for each kind of tensors and side."""
+    of = {(row.contender.tensors, row.name.split()[0]): row for row in rows}
+    found = []
+    for (kind, side), row in sorted(of.items(), key=lambda item: item[0][0]):
+        one = {"optimizer": optimizer, "tensors": kind, "side": side}
+        if row.skipped is not None:
+            found.append({**one, "skipped": row.skipped})
+            continue
+        times = [1e3 * seconds for seconds in row.rounds.values()]
+        one |= {"ms": median(times), "ms_of_rounds": times}
+        others = SIDES[SIDES.index(side) + 1 :]
+        one |= {f"over {other}": speed(row, of[kind, other]) for other in others}
+        if kind == "DTensor":
+            # Of times, not of speeds: what a DTensor costs beside its shard.
+            one["time over shards"] = speed(of["shard", side], row)
+            one["saved_bytes"] = row.info["saved_bytes"]
+        if side == "new":
+            one["bits"] = same_bits(of[kind, "old"], row)
+        found.append(one)
+    return found
 
 
 def table(cases: list[dict[str, Any]]) -> str:
     """All rows; below them, what was left out and why."""
-    names = ["new over old", "new over torch", "old over torch"]
     sharded = any(row["tensors"] == "DTensor" for case in cases for row in case["rows"])
-    if sharded:
-        names = [*names[:2], *(_dtensor_column(side) for side in SIDES)]
-    unit = "us a tensor" if sharded else "ms"
-    headers = ["", "dtype", "step", "optimizer", "tensors", *(f"{s}, {unit}" for s in SIDES)]
-    headers += [*names, *["new/torch, MB saved"] * sharded, "bits"]
+    names = ["over old", "over torch", *["time over shards"] * sharded]
+    headers = ["", "dtype", "step", "optimizer", "tensors", "side"]
+    headers += ["us a tensor" if sharded else "ms", *names, *["MB saved"] * sharded, "bits"]
     lines, left_out = [], []
-    for case in cases:
-        for row in case["rows"]:
-            scale = 1e3 / case["tensors"] if sharded else 1.0
-            line = [case["label"], case["dtype"], case["step"], row["optimizer"], row["tensors"]]
-            line += [format(scale * row["ms"][s], ".3g") if s in row["ms"] else "" for s in SIDES]
-            line += [_ratio(row.get(name)) for name in names]
-            if sharded:
-                saved = [row["saved_bytes"].get(side) for side in ("new", "torch")]
-                line.append("/".join(f"{size / 1e6:.1f}" for size in saved if size))
-            lines.append([*line, row["bits"]])
-            where = f"{row['optimizer']}, {row['tensors']}, {case['label']}, {case['dtype']}"
-            left_out += [f"left out, {side}, {case['step']}, {where}: {why}"
-                         for side, why in row["skipped"].items()]  # fmt: skip
-    return "\n".join([reporting.format_table(headers, lines, left=5), *left_out])
+    for case, row in ((one, row) for one in cases for row in one["rows"]):
+        line = [case["label"], case["dtype"], case["step"]]
+        line += [row["optimizer"], row["tensors"], row["side"]]
+        if "skipped" in row:
+            left_out.append(f"left out, {', '.join(line)}: {row['skipped']}")
+            continue
+        line.append(format(row["ms"] * (1e3 / case["tensors"] if sharded else 1.0), ".3g"))
+        ratios = (row.get(name) for name in names)
+        line += ["{median:.2f} ({low:.2f} - {high:.2f})".format(**r) if r else "" for r in ratios]
+        if sharded:
+            line.append(f"{row['saved_bytes'] / 1e6:.1f}" if "saved_bytes" in row else "")
+        lines.append([*line, row.get("bits", "")])
+    return "\n".join([reporting.format_table(headers, lines, left=6), *left_out])
 
 
 def _parse(argv: Iterable[str] | None) -> argparse.Namespace:
@@ -195,22 +184,13 @@ def measure(args: argparse.Namespace, sources: dict[str, Path]) -> list[dict[str
     plan, cases = Plan(args.rounds, args.turn, budget=60.0), []
     for step, suffix in [("eager", ""), ("compiled", "-compiled")][: 1 + args.compiled]:
         with Bench(Cpu("cpu"), threads, plan, ranks) as bench:
-            for list_name in args.lists:
-                tensors = tensor_list(list_name)
-                for dtype in args.dtype:
-                    found = []
-                    for optimizer, name in OPTIMIZERS.items():
-                        chosen = contenders(name + suffix, sources, kinds)
-                        rows = bench.measure(chosen, [], tensors, dtype)
-                        of = {(r.name.split()[0], r.contender.tensors): r for r in rows}
-                        shards = {s: of[s, "shard"] for s in SIDES if args.sharded}
-                        for kind in kinds:
-                            sides = {side: of[side, kind] for side in SIDES}
-                            plain = shards if kind == "DTensor" else {}
-                            found.append(compared(optimizer, kind, sides, plain))
-                    case = {"list": list_name, "label": tensors.label, "dtype": dtype}
-                    count = len(tensors.shapes)
-                    cases.append({**case, "tensors": count, "step": step, "rows": found})
+            for list_name, dtype in itertools.product(args.lists, args.dtype):
+                tensors, found = tensor_lists()[list_name], []
+                for optimizer, name in OPTIMIZERS.items():
+                    chosen = contenders(name + suffix, sources, kinds)
+                    found += compared(optimizer, bench.measure(chosen, [], tensors, dtype))
+                case = {"list": list_name, "label": tensors.label, "dtype": dtype, "step": step}
+                cases.append({**case, "tensors": len(tensors.shapes), "rows": found})
     return cases
 
 

@@ -24,7 +24,7 @@ from benchmarks import reporting
 from benchmarks.quality.report import groups
 from benchmarks.quality.runs import CODECS, REFERENCE
 from benchmarks.step.contenders import BASELINE, MEMORY
-from benchmarks.step.tables import milliseconds, title
+from benchmarks.step.tables import milliseconds, of_rule, title
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # What the documentation shows.
@@ -101,10 +101,9 @@ def family(record: dict[str, Any], path: Path) -> None:
     """The speed of every 8-bit optimizer over the same rule of torch: a panel for each dtype."""
     found: dict[str, list[tuple[str, float, str, bool]]] = {}
     for case in record["cases"]:
-        rows = {row["name"]: row for row in _timed(case)}
-        ours = rows.get(f"{case['rule'].lower()}-8bit")
-        if ours is not None and ours["speedup"] is not None:
-            form = rows[case["fastest"]]["label"].replace(f" {case['rule']}", "")
+        ours, fastest = of_rule(case) or (None, None)
+        if ours and fastest and ours["speedup"] is not None:
+            form = fastest["label"].replace(f" {case['rule']}", "")
             name = f"{case['rule']}8bit over {form.replace('torch._foreach_*', 'torch operations')}"
             row = name, ours["speedup"], f"{ours['speedup']:.2f}", True
             found.setdefault(f"{case['label']}, {case['dtype']}", []).append(row)

@@ -17,10 +17,6 @@ from typing import Any
 from unittest import mock
 
 
-class WorkerError(RuntimeError):
-    """A process failed, ended or did not answer in time; the message says which."""
-
-
 class Worker:
     """A process that holds `make(*arguments)`.
 
@@ -54,27 +50,18 @@ class Worker:
         with contextlib.suppress(OSError):  # it has ended, which `receive` tells
             self._pipe.send((method, arguments))
 
-    def receive(self, timeout: float) -> Any:
-        """What the method returned.
-
-        Raises:
-            WorkerError: the method raised, or there is no answer within `timeout` seconds.
-        """
-        if not self._pipe.poll(max(timeout, 0)):
-            self.stop()
-            raise WorkerError(f"no answer within {timeout:.0f} s")
+    def receive(self, timeout: float) -> tuple[str | None, Any]:
+        """An error, if there is one, and what the method returned; waits for so many seconds."""
         try:
-            error, result = self._pipe.recv()
+            if self._pipe.poll(max(timeout, 0)):
+                error, result = self._pipe.recv()
+                return error, result
         except (EOFError, OSError):
             self._process.join()
-            status = self._process.exitcode
-            raise WorkerError(f"the process ended (exit status {status})") from None
-        if error is not None:
-            raise WorkerError(error)
-        return result
+            return f"the process ended (exit status {self._process.exitcode})", None
+        return f"no answer within {timeout:.0f} s", None
 
     def stop(self) -> None:
-        """Ends the process."""
         self._process.kill()
         self._process.join()
 

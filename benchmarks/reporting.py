@@ -20,8 +20,6 @@ import torch
 
 OUT = Path("runs/benchmarks")  # git ignores runs/: results/ holds the results that are reported
 
-# The vector extensions that decide which code path a CPU library takes.
-_CPU_FLAGS = "avx avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512vbmi avx512_vnni".split()
 _BUSY_SHARE = 0.03  # of the CPU time; with more gone elsewhere, timings are doubtful
 
 
@@ -70,7 +68,6 @@ def add_timing(made: argparse.ArgumentParser, rounds: str, turn: str, lists: str
 
 
 def installed(package: str) -> bool:
-    """Whether `package` can be imported, without importing it."""
     return importlib.util.find_spec(package) is not None
 
 
@@ -116,24 +113,14 @@ def usable_cores() -> int:
 
 def describe_machine(threads: int) -> dict[str, Any]:
     """CPU, memory and settings that a timing depends on."""
-    flags = field_of("/proc/cpuinfo", "flags").split()
     return {
         "cpu": field_of("/proc/cpuinfo", "model name") or platform.processor(),
         "cores": usable_cores(),
         "threads": threads,
-        "cpu_flags": [flag for flag in _CPU_FLAGS if flag in flags],
         "memory_bytes": kibibytes("/proc/meminfo", "MemTotal"),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "system": f"{platform.system()} {platform.machine()}",
     }
-
-
-def _cpu_seconds() -> list[float]:
-    """Seconds of all cores since the system started: all, stolen by a hypervisor, busy, our own."""
-    ticks = field_of("/proc/stat", "cpu", "").split()
-    seconds = [int(field) / os.sysconf("SC_CLK_TCK") for field in ticks[:8]]
-    steal, idle = seconds[7], seconds[3] + seconds[4]
-    return [sum(seconds), steal, sum(seconds) - steal - idle, sum(os.times()[:4])]
 
 
 class CpuWatch:
@@ -144,21 +131,27 @@ class CpuWatch:
     """
 
     def __init__(self) -> None:
-        self._start = _cpu_seconds() if Path("/proc/stat").exists() else None
+        self._start = self._seconds()
+
+    def _seconds(self) -> list[float]:
+        """Seconds of all cores since the system started: all, stolen, busy, our own."""
+        ticks = [int(field) for field in field_of("/proc/stat", "cpu", "").split()[:8]]
+        if not ticks:  # there is no such file on this system
+            return []
+        total, steal, idle = (t / os.sysconf("SC_CLK_TCK")
+                              for t in (sum(ticks), ticks[7], ticks[3] + ticks[4]))  # fmt: skip
+        return [total, steal, total - steal - idle, sum(os.times()[:4])]
 
     def shares(self) -> dict[str, float] | None:
         """{"stolen", "others"} as fractions; says them if they are large. None: no /proc/stat."""
-        if self._start is None:
+        if not self._start:
             return None
-        total, steal, busy, own = (b - a for a, b in zip(self._start, _cpu_seconds(), strict=True))
-        total = max(total, 1e-9)
-        found = {"stolen": steal / total, "others": max(busy - own, 0.0) / total}
-        if sum(found.values()) > _BUSY_SHARE:
-            say(
-                f"the machine was not quiet: other processes took {found['others']:.0%} of the "
-                f"CPU time, a hypervisor {found['stolen']:.0%}"
-            )
-        return found
+        total, steal, busy, own = (b - a for a, b in zip(self._start, self._seconds(), strict=True))
+        shares = steal / max(total, 1e-9), max(busy - own, 0.0) / max(total, 1e-9)
+        if sum(shares) > _BUSY_SHARE:
+            say("the machine was not quiet: a hypervisor took {:.0%} of the CPU time, other "
+                "processes {:.0%}".format(*shares))  # fmt: skip
+        return dict(zip(("stolen", "others"), shares, strict=True))
 
 
 # --- what comes out -----------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """``benchmarks.compare``: ratios, bits, and a comparison of this library with a changed copy."""
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -71,20 +72,21 @@ def test_bits_of_a_job_follow_from_the_seed_and_tell_a_changed_rule(
 
 
 def test_table_has_what_was_left_out() -> None:
-    sides = {
-        "old": row({}, skipped="ValueError: too old"),
-        "new": row({0: 1e-3, 1: 2e-3}, info={"bits": [{"parameters": "a"}]}),
-        "torch": row({0: 3e-3, 1: 3e-3}),
-    }
-    rows = [compare.compared(name, "whole", sides, {}) for name in compare.OPTIMIZERS]
-    case = {"label": "a list", "dtype": "float32", "tensors": 2, "step": "eager", "rows": rows}
-    *lines, note, _ = compare.table([case]).splitlines()
+    old, new, theirs = compare.contenders("8bit", dict.fromkeys(("old", "new"), Path()), ("whole",))
+    info = {"bits": [{"parameters": "a"}]}
+    rows = [
+        Row(old, skipped="ValueError: too old"),
+        Row(new, rounds={0: 1e-3, 1: 2e-3}, info=info),
+        Row(theirs, rounds={0: 3e-3, 1: 3e-3}),
+    ]
+    found = compare.compared("AdamW8bit", rows)
+    case = {"label": "a list", "dtype": "float32", "tensors": 2, "step": "eager", "rows": found}
+    *lines, note = compare.table([case]).splitlines()
     header, _, first, _ = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     cells = dict(zip(header, first, strict=True))
-    assert (cells["old, ms"], cells["new, ms"], cells["torch, ms"]) == ("", "1.5", "3")
-    assert (cells["new over old"], cells["bits"]) == ("", "")
-    assert cells["new over torch"] == "2.25 (1.88 - 2.62)"
-    assert note == "left out, old, eager, AdamW, whole, a list, float32: ValueError: too old"
+    assert (cells["side"], cells["ms"], cells["over old"], cells["bits"]) == ("new", "1.5", "", "")
+    assert cells["over torch"] == "2.25 (1.88 - 2.62)"
+    assert note == "left out, a list, float32, eager, AdamW8bit, whole, old: ValueError: too old"
 
 
 def test_what_cannot_be_compared_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,18 +125,18 @@ def test_a_changed_copy_is_told_from_this_library(
     assert record["versions"]["torch"] == torch.__version__
     (case,) = record["cases"]
     kinds = ["DTensor", "shard"] if sharded else ["whole"]
-    places = [(name, kind) for name in compare.OPTIMIZERS for kind in kinds]
-    assert [(row["optimizer"], row["tensors"]) for row in case["rows"]] == places
-    for row in case["rows"]:
-        assert row["bits"].startswith("no: ")
-        assert "max_exp_avg_sq" in row["bits"]
-        assert row["skipped"] == {}
-        assert all(len(times) == 3 for times in row["ms_of_rounds"].values())
-        assert row["new over torch"]["median"] > 0
-        sizes = row["saved_bytes"]
-        assert sizes.keys() == ({*compare.SIDES} if row["tensors"] == "DTensor" else set())
-        assert not sizes or sizes["old"] > sizes["new"]
-    assert any(name.startswith("new: time of DTensors") for name in case["rows"][0]) == sharded
+    rows = {(row["optimizer"], row["tensors"], row["side"]): row for row in case["rows"]}
+    assert list(rows) == [*itertools.product(compare.OPTIMIZERS, kinds, ("old", "new", "torch"))]
+    for (optimizer, kind, side), row in rows.items():
+        assert len(row["ms_of_rounds"]) == 3
+        assert (row["over torch"]["median"] > 0) if side != "torch" else "over torch" not in row
+        assert ("saved_bytes" in row) == ("time over shards" in row) == (kind == "DTensor")
+        if side == "new":
+            assert row["bits"].startswith("no: ")
+            assert "max_exp_avg_sq" in row["bits"]
+            assert row["over old"]["median"] > 0
+            if kind == "DTensor":
+                assert rows[optimizer, kind, "old"]["saved_bytes"] > row["saved_bytes"]
 
 
 def test_the_script_runs_by_its_path() -> None:

@@ -19,7 +19,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,8 @@ def key(identity: dict[str, Any]) -> str:
     return json.dumps(identity, sort_keys=True)
 
 
-class Records:
-    """The file of records: a line of JSON each, {"run", "result", "machine", "date"}.
+class Records(dict[str, Record]):
+    """The file of records by run: a line of JSON each, {"run", "result", "machine", "date"}.
 
     A line that a kill cut off is dropped; a later record of a run takes the place of an earlier
     one.
@@ -47,21 +47,15 @@ class Records:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._found: dict[str, Record] = {}
         content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
             os.truncate(path, len(whole))
-        for line in whole.splitlines():
-            record = json.loads(line)
-            self._found[key(record["run"])] = record
-
-    def __iter__(self) -> Iterator[Record]:
-        return iter(self._found.values())
+        super().__init__((key(r["run"]), r) for r in map(json.loads, whole.splitlines()))
 
     def has(self, run: Run) -> bool:
         """Whether a run has a result. One that failed has none: it is tried again."""
-        record = self._found.get(key(run.identity()))
+        record = self.get(key(run.identity()))
         return record is not None and "error" not in record["result"]
 
     def add(self, run: Run, result: dict[str, Any], machine: dict[str, Any]) -> None:
@@ -73,7 +67,7 @@ class Records:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self._found[key(record["run"])] = record
+        self[key(record["run"])] = record
 
 
 def make_runs(runs: list[Run], records: Records, machine: dict[str, Any]) -> None:
@@ -110,14 +104,13 @@ def _parse(argv: Iterable[str] | None) -> tuple[argparse.Namespace, list[Run]]:
 
 
 def main(argv: Iterable[str] | None = None) -> None:
-    """Runs the benchmark with the command line `argv` (of the process if None)."""
     args, chosen = _parse(argv)
     if args.list:
         print(*dict.fromkeys(run.label for run in chosen), sep="\n")
         return
     records = Records(args.records)
     if args.report:
-        summary = summarize(chosen, list(records))
+        summary = summarize(chosen, list(records.values()))
         path = reporting.write_results(args, summary)
         path.with_suffix(".md").write_text(page(summary))
         print(f"{page(summary)}\nwrote {path} and {path.with_suffix('.md')}")

@@ -38,8 +38,7 @@ def errors(rate: float, noise: float, rounding: str, steps: int) -> tuple[float,
         p.grad = signal + noisy
         exact = rate * exact + (1 - rate) * p.grad.double()
         optimizer.step()
-    codes, scale = (optimizer.state[p][f"exp_avg_slow_{part}"] for part in ("codes", "scale"))
-    stored = torchao8.dequantize_blockwise(codes, scale).double()
+    stored = optimizer.moments(p)["exp_avg_slow"].double()
     return (
         float((stored - exact).norm() / exact.norm()),
         float((stored * exact).sum() / (exact * exact).sum()),

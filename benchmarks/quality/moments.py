@@ -49,7 +49,7 @@ class EmulatedAdamW8bit(torch.optim.AdamW):
 
 
 class UpdateError:
-    """Float32 moments that are fed the gradients of an `AdamW8bit`, and the error of its steps.
+    """The error of the steps of an `AdamW8bit`, against moments of `torch.optim.AdamW`.
 
     Both see the same gradients, those of the 8-bit run, so that the error is of the moments alone
     and not of two trainings that went apart. The update is taken from what the step did to the
@@ -57,16 +57,16 @@ class UpdateError:
     """
 
     def __init__(self, optimizer: torchao8.AdamW8bit, every: int) -> None:
-        self._optimizer = optimizer
-        self._every = every
-        self._step = 0
+        self._optimizer, self._every, self._step = optimizer, every, 0
         (self._group,) = optimizer.param_groups
         layout = self._group["block_size"], self._group["min_8bit_size"]
         self._params: list[Tensor] = [
             p for p in self._group["params"] if why_32bit(tuple(p.shape), (), (), *layout) is None
         ]
-        self._m = [torch.zeros_like(p) for p in self._params]
-        self._v = [torch.zeros_like(p) for p in self._params]
+        # They are zero before each step, and minus the exact update after it.
+        self._exact = [torch.nn.Parameter(torch.zeros_like(p)) for p in self._params]
+        options = {name: self._group[name] for name in ("betas", "eps")}
+        self._adam = torch.optim.AdamW(self._exact, lr=1.0, weight_decay=0.0, **options)
         self._old: list[Tensor] | None = None
         self.errors: list[tuple[int, float]] = []  # (step, relative L2 error)
 
@@ -74,11 +74,10 @@ class UpdateError:
     def before_step(self) -> None:
         """Takes in the gradients."""
         self._step += 1
-        grads = [p.grad for p in self._params]
-        beta1, beta2 = self._group["betas"]
-        torch._foreach_lerp_(self._m, grads, 1 - beta1)
-        torch._foreach_mul_(self._v, beta2)
-        torch._foreach_addcmul_(self._v, grads, grads, 1 - beta2)
+        for p, exact in zip(self._params, self._exact, strict=True):
+            exact.zero_()
+            exact.grad = p.grad
+        self._adam.step()
         due = self._step % self._every == 0
         self._old = [p.double() for p in self._params] if due else None
 
@@ -87,26 +86,20 @@ class UpdateError:
         """Compares, where it is due."""
         if self._old is None:
             return
-        group, step = self._group, self._step
-        lr, decay, (beta1, beta2) = group["lr"], group["weight_decay"], group["betas"]
+        lr, decay = self._group["lr"], self._group["weight_decay"]
         difference = total = 0.0
-        for p, old, m, v in zip(self._params, self._old, self._m, self._v, strict=True):
+        for p, old, exact in zip(self._params, self._old, self._exact, strict=True):
             update = (old * (1 - lr * decay) - p) / lr
-            root = (v.double() / (1 - beta2**step)).sqrt()
-            exact = m.double() / (1 - beta1**step) / (root + group["eps"])
-            difference += (update - exact).square().sum().item()
+            difference += (update + exact).square().sum().item()
             total += exact.square().sum().item()
-        self.errors.append((step, (difference / total) ** 0.5))
+        self.errors.append((self._step, (difference / total) ** 0.5))
 
     @torch.no_grad()
     def stored_over_exact(self) -> list[float]:
         """Percentiles (1, 50, 99) of stored second moments over exact ones, of those above 0."""
         ratios = []
-        for p, v in zip(self._params, self._v, strict=True):
-            state = self._optimizer.state[p]
-            codes, scale = state["exp_avg_sq_codes"], state["exp_avg_sq_scale"]
-            size = self._group["block_size"]
-            stored = torchao8.dequantize_blockwise(codes, scale, block_size=size, signed=False)
-            ratios.append((stored / v)[v > 0])
+        for p, exact in zip(self._params, self._exact, strict=True):
+            v = self._adam.state[exact]["exp_avg_sq"]
+            ratios.append((self._optimizer.moments(p)["exp_avg_sq"] / v)[v > 0])
         ordered = torch.cat(ratios).sort().values
         return [ordered[round(q * (len(ordered) - 1))].item() for q in PERCENTILES]

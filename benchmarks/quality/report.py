@@ -13,7 +13,8 @@ from benchmarks.reporting import format_table
 Record = dict[str, Any]  # {"run": Run.identity(), "result": ...}
 Cells = list[dict[str, Any]]
 Results = dict[int, dict[str, Any]]  # the results of one place in a table, by seed
-Place = tuple[str, str, str, str, float]  # study, task, row, column, lr
+PLACE = ("study", "task", "row", "column", "lr")
+Place = tuple[Any, ...]
 
 
 def reference(place: Place) -> Place:
@@ -22,11 +23,6 @@ def reference(place: Place) -> Place:
     if study == "ablation":
         return study, task, REFERENCE, next(iter(EMBEDDINGS)), lr
     return study, task, row, OURS_32BIT, lr
-
-
-def _losses(results: Results) -> dict[int, float]:
-    """Held-out loss by seed, of runs that have not diverged."""
-    return {s: r["held_out"] for s, r in results.items() if not r.get("diverged", True)}
 
 
 def spread(values: Iterable[float]) -> tuple[float | None, float | None]:
@@ -42,7 +38,10 @@ def cell(results: Results, exact: Results) -> dict[str, Any]:
     `within_spread` says whether the mean difference is no more than a standard deviation of the
     32-bit runs: None below two seeds, and a run that diverged is not within.
     """
-    ours, theirs = _losses(results), _losses(exact)
+    ours, theirs = (
+        {seed: r["held_out"] for seed, r in runs.items() if not r.get("diverged", True)}
+        for runs in (results, exact)
+    )
     shared = sorted(ours.keys() & theirs.keys())
     mean, deviation = spread(ours.values())
     difference, of_difference = spread(ours[seed] - theirs[seed] for seed in shared)
@@ -77,27 +76,18 @@ def summarize(planned: list[Run], records: list[Record]) -> dict[str, Any]:
     """
     wanted = [run.identity() for run in planned]
     known = [record for record in records if record["run"] in wanted]
-    places: dict[Place, Results] = {}
-    for run in planned:
-        places.setdefault((run.study, run.task, run.row, run.column, run.lr), {})
-    machines: list[Any] = []
+    places: dict[Place, Results] = {tuple(run[n] for n in PLACE): {} for run in wanted}
     for record in known:
-        run = record["run"]
-        place = run["study"], run["task"], run["row"], run["column"], run["lr"]
-        places[place][run["seed"]] = record["result"]
-        machines += [record["machine"]] if record["machine"] not in machines else []
-    names = ("study", "task", "row", "column", "lr")
+        place = tuple(record["run"][name] for name in PLACE)
+        places[place][record["run"]["seed"]] = record["result"]
     return {
         "runs_planned": len(planned),
         "runs_recorded": len({repr(record["run"]) for record in known}),
         "hours": sum(record["result"].get("seconds", 0.0) for record in known) / 3600,
-        "machines": machines,
+        "machines": list({repr(r["machine"]): r["machine"] for r in known}.values()),
         "steps": {run.study + "/" + run.task: run.steps for run in planned},
         "cells": [
-            {
-                **dict(zip(names, place, strict=True)),
-                **cell(results, places.get(reference(place), {})),
-            }
+            dict(zip(PLACE, place, strict=True)) | cell(results, places.get(reference(place), {}))
             for place, results in places.items()
             if results
         ],
@@ -115,15 +105,13 @@ def _plus_minus(mean: float | None, deviation: float | None, form: str = ".4f") 
 
 def _loss(cell: dict[str, Any] | None) -> str:
     if cell is None or cell["errors"]:
-        return "" if cell is None else "fails"
+        return "fails" if cell else ""
     diverged = f" ({cell['diverged']} of {cell['runs']} diverged)" if cell["diverged"] else ""
     return (_plus_minus(cell["mean"], cell["std"]) + diverged).strip()
 
 
 def _difference(cell: dict[str, Any] | None) -> str:
-    if cell is None:
-        return ""
-    return _plus_minus(cell["difference"], cell["difference_std"], "+.4f")
+    return _plus_minus(cell["difference"], cell["difference_std"], "+.4f") if cell else ""
 
 
 def groups(cells: Cells, study: str, names: tuple[str, ...], column: str) -> dict[Any, Any]:

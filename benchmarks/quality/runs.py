@@ -15,7 +15,7 @@ from torch import nn
 import torchao8
 from benchmarks.process import error_line
 from benchmarks.quality.moments import MAPS, SCOPES, EmulatedAdamW8bit, UpdateError
-from benchmarks.quality.tasks import DigitsSize, GptSize, Size, Task, open_task
+from benchmarks.quality.tasks import Digits, Gpt, Task
 from benchmarks.reporting import installed
 from benchmarks.step.contenders import rule_names
 from benchmarks.step.job import state_bytes
@@ -42,19 +42,22 @@ _CHOSEN: dict[str, tuple[float, float, Options]] = {
     "SGD": (1e-1, 1e-1, {"momentum": 0.9}),
 }  # fmt: skip
 RULES = dict.fromkeys([*_CHOSEN, *rule_names()], (1e-3, 2e-3, {})) | _CHOSEN
-# Who has an optimizer of a rule.
-OURS_32BIT = "32-bit"
-OURS_8BIT = "8-bit"
-TORCH = "torch.optim"
-BITSANDBYTES = "bitsandbytes"
-SOURCES = (OURS_32BIT, OURS_8BIT, TORCH, BITSANDBYTES)
+# Who has an optimizer of a rule: the module, and what follows the name of the rule.
+OURS_32BIT, OURS_8BIT, BITSANDBYTES = "32-bit", "8-bit", "bitsandbytes"
+_MODULES = {
+    OURS_32BIT: ("torchao8", ""),
+    OURS_8BIT: ("torchao8", "8bit"),
+    "torch.optim": ("torch.optim", ""),
+    BITSANDBYTES: ("bitsandbytes.optim", "8bit"),
+}
+SOURCES = tuple(_MODULES)
 
 
 @dataclass(frozen=True)
 class Settings:
     """How large the studies are."""
 
-    sizes: dict[str, Size]
+    sizes: dict[str, Task]
     steps: dict[str, int]
     seeds: int
     ablation_lrs: tuple[float, ...]
@@ -62,14 +65,14 @@ class Settings:
 
 
 FULL = Settings(
-    sizes={"gpt": GptSize(), "digits": DigitsSize()},
+    sizes={"gpt": Gpt(), "digits": Digits()},
     steps={"gpt": 600, "digits": 600, "ablation": 300, "rounding": 5000},
     seeds=5,
     ablation_lrs=(1e-3, 3e-3, 1e-2),
     error_every=200,
 )
 QUICK = Settings(
-    sizes={"gpt": GptSize(1, 64, 2, 32, 2, 2), "digits": DigitsSize(16, 32, 16)},
+    sizes={"gpt": Gpt(1, 64, 2, 32, 2, 2), "digits": Digits(16, 32, 16)},
     steps={"gpt": 4, "digits": 4, "ablation": 3, "rounding": 6},
     seeds=2,
     ablation_lrs=(1e-3,),
@@ -86,7 +89,7 @@ class Run:
 
     study: str
     task: str
-    size: Size
+    size: Task
     row: str
     column: str
     seed: int
@@ -111,13 +114,10 @@ class Run:
 
 def _class_of(source: str, name: str) -> Callable[..., torch.optim.Optimizer] | None:
     """The class that a source has for a rule, if it has one and is installed."""
-    if source == TORCH:
-        return getattr(torch.optim, name, None)
-    if source == BITSANDBYTES:
-        if not installed("bitsandbytes"):
-            return None
-        return getattr(importlib.import_module("bitsandbytes.optim"), f"{name}8bit", None)
-    return getattr(torchao8, name if source == OURS_32BIT else f"{name}8bit")
+    if source == BITSANDBYTES and not installed("bitsandbytes"):
+        return None
+    module, suffix = _MODULES[source]
+    return getattr(importlib.import_module(module), f"{name}{suffix}", None)
 
 
 def family(settings: Settings, seed: int) -> Iterator[Run]:
@@ -201,13 +201,13 @@ def make_optimizer(run: Run, model: nn.Module) -> torch.optim.Optimizer:
     return ours(groups, **options)
 
 
-def train(run: Run, task: Task) -> dict[str, Any]:
+def train(run: Run) -> dict[str, Any]:
     """Trains; the result of the record.
 
     `held_out` is the loss at the end, None if it is not finite; `diverged`, whether it is that or
     above the loss of one who guesses.
     """
-    start = time.monotonic()
+    start, task = time.monotonic(), run.size
     model = task.model(run.seed)
     optimizer = make_optimizer(run, model)
     watch = UpdateError(optimizer, run.error_every) if run.error_every else None
@@ -243,7 +243,7 @@ def train(run: Run, task: Task) -> dict[str, Any]:
 def attempt(run: Run) -> dict[str, Any]:
     """`train`, or {"error": message} of whatever another library raises."""
     try:
-        return train(run, open_task(run.size))
+        return train(run)
     except Exception as error:  # not every rule of theirs has a kernel for every device
         if run.column != BITSANDBYTES:
             raise

@@ -1,9 +1,9 @@
 """What the studies train: a byte-level GPT, and a convolutional net on handwritten digits.
 
-A task has a model and its data. Both follow from a seed, whatever the optimizer: `model` makes a
-new one, `loss` is that on the batch of a step, and `held_out` the mean loss on data that are never
-trained on, the same for every seed. `guess` is the loss of equal probabilities for all outcomes: a
-run that ends above it has diverged.
+A task is its sizes; model and data follow from them and a seed, whatever the optimizer. `loss` is
+that on the batch of a step, and `held_out` the mean loss on data that are never trained on, the
+same for every seed. `guess` is the loss of equal probabilities for all outcomes: a run that ends
+above it has diverged.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tutorials"))
 
 from _gpt import GPT, VOCABULARY, GPTConfig, Text, cross_entropy
 
+_text = functools.cache(Text.from_stdlib)
+
 
 @dataclass(frozen=True)
-class GptSize:
-    """The tutorial's GPT: 160,096 parameters unless another size is given."""
+class Gpt:
+    """The tutorial's GPT, 160,096 parameters by default, on the source of Python's library."""
 
     layers: int = 1
     width: int = 96
@@ -33,62 +36,46 @@ class GptSize:
     context: int = 64
     batch: int = 4
     held_out_batches: int = 64
-
-
-class GptTask:
-    """The next byte of the source of Python's standard library."""
-
-    guess = math.log(VOCABULARY)
-
-    def __init__(self, size: GptSize) -> None:
-        self.size = size
-        self.text = Text.from_stdlib("cpu")
+    guess: ClassVar[float] = math.log(VOCABULARY)
 
     def model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        size = self.size
-        return GPT(GPTConfig(size.layers, size.width, size.heads, size.context))
+        return GPT(GPTConfig(self.layers, self.width, self.heads, self.context))
 
     def loss(self, model: nn.Module, step: int, seed: int) -> Tensor:
-        batch = self.text.batch(step, seed, self.size.batch, self.size.context)
-        return cross_entropy(model, *batch)
+        return cross_entropy(model, *_text("cpu").batch(step, seed, self.batch, self.context))
 
     @torch.no_grad()
     def held_out(self, model: nn.Module) -> float:
-        size = self.size
-        batches = self.text.held_out_batches(size.held_out_batches, size.batch, size.context)
+        count = self.held_out_batches
+        batches = _text("cpu").held_out_batches(count, self.batch, self.context)
         return sum(cross_entropy(model, *batch).item() for batch in batches) / len(batches)
 
 
+@functools.cache
+def _digits() -> list[tuple[Tensor, Tensor]]:
+    """The 1,797 images of scikit-learn, 8 by 8 pixels, and their labels: a quarter, the rest."""
+    from sklearn.datasets import load_digits  # an extra, needed for this task alone
+
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
+    labels = torch.tensor(digits.target)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    return [(images[some], labels[some]) for some in order.tensor_split([len(order) // 4])]
+
+
 @dataclass(frozen=True)
-class DigitsSize:
-    """A net of 71,754 parameters unless another size is given."""
+class Digits:
+    """A net of 71,754 parameters by default; a quarter of the digits is held out."""
 
     channels: int = 16
     hidden: int = 128
     batch: int = 64
-
-
-class DigitsTask:
-    """The 1,797 handwritten digits of scikit-learn, 8 by 8 pixels; a quarter is held out."""
-
-    guess = math.log(10)
-
-    def __init__(self, size: DigitsSize) -> None:
-        from sklearn.datasets import load_digits  # an extra, needed for this task alone
-
-        self.size = size
-        digits = load_digits()
-        images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
-        labels = torch.tensor(digits.target)
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-        held_out, train = order.tensor_split([len(order) // 4])
-        self.train = images[train], labels[train]
-        self.test = images[held_out], labels[held_out]
+    guess: ClassVar[float] = math.log(10)
 
     def model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        channels, hidden = self.size.channels, self.size.hidden
+        channels, hidden = self.channels, self.hidden
         convolutions = [
             nn.Conv2d(1, channels, 3, padding=1), nn.ReLU(),
             nn.Conv2d(channels, 2 * channels, 3, padding=1), nn.ReLU(),
@@ -97,22 +84,15 @@ class DigitsTask:
         return nn.Sequential(*convolutions, nn.MaxPool2d(2), nn.Flatten(), *head)
 
     def loss(self, model: nn.Module, step: int, seed: int) -> Tensor:
-        images, labels = self.train
+        images, labels = _digits()[1]
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        chosen = torch.randint(len(labels), (self.size.batch,), generator=generator)
+        chosen = torch.randint(len(labels), (self.batch,), generator=generator)
         return F.cross_entropy(model(images[chosen]), labels[chosen])
 
     @torch.no_grad()
     def held_out(self, model: nn.Module) -> float:
-        images, labels = self.test
+        images, labels = _digits()[0]
         return F.cross_entropy(model(images), labels).item()
 
 
-Size = GptSize | DigitsSize
-Task = GptTask | DigitsTask
-
-
-@functools.cache
-def open_task(size: Size) -> Task:
-    """The task of this size, with its data in memory."""
-    return GptTask(size) if isinstance(size, GptSize) else DigitsTask(size)
+Task = Gpt | Digits

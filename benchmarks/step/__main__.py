@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Iterable
@@ -31,7 +32,7 @@ from benchmarks.step.contenders import (
 from benchmarks.step.devices import Cpu, open_device
 from benchmarks.step.rounds import Bench, Plan
 from benchmarks.step.tables import Case, rules_table, table, title
-from benchmarks.step.tensor_lists import LISTS, list_names, tensor_list
+from benchmarks.step.tensor_lists import LISTS, list_names, tensor_lists
 
 _PACKAGES = ("torchao8", "bitsandbytes", "torchao", "deepspeed", "flashoptim", "triton")
 _COUNTING_S = 25.0  # for the launches, which are counted after everything is timed
@@ -40,7 +41,7 @@ _COUNTING_S = 25.0  # for the launches, which are counted after everything is ti
 def _parser() -> argparse.ArgumentParser:
     shown = ["lists:"]
     for kind, names in LISTS.items():
-        shown += [f"  {kind:6}{name:18}{tensor_list(name).label}" for name in names]
+        shown += [f"  {kind:6}{name:18}{tensor_lists()[name].label}" for name in names]
     shown += ["  also tiny (those that begin so) and all", "", "contenders:"]
     for one in CONTENDERS.values():
         where = "" if len(one.devices) > 1 else f" ({one.devices[0]})"
@@ -81,16 +82,18 @@ def parse(argv: Iterable[str] | None) -> tuple[argparse.Namespace, Cpu]:
         if device.kind not in CONTENDERS[name].devices:
             parser.error(f"--contenders: {name} does not run on {device.kind}")
     if args.name is None:
-        parts = [device.result_name(), *(one for one in args.list if one != "all")]
+        parts = [device.result_name, *(one for one in args.list if one != "all")]
         args.name = "-".join([*parts, *(["family"] if args.family is not None else [])])
     return args, device
 
 
 def _chosen(args: argparse.Namespace, kind: str, list_name: str) -> list[Contender]:
-    if args.contenders is None:
-        every = [c for c in CONTENDERS.values() if c.lists is None or list_name in c.lists]
-        return [c for c in every if kind in c.devices and c.name != BASELINE]
-    return [CONTENDERS[name] for name in dict.fromkeys(args.contenders) if name != BASELINE]
+    """The contenders that are named, or those that run on a list, beside torch's."""
+    named = args.contenders or [
+        c.name for c in CONTENDERS.values()
+        if kind in c.devices and (c.lists is None or list_name in c.lists)
+    ]  # fmt: skip
+    return [CONTENDERS[name] for name in dict.fromkeys(named) if name != BASELINE]
 
 
 def measure(
@@ -100,31 +103,31 @@ def measure(
     cases: list[Case] = []
     left_out: list[dict[str, Any]] = []
     rules = [None] if args.family is None else args.family or rule_names()
-    for list_name in args.lists:
-        for dtype in args.dtype:
-            for name in rules:
-                if bench.plan.late():
-                    reason = f"the time limit of {args.time_limit:.0f} s had passed"
-                    named = {} if name is None else {"rule": name}
-                    left_out.append({"list": list_name, "dtype": dtype, **named, "reason": reason})
-                    continue
-                tensors = tensor_list(list_name, device.layers())
-                if name is None:
-                    chosen, theirs = _chosen(args, device.kind, list_name), [CONTENDERS[BASELINE]]
-                else:
-                    chosen, theirs = [rule(name)[0]], rivals(name, device.kind, dtype)
-                rows = bench.measure(chosen, [*MEMORY, *theirs], tensors, dtype)
-                cases.append(Case(list_name, tensors, dtype, theirs, name, rows))
-                if name is not None:
-                    bench.stop()  # no other rule needs these processes
-                if device.kind == "cpu":  # on a GPU launches are still to be counted
-                    record = cases[-1].record(device.kind)
-                    print(f"\n{title(record)}\n{table(record)}\n", flush=True)
+    for list_name, dtype, name in itertools.product(args.lists, args.dtype, rules):
+        if bench.plan.late():
+            reason = f"the time limit of {args.time_limit:.0f} s had passed"
+            named = {} if name is None else {"rule": name}
+            left_out.append({"list": list_name, "dtype": dtype, **named, "reason": reason})
+            continue
+        tensors = tensor_lists()[list_name]
+        chosen, theirs = _chosen(args, device.kind, list_name), [CONTENDERS[BASELINE]]
+        if name is not None:
+            chosen, theirs = [rule(name)[0]], rivals(name, device.kind, dtype)
+        rows = bench.measure(chosen, [*MEMORY, *theirs], tensors, dtype)
+        cases.append(Case(list_name, tensors, dtype, theirs, name, rows))
+        if name is not None:
+            bench.stop()  # no other rule needs these processes
+        if device.kind == "cpu":  # on a GPU launches are still to be counted
+            _show(cases[-1])
     return cases, left_out
 
 
+def _show(case: Case) -> None:
+    record = case.record()
+    print(f"\n{title(record)}\n{table(record)}\n", flush=True)
+
+
 def main(argv: Iterable[str] | None = None) -> None:
-    """Runs the benchmark with the command line `argv` (of the process if None)."""
     args, device = parse(argv)
     torch.set_num_threads(args.threads)
     watch, begin = reporting.CpuWatch(), time.monotonic()
@@ -138,15 +141,13 @@ def main(argv: Iterable[str] | None = None) -> None:
     plan = Plan(args.rounds, args.turn, args.budget, begin + args.time_limit)
     with Bench(device, args.threads, plan) as bench:
         cases, record["left_out"] = measure(args, device, bench)
-        record["cases"] = [case.record(device.kind) for case in cases]
         if device.kind != "cpu":
-            reporting.write_results(args, record)  # before a profiler has its turn
             late = time.monotonic() + _COUNTING_S
             bench.plan = dataclasses.replace(plan, deadline=late)
-            for i, case in enumerate(cases):
+            for case in cases:
                 bench.count_launches(case.rows, case.tensors, case.dtype)
-                found = record["cases"][i] = case.record(device.kind)
-                print(f"\n{title(found)}\n{table(found)}")
+                _show(case)
+    record["cases"] = [case.record() for case in cases]
     record["seconds"] = time.monotonic() - begin
     record["device"]["cpu_taken_by_others"] = watch.shares()
     for one in record["left_out"]:

@@ -21,42 +21,26 @@ ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, **_DECA
 
 @dataclass(frozen=True)
 class Contender:
-    """One optimizer, configured.
+    """One optimizer, configured."""
 
-    Args:
-        name: what it is called on the command line and in files.
-        label: what it is called in tables.
-        where: module and class, as "torch.optim.AdamW"; "" if it is no optimizer.
-        options: of the class.
-        lists: tensor lists that it runs on if no contender is named; None: all of them.
-        devices: kinds of devices it runs on.
-        state_bytes: bytes of state for an element, about: by them it is decided how many fit into
-            memory at a time.
-        temporary_bytes: for an element of the largest tensor, in a step or while state is made.
-        compiled: whether its step is compiled by torch.compile.
-        cpu_path: the code path that torchao8 is told to take.
-        source: the directory of the torchao8 that is timed, if not the one at hand; the bits of its
-            steps are told, too.
-        tensors: what it steps over: "whole" tensors; on several ranks "DTensor" (sharded by rows)
-            or "shard" (copies of this rank's shards).
-    """
-
-    name: str
-    label: str
-    where: str = ""
+    name: str  # on the command line and in files
+    label: str  # in tables
+    where: str = ""  # module and class, as "torch.optim.AdamW"; "" if it is no optimizer
     options: dict[str, Any] = field(default_factory=dict)
-    lists: tuple[str, ...] | None = None
+    lists: tuple[str, ...] | None = None  # that it runs on if no contender is named; None: all
     devices: tuple[str, ...] = ("cpu", "cuda")
+    # Bytes an element, about, of state and of what is made on the way to it: by them it is decided
+    # how many contenders fit into memory at a time.
     state_bytes: float = 8.0
-    temporary_bytes: float = 0.0
-    compiled: bool = False
-    cpu_path: str | None = None
+    compiled: bool = False  # by torch.compile
+    cpu_path: str | None = None  # that torchao8 is told to take
+    # The directory of the torchao8 that is timed; the bits of its steps are told, too.
     source: str | None = None
+    # "whole"; on several ranks "DTensor" (sharded by rows) or "shard" (copies of its shards).
     tensors: str = "whole"
 
     @property
     def package(self) -> str:
-        """The package that must be installed."""
         return self.where.partition(".")[0]
 
     def build(self, params: list[Tensor]) -> torch.optim.Optimizer:
@@ -107,17 +91,17 @@ _ADAMW = [
     _adamw("deepspeed", "DeepSpeedCPUAdam", "deepspeed.ops.adam.DeepSpeedCPUAdam",
            {"adamw_mode": True}, devices=("cpu",)),
     _adamw("bitsandbytes", "bitsandbytes AdamW8bit", "bitsandbytes.optim.AdamW8bit", {},
-           state_bytes=3.0, temporary_bytes=28.0),
+           state_bytes=31.0),
     _adamw("bitsandbytes-32bit", "bitsandbytes AdamW", "bitsandbytes.optim.AdamW", {},
            devices=("cuda",)),
     # By default it keeps 8 more bits of each bfloat16 parameter. Nobody else here does, and on
     # float32 parameters it refuses to. It tunes a kernel for each size, for most of a minute.
     _adamw("flashoptim", "FlashOptim FlashAdamW", "flashoptim.FlashAdamW",
            {"master_weight_bits": None}, lists=(*_FEW_SHAPES, "llama"), devices=("cuda",),
-           state_bytes=2.2, temporary_bytes=8.0),
+           state_bytes=10.2),
     # It compiles a step for each shape, for seconds: the lists of many shapes only when named.
     _adamw("torchao", "torchao AdamW8bit", "torchao.optim.AdamW8bit", {},
-           lists=_FEW_SHAPES, state_bytes=3.0, temporary_bytes=18.0),
+           lists=_FEW_SHAPES, state_bytes=21.0),
 ]  # fmt: skip
 CONTENDERS = {contender.name: contender for contender in _ADAMW}
 

@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils.benchmark import timer
 
 from benchmarks.step.contenders import MEMORY, Contender
 from benchmarks.step.devices import Cpu
@@ -62,9 +63,9 @@ class OptimizerJob:
     def __init__(
         self, chosen: Contender, tensors: TensorList, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.chosen = chosen
-        ranks = dist.get_world_size() if chosen.tensors != "whole" else 1
-        mesh = init_device_mesh("cpu", (ranks,)) if chosen.tensors != "whole" else None
+        self._chosen = chosen
+        sharded = chosen.tensors != "whole"
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if sharded else None
         generator = torch.Generator(device).manual_seed(0)
 
         def values(shape: tuple[int, ...], std: float) -> Tensor:
@@ -86,18 +87,12 @@ class OptimizerJob:
         self.optimizer = chosen.build(self.params)
         group = self.optimizer.param_groups[0]
         if chosen.tensors == "shard" and "min_8bit_size" in group:
-            group["min_8bit_size"] //= ranks  # a shard has 8-bit state where its DTensor has
+            group["min_8bit_size"] //= (
+                dist.get_world_size()
+            )  # a shard has 8-bit state where its DTensor has
         step = self.optimizer.step
         self.step: Callable[[], object] = torch.compile(step) if chosen.compiled else step
-        self.samples = self._sample()
-        self.path = None
-        if device.type == "cpu" and chosen.package == "torchao8":
-            from torchao8 import ops
-
-            self.path = ops.cpu_capability()
-            if self.path != (chosen.cpu_path or self.path):
-                reason = f"this machine cannot run the {chosen.cpu_path} path (it runs {self.path})"
-                raise RuntimeError(reason)
+        self._samples = self._sample()
 
     def _sample(self) -> list[Tensor]:
         return [_local(param.detach()).flatten()[:64].clone() for param in self.params]
@@ -106,15 +101,21 @@ class OptimizerJob:
         """What is known after a step: the code path, and the bytes that a step moves."""
         state = state_bytes(self.optimizer)
         params = sum(_local(param).nbytes for param in self.params)
-        # How many calls of its op a step of torchao8 makes: one for each dtype and format.
-        formats = {(p.dtype, tuple(sorted(self.optimizer.state[p]))) for p in self.params}
-        return {
-            "path": self.path,
-            "state_bytes": state,
-            # A step reads parameters, gradients and state, and writes all but the gradients.
-            "moved_bytes": 3 * params + 2 * state,
-            "buckets": len(formats) if self.chosen.package == "torchao8" else None,
-        }
+        # A step reads parameters, gradients and state, and writes all but the gradients.
+        found = {"state_bytes": state, "moved_bytes": 3 * params + 2 * state}
+        if self._chosen.package == "torchao8":
+            # How many calls of its op a step makes: one for each dtype and format.
+            formats = {(p.dtype, tuple(sorted(self.optimizer.state[p]))) for p in self.params}
+            found["buckets"] = len(formats)
+            if not self.params[0].is_cuda:
+                from torchao8 import ops
+
+                path = ops.cpu_capability()
+                if path != (self._chosen.cpu_path or path):
+                    lacking = f"this machine cannot run the {self._chosen.cpu_path} path"
+                    raise RuntimeError(f"{lacking} (it runs {path})")
+                found["cpu_path"] = path
+        return found
 
     def bits(self) -> dict[str, str]:
         """Hashes of the parameters and of each state after a few steps from the start."""
@@ -132,7 +133,7 @@ class OptimizerJob:
 
     def check(self) -> None:
         """Raises if a parameter has not moved or is no number: then nothing was measured."""
-        for i, (old, new) in enumerate(zip(self.samples, self._sample(), strict=True)):
+        for i, (old, new) in enumerate(zip(self._samples, self._sample(), strict=True)):
             if old.numel() and (torch.equal(old, new) or not torch.isfinite(new).all()):
                 raise RuntimeError(f"after the run parameter {i} is unchanged or not finite")
 
@@ -145,25 +146,26 @@ class MemoryJob:
     """
 
     def __init__(self, kind: str, tensors: TensorList, dtype: torch.dtype, device: Cpu) -> None:
-        nbytes = device.buffer_bytes()
+        nbytes = device.buffer_bytes
         if device.kind == "cpu":
             # As much data as torch's fused step touches on this list, so that both run in the same
             # level of cache or out of it.
             touched = 4 * tensors.numel * dtype.itemsize
             nbytes = min(touched // (2 if kind == "copy" else 1), nbytes)
-        source = torch.ones(nbytes // 4, device=device.device)
-        target = torch.zeros_like(source) if kind == "copy" else source
-        self.moved = 2 * source.nbytes  # read once, written once
-        self.step: Callable[[], object] = lambda: source.mul_(1.0)
-        if kind == "copy":
-            self.step = lambda: target.copy_(source)
+        self._source = torch.ones(nbytes // 4, device=device.device)
+        self._target = torch.zeros_like(self._source) if kind == "copy" else None
+
+    def step(self) -> None:
+        if self._target is None:
+            self._source.mul_(1.0)
+        else:
+            self._target.copy_(self._source)
 
     def describe(self) -> dict[str, Any]:
-        """As that of an optimizer."""
-        return {"path": None, "state_bytes": 0, "moved_bytes": self.moved, "buckets": None}
+        return {"moved_bytes": 2 * self._source.nbytes}  # read once, written once
 
     def check(self) -> None:
-        """There is nothing to check."""
+        """Buffers stay as they are."""
 
 
 class Stepper:
@@ -173,7 +175,7 @@ class Stepper:
     """
 
     def __init__(
-        self, chosen: Contender, device: Cpu, threads: int, rank: int, ranks: int, store: str
+        self, chosen: Contender, device: Cpu, threads: int, ranks: int, store: str, rank: int
     ) -> None:
         torch.set_num_threads(threads)
         self._chosen = chosen
@@ -188,44 +190,42 @@ class Stepper:
             where = f"file://{store}"
             dist.init_process_group("gloo", init_method=where, rank=rank, world_size=ranks)
 
-    def ready(self) -> None:
-        """Nothing: once this is answered, libraries are imported and the device is at hand."""
-
     def set_up(self, tensors: TensorList, dtype_name: str) -> dict[str, Any]:
         """Makes the tensors of a list and takes the first steps."""
-        self.free()
         dtype = getattr(torch, dtype_name)
         if self._chosen in MEMORY:
             self._job = MemoryJob(self._chosen.name, tensors, dtype, self._device)
         else:
             self._job = OptimizerJob(self._chosen, tensors, dtype, self._device.device)
         bits = self._job.bits() if self._chosen.source else None  # before any other step
-        first = self._device.seconds_of_first_step(self._job.step)  # makes state; some compile
+        start = timer()
+        self._job.step()  # makes state; some compile
+        first = timer() - start
         step_s = self._device.seconds_of_step(self._job.step, 0.0)
         return {**self._job.describe(), "first_step_s": first, "step_s": step_s, "bits": bits}
 
     def turn(self, seconds: float) -> float:
-        """The median time of the steps that fit into these seconds."""
         return self._device.seconds_of_step(self._job.step, seconds)
 
-    def peak_extra_bytes(self) -> int | None:
-        """How far memory rises during a step; checks that the steps did what they are for."""
-        peak = self._device.peak_extra_bytes(self._job.step)
-        self._job.check()
-        return peak
+    def finish(self, folder: str) -> dict[str, int | None]:
+        """What is told after all turns; checks that the steps did what they are for.
 
-    def saved_bytes(self, folder: str) -> int:
-        """Bytes of the files that torch.distributed.checkpoint writes of the state."""
-        state = {"state": self._job.optimizer.state_dict()["state"]}
-        dcp.save(state, checkpoint_id=folder)
-        dist.barrier()
-        return sum(file.stat().st_size for file in Path(folder).iterdir())
+        `saved_bytes` are those of the files of state that torch.distributed.checkpoint writes.
+        """
+        found = {"peak_extra_bytes": self._device.peak_extra_bytes(self._job.step)}
+        self._job.check()
+        if self._chosen.tensors == "DTensor":
+            dcp.save({"state": self._job.optimizer.state_dict()["state"]}, checkpoint_id=folder)
+            dist.barrier()
+            found["saved_bytes"] = sum(file.stat().st_size for file in Path(folder).iterdir())
+        self._free()
+        return found
 
     def launches(self) -> int | None:
-        """Kernels that a step starts."""
-        return self._device.launches(self._job.step)
+        found = self._device.launches(self._job.step)
+        self._free()
+        return found
 
-    def free(self) -> None:
-        """Lets go of the tensors, and of the memory they had."""
+    def _free(self) -> None:
         self._job = None
         self._device.free()

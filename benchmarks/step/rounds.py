@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.process import Worker, WorkerError
+from benchmarks.process import Worker
 from benchmarks.reporting import installed, say
 from benchmarks.step.contenders import MEMORY, Contender
 from benchmarks.step.devices import Cpu
@@ -42,20 +42,16 @@ class Plan:
 
 @dataclass
 class Row:
-    """One contender on one tensor list: what it is, and what was measured."""
+    """One contender on one tensor list: what its process told, and its time in each round."""
 
     contender: Contender
     batch: int = 0
     skipped: str | None = None
     info: dict[str, Any] = field(default_factory=dict)
     rounds: dict[int, float] = field(default_factory=dict)  # round -> median seconds of its turn
-    peak_extra_bytes: int | None = None
-    saved_bytes: int | None = None
-    launches: int | None = None
 
     @property
     def name(self) -> str:
-        """That of the contender."""
         return self.contender.name
 
 
@@ -90,8 +86,6 @@ class Bench:
             worker.stop()
         self._workers = {}
 
-    # -- talking to processes ------------------------------------------------------------------
-
     def _ask(self, rows: list[Row], method: str, *arguments: Any) -> list[tuple[Row, list[Any]]]:
         """Calls a method in all rows' processes at a time; the answers. Who fails is skipped."""
         rows = [row for row in rows if row.skipped is None]
@@ -101,10 +95,10 @@ class Bench:
         for row in rows:
             answers = []
             for worker in self._workers[row.name]:
-                try:
-                    answers.append(worker.receive(end - time.monotonic()))
-                except WorkerError as error:
-                    self._skip(row, str(error))
+                error, result = worker.receive(end - time.monotonic())
+                answers.append(result)
+                if error is not None:  # ends the other ranks, too, which may wait for this one
+                    self._skip(row, error)
             if row.skipped is None:
                 found.append((row, answers))
         return found
@@ -117,25 +111,19 @@ class Bench:
             for worker in self._workers.pop(row.name, []):
                 worker.stop()
 
-    def _start(self, rows: list[Row]) -> None:
-        """Starts the processes that do not run: one that failed gets another for the next list."""
-        for row in rows:
-            if row.skipped is None and row.name not in self._workers:
-                one, store = row.contender, next(self._places)
-                environment = {"OMP_NUM_THREADS": str(self._threads), "TORCHAO8_CPU": one.cpu_path}
-                self._workers[row.name] = [
-                    Worker(Stepper, one, self._device, self._threads, rank, self._ranks, store,
-                           environment=environment, source=one.source)
-                    for rank in range(self._ranks)
-                ]  # fmt: skip
-        self._ask(rows, "ready")
-
-    # -- the steps of a measurement ------------------------------------------------------------
-
     def _set_up(self, rows: list[Row], tensors: TensorList, dtype: str) -> None:
-        # On a GPU all at a time, since some compile on the CPU; there one would disturb the others.
+        """Starts the processes that do not run, and has all take their first steps.
+
+        On a GPU all at a time, since some compile on the CPU; there one would disturb the others.
+        """
         for some in [rows] if self._device.kind != "cpu" else [[row] for row in rows]:
-            self._start(some)
+            for one in (row.contender for row in some if row.name not in self._workers):
+                environment = {"OMP_NUM_THREADS": str(self._threads), "TORCHAO8_CPU": one.cpu_path}
+                shared = one, self._device, self._threads, self._ranks, next(self._places)
+                self._workers[one.name] = [
+                    Worker(Stepper, *shared, rank, environment=environment, source=one.source)
+                    for rank in range(self._ranks)
+                ]
             for row, answers in self._ask(some, "set_up", tensors, dtype):
                 row.info = {**answers[0], "bits": [answer["bits"] for answer in answers]}
 
@@ -161,12 +149,8 @@ class Bench:
         for row in rows:
             if len(row.rounds) < MIN_ROUNDS:
                 self._skip(row, f"only {len(row.rounds)} rounds within the time limit")
-            for _, peaks in self._ask([row], "peak_extra_bytes"):
-                row.peak_extra_bytes = peaks[0]
-            if row.contender.tensors == "DTensor":
-                for _, sizes in self._ask([row], "saved_bytes", next(self._places)):
-                    row.saved_bytes = sizes[0]
-        self._ask(rows, "free")
+            for _, answers in self._ask([row], "finish", next(self._places)):
+                row.info |= answers[0]
 
     def batches(
         self, chosen: Sequence[Contender], everywhere: Sequence[Contender],
@@ -180,9 +164,8 @@ class Bench:
 
         def need(one: Contender) -> int:
             if one in MEMORY:
-                return int(device.process_bytes + 1.5 * device.buffer_bytes())  # 3 buffers in all
-            held = tensors.numel * (2 * itemsize + one.state_bytes)
-            return int(device.process_bytes + held + tensors.largest * one.temporary_bytes)
+                return int(device.process_bytes + 1.5 * device.buffer_bytes)  # 3 buffers in all
+            return int(device.process_bytes + tensors.numel * (2 * itemsize + one.state_bytes))
 
         room = int(device.usable_share * device.free_bytes()) - sum(map(need, everywhere))
         batches: list[list[Contender]] = [[]]
@@ -192,8 +175,6 @@ class Bench:
             if need(one) <= room:
                 batches[-1].append(one)
         return batches
-
-    # -- what is asked for ---------------------------------------------------------------------
 
     def measure(
         self, chosen: Sequence[Contender], everywhere: Sequence[Contender],
@@ -205,21 +186,17 @@ class Bench:
         """
         say(f"{tensors.label}, {dtype}")
         present = [one for one in chosen if installed(one.package)]
-        if self._device.kind != "cpu":  # before its memory is counted: processes take some of it
-            self._start([Row(one) for one in [*everywhere, *present]])
-        rows: list[Row] = []
+        rows = [Row(one, skipped=f"{one.package} is not installed")
+                for one in chosen if one not in present]  # fmt: skip
         itemsize = getattr(torch, dtype).itemsize
         for number, batch in enumerate(self.batches(present, everywhere, tensors, itemsize)):
             if number == 0 or not self.plan.late():
                 some = [Row(one, number) for one in [*everywhere, *batch]]
                 self._measure(some, tensors, dtype)
                 rows += some
-        for one in chosen:
-            if one not in [row.contender for row in rows]:
-                reason = "it did not fit into memory, or the time limit has passed"
-                missing = f"{one.package} is not installed"
-                rows.append(Row(one, skipped=reason if one in present else missing))
-        return rows
+        reason = "it did not fit into memory, or the time limit has passed"
+        known = {row.name for row in rows}
+        return rows + [Row(one, skipped=reason) for one in present if one.name not in known]
 
     def count_launches(self, rows: list[Row], tensors: TensorList, dtype: str) -> None:
         """Counts the kernel launches of a step of measured rows.
@@ -229,9 +206,8 @@ class Bench:
         measured = [row for row in rows if row.skipped is None and row.contender not in MEMORY]
         for batch in sorted({row.batch for row in measured}):
             if not self.plan.late():
-                again = [Row(row.contender) for row in measured if row.batch == batch]
-                self._set_up(again, tensors, dtype)
-                counts = {row.name: found[0] for row, found in self._ask(again, "launches")}
-                for row in measured:
-                    row.launches = counts.get(row.name, row.launches)
-                self._ask(again, "free")
+                again = {row.name: row for row in measured if row.batch == batch}
+                counted = [Row(row.contender) for row in again.values()]
+                self._set_up(counted, tensors, dtype)
+                for row, answers in self._ask(counted, "launches"):
+                    again[row.name].info["launches"] = answers[0]

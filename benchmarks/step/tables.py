@@ -13,37 +13,39 @@ from benchmarks.step.rounds import Row, ratios
 from benchmarks.step.tensor_lists import TensorList
 
 
-def _record(row: Row, numel: int, fastest: Row | None, copy: Row, kind: str) -> dict[str, Any]:
-    """A row as it goes to the result file; times in ms, rates in GB/s (1e9 bytes)."""
-    found: dict[str, Any] = {"name": row.name, "label": row.contender.label}
+def _rate(row: Row) -> float:
+    """GB/s (1e9 bytes) of the median round."""
+    return float(row.info["moved_bytes"] / median(row.rounds.values()) / 1e9)
+
+
+def _record(row: Row, numel: int, fastest: Row | None, copy: Row | None) -> dict[str, Any]:
+    """A row as it goes to the result file; times in ms. A memory rate has no more than times."""
+    found = {"name": row.name, "label": row.contender.label, "batch": row.batch}
     if row.skipped is not None:
-        return {**found, "skipped": row.skipped, "batch": row.batch}
+        return {**found, "skipped": row.skipped}
     times, info = [1e3 * t for t in row.rounds.values()], row.info
     low, middle, high = quantiles(times, n=4, method="inclusive")
-    rate = info["moved_bytes"] / middle / 1e6
-    is_step = row.contender not in MEMORY
-    shared = ratios(row.rounds, fastest.rounds) if fastest and is_step else []
-    of_copy = None
-    if is_step and copy.rounds:
-        of_copy = rate / (copy.info["moved_bytes"] / median(copy.rounds.values()) / 1e9)
     found |= {
         "ms": middle,
         "ms_quartiles": [low, high],
         "ms_min": min(times),
-        "speedup": median(shared) if shared else None,
         "rounds": len(times),
         "ms_of_rounds": times,
         "first_step_s": info["first_step_s"],
-        "moved_bytes_per_parameter": info["moved_bytes"] / numel if is_step else None,
-        "gb_per_s": rate,
-        "share_of_copy_rate": of_copy,
-        "state_bytes_per_parameter": info["state_bytes"] / numel if is_step else None,
-        "peak_extra_bytes": row.peak_extra_bytes if is_step else None,
-        "batch": row.batch,
+        "gb_per_s": _rate(row),
     }
-    if kind == "cpu":
-        return {**found, "cpu_path": info["path"]}
-    return {**found, "buckets": info["buckets"], "launches": row.launches}
+    if row.contender in MEMORY:
+        return found
+    shared = ratios(row.rounds, fastest.rounds) if fastest else []
+    return {
+        **found,
+        "speedup": median(shared) if shared else None,
+        "share_of_copy_rate": _rate(row) / _rate(copy) if copy and copy.rounds else None,
+        "moved_bytes_per_parameter": info["moved_bytes"] / numel,
+        "state_bytes_per_parameter": info["state_bytes"] / numel,
+        **{name: info.get(name) for name in ("cpu_path", "buckets", "launches")},
+        "peak_extra_bytes": info["peak_extra_bytes"],
+    }
 
 
 @dataclass
@@ -60,16 +62,15 @@ class Case:
     rule: str | None
     rows: list[Row]
 
-    def record(self, kind: str) -> dict[str, Any]:
-        """What the result file says, for this kind of device."""
+    def record(self) -> dict[str, Any]:
+        """What the result file says."""
         records, fastest = [], None
         for number in sorted({row.batch for row in self.rows}):
             some = [row for row in self.rows if row.batch == number]
             timed = [row for row in some if row.contender in self.rivals and row.skipped is None]
-            if timed:
-                fastest = min(timed, key=lambda row: median(row.rounds.values()))
-            copy = next((row for row in some if row.name == "copy"), Row(MEMORY[0]))
-            records += [_record(row, self.tensors.numel, fastest, copy, kind) for row in some]
+            fastest = min(timed, key=lambda row: median(row.rounds.values()), default=fastest)
+            copy = next((row for row in some if row.name == "copy"), None)
+            records += [_record(row, self.tensors.numel, fastest, copy) for row in some]
         # What is in every batch stands once above the others; the memory rates and the rest below.
         memory = {one.name for one in MEMORY}
         shared = memory | {one.name for one in self.rivals}
@@ -92,61 +93,59 @@ def title(case: dict[str, Any]) -> str:
     return f"{rule}{case['label']}, {case['dtype']}"
 
 
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
-
-
-def _mebibytes(value: float | None) -> str:
-    return "" if value is None else format(value / 2**20, ".1f")
-
-
 def milliseconds(value: float) -> str:
     """Three digits, and no exponent for times of a second and more."""
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
-# Between the columns of both devices, "path" is the CPU's and the two after "state" the GPU's.
-_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "ms": lambda row: milliseconds(row["ms"]),
-    "quartiles": lambda row: " - ".join(milliseconds(value) for value in row["ms_quartiles"]),
-    "speed-up": lambda row: _number(row["speedup"], ".2f"),
-    "path": lambda row: row["cpu_path"] or "",
-    "GB/s": lambda row: _number(row["gb_per_s"], ".1f"),
-    "of copy": lambda row: _number(row["share_of_copy_rate"], ".0%"),
-    "moved B/param": lambda row: _number(row["moved_bytes_per_parameter"], ".2f"),
-    "state B/param": lambda row: _number(row["state_bytes_per_parameter"], ".3f"),
-    "launches": lambda row: _number(row["launches"], "d"),
-    "buckets": lambda row: _number(row["buckets"], "d"),
-    "peak extra MiB": lambda row: _mebibytes(row["peak_extra_bytes"]),
-    "rounds": lambda row: str(row["rounds"]),
+# Column: key of a record, and its text.
+_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "ms": ("ms", milliseconds),
+    "quartiles": ("ms_quartiles", lambda values: " - ".join(map(milliseconds, values))),
+    "speed-up": ("speedup", "{:.2f}".format),
+    "path": ("cpu_path", str),
+    "GB/s": ("gb_per_s", "{:.1f}".format),
+    "of copy": ("share_of_copy_rate", "{:.0%}".format),
+    "moved B/param": ("moved_bytes_per_parameter", "{:.2f}".format),
+    "state B/param": ("state_bytes_per_parameter", "{:.3f}".format),
+    "launches": ("launches", str),
+    "buckets": ("buckets", str),
+    "peak extra MiB": ("peak_extra_bytes", lambda value: f"{value / 2**20:.1f}"),
+    "rounds": ("rounds", str),
 }
 
 
 def table(case: dict[str, Any]) -> str:
-    """The rows of a case as a table, and below it who was skipped and why."""
+    """The rows of a case, in the columns that any has; below it who was skipped and why."""
     several = any(row["batch"] > 0 for row in case["rows"])
-    on_gpu = any("launches" in row for row in case["rows"])
-    unknown = ("path",) if on_gpu else ("launches", "buckets")
-    names = [name for name in _COLUMNS if name not in unknown]
+    timed = [row for row in case["rows"] if "skipped" not in row]
+    columns = {name: column for name, column in _COLUMNS.items()
+               if any(row.get(column[0]) is not None for row in timed)}  # fmt: skip
     lines, notes = [], []
     for row in case["rows"]:
         label = f"{row['label']} (batch {row['batch'] + 1})" if several else row["label"]
         if "skipped" in row:
             notes.append(f"skipped: {label}: {row['skipped']}")
         else:
-            lines.append([label, *(_COLUMNS[name](row) for name in names)])
-    return "\n".join([format_table([case.get("rule", "AdamW"), *names], lines), *notes])
+            values = [(row.get(key), form) for key, form in columns.values()]
+            lines.append([label, *("" if v is None else form(v) for v, form in values)])
+    return "\n".join([format_table([case.get("rule", "AdamW"), *columns], lines), *notes])
+
+
+def of_rule(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The rows of a rule with 8-bit state and of torch's fastest form, where both were timed."""
+    rows = {row["name"]: row for row in case["rows"] if "ms" in row}
+    names = f"{case['rule'].lower()}-8bit", case["fastest"]
+    return (rows[names[0]], rows[names[1]]) if rows.keys() >= {*names} else None
 
 
 def rules_table(cases: list[dict[str, Any]]) -> str:
     """A line for each rule of the family: 8-bit state against the fastest form of torch."""
     lines = []
     for case in cases:
-        rows = {row["name"]: row for row in case["rows"] if "ms" in row}
-        fastest = rows.get(case["fastest"])
-        ours = rows.get(f"{case['rule'].lower()}-8bit")
-        if ours is not None and fastest is not None:
-            times = [milliseconds(row["ms"]) for row in (ours, fastest)]
-            speedup = _number(ours["speedup"], ".2f")
-            lines.append([ours["label"], fastest["label"], case["dtype"], *times, speedup])
+        if found := of_rule(case):
+            ours, fastest = found
+            texts = [milliseconds(row["ms"]) for row in found]
+            speedup = f"{ours['speedup']:.2f}" if ours["speedup"] else ""
+            lines.append([ours["label"], fastest["label"], case["dtype"], *texts, speedup])
     return format_table(["8-bit", "fastest", "", "8-bit, ms", "ms", "speed-up"], lines, left=3)
