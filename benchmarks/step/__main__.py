@@ -117,8 +117,7 @@ def measure(
         cases.append(Case(list_name, tensors, dtype, theirs, name, rows))
         if name is not None:
             bench.stop()  # no other rule needs these processes
-        if device.kind == "cpu":  # on a GPU launches are still to be counted
-            _show(cases[-1])
+        _show(cases[-1])  # now: a run on a GPU may be cut off before its launches are counted
     return cases, left_out
 
 
