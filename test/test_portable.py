@@ -292,7 +292,7 @@ def test_nothing_waits_for_the_device(case: OptimizerCase) -> None:
         p, count = torch.empty(40, 700, device="meta"), torch.empty((), device="meta")
         norms = ops.norms(ops.sum_squares([p]))
         history = [torch.empty(NORMS_KEPT, device="meta")]
-        clip = clipping.clip_factors(history, norms, [count], count, 50)
+        clip = clipping.clip_factors_(history, norms, [count], count, 50)
         for cls in (torchao8.LARS, torchao8.LAMB):
             optimizer: Any = cls([torch.nn.Parameter(torch.ones(1))], weight_decay=0.1)
             optimizer._trust_ratios(optimizer.param_groups[0], norms, norms)

@@ -20,7 +20,6 @@ from torchao8.block_layout import scale_shape
 from torchao8.portable import quantize as portable_codec
 from torchao8.portable import step as portable_step
 from torchao8.portable import sums as portable_sums
-from torchao8.portable.step import to_device as to_float32  # noqa: F401
 
 try:
     import torchao8._C as _C

@@ -22,6 +22,7 @@ from torchao8.optim.options import (
     check_number,
     has_momentum,
 )
+from torchao8.portable.step import to_device
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -140,7 +141,7 @@ class LARS(LowPrecisionOptimizer):
     def _trust_ratios(self, group: Group, param_norms: Tensor, norms: Tensor) -> Tensor:
         numbers = map(one_number, (group["trust_coefficient"], group["weight_decay"]))
         if ops.is_portable(norms.device):
-            own = (ops.to_float32(number, norms.device) for number in numbers)
+            own = (to_device(number, norms.device) for number in numbers)
             return lars_trust_ratios(param_norms, norms, *own)
         ratios: Tensor = torch.ops.torchao8.lars_trust_ratios(
             param_norms,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchao8 import ops
 from torchao8.optim._state.spec import NORMS_KEPT
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -50,22 +49,6 @@ def clip_factors_(
         after = torch.where(found_inf != 0, before, after)
     torch._foreach_copy_(histories, after.unbind())
     return factors.squeeze(1)
-
-
-def clip_factors(
-    histories: list[Tensor],
-    norms: Tensor,
-    steps: list[Tensor],
-    found_inf: Tensor | None,
-    percentile: int,
-) -> Tensor:
-    """:func:`clip_factors_` as an op, but on devices without kernels."""
-    if ops.is_portable(norms.device):
-        return clip_factors_(histories, norms, steps, found_inf, percentile)
-    factors: Tensor = torch.ops.torchao8.clip_factors_(
-        histories, norms, steps, found_inf, percentile
-    )
-    return factors
 
 
 for _device in ("CPU", "CUDA"):
