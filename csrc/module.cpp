@@ -1,12 +1,16 @@
 // The Python module torchao8._C. Importing it loads the library, whose static initializers register
 // the ops (register.cpp); Python calls them as torch.ops.torchao8.*. What it holds itself is
-// FAMILIES, the names of the families' ops, states, numbers and flags (torchao8/_C.pyi).
+// FAMILIES, the names of the families' ops, states, numbers and flags, and DYNAMIC_MAPS, what the
+// codec in Python looks up (torchao8/_C.pyi).
 
 #ifndef Py_LIMITED_API
 #define Py_LIMITED_API 0x030A0000
 #endif
 #include <Python.h>
 
+#include <algorithm>
+
+#include "codec/dynamic_map.h"
 #include "op/family_ops.h"
 #include "rules/families.h"
 
@@ -96,7 +100,26 @@ PyObject* family_of() {
                        names_of(Family::Options::kFlags), rules_of<Family>());
 }
 
+// Of the unsigned map, or the signed one: the codebook, then the lines of stochastic rounding.
+PyObject* dynamic_map(bool is_signed) {
+  struct {
+    float codebook[256], start[16], a[32], b[32], c[32];
+  } data;
+  PositionLines lines;
+  build_position_lines(lines, is_signed);
+  for (int code = 0; code < 256; code++) data.codebook[code] = value_of_code(is_signed, code);
+  std::copy_n(lines.cell_start, 16, data.start);
+  std::copy_n(lines.cell_a, 32, data.a);
+  std::copy_n(lines.cell_b, 32, data.b);
+  std::copy_n(lines.cell_c, 32, data.c);
+  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(&data), sizeof(data));
+}
+
 int add_constants(PyObject* module) {
+  PyObject* const maps = Py_BuildValue("(NN)", dynamic_map(false), dynamic_map(true));
+  const Object owner(maps);
+  if (maps == nullptr || PyModule_AddObjectRef(module, "DYNAMIC_MAPS", maps) != 0) return -1;
+
   Object families(PyList_New(0));
   bool good = true;
   for_each_type(Families(), [&](auto type) {

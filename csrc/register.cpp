@@ -45,6 +45,20 @@ STABLE_TORCH_LIBRARY(torchao8, m) {
     m.def(torchao8::extremes_schema<Family>().c_str());
   });
   m.def(torchao8::lamb_schema().c_str());
+  // Nothing but the checks of these ops, for torchao8/portable (check.cpp).
+  torchao8::for_each_type(torchao8::Families(), [&](auto type) {
+    using Family = typename decltype(type)::type;
+    m.def((torchao8::kCheck + torchao8::step_schema<Family>(true)).c_str());
+    m.def((torchao8::kCheck + torchao8::extremes_schema<Family>()).c_str());
+  });
+  m.def((torchao8::kCheck + torchao8::lamb_schema()).c_str());
+  m.def("check_count_step_(Tensor[] steps, Tensor? found_inf) -> ()");
+  m.def("check_sum_squares(Tensor[] tensors) -> ()");
+  m.def("check_norms(Tensor sums) -> ()");
+  m.def("check_quantize_blockwise(Tensor input, int block_size) -> ()");
+  m.def(
+      "check_dequantize_blockwise(Tensor codes, Tensor scale, int block_size, ScalarType dtype) "
+      "-> ()");
   m.def(
       "clip_factors_(Tensor(a!)[] histories, Tensor norms, Tensor[] steps, Tensor? found_inf, "
       "SymInt percentile) -> Tensor");

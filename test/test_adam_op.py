@@ -410,4 +410,4 @@ def test_opcheck_cpu_capability() -> None:
     """It has no tensor to be dispatched by, so of the checks the schema's alone applies."""
     op = torch.ops.torchao8.cpu_capability.default
     torch.library.opcheck(op, (), test_utils="test_schema")
-    assert ops.cpu_capability() in ("scalar", "avx2", "avx512")
+    assert ops.cpu_capability() in ("scalar", "avx2", "avx512", "portable")

@@ -38,6 +38,7 @@ from torchao8.optim._state.spec import NORMS_KEPT
 from torchao8.optim._step import clipping
 from torchao8.optim.base import LowPrecisionOptimizer
 from torchao8.portable import codec, compiled, pieces
+from torchao8.portable import step as portable_step
 
 pytestmark = pytest.mark.skipif(
     ops.is_portable(torch.device("cpu")), reason="compares with the kernels of the CPU"
@@ -236,20 +237,18 @@ def test_found_inf_changes_nothing(case: OptimizerCase, optim_bits: int) -> None
         assert all_bits(optimizer)["params"] != before["params"]
 
 
-@pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.cls.__name__)
-def test_no_op_of_the_library_is_asked_for(case: OptimizerCase) -> None:
-    """A device without kernels has none of them."""
-    params = make_params() + make_params(torch.bfloat16)
-    options = {**case.full, "min_8bit_size": SMALL, "percentile_clipping": 50}
-    with portable(), CountOps() as counted:
-        optimizer = case.make(params, **options)
-        optimizer.add_param_group({"params": make_params(seed=1), "block_wise": False})
-        for seed in range(2):
-            set_grads([p for group in optimizer.param_groups for p in group["params"]], seed)
-            optimizer.step()
-        codes, scale = torchao8.quantize_blockwise(torch.randn(3, 300))
-        torchao8.dequantize_blockwise(codes, scale)
-    assert counted.calls == []
+def test_every_op_is_there_on_any_device() -> None:
+    """But for those that only CUDA can have."""
+    names = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if "torchao8::" in n}
+    assert len(names) > 20
+    missing = {
+        name
+        for name in names
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"torchao8::{name}", "CompositeExplicitAutograd"
+        )
+    }
+    assert missing == {"allocate_managed", "free_managed"}
 
 
 class NoFloat64(TorchDispatchMode):
@@ -347,7 +346,9 @@ class Peak(TorchDispatchMode):
         pytest.param(lambda: torch.randn(500, 100, 10, 10).transpose(1, 3), id="other strides"),
     ],
 )
-def test_temporaries_do_not_grow_with_the_model(make: Any, optim_bits: int) -> None:
+def test_temporaries_do_not_grow_with_the_model(
+    make: Any, optim_bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """64 MB at most, of a parameter of 20 MB or more with its gradient; three of them."""
     params = [torch.nn.Parameter(make()) for _ in range(3)]
     options: Options = {"optim_bits": optim_bits, "stochastic_rounding": True, "amsgrad": True}
@@ -357,9 +358,15 @@ def test_temporaries_do_not_grow_with_the_model(make: Any, optim_bits: int) -> N
     for p in optimizer.param_groups[0]["params"]:
         p.grad = torch.randn_like(p)
     optimizer._init_states()
-    with portable(), Peak() as memory:
-        optimizer.step()
-    assert memory.peak < 64e6
+    memory, step_ = Peak(), portable_step.step_
+
+    def measured(*args: Any, **options: Any) -> None:
+        with memory:
+            step_(*args, **options)
+
+    monkeypatch.setattr(portable_step, "step_", measured)
+    step_portably(optimizer)
+    assert 1e6 < memory.peak < 64e6
 
 
 def test_pieces_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,7 +407,6 @@ def test_exact_sums_and_norms() -> None:
         assert torch.equal(rows, wanted)
         added = rows[:3].sum(0, keepdim=True)
         norms = ops.norms(torch.cat((rows, added, -added)))
-    assert norms.dtype == torch.float32
     exact_norms = ops.norms(torch.cat((rows, added, -added)))
     torch.testing.assert_close(
         norms.double(), exact_norms, rtol=2.0**-22, atol=1e-45, equal_nan=True
@@ -607,8 +613,8 @@ def test_a_failure_leaves_nothing_half_written(
     assert all_bits(pair[0]) == all_bits(pair[1])
 
 
-def test_under_a_mode_that_sees_each_operator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a counter of operations is: the step is not compiled there, and is afterwards."""
+def test_under_a_mode_that_sees_each_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a counter of operations is: it sees the op, and the step is compiled as ever."""
     calls = 0
 
     def compile_it(function: Any, **options: Any) -> Any:
@@ -624,12 +630,10 @@ def test_under_a_mode_that_sees_each_operator(monkeypatch: pytest.MonkeyPatch) -
     params = make_params()
     optimizer = torchao8.AdamW8bit(params, min_8bit_size=SMALL)
     set_grads(params, 0)
-    with portable(compiles=True):
-        with FlopCounterMode(display=False):
-            optimizer.step()
-        assert calls == 0
+    with portable(compiles=True), FlopCounterMode(display=False), CountOps() as counted:
         optimizer.step()
     assert calls > 0
+    assert "torchao8::adam_step_" in counted.calls
 
 
 def test_fake_tensors_leave_no_table_behind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -640,7 +644,7 @@ def test_fake_tensors_leave_no_table_behind(monkeypatch: pytest.MonkeyPatch) -> 
         set_grads(params, 0)
         step_portably(torchao8.AdamW8bit(params, min_8bit_size=SMALL, stochastic_rounding=True))
 
-    monkeypatch.setattr(codec, "_made", codec._Made())
+    codec.Tables.of.cache_clear()
     for mode in (FakeTensorMode, nullcontext, FakeTensorMode, nullcontext):
         with mode():
             step()

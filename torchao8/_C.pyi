@@ -13,3 +13,7 @@ FAMILIES: tuple[
     ],
     ...,
 ]
+
+# What the codec looks up of the unsigned and of the signed map, float32: the codebook (256 values),
+# and the starts (16) and lines (3 times 32) of stochastic rounding, see csrc/codec/dynamic_map.h.
+DYNAMIC_MAPS: tuple[bytes, bytes]

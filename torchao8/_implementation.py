@@ -7,42 +7,51 @@ where there are kernels, too.
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Sequence
 
 import torch
 
+from torchao8._families import Family
+from torchao8.portable.register import implement
+
 # Devices that have kernels here; their variable of the environment.
 _VARIABLES = {"cpu": "TORCHAO8_CPU", "cuda": "TORCHAO8_CUDA"}
-_portable: set[str] = set()
 _kernels: set[str] = {"cpu", "meta"}  # meta: the ops have fakes, and steps refuse it by name
+# What stands before the kernels of a device, for as long as it is held here.
+_chosen: dict[str, torch.library.Library] = {}
 
 
-def add_kernels(device_type: str) -> None:
-    """To be called when the kernels of a device have been loaded."""
-    _kernels.add(device_type)
-
-
-def is_portable(device: torch.device) -> bool:
-    """Whether the ops on a device are those of :mod:`torchao8.portable`."""
-    return device.type not in _kernels or device.type in _portable
-
-
-def choose_portable(device_type: str, chosen: bool = True) -> None:
-    """Chooses an implementation for a device that has kernels; for tests and comparisons."""
-    (_portable.add if chosen else _portable.discard)(device_type)
-
-
-def number_dtype(device: torch.device) -> torch.dtype:
-    """Of numbers that are computed on a device: not every device has float64."""
-    return torch.float32 if is_portable(device) else torch.float64
-
-
-def _read_environment() -> None:
+def set_up(families: Sequence[Family], has_cuda_kernels: bool) -> None:
+    """Registers the portable ops, when the kernels have been loaded."""
+    _families[:] = families
+    if has_cuda_kernels:
+        _kernels.add("cuda")
+    implement(_everywhere, families, "CompositeExplicitAutograd")
     for device_type, variable in _VARIABLES.items():
         value = os.environ.get(variable, "")
         if value == "portable":
-            _portable.add(device_type)
+            choose_portable(device_type)
         elif value and device_type == "cuda" and value != "kernels":
             raise ImportError(f"{variable} must be portable or kernels, got {value}")
 
 
-_read_environment()
+_families: list[Family] = []
+_everywhere = torch.library.Library("torchao8", "IMPL")
+
+
+def is_portable(device: torch.device) -> bool:
+    """Whether the ops on a device are those of :mod:`torchao8.portable`."""
+    return device.type not in _kernels or device.type in _chosen
+
+
+def choose_portable(device_type: str, chosen: bool = True) -> None:
+    """Chooses an implementation for a device that has kernels; for tests and comparisons."""
+    if not chosen and device_type in _chosen:
+        _chosen.pop(device_type)._destroy()
+    if not chosen or is_portable(torch.device(device_type)):
+        return
+    library = _chosen[device_type] = torch.library.Library("torchao8", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, that a kernel is overridden
+        implement(library, _families, torch._C._dispatch_key_for_device(device_type))

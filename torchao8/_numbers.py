@@ -9,10 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchao8._implementation import number_dtype
-
 # An option that is a number: it may change from step to step, in place where it is a tensor.
 Number = float | Tensor
+
+
+# Devices that surely have float64: not every GPU of Intel has it, and no Mac.
+_HAVE_FLOAT64 = {"cpu", "cuda"}
+
+
+def number_dtype(device: torch.device) -> torch.dtype:
+    """Of numbers that are computed on a device."""
+    return torch.float64 if device.type in _HAVE_FLOAT64 else torch.float32
 
 
 def one_number(value: Number) -> Tensor:
@@ -32,7 +39,7 @@ def all_numbers(values: Sequence[Number], device: torch.device) -> Tensor:
     """The numbers of a rule in one tensor, of shape (n,).
 
     It lies on the CPU, or, if one of the numbers is a tensor on another device, on ``device``. It
-    is float64; on a device without kernels, which need not have that, float32.
+    is float64; on a device that need not have that, float32.
     """
     elsewhere = any(isinstance(v, Tensor) and not v.is_cpu for v in values)
     where = device if elsewhere else torch.device("cpu")

@@ -12,14 +12,9 @@ import torch
 from torch import Tensor
 
 from torchao8._families import Family, FamilyState
-from torchao8._implementation import add_kernels as _add_kernels
-from torchao8._implementation import is_portable as is_portable
-from torchao8._implementation import number_dtype as number_dtype
 from torchao8._numbers import Number, all_numbers
+from torchao8._numbers import number_dtype as number_dtype
 from torchao8.block_layout import scale_shape
-from torchao8.portable import quantize as portable_codec
-from torchao8.portable import step as portable_step
-from torchao8.portable import sums as portable_sums
 
 try:
     import torchao8._C as _C
@@ -40,9 +35,12 @@ CUDA_MISSING = "torch is built without CUDA"
 if torch.version.cuda is not None:
     try:
         CUDA_EXTENSION_FILE = importlib.import_module("torchao8._C_cuda").__file__
-        _add_kernels("cuda")
     except ImportError as error:
         CUDA_MISSING = f"torchao8/_C_cuda could not be loaded ({error}); building it takes nvcc"
+
+# It reads the extension's tables of the codec.
+from torchao8 import _implementation  # noqa: E402
+from torchao8._implementation import is_portable as is_portable  # noqa: E402
 
 _quantize = torch.ops.torchao8.quantize_blockwise.default
 _dequantize = torch.ops.torchao8.dequantize_blockwise.default
@@ -54,7 +52,6 @@ FAMILIES = tuple(
 )
 NUMBERS = {family.step_op: family.numbers for family in FAMILIES}
 STEP_OPS = tuple(NUMBERS)
-_FAMILIES = {family.step_op: family for family in FAMILIES}
 _STEP_OPS = {op: getattr(torch.ops.torchao8, op).default for op in STEP_OPS}
 _EXTREMES_OPS = {
     family.step_op: getattr(torch.ops.torchao8, family.extremes_op).default for family in FAMILIES
@@ -66,6 +63,8 @@ _norms = torch.ops.torchao8.norms.default
 _prefetch_pages_ = torch.ops.torchao8.prefetch_pages_.default
 _allocate_managed = torch.ops.torchao8.allocate_managed.default
 _free_managed = torch.ops.torchao8.free_managed.default
+
+_implementation.set_up(FAMILIES, has_cuda_kernels=CUDA_EXTENSION_FILE is not None)
 
 # Integers that an exact sum of squares consists of.
 SUM_LIMBS = 18
@@ -93,8 +92,7 @@ def quantize_blockwise(
     Raises:
         RuntimeError: wrong dtype, block size or device; the message names the argument.
     """
-    quantize = portable_codec.quantize_blockwise if is_portable(input.device) else _quantize
-    codes, scale = quantize(input, block_size=block_size, signed=signed)
+    codes, scale = _quantize(input, block_size=block_size, signed=signed)
     return codes, scale
 
 
@@ -120,8 +118,7 @@ def dequantize_blockwise(
     Raises:
         RuntimeError: wrong dtype, shape, block size or device; the message names the argument.
     """
-    dequantize = portable_codec.dequantize_blockwise if is_portable(codes.device) else _dequantize
-    result: Tensor = dequantize(codes, scale, block_size=block_size, signed=signed, dtype=dtype)
+    result: Tensor = _dequantize(codes, scale, block_size=block_size, signed=signed, dtype=dtype)
     return result
 
 
@@ -221,20 +218,6 @@ def step_(
     """
     if not params:  # an op chooses its device by its tensors
         return
-    options: dict[str, Any] = {
-        "block_size": block_size,
-        "stochastic_rounding": stochastic_rounding,
-        "stochastic_params": stochastic_params,
-        "count_steps": count_steps,
-        "seed": seed,
-        "shard_offsets": shard_offsets,
-        "shard_row_strides": shard_row_strides,
-    }
-    if is_portable(params[0].device):
-        shared = (params, grads, values, scales, steps, lr, numbers, grad_scale, factors)
-        call = portable_step.Call(_FAMILIES[op], *shared, flags)
-        portable_step.step_(call, extremes, found_inf, **options)
-        return
     _STEP_OPS[op](
         params,
         grads,
@@ -247,7 +230,13 @@ def step_(
         numbers,
         grad_scale,
         found_inf,
-        **options,
+        block_size=block_size,
+        stochastic_rounding=stochastic_rounding,
+        stochastic_params=stochastic_params,
+        count_steps=count_steps,
+        seed=seed,
+        shard_offsets=shard_offsets,
+        shard_row_strides=shard_row_strides,
         **flags,
     )
     mark_modified(params)
@@ -298,9 +287,6 @@ def extremes(
     Raises:
         RuntimeError: an argument does not fit the others.
     """
-    if is_portable(params[0].device):
-        shared = (params, grads, values, scales, steps, lr, numbers, grad_scale, factors)
-        return portable_step.extremes(portable_step.Call(_FAMILIES[op], *shared, flags))
     found: Tensor = _EXTREMES_OPS[op](
         params, grads, *values, *scales, steps, factors, lr, numbers, grad_scale, **flags
     )
@@ -313,9 +299,7 @@ def count_step_(steps: list[Tensor], found_inf: Tensor | None) -> None:
     Raises:
         RuntimeError: an argument does not fit; nothing has changed then.
     """
-    if steps and is_portable(steps[0].device):
-        portable_step.count_step_(steps, found_inf)
-    elif steps:  # an op chooses its device by its tensors
+    if steps:  # an op chooses its device by its tensors
         _count_step_(steps, found_inf)
 
 
@@ -346,8 +330,6 @@ def sum_squares(tensors: list[Tensor]) -> Tensor:
             raise RuntimeError(f"sum_squares: tensors[{i}] must be dense, got layout {t.layout}")
     if not tensors:  # an op chooses its device by its tensors
         return torch.zeros(0, SUM_LIMBS, dtype=torch.int64, device="cpu")
-    if is_portable(tensors[0].device):
-        return portable_sums.sum_squares(tensors)
     sums: Tensor = _sum_squares(tensors)
     return sums
 
@@ -382,13 +364,6 @@ def lamb_update_sums(
     Raises:
         RuntimeError: an argument does not fit the others.
     """
-    if is_portable(params[0].device):
-        flags = {"maximize": maximize, "decoupled_weight_decay": True}
-        lists = ([*values, []], [*scales, []])
-        shared = (params, grads, *lists, steps, None, numbers, grad_scale, factors)
-        call = portable_step.Call(_FAMILIES["adam_step_"], *shared, flags)
-        pieces = portable_step.updates(call, block_size, not block_wise)
-        return portable_sums.sum_rows(len(params), params[0].device, pieces)
     sums: Tensor = _lamb_update_sums(
         params,
         grads,
@@ -413,13 +388,11 @@ def norms(sums: Tensor) -> Tensor:
 
     Returns:
         float64 of shape (n,): the float64 nearest to each sum, ties to even, and of that the IEEE
-        square root. NaN for a row that is negative. On devices without kernels float32.
+        square root. NaN for a row that is negative. On devices that may lack float64, float32.
 
     Raises:
         RuntimeError: wrong dtype or shape; the message names the argument.
     """
-    if is_portable(sums.device):
-        return portable_sums.norms(sums)
     result: Tensor = _norms(sums)
     return result
 
@@ -438,8 +411,7 @@ def prefetch_pages_(pages: Sequence[list[Tensor]], now: Tensor) -> None:
         now: a tensor of the call that comes next.
     """
     for tensors in pages:
-        if now.device.type == "cpu" or not is_portable(now.device):
-            _prefetch_pages_(tensors, now)
+        _prefetch_pages_(tensors, now)
 
 
 def allocate_managed(device: torch.device, size: int) -> int:
@@ -547,7 +519,7 @@ def _(params: list[Tensor], *others: list[Tensor] | Tensor | None, **options: ob
 
 @torch.library.register_fake("torchao8::norms")
 def _(sums: Tensor) -> Tensor:
-    return torch.empty(sums.shape[0], dtype=torch.float64, device=sums.device)
+    return torch.empty(sums.shape[0], dtype=number_dtype(sums.device), device=sums.device)
 
 
 def _check_devices(op: str, first: str, *arguments: list[Tensor] | Tensor | None) -> None:

@@ -27,7 +27,7 @@ struct CpuNumbers {
     const Argument argument{call.op, "numbers"};
     const TensorView numbers(*call.numbers);
     check_device(argument, numbers, kCpu);
-    check_numbers(argument, numbers, kNumberCount<Options>);
+    check_numbers(argument, numbers, kNumberCount<Options>, kCpu);
     const CommonOptions common = {
         call.lr ? read_scalar({call.op, "lr"}, *call.lr) : 1,
         call.grad_scale ? read_scalar({call.op, "grad_scale"}, *call.grad_scale) : 1};

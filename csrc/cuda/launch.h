@@ -43,7 +43,7 @@ struct RuleNumbers {
 };
 inline RuleNumbers rule_numbers(const Argument& a, const TensorView& t, int count,
                                 const Device& device) {
-  check_numbers(a, t, count);
+  check_numbers(a, t, count, device);
   const double* data = t.const_data_ptr<double>();
   if (t.is_cpu()) return {data, nullptr};
   check_device(a, t, device);

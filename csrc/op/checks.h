@@ -95,11 +95,19 @@ struct Argument {
 struct Device {
   bool cuda;
   int32_t index;
+  bool portable = false;  // a device of any type, for a step in PyTorch's operators (check.cpp)
+  int32_t type = 0;       // of it, in torch's numbers
+
+  // Not every device has float64. Where it need not, such numbers come as float32.
+  bool has_doubles() const { return !portable || cuda || type == aoti_torch_device_type_cpu(); }
 };
 constexpr Device kCpu = {false, 0};
 
 inline void check_device(const Argument& a, const TensorView& t, const Device& device) {
-  if (device.cuda) {
+  if (device.portable) {
+    TORCHAO8_CHECK(t.get_device_type() == device.type && t.get_device_index() == device.index,
+                   a.text(), " must be on the device of the other arguments; it is on another one");
+  } else if (device.cuda) {
     TORCHAO8_CHECK(t.is_cuda() && t.get_device_index() == device.index, a.text(),
                    " must be on cuda:", device.index, ", where another argument is; it is on ",
                    t.is_cuda()  ? "cuda:" + std::to_string(t.get_device_index())

@@ -30,8 +30,9 @@ inline double read_number(const TensorView& t) {
 }
 
 // The numbers of a rule, in one tensor.
-inline void check_numbers(const Argument& a, const TensorView& t, int count) {
-  check_dtype(a, t, ScalarType::Double);
+inline void check_numbers(const Argument& a, const TensorView& t, int count, const Device& device) {
+  if (t.is_cpu() || device.has_doubles() || t.scalar_type() != ScalarType::Float)
+    check_dtype(a, t, ScalarType::Double);
   const int64_t shape = count;
   check_shape(a, t, Sizes(&shape, 1), "one for each number of the rule");
   check_contiguous(a, t);
@@ -46,7 +47,8 @@ inline void check_step(const Argument& a, const TensorView& step, const Device& 
 // What a parameter's gradient and the learning rate are multiplied by.
 inline void check_factors(const Argument& a, const TensorView& factors, const Device& device) {
   check_device(a, factors, device);
-  check_dtype(a, factors, ScalarType::Double);
+  if (device.has_doubles() || factors.scalar_type() != ScalarType::Float)
+    check_dtype(a, factors, ScalarType::Double);
   const int64_t shape = kFactors;
   check_shape(a, factors, Sizes(&shape, 1), "of the gradient and of the learning rate");
   check_contiguous(a, factors);

@@ -13,11 +13,16 @@
 
 namespace torchao8 {
 
+constexpr const char* kCheck = "check_";  // before an op's name: what only checks its arguments
+
 // Writes the text between the parentheses of a schema.
 class SchemaWriter {
  public:
+  explicit SchemaWriter(bool only_reads = false) : only_reads_(only_reads) {}
   void list(const std::string& name, const TensorList&, Access access = Access::kRead) {
-    add(access == Access::kRead ? "Tensor[]" : std::string("Tensor(") + letter_++ + "!)[]", name);
+    add(access == Access::kRead || only_reads_ ? "Tensor[]"
+                                               : std::string("Tensor(") + letter_++ + "!)[]",
+        name);
   }
   void tensor(const char* name, const std::optional<Tensor>&) { add("Tensor", name); }
   void optional_tensor(const char* name, const std::optional<Tensor>&) { add("Tensor?", name); }
@@ -40,15 +45,16 @@ class SchemaWriter {
     separate() += type + " " + name + (otherwise.empty() ? "" : "=" + otherwise);
   }
 
+  const bool only_reads_;
   std::string text_;
   char letter_ = 'a';
 };
 
 template <class Family>
-std::string step_schema() {
+std::string step_schema(bool only_reads = false) {
   StepCall call(step_op<Family>());
   call.set_family(Type<Family>());
-  SchemaWriter writer;
+  SchemaWriter writer(only_reads);
   visit_step<Family>(writer, call);
   return call.op + ("(" + writer.text() + ") -> ()");
 }

@@ -53,15 +53,15 @@ class TensorView {
 
   void inspect() {
     static const int32_t cpu = aoti_torch_device_type_cpu(), cuda = aoti_torch_device_type_cuda();
-    int32_t device = 0, dtype = 0;
+    int32_t dtype = 0;
     int64_t dim = 0;
     int64_t* sizes = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle_, &device));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle_, &device_));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle_, &dtype));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle_, &dim));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle_, &sizes));
-    is_cpu_ = device == cpu;
-    is_cuda_ = device == cuda;
+    is_cpu_ = device_ == cpu;
+    is_cuda_ = device_ == cuda;
     dtype_ = dtype;
     type_ = scalar_type_of(dtype);
     sizes_ = Sizes(sizes, size_t(dim));
@@ -78,6 +78,7 @@ class TensorView {
   bool is_cpu() const { return is_cpu_; }
   bool is_cuda() const { return is_cuda_; }
   size_t element_size() const { return aoti_torch_dtype_element_size(dtype_); }
+  int32_t get_device_type() const { return device_; }
   int32_t get_device_index() const {
     int32_t index = 0;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle_, &index));
@@ -129,7 +130,7 @@ class TensorView {
   Sizes sizes_;
   int64_t numel_ = 0;
   mutable void* data_ = nullptr;
-  int32_t dtype_ = 0;
+  int32_t dtype_ = 0, device_ = 0;
   ScalarType type_ = ScalarType::Undefined;
   bool is_cpu_ = false, is_cuda_ = false, is_contiguous_ = true;
   mutable bool has_data_ = false, is_writable_ = false;

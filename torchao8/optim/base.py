@@ -33,7 +33,6 @@ from torchao8.optim._step.calls import call_ops
 from torchao8.optim._step.plan import Plan, plan_step
 from torchao8.optim.contract import OptimizerContract
 from torchao8.optim.options import Group, plain_hints
-from torchao8.portable import codec
 from torchao8.sharding import is_dtensor
 
 
@@ -283,7 +282,6 @@ def _run_when_traced(cls: type[LowPrecisionOptimizer]) -> None:
     torch.compiler.assume_constant_result(cls._init_states)
     torch.compiler.assume_constant_result(cls._shard_rows)
     torch.compiler.assume_constant_result(cls._shard_groups)
-    torch.compiler.assume_constant_result(codec.make_table)
 
 
 def _warn_of_misspelled(group: Group, options: Group) -> None:

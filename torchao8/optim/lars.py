@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from torchao8 import ops
 from torchao8._numbers import one_number
 from torchao8.optim._state.spec import State
 from torchao8.optim.base import LowPrecisionOptimizer
@@ -22,7 +21,6 @@ from torchao8.optim.options import (
     check_number,
     has_momentum,
 )
-from torchao8.portable.step import to_device
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -140,13 +138,10 @@ class LARS(LowPrecisionOptimizer):
 
     def _trust_ratios(self, group: Group, param_norms: Tensor, norms: Tensor) -> Tensor:
         numbers = map(one_number, (group["trust_coefficient"], group["weight_decay"]))
-        if ops.is_portable(norms.device):
-            own = (to_device(number, norms.device) for number in numbers)
-            return lars_trust_ratios(param_norms, norms, *own)
         ratios: Tensor = torch.ops.torchao8.lars_trust_ratios(
             param_norms,
             norms,
-            *(number if number.is_cpu else number.to(norms.device) for number in numbers),
+            *(n.to(norms.dtype) if n.is_cpu else n.to(norms.device) for n in numbers),
         )
         return ratios
 
@@ -191,8 +186,7 @@ def lars_trust_ratios(
     return torch.where((param_norms > 0) & (below > 0), ratios, 1.0)
 
 
-for _device in ("CPU", "CUDA"):
-    torch.library.impl("torchao8::lars_trust_ratios", _device, lars_trust_ratios)
+torch.library.impl("torchao8::lars_trust_ratios", "CompositeExplicitAutograd", lars_trust_ratios)
 
 
 @torch.library.register_fake("torchao8::lars_trust_ratios")

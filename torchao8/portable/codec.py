@@ -7,13 +7,13 @@ has the reasons for what is computed, this only says how. No operation depends o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchao8.portable import tables
+import torchao8._C as _C
 
 MIN_SCALE = 2.0**-126  # the smallest normal float32; a smaller scale counts as zero
 OVERFLOW = 2.0**126
@@ -27,7 +27,6 @@ _LANE_FACTORS = tuple(
 )
 _MASK23, _MASK32, _MASK64 = (1 << 23) - 1, (1 << 32) - 1, (1 << 64) - 1
 _RANDOM_MASK, _ONE_BITS = 0x007FFE00, 0x3F800100
-_FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 
 def zero_code(signed: bool) -> int:
@@ -36,49 +35,21 @@ def zero_code(signed: bool) -> int:
 
 # -- what is looked up ---------------------------------------------------------------------------
 
-_TABLES: dict[str, tuple[Callable[[bool], Sequence[float]], torch.dtype]] = {
-    "codebook": (tables.codebook, torch.float32),
-    "nearest": (tables.nearest_cells, torch.int32),
-    "start": (lambda signed: tables.position_lines(signed)[0], torch.float32),
-    "a": (lambda signed: tables.position_lines(signed)[1], torch.float32),
-    "b": (lambda signed: tables.position_lines(signed)[2], torch.float32),
-    "c": (lambda signed: tables.position_lines(signed)[3], torch.float32),
-    "lanes": (lambda signed: _LANE_FACTORS, torch.int64),
-    # A compiler would multiply an index by a constant of its own, as a number that may not wrap.
-    "golden": (lambda signed: (_signed64(_GOLDEN),), torch.int64),
-}
-
-
-class _Made:
-    """The tables that were made, as attributes: torch.compile reads these as they are."""
-
-
-_made = _Made()
-
-
-def make_table(attribute: str, name: str, signed: bool, device: torch.device) -> None:
-    """Run as it is when it is traced (base.py sees to that): no graph builds a table."""
-    if not hasattr(_made, attribute):
-        setattr(_made, attribute, _new_table(name, signed, device))
-
-
-def _new_table(name: str, signed: bool, device: torch.device) -> Tensor:
-    values, dtype = _TABLES[name]
-    with torch.inference_mode(False):
-        return torch.tensor(values(signed), dtype=dtype, device=device)
-
-
-def _table(name: str, signed: bool, device: torch.device) -> Tensor:
-    if not torch.compiler.is_compiling() and torch._C._get_dispatch_mode(_FAKE) is not None:
-        return _new_table(name, signed, device)  # a fake one, which is not to be kept
-    attribute = f"{name}_{signed}_{device}"
-    make_table(attribute, name, signed, device)
-    made: Tensor = getattr(_made, attribute)
-    return made
+BIAS = 2.0**-31  # part of every y that is rounded stochastically
+GAP_SLOPE = 5.0 / 3.0
+CELLS = 0x3F81  # of the top 16 bits of a float32, up to those of 1.0
+LOW_BITS = 17  # of a word of the nearest cells: the threshold
 
 
 class Tables(NamedTuple):
-    """The tables of one map on one device."""
+    """What the codec looks up of one map, on one device.
+
+    ``codebook``: the values of the codes. ``nearest``: of each cell of magnitudes, its first
+    number's place among the codes (of those that a number above 0 may get) and, in the low bits,
+    where the next one begins; no cell has two of them. ``start``: of each two binades, where other
+    lines begin, and ``a``, ``b``, ``c`` the lines: position = min(line, line * 5/3 + c) between the
+    codes, where line = y * a + b.
+    """
 
     codebook: Tensor
     nearest: Tensor
@@ -88,8 +59,27 @@ class Tables(NamedTuple):
     c: Tensor
 
     @staticmethod
+    @functools.cache
     def of(signed: bool, device: torch.device) -> Tables:
-        return Tables(*[_table(name, signed, device) for name in Tables._fields])
+        """Of the numbers that csrc/codec/dynamic_map.h derives."""
+        with torch.inference_mode(False):
+            data = torch.frombuffer(bytearray(_C.DYNAMIC_MAPS[signed]), dtype=torch.float32)
+            codebook, *lines = data.split([256, 16, 32, 32, 32])
+            tables = (codebook, _nearest(codebook, signed), *lines)
+            return Tables(*(t.to(device, copy=True) for t in tables))
+
+
+def _nearest(codebook: Tensor, signed: bool) -> Tensor:
+    places = codebook[127:] if signed else codebook[1:]
+    middle = (places[:-1].double() + places[1:].double()) / 2
+    begins = middle.float()
+    below = begins.double() < middle
+    bits = begins.view(torch.int32) + below.int()  # the first float32 that is not below the middle
+    cells = bits >> 16
+    first = torch.searchsorted(cells, torch.arange(CELLS, dtype=torch.int32), out_int32=True)
+    low = torch.full_like(first, 1 << 16)
+    low[cells] = bits & 0xFFFF
+    return first << LOW_BITS | low
 
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:
@@ -166,9 +156,9 @@ def encode_nearest(x: Tensor, inverse: Tensor, signed: bool, t: Tables) -> Tenso
     """Uint8. No number above 0 gets the code of 0 in the unsigned map."""
     y = x * inverse
     bits = y.abs().view(torch.int32)
-    word = _look_up(t.nearest, (bits >> 16).clamp_max(tables.CELLS - 1))
-    threshold = word & ((1 << tables.LOW_BITS) - 1)
-    place = (word >> tables.LOW_BITS) + ((bits & 0xFFFF) >= threshold).to(torch.int32)
+    word = _look_up(t.nearest, (bits >> 16).clamp_max(CELLS - 1))
+    threshold = word & ((1 << LOW_BITS) - 1)
+    place = (word >> LOW_BITS) + ((bits & 0xFFFF) >= threshold).to(torch.int32)
     if signed:
         # There is no -1.0: what rounds to it gets the code above it.
         return (127 + torch.where(y < 0, -place.clamp_max(127), place)).to(torch.uint8)
@@ -179,11 +169,11 @@ def encode_stochastic(
     x: Tensor, inverse: Tensor, between: Tensor, signed: bool, t: Tables
 ) -> Tensor:
     """Uint8: one of the two codes around each number, by random numbers from 1 to 2."""
-    y = x.abs() * inverse.abs() + tables.BIAS
+    y = x.abs() * inverse.abs() + BIAS
     cell = (y.view(torch.int32) >> 24) & 15
     line = torch.where(y < _look_up(t.start, cell), cell + 16, cell)
     straight = y * _look_up(t.a, line) + _look_up(t.b, line)
-    position = torch.minimum(straight, straight * tables.GAP_SLOPE + _look_up(t.c, line))
+    position = torch.minimum(straight, straight * GAP_SLOPE + _look_up(t.c, line))
     kk = (position + between).to(torch.int32)
     if signed:
         negative = (x < 0) ^ (inverse < 0)
@@ -220,21 +210,23 @@ def mix_bits(z: Tensor) -> Tensor:
 
 def random_keys(seed: int, t: Tensor, streams: int) -> list[Tensor]:
     """The keys of some streams, int64 of the shape of t: of the states, and the parameter's."""
-    # A seed that changes is no number of Python where a step is traced.
-    of_seed = mix_bits(
-        torch.full_like(t, seed, dtype=torch.int64) + _table("golden", True, t.device)
-    )
+    of_seed = mix_bits(torch.full_like(t, _signed64(seed + _GOLDEN), dtype=torch.int64))
     step = 4 * t.to(torch.int64)
     return [
         mix_bits(mix_bits(step + stream) ^ of_seed) for stream in (*range(streams), PARAM_STREAM)
     ]
 
 
+@functools.cache
+def _lane_factors(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(_LANE_FACTORS, dtype=torch.int64, device=device)
+
+
 def _coefficients(key: Tensor, first: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four of each block, by the global index of its first element."""
-    golden = _table("golden", True, first.device)
-    z = mix_bits(key + first * golden)
-    w = mix_bits(z + golden)
+    z = mix_bits(key + first * _signed64(_GOLDEN))
+    w = mix_bits(z + _signed64(_GOLDEN))
     return z & _MASK32, _shifted(z, 32), w & _MASK32, _shifted(w, 32)
 
 
@@ -242,7 +234,7 @@ def lane_draws(key: Tensor, first: Tensor, mask: int = _MASK23) -> tuple[Tensor,
     """Of each of the 8 lanes of a block, the hash of its first element and what one adds from one
     element of the lane to the next; of the shape (*first.shape, 8)."""
     c0, c1, c2, c3 = (c.unsqueeze(-1) for c in _coefficients(key, first))
-    lanes = _table("lanes", True, first.device)
+    lanes = _lane_factors(first.device)
     return (c0 + c1 * lanes) & mask, (c2 + c3 * lanes) & mask
 
 
@@ -274,7 +266,7 @@ def element_hashes(key: Tensor, element: Tensor) -> Tensor:
     """The same where there are no blocks, by the global indices of the elements."""
     i = element & 255
     c0, c1, c2, c3 = _coefficients(key, element - i)
-    lanes = _look_up(_table("lanes", True, element.device), i & 7)
+    lanes = _look_up(_lane_factors(element.device), i & 7)
     return ((c0 + c1 * lanes + ((c2 + c3 * lanes) & _MASK32) * (i >> 3)) >> 16 & 0xFFFF).to(
         torch.int32
     )

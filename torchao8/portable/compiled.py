@@ -13,22 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 # Devices that inductor generates code for; those that it failed on are taken out.
 devices = set() if os.environ.get("TORCHAO8_COMPILE") == "0" else {"cpu", "cuda", "xpu"}
 _compiled: dict[Hashable, Callable[[Any], None]] = {}
-
-
-def may_compile(x: Tensor) -> bool:
-    """Not within a graph, nor under a mode as of a profiler or of fake tensors, which sees each
-    operator: torch.compile would skip the code there, and from then on."""
-    return (
-        x.device.type in devices
-        and type(x) is Tensor
-        and not torch.compiler.is_compiling()
-        and not is_in_torch_dispatch_mode()
-    )
 
 
 def run(function: Callable[[Any, Any], None], form: Hashable, x: Any) -> None:
@@ -37,13 +25,14 @@ def run(function: Callable[[Any, Any], None], form: Hashable, x: Any) -> None:
     x is a NamedTuple; its tensors have as many dimensions before the last one as there are kinds of
     blocks, and any sizes there.
     """
-    if not may_compile(x.param):
+    if x.param.device.type not in devices or type(x.param) is not Tensor:
         return function(form, x)
     x = _flattened(x)
     if 1 in x.param.shape[: max(1, x.param.dim() - 1)]:  # a size of 1 would be code of its own
         return function(form, x)
-    key = (form, x.param.dim(), x.param.dim() > 1 and x.param.shape[-1], x.param.dtype,
-           x.grad.dtype, x.param.device)  # fmt: skip
+    kind = (bool(x.extremes), x.skip is None, x.hashes is None, x.param.dtype, x.grad.dtype)
+    width = x.param.dim() > 1 and x.param.shape[-1]
+    key = (form, *kind, x.param.dim(), width, x.param.device)
     _mark_dynamic(x)
     if key in _compiled:
         return _run_again(key, function, form, x)

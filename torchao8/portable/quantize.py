@@ -5,32 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchao8.block_layout import check_block_size, row_length, scale_shape
+from torchao8.block_layout import row_length, scale_shape
 from torchao8.portable import codec
 from torchao8.portable.pieces import Entry, block_pieces
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-
-def check_float_dtype(argument: str, dtype: torch.dtype) -> None:
-    """Raises RuntimeError, as the kernels do."""
-    if dtype not in FLOAT_DTYPES:
-        name = str(dtype).removeprefix("torch.")
-        raise RuntimeError(f"{argument} must be float32, bfloat16 or float16, got {name}")
-
-
-def _check_block_size(op: str, block_size: int) -> None:
-    try:
-        check_block_size(block_size)
-    except ValueError as error:
-        raise RuntimeError(f"{op}: {error}") from None
-
-
-def quantize_blockwise(x: Tensor, *, block_size: int, signed: bool) -> tuple[Tensor, Tensor]:
+def quantize_blockwise(input: Tensor, block_size: int, signed: bool) -> tuple[Tensor, Tensor]:
     """As :func:`torchao8.ops.quantize_blockwise`."""
-    check_float_dtype("quantize_blockwise: input", x.dtype)
-    _check_block_size("quantize_blockwise", block_size)
-    x = x.detach().contiguous()
+    x = input.detach().contiguous()
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     scale = torch.empty(scale_shape(x.shape, block_size), dtype=torch.float32, device=x.device)
     t = codec.Tables.of(signed, x.device)
@@ -56,27 +38,9 @@ def quantize_blockwise(x: Tensor, *, block_size: int, signed: bool) -> tuple[Ten
 
 
 def dequantize_blockwise(
-    codes: Tensor, scale: Tensor, *, block_size: int, signed: bool, dtype: torch.dtype
+    codes: Tensor, scale: Tensor, block_size: int, signed: bool, dtype: torch.dtype
 ) -> Tensor:
     """As :func:`torchao8.ops.dequantize_blockwise`."""
-    check_float_dtype("dequantize_blockwise: dtype", dtype)
-    _check_block_size("dequantize_blockwise", block_size)
-    expected = scale_shape(codes.shape, block_size)
-    for name, tensor, of_dtype, shape in (
-        ("codes", codes, torch.uint8, tuple(codes.shape)),
-        ("scale", scale, torch.float32, expected),
-    ):
-        if tensor.dtype != of_dtype or tensor.shape != shape or not tensor.is_contiguous():
-            raise RuntimeError(
-                f"dequantize_blockwise: {name} must be contiguous, {of_dtype}, of shape "
-                f"{list(shape)}, got {tensor.dtype}, {list(tensor.shape)} of strides "
-                f"{list(tensor.stride())}"
-            )
-        if tensor.device != codes.device:
-            raise RuntimeError(
-                f"dequantize_blockwise: {name} must be on {codes.device}, as codes, got one on "
-                f"{tensor.device}"
-            )
     result = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     t = codec.Tables.of(signed, codes.device)
     stride = row_length(codes.shape, block_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +12,14 @@ from torchao8._families import Family
 from torchao8.portable import codec, compiled
 from torchao8.portable.pieces import Entry, Piece, block_pieces, element_pieces, shards, slices
 from torchao8.portable.rules import RULES, Numbers, Old, Rate
+from torchao8.portable.sums import sum_rows
 
 ROOT_FLOOR_8BIT = 2.0**-101  # under a root, in units of about the squared gradient
 ROOT_FLOOR_32BIT = 2.0**-126
 LEAST_SHARE = 2.0**-6  # of a variance in 8 bits, in the mean square
+
+# Those of an op, by their names in its schema, see torchao8.ops.step_.
+Arguments = Mapping[str, Any]
 
 
 class FormState(NamedTuple):
@@ -25,25 +29,19 @@ class FormState(NamedTuple):
 
 
 class Form(NamedTuple):
-    """All that pieces which are stepped by the same code have in common.
+    """What pieces that are stepped by the same code have in common.
 
     Attributes:
         rule: of RULES.
         states: those that there are.
         numbers: the names of the rule's numbers.
         in_8bit: their format.
-        has_extremes: whether a whole tensor shares a scale, whose extremes are known.
-        rounds: whether the parameter is rounded stochastically.
-        may_skip: whether there is a found_inf.
     """
 
     rule: str
     states: tuple[FormState, ...]
     numbers: tuple[str, ...]
     in_8bit: bool
-    has_extremes: bool = False
-    rounds: bool = False
-    may_skip: bool = False
 
 
 class Tensors(NamedTuple):
@@ -51,6 +49,7 @@ class Tensors(NamedTuple):
 
     Attributes:
         numbers: those that the form names.
+        tables: of each state in 8 bits.
         draws: of each state that is rounded stochastically, what its random numbers are made of.
         hashes: of the parameter, where it is.
         extremes: of each state, where a whole tensor shares a scale.
@@ -62,121 +61,11 @@ class Tensors(NamedTuple):
     values: list[Tensor]
     scales: list[Tensor]
     numbers: Tensor
-    draws: list[tuple[Tensor, Tensor]]
-    hashes: Tensor | None
-    extremes: list[Tensor]
-    skip: Tensor | None
-
-
-# -- the numbers of a step -----------------------------------------------------------------------
-
-
-class Call(NamedTuple):
-    """The arguments that all ops of a rule share, see :func:`torchao8.ops.step_`."""
-
-    family: Family
-    params: list[Tensor]
-    grads: list[Tensor]
-    values: Sequence[list[Tensor]]
-    scales: Sequence[list[Tensor]]
-    steps: list[Tensor]
-    lr: Tensor | None
-    numbers: Tensor
-    grad_scale: Tensor | None
-    factors: Sequence[Tensor]
-    flags: Mapping[str, bool]
-
-    @property
-    def in_8bit(self) -> bool:
-        return any(self.scales)
-
-    def states(self, stochastic: bool) -> tuple[FormState, ...]:
-        return tuple(
-            FormState(s.name, s.signed, s.stochastic and stochastic)
-            for s, tensors in zip(self.family.states, self.values, strict=True)
-            if tensors and not s.scalar
-        )
-
-    def state_lists(self) -> list[list[Tensor]]:
-        pairs = zip(self.family.states, self.values, strict=True)
-        return [tensors for s, tensors in pairs if tensors and not s.scalar]
-
-    def entries(self, places: Sequence[tuple[int, int]], one_scale: bool) -> list[Entry]:
-        lists, scales = self.state_lists(), [tensors for tensors in self.scales if tensors]
-        return [
-            Entry(
-                p.detach(),
-                self.grads[i].detach(),
-                [tensors[i] for tensors in lists],
-                [tensors[i] for tensors in scales],
-                *places[i],
-                one_scale,
-            )
-            for i, p in enumerate(self.params)
-        ]
-
-    def t(self) -> Tensor:
-        """The steps with this one."""
-        return torch.stack([s.reshape(()) for s in self.steps]) + 1
-
-    def scalar_lists(self) -> dict[str, list[Tensor]]:
-        pairs = zip(self.family.states, self.values, strict=True)
-        return {s.name: tensors for s, tensors in pairs if s.scalar}
-
-    def rule_numbers(self, t: Tensor) -> Numbers:
-        """The rule's numbers for all parameters, float32 on their device, of shape (n,) or ()."""
-        rule, device = RULES[self.family.name], t.device
-        # In the precision that they come in: float32 could not tell 1 - beta.
-        exact = torch.stack(list(Rate.of(self.numbers)))
-        columns = to_device(exact, device).unbind(1)
-        o: Numbers = dict(self.flags)
-        for name, column in zip(self.family.numbers, columns, strict=True):
-            o[name] = Rate(*column.unbind()) if name in rule.rates else column[0]
-        o["lr"] = t.new_ones(()) if self.lr is None else to_device(self.lr.reshape(()), device)
-        o["gain"] = t.new_full((), -1.0 if self.flags["maximize"] else 1.0)
-        if self.grad_scale is not None:
-            o["gain"] = o["gain"] / to_device(self.grad_scale.reshape(()), device)
-        if self.factors:
-            factors = to_device(torch.stack(list(self.factors)), device)
-            o["gain"] = o["gain"] * factors[:, 0]
-            if self.lr is not None:
-                o["lr"] = o["lr"] * factors[:, 1]
-        o["floor"] = ROOT_FLOOR_8BIT if self.in_8bit else ROOT_FLOOR_32BIT
-        o["least_share"] = LEAST_SHARE if self.in_8bit else 0.0
-        for name, tensors in self.scalar_lists().items():
-            o[name] = torch.stack([s.reshape(()) for s in tensors])
-        return rule.numbers(o, t, self.in_8bit)
-
-
-# Devices whose copies from the host take the bytes before they return. MPS does not: it reads them
-# later, when the temporary tensor may be gone (pytorch/pytorch#139550).
-_COPIES_AT_ONCE = {"cuda", "xpu"}
-
-
-def to_device(t: Tensor, device: torch.device) -> Tensor:
-    """As float32. The host waits for it only where it has to, see above."""
-    t = t.to(torch.float32)
-    if t.device == device:
-        return t
-    return t.to(device, non_blocking=device.type in _COPIES_AT_ONCE)
-
-
-def refuse_capture(device: torch.device) -> None:
-    """Raises RuntimeError while a CUDA graph is recorded."""
-    if torch.compiler.is_compiling() or device.type != "cuda":
-        return
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "step: expected no CUDA graph being recorded, as there are no CUDA kernels of torchao8 "
-            "here, and a step in PyTorch operators reads lr and other numbers on the host. Build "
-            "the kernels, or step outside of the graph"
-        )
-
-
-def as_rows(c: Numbers, t: Tensor) -> Tensor:
-    """The numbers, a row for each parameter."""
-    columns = [v if isinstance(v, Tensor) else t.new_full((), v) for v in c.values()]
-    return torch.stack([v.to(t.dtype).expand_as(t) for v in columns], 1)
+    tables: list[codec.Tables]
+    draws: Sequence[tuple[Tensor, Tensor]] = ()
+    hashes: Tensor | None = None
+    extremes: Sequence[Tensor] = ()
+    skip: Tensor | None = None
 
 
 # -- one piece -----------------------------------------------------------------------------------
@@ -194,13 +83,13 @@ class Made(NamedTuple):
 def make_step(form: Form, x: Tensors, c: Numbers) -> Made:
     p, g = x.param.to(torch.float32), x.grad.to(torch.float32)
     old, kept = {}, []
-    for i, (name, signed, _) in enumerate(form.states):
+    for i, state in enumerate(form.states):
         if form.in_8bit:
-            value = codec.decode(x.values[i], codec.Tables.of(signed, p.device))
-            old[name] = Old(value, x.scales[i])
-            kept.append(value * (x.scales[i] / c[f"{name}.unit"]))
+            value = codec.decode(x.values[i], x.tables[i])
+            old[state.name] = Old(value, x.scales[i])
+            kept.append(value * (x.scales[i] / c[f"{state.name}.unit"]))
         else:
-            old[name] = Old(x.values[i])
+            old[state.name] = Old(x.values[i])
             kept.append(x.values[i])
     step, new = RULES[form.rule].update(p, g, old, c)
     judged = [codec.in_range(new[s.name], s.signed) for s in form.states]
@@ -231,9 +120,8 @@ def step_piece_(form: Form, x: Tensors) -> None:
         if not form.in_8bit:
             changes.append((x.values[i], new, stays))
             continue
-        signed, unit = state.signed, c[f"{state.name}.unit"]
-        t = codec.Tables.of(signed, new.device)
-        extreme = x.extremes[i] if form.has_extremes else codec.extreme_of(new, signed)
+        signed, unit, t = state.signed, c[f"{state.name}.unit"], x.tables[i]
+        extreme = x.extremes[i] if x.extremes else codec.extreme_of(new, signed)
         inverse = codec.inverse_of(extreme, signed)
         if state.stochastic:
             between = codec.one_to_two(*next(draws), new.shape[-1])
@@ -243,7 +131,7 @@ def step_piece_(form: Form, x: Tensors) -> None:
         valid = codec.has_scale(extreme, unit, signed)
         codes = codec.with_extremes(codes, new, extreme, valid, signed)
         changes.append((x.values[i], codes, stays))
-        if not form.has_extremes:
+        if not x.extremes:
             changes.append((x.scales[i], codec.scale_of(extreme, unit, signed), stays))
     for tensor, value, stays in changes:
         tensor.copy_(value if stays is None else torch.where(stays, tensor, value))
@@ -251,142 +139,175 @@ def step_piece_(form: Form, x: Tensors) -> None:
 
 # -- the ops -------------------------------------------------------------------------------------
 
-
-def _pieces(entry: Entry, in_8bit: bool, block_size: int) -> Iterator[Piece]:
-    block = block_size if in_8bit else None
-    for part in slices(entry, block):
-        yield from block_pieces(part, block) if block else element_pieces(part)
+# Devices whose copies from the host take the bytes before they return. MPS does not: it reads them
+# later, when the temporary tensor may be gone (pytorch/pytorch#139550).
+_COPIES_AT_ONCE = {"cuda", "xpu"}
 
 
-def step_(
-    call: Call,
-    extremes: Sequence[Tensor],
-    found_inf: Tensor | None,
-    *,
-    block_size: int,
-    stochastic_rounding: bool,
-    stochastic_params: bool,
-    count_steps: bool,
-    seed: int,
-    shard_offsets: Sequence[int],
-    shard_row_strides: Sequence[int],
-) -> None:
+def to_device(t: Tensor, device: torch.device) -> Tensor:
+    """As float32. The host waits for it only where it has to, see above."""
+    t = t.to(torch.float32)
+    if t.device == device:
+        return t
+    return t.to(device, non_blocking=device.type in _COPIES_AT_ONCE)
+
+
+def refuse_capture(device: torch.device) -> None:
+    """Raises RuntimeError while a CUDA graph is recorded."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "step: expected no CUDA graph being recorded, as there are no CUDA kernels of torchao8 "
+            "here, and a step in PyTorch operators reads lr and other numbers on the host. Build "
+            "the kernels, or step outside of the graph"
+        )
+
+
+class Call:
+    """What all pieces of a call have in common."""
+
+    def __init__(self, family: Family, arguments: Arguments, block_size: int | None) -> None:
+        self.family, self.arguments = family, arguments
+        self.params: list[Tensor] = arguments["params"]
+        refuse_capture(self.params[0].device)
+        present = [s for s in family.states if arguments.get(f"{s.name}s")]
+        rounds = arguments.get("stochastic_rounding", False)
+        states = tuple(
+            FormState(s.name, s.signed, s.stochastic and rounds) for s in present if not s.scalar
+        )
+        self.values = [arguments[f"{s.name}s"] for s in states]
+        self.scales = [lists for s in states if (lists := arguments[f"{s.name}_scales"])]
+        self.scalars = {s.name: arguments[f"{s.name}s"] for s in present if s.scalar}
+        in_8bit = bool(self.scales)
+        self.block_size = block_size if in_8bit else None
+        self.t = torch.stack([s.reshape(()) for s in arguments["steps"]]) + 1  # with this step
+        self.numbers = self._numbers(in_8bit)
+        columns = [v if isinstance(v, Tensor) else self._full(v) for v in self.numbers.values()]
+        self.rows = torch.stack([v.to(torch.float32).expand_as(self.t) for v in columns], 1)
+        self.form = Form(family.name, states, tuple(self.numbers), in_8bit)
+        self.tables = [codec.Tables.of(s.signed, self.t.device) for s in states if in_8bit]
+
+    def _full(self, value: float) -> Tensor:
+        return self.t.new_full((), value)
+
+    def _numbers(self, in_8bit: bool) -> Numbers:
+        """The rule's numbers for all parameters, float32 on their device, of shape (n,) or ()."""
+        a, device, rule = self.arguments, self.t.device, RULES[self.family.name]
+        # In the precision that they come in: float32 could not tell 1 - beta.
+        exact = torch.stack(list(Rate.of(a["numbers"])))
+        o: Numbers = {name: a[name] for name in self.family.flags}
+        columns = to_device(exact, device).unbind(1)
+        for name, column in zip(self.family.numbers, columns, strict=True):
+            o[name] = Rate(*column.unbind()) if name in rule.rates else column[0]
+        o["lr"] = to_device(a["lr"].reshape(()), device) if "lr" in a else self._full(1.0)
+        o["gain"] = self._full(-1.0 if a["maximize"] else 1.0)
+        if a["grad_scale"] is not None:
+            o["gain"] = o["gain"] / to_device(a["grad_scale"].reshape(()), device)
+        if a["factors"]:
+            of_gradient, of_lr = to_device(torch.stack(list(a["factors"])), device).unbind(1)
+            o["gain"] = o["gain"] * of_gradient
+            o["lr"] = o["lr"] * of_lr if "lr" in a else o["lr"]
+        o["floor"] = ROOT_FLOOR_8BIT if in_8bit else ROOT_FLOOR_32BIT
+        o["least_share"] = LEAST_SHARE if in_8bit else 0.0
+        for name, tensors in self.scalars.items():
+            o[name] = torch.stack([s.reshape(()) for s in tensors])
+        return rule.numbers(o, self.t, in_8bit)
+
+    def column(self, name: str) -> Tensor:
+        return self.rows[:, list(self.numbers).index(name)]
+
+    def pieces(self, one_scale: bool) -> Iterator[tuple[int, Piece, Tensors]]:
+        """Each with the number of its parameter, and as the code of a form takes it."""
+        a, block = self.arguments, self.block_size
+        offsets, strides = a.get("shard_offsets", ()), a.get("shard_row_strides", ())
+        places = shards(self.params, offsets, strides, block)
+        for i, (p, place) in enumerate(zip(self.params, places, strict=True)):
+            values, scales = ([list_[i] for list_ in lists] for lists in (self.values, self.scales))
+            entry = Entry(p.detach(), a["grads"][i].detach(), values, scales, *place, one_scale)
+            for part in slices(entry, block):
+                for piece in block_pieces(part, block) if block else element_pieces(part):
+                    own_scales = scales if one_scale else piece.scales
+                    yield i, piece, Tensors(*piece[:3], own_scales, self.rows[i], self.tables)
+
+    def made(self, i: int, x: Tensors) -> Made:
+        return make_step(self.form, x, dict(zip(self.numbers, self.rows[i].unbind(), strict=True)))
+
+
+def step_(family: Family, **arguments: Any) -> None:
     """As :func:`torchao8.ops.step_`."""
-    refuse_capture(call.params[0].device)
-    t = call.t()
-    c = call.rule_numbers(t)
-    rows = as_rows(c, t)
-    form = Form(
-        call.family.name,
-        call.states(stochastic_rounding),
-        tuple(c),
-        call.in_8bit,
-        has_extremes=bool(extremes),
-        may_skip=found_inf is not None,
-    )
-    skip = None if found_inf is None else to_device(found_inf.reshape(()), t.device) != 0
-    keys = codec.random_keys(seed, t, len(form.states))
-    block = block_size if call.in_8bit else None
-    places = shards(call.params, shard_offsets, shard_row_strides, block)
-    for i, entry in enumerate(call.entries(places, bool(extremes))):
-        rounds = stochastic_params and entry.param.dtype == torch.bfloat16
-        own = form._replace(rounds=rounds)
-        known = [
-            codec.extreme_of_key(key, s.signed)
-            for key, s in zip(extremes[i].unbind() if extremes else (), form.states, strict=False)
-        ]
-        for piece in _pieces(entry, call.in_8bit, block_size):
-            x = _tensors(own, piece, rows[i], [key[i] for key in keys], known, skip)
-            compiled.run(step_piece_, own, x)
+    call = Call(family, arguments, arguments["block_size"])
+    form, found_inf, extremes = call.form, arguments["found_inf"], arguments["extremes"]
+    skip = None if found_inf is None else to_device(found_inf.reshape(()), call.t.device) != 0
+    keys = codec.random_keys(arguments["seed"], call.t, len(form.states))
+    known = [
+        [codec.extreme_of_key(k, s.signed) for k, s in zip(row.unbind(), form.states, strict=True)]
+        for row in extremes
+    ]
+    for i, piece, x in call.pieces(bool(extremes)):
+        rounds = arguments["stochastic_params"] and x.param.dtype == torch.bfloat16
+        draws, hashes = _random(form, piece, [key[i] for key in keys], rounds)
+        x = x._replace(draws=draws, hashes=hashes, extremes=known[i] if known else (), skip=skip)
+        compiled.run(step_piece_, form, x)
     if extremes:
-        _write_scales(call, form, c, rows, extremes, skip)
-    for name, tensors in call.scalar_lists().items():
-        news = c[name].unbind()
-        for tensor, new in zip(tensors, news, strict=True):
+        _write_scales(call, extremes, skip)
+    for name, tensors in call.scalars.items():
+        for tensor, new in zip(tensors, call.numbers[name].unbind(), strict=True):
             tensor.copy_(new if skip is None else torch.where(skip, tensor, new))
-    if count_steps:
-        count_step_(call.steps, found_inf)
+    if arguments["count_steps"]:
+        count_step_(arguments["steps"], found_inf)
 
 
-def _tensors(
-    form: Form,
-    piece: Piece,
-    numbers: Tensor,
-    keys: Sequence[Tensor],
-    extremes: list[Tensor],
-    skip: Tensor | None,
-) -> Tensors:
+def _random(
+    form: Form, piece: Piece, keys: list[Tensor], rounds: bool
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+    """What the random numbers of a piece are made of: its states', and those of its parameter."""
     draws = [
         codec.state_draws(keys[i], piece.first)
         for i, state in enumerate(form.states)
         if form.in_8bit and state.stochastic
     ]
-    hashes = None
-    if form.rounds and form.in_8bit:
-        hashes = codec.param_hashes(keys[-1], piece.first, piece.param.shape[-1])
-    elif form.rounds:
-        hashes = codec.element_hashes(keys[-1], piece.first)
-    return Tensors(*piece[:4], numbers, draws, hashes, extremes, skip)
+    if not rounds:
+        return draws, None
+    if form.in_8bit:
+        return draws, codec.param_hashes(keys[-1], piece.first, piece.param.shape[-1])
+    return draws, codec.element_hashes(keys[-1], piece.first)
 
 
-def _write_scales(
-    call: Call,
-    form: Form,
-    c: Numbers,
-    rows: Tensor,
-    extremes: Sequence[Tensor],
-    skip: Tensor | None,
-) -> None:
+def _write_scales(call: Call, extremes: Sequence[Tensor], skip: Tensor | None) -> None:
     """Of tensors with one scale, when all of their blocks have been stepped with the old one."""
-    names = list(c)
-    for s, (state, tensors) in enumerate(
-        zip(form.states, [x for x in call.scales if x], strict=True)
-    ):
-        unit = rows[:, names.index(f"{state.name}.unit")]
+    for s, (state, tensors) in enumerate(zip(call.form.states, call.scales, strict=True)):
+        unit = call.column(f"{state.name}.unit")
         extreme = codec.extreme_of_key(torch.stack([row[s] for row in extremes]), state.signed)
         new = codec.scale_of(extreme, unit, state.signed)
-        stays = c.get(f"{state.name}.rests", torch.zeros_like(unit)).expand_as(unit) != 0
-        if skip is not None:
-            stays = stays | skip
+        rests = f"{state.name}.rests"
+        stays = call.column(rests) != 0 if rests in call.numbers else torch.zeros_like(new).bool()
+        stays = stays if skip is None else stays | skip
         for i, scale in enumerate(tensors):
             scale.copy_(torch.where(stays[i], scale, new[i]))
 
 
-def extremes(call: Call) -> Tensor:
+def extremes(family: Family, **arguments: Any) -> Tensor:
     """As :func:`torchao8.ops.extremes`."""
-    t = call.t()
-    c = call.rule_numbers(t)
-    rows = as_rows(c, t)
-    form = Form(call.family.name, call.states(False), tuple(c), True)
-    keys = t.new_zeros((len(call.params), len(form.states)), dtype=torch.int64)
-    for i, entry in enumerate(call.entries(shards(call.params, (), (), None), True)):
-        own = dict(zip(form.numbers, rows[i].unbind(), strict=True))
-        for part in slices(entry, None):
-            for piece in element_pieces(part):
-                x = Tensors(*piece[:3], entry.scales, rows[i], [], None, [], None)
-                made = make_step(form, x, own)
-                found = [
-                    codec.key_of(codec.extreme_of(new, s.signed).reshape(()), s.signed)
-                    for new, s in zip(made.new, form.states, strict=True)
-                ]
-                if found:
-                    keys[i].copy_(torch.maximum(keys[i], torch.stack(found)))
+    call = Call(family, arguments, None)
+    states = call.form.states
+    keys = call.t.new_zeros((len(call.params), len(states)), dtype=torch.int64)
+    for i, _, x in call.pieces(one_scale=True):
+        for s, (state, new) in enumerate(zip(states, call.made(i, x).new, strict=True)):
+            key = codec.key_of(codec.extreme_of(new, state.signed).reshape(()), state.signed)
+            keys[i, s].copy_(torch.maximum(keys[i, s], key))
     return keys
 
 
-def updates(call: Call, block_size: int, one_scale: bool) -> Iterator[tuple[int, Tensor]]:
-    """What LAMB measures, in pieces: the number of a parameter, and updates of it, 0 where an
-    element is not usable."""
-    t = call.t()
-    c = call.rule_numbers(t)
-    rows = as_rows(c, t)
-    form = Form(call.family.name, call.states(False), tuple(c), call.in_8bit)
-    for i, entry in enumerate(call.entries(shards(call.params, (), (), block_size), one_scale)):
-        own = dict(zip(form.numbers, rows[i].unbind(), strict=True))
-        for piece in _pieces(entry, call.in_8bit, block_size):
-            x = Tensors(*piece[:4], rows[i], [], None, [], None)
-            made = make_step(form, x, own)
+def lamb_update_sums(family: Family, **arguments: Any) -> Tensor:
+    """As :func:`torchao8.ops.lamb_update_sums`: of steps of Adam whose learning rate is 1."""
+    arguments["decoupled_weight_decay"] = True
+    call = Call(family, arguments, arguments["block_size"])
+
+    def updates() -> Iterator[tuple[int, Tensor]]:
+        for i, _, x in call.pieces(not arguments["block_wise"]):
+            made = call.made(i, x)
             yield i, torch.where(made.good, made.step, 0.0)
+
+    return sum_rows(len(call.params), call.t.device, updates())
 
 
 def count_step_(steps: list[Tensor], found_inf: Tensor | None) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from torchao8._numbers import number_dtype
 from torchao8.portable.pieces import PIECE
-from torchao8.portable.quantize import check_float_dtype
 
 LIMBS = 18
 _MOST = 1 << 15  # squares of 48 bits in a bin
@@ -69,8 +69,6 @@ def sum_rows(count: int, device: torch.device, pieces: Iterable[tuple[int, Tenso
 
 def sum_squares(tensors: list[Tensor]) -> Tensor:
     """As :func:`torchao8.ops.sum_squares`."""
-    for i, t in enumerate(tensors):
-        check_float_dtype(f"sum_squares: tensors[{i}]", t.dtype)
 
     def pieces() -> Iterator[tuple[int, Tensor]]:
         for i, t in enumerate(tensors):
@@ -84,17 +82,12 @@ def sum_squares(tensors: list[Tensor]) -> Tensor:
     return sum_rows(len(tensors), tensors[0].device, pieces())
 
 
-def norms(rows: Tensor) -> Tensor:
-    """As :func:`torchao8.ops.norms`, in float32, which every device has.
+def norms(sums: Tensor) -> Tensor:
+    """As :func:`torchao8.ops.norms`, computed in float32, which every device has.
 
     Of the highest limb that is not 0 and the two below it: the others are less than 2^-32 of them.
     """
-    if rows.dtype != torch.int64 or rows.dim() != 2 or rows.shape[1] != LIMBS:
-        raise RuntimeError(
-            f"norms: sums must be int64 of shape [n, {LIMBS}], as sum_squares gives it, got "
-            f"{rows.dtype}, {list(rows.shape)}"
-        )
-    rows = canonical(rows)
+    rows = canonical(sums)
     k = torch.arange(LIMBS, dtype=torch.int64, device=rows.device)
     highest = torch.where(rows != 0, k, 0).amax(-1, keepdim=True)
     near = (highest - torch.arange(3, dtype=torch.int64, device=rows.device)).clamp_min(0)
@@ -105,4 +98,4 @@ def norms(rows: Tensor) -> Tensor:
     # float32 has no numbers near the least of them.
     half = torch.exp2((8 * highest.squeeze(-1) - 75).to(torch.float32))
     root = value.sqrt() * half * (half * 2)
-    return torch.where(rows[..., -1] < 0, torch.nan, root)
+    return torch.where(rows[..., -1] < 0, torch.nan, root).to(number_dtype(root.device))

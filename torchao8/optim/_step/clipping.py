@@ -29,7 +29,7 @@ def clip_factors_(
 
     Args:
         histories: float32 of shape (100,), one for each parameter; changed.
-        norms: of shape (n,), float64 but on devices without kernels.
+        norms: of shape (n,), float64 where the device has that.
         steps: 0-d float32, the steps that a parameter has made before this one.
         found_inf: where it is not 0, the histories stay as they are.
 
@@ -51,8 +51,8 @@ def clip_factors_(
     return factors.squeeze(1)
 
 
-for _device in ("CPU", "CUDA"):
-    torch.library.impl("torchao8::clip_factors_", _device, clip_factors_)
+torch.library.impl("torchao8::clip_factors_", "CompositeExplicitAutograd", clip_factors_)
+OP = torch.ops.torchao8.clip_factors_.default
 
 
 @torch.library.register_fake("torchao8::clip_factors_")

@@ -121,16 +121,13 @@ class _Device:
         return ops.norms(rows)
 
     def _clip(self, norms: Tensor) -> Tensor:
-        # The op's kernels are this very function; devices without kernels do without the op.
-        portable = ops.is_portable(norms.device)
-        clip_ = clipping.clip_factors_ if portable else torch.ops.torchao8.clip_factors_
         clip = []
         for work, numbers, part in self._parts():
             if not clips(work.group):
                 clip.append(torch.ones_like(norms[part]))
                 continue
             clip.append(
-                clip_(
+                clipping.OP(
                     [work.histories[k] for k in numbers],
                     norms[part],
                     [work.steps[k] for k in numbers],
