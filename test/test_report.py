@@ -157,7 +157,7 @@ def test_what_the_self_check_compares_a_gpu_with(
     """Its bits with the CPU's where both have kernels, else its numbers with float64."""
     monkeypatch.setattr(_selfcheck, "_accelerators", lambda: [torch.device(gpu, 0)])
     monkeypatch.setattr(_implementation, "_kernels", {"cpu", "cuda"})
-    monkeypatch.setattr(_implementation, "_portable", portable)
+    monkeypatch.setattr(_implementation, "_chosen", dict.fromkeys(portable))
     monkeypatch.setattr(_selfcheck, "_run_one", lambda name, check: name)
     assert _selfcheck.run()[2:] == [f"8-bit AdamW on {gpu}:0 against {other}"]
 

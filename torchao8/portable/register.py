@@ -41,7 +41,10 @@ def implement(library: torch.library.Library, families: Sequence[Family], key: s
 def _run(op: str, function: Callable[..., Any], *positional: Any, **named: Any) -> Any:
     """Checks the arguments of an op, and calls its function with all of them by their names."""
     schema = getattr(torch.ops.torchao8, op).default._schema
-    arguments = {a.name: a.default_value for a in schema.arguments}
+    # torch keeps a default dtype, which is float32 here, as a number.
+    arguments = {
+        a.name: torch.float32 if a.name == "dtype" else a.default_value for a in schema.arguments
+    }
     arguments.update(zip(arguments, positional, strict=False))
     arguments.update(named)
     _check(op, arguments)
