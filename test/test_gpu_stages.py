@@ -96,6 +96,8 @@ def suites(folder: Path) -> dict[str, xml.Element]:
 def test_a_run_with_a_stage_that_fails_and_one_that_hangs(tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
     results.write_text("".join(json.dumps(record) + "\n" for record in RESULTS) + '{"test": "te')
+    skipped = tmp_path / "skipped.jsonl"
+    skipped.write_text('{"test": "test/test_one.py::test_d", "outcome": "skipped"}\n')
     stages = [
         stub(0, "echo loaded"),
         stub(1, "sleep 0.3; echo took what it should"),
@@ -105,6 +107,7 @@ def test_a_run_with_a_stage_that_fails_and_one_that_hangs(tmp_path: Path) -> Non
         stub(5, f"cat {results} > $TORCHAO8_GPU_RESULTS; exit 1"),
         stub(6, "echo never", more="program='no-such-program'"),
         stub(7, "echo last"),
+        stub(8, f"cat {skipped} > $TORCHAO8_GPU_RESULTS"),
     ]
     begin = time.monotonic()
     status, printed = finish(start(tmp_path, f"[{', '.join(stages)}]"))
@@ -112,11 +115,11 @@ def test_a_run_with_a_stage_that_fails_and_one_that_hangs(tmp_path: Path) -> Non
     assert time.monotonic() - begin < 30
     assert verdicts(tmp_path) == {
         0: "passed", 1: "passed", 2: "failed", 3: "cut", 4: "passed", 5: "failed", 6: "skipped",
-        7: "passed",
+        7: "passed", 8: "failed",
     }  # fmt: skip
     assert not is_running(int((tmp_path / "child").read_text()))
     lines = [" ".join(line.split()) for line in printed.splitlines()]
-    assert lines[1:9] == [
+    assert lines[1:10] == [
         "0 stage0 passed 0 s loaded",
         "1 stage1 passed 0 s took what it should",
         "2 stage2 failed 0 s and the second command",
@@ -125,13 +128,14 @@ def test_a_run_with_a_stage_that_fails_and_one_that_hangs(tmp_path: Path) -> Non
         "5 stage5 failed 0 s 1 failed, 1 running, 1 passed",
         "6 stage6 skipped there is no no-such-program in PATH",
         "7 stage7 passed 0 s last",
+        "8 stage8 failed 0 s 1 skipped",
     ]
-    assert lines[9:] == [
+    assert lines[10:] == [
         "passed 0 stage0, 1 stage1, 4 stage4, 7 stage7",
-        "failed 2 stage2, 5 stage5",
+        "failed 2 stage2, 5 stage5, 8 stage8",
         "cut 3 stage3",
         "skipped 6 stage6",
-        'go on with make gpu STAGES="2 3 5"',
+        'go on with make gpu STAGES="2 3 5 8"',
         f"results {tmp_path / 'out'}",
     ]
     log = (tmp_path / "out" / "log.txt").read_text()
@@ -140,8 +144,8 @@ def test_a_run_with_a_stage_that_fails_and_one_that_hangs(tmp_path: Path) -> Non
     figures = json.loads((tmp_path / "out" / "figures.json").read_text())
     assert figures == {"half": None, "speed": {"ms": 1.5}}
     found = suites(tmp_path)
-    assert set(found) == {"stages", "stage5"}
-    assert found["stages"].attrib["failures"] == "3"
+    assert set(found) == {"stages", "stage5", "stage8"}
+    assert found["stages"].attrib["failures"] == "4"
     assert found["stages"].attrib["skipped"] == "1"
     tests = {case.attrib["name"]: case for case in found["stage5"]}
     assert found["stage5"].attrib["tests"] == "3"
@@ -357,16 +361,18 @@ def without_option(words: Sequence[str], *options: str) -> list[str]:
     return left
 
 
+@pytest.mark.thorough
 def test_every_test_for_a_gpu_is_in_one_stage() -> None:
     """Collected as where there is a GPU: those that run on each device, and whole files."""
     commands = [without_option(words, "-n", "-p") for words in commands_of("pytest")]
-    everything = ["test", "-k", f"{real.ON_GPU} or on_a_gpu"]
+    everything = ["test", "-k", real.ON_GPU]
     done = run_script("-c", COLLECT, json.dumps([everything, *commands]))
     assert done.returncode == 0, done.stderr
     every, *each = json.loads(done.stdout.splitlines()[-1])
     assert all(each)
     chosen = [name for names in each for name in names]
     assert set(every) - set(chosen) == set()
+    assert any("on_a_gpu" in name for name in chosen)
     portable = {c for c in chosen if chosen.count(c) > 1}  # with the kernels, and without
     assert all(name.startswith("test/test_optim.py") for name in portable)
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-_failed = False
+_failed = False  # the test that runs, in one of its phases
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,9 +50,14 @@ class Recorder:
         self._write(test=report.nodeid, outcome=report.outcome, seconds=report.duration, text=text)
 
 
+def pytest_runtest_logstart() -> None:
+    global _failed
+    _failed = False
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     global _failed
-    _failed = report.failed
+    _failed |= report.failed
 
 
 @pytest.hookimpl(trylast=True)  # when xdist has sent the result

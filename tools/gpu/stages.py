@@ -39,11 +39,15 @@ class Stage(NamedTuple):
 
 
 def pytest(processes: int, *arguments: str, variables: Sequence[str] = ()) -> Command:
-    """pytest: what fails is written at once, and a test that hangs says where after 30 s."""
+    """pytest: what fails is written at once, and a test that hangs says where after 30 s.
+
+    With 0 processes, without pytest-xdist.
+    """
+    parallel = ("-n", str(processes)) if processes else ()
     return (
         "env", "OMP_NUM_THREADS=2", *variables, PYTHON, "-m", "pytest", "-q", "-p", "gpu_tests",
         "--no-summary", "--maxfail=50", "-o", "faulthandler_timeout=30",
-        "-n", str(processes), *arguments, ARGS,
+        *parallel, *arguments, ARGS,
     )  # fmt: skip
 
 
@@ -152,9 +156,9 @@ STAGES = (
         12, "compiled", "one graph, without copies, and the bits of eager steps", 40, 45,
         (pytest(12, COMPILED, "-k", ON_GPU),),
     ),
-    # Last, and one test at a time: they fill the card, and read how much of it is free.
+    # Last, and alone: they read how much of the card's memory is free.
     Stage(
         13, "paged", "state in managed memory has the bits of the CPU", 20, 25,
-        (pytest(1, "test/test_paging_cuda.py"),),
+        (pytest(0, "test/test_paging_cuda.py"),),
     ),
 )  # fmt: skip
