@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 from stages import Stage
 
-VERDICTS = ("passed", "failed", "cut", "interrupted", "skipped", "not begun")
 Record = dict[str, Any]
 
 
@@ -20,7 +19,7 @@ class Result(NamedTuple):
     """`tests` are the records of gpu_tests.py, the last one of each test that has begun."""
 
     stage: Stage
-    verdict: str
+    verdict: str  # passed, failed, cut, interrupted, skipped, not begun
     seconds: float = 0.0
     detail: str = ""
     tests: Sequence[Record] = ()
@@ -130,7 +129,7 @@ def printable(text: str) -> str:
 def summary(stages: Sequence[Stage], results: Sequence[Result]) -> str:
     """Which stages passed, which did not, what would come next, and the command that goes on."""
     lines = []
-    for verdict in VERDICTS:
+    for verdict in ("passed", "failed", "cut", "interrupted", "skipped"):
         if titles := [r.title for r in results if r.verdict == verdict]:
             lines.append(f"{verdict:<12}{', '.join(titles)}")
     begun = {r.stage.number for r in results if r.verdict != "not begun"}

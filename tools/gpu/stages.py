@@ -112,7 +112,7 @@ STAGES = (
     ),
     Stage(
         3, "speed", "the first figures: steps beside torch's, and the rate of a copy", 50, 60,
-        (benchmark("speed"),),
+        (benchmark("speed", "--list", "one", "gpt2", "--rounds", "5", "--time-limit", "35"),),
     ),
     Stage(
         4, "kernels", "all kernels have the bits of the CPU", 45, 85,
@@ -146,7 +146,7 @@ STAGES = (
     ),
     Stage(
         10, "rivals", "the speed of the other libraries' steps", 45, 50,
-        (benchmark("rivals"),),
+        (benchmark("rivals", "--list", "gpt2", "--rounds", "5", "--time-limit", "25"),),
     ),
     Stage(
         11, "contract", "options, state, checkpoints and errors on the GPU", 40, 50,
