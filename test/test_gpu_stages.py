@@ -125,7 +125,8 @@ def test_a_run_with_a_stage_that_fails_and_one_that_hangs(tmp_path: Path) -> Non
         "2 stage2 failed 0 s and the second command",
         "3 stage3 cut 1 s begun",
         "4 stage4 passed 0 s",
-        "5 stage5 failed 0 s 1 failed, 1 running, 1 passed",
+        "5 stage5 failed 0 s 1 failed (test/test_one.py::test_b), "
+        "1 running (test/test_one.py::test_c), 1 passed",
         "6 stage6 skipped there is no no-such-program in PATH",
         "7 stage7 passed 0 s last",
         "8 stage8 failed 0 s 1 skipped",

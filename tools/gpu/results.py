@@ -54,10 +54,14 @@ def read_tests(path: Path) -> list[Record]:
 
 
 def count_tests(records: Sequence[Record]) -> str:
-    """In words: "1 failed, 20 passed"."""
-    outcomes = [record["outcome"] for record in records]
-    order = ("failed", "running", "passed", "skipped")
-    return ", ".join(f"{outcomes.count(name)} {name}" for name in order if name in outcomes)
+    """In words: "2 failed (test/test_a.py::test_b, ...), 20 passed"."""
+    parts = []
+    for outcome in ("failed", "running", "passed", "skipped"):
+        names = [record["test"] for record in records if record["outcome"] == outcome]
+        first = f" ({names[0]}{', ...' * (len(names) > 1)})" if names else ""
+        if names:
+            parts.append(f"{len(names)} {outcome}{first * (outcome in ('failed', 'running'))}")
+    return ", ".join(parts)
 
 
 def read_json(text: str) -> Any:
