@@ -311,12 +311,21 @@ def test_files_of_the_real_stages_exist() -> None:
     assert len(files) > 20
 
 
-def test_the_benchmark_takes_its_options() -> None:
-    from benchmarks.step.__main__ import parse
+def test_the_benchmark_takes_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that is only named. Its lists end within the limit of the stage."""
+    from benchmarks.step import __main__ as step
+    from benchmarks.step.devices import Cuda
 
+    class Named(Cuda):
+        def __init__(self, name: str) -> None:
+            self.result_name = name
+
+    monkeypatch.setattr(step, "open_device", Named)
+    limits = {s.name: s.limit for s in real.STAGES}
     for words in commands_of("benchmarks.step"):
-        args, _ = parse(["cpu" if word == "cuda" else word for word in words])
-        assert args.name in ("speed", "rivals")
+        args, device = step.parse(words)
+        assert device.result_name == "cuda"
+        assert args.time_limit < limits[args.name]
 
 
 @pytest.mark.parametrize("script", ["profile_step", "short_steps"])
