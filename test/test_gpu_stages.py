@@ -336,11 +336,44 @@ def test_scripts_of_the_real_stages_run(script: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_loading_says_that_there_is_no_gpu(tmp_path: Path) -> None:
-    code = "import torch; torch.cuda.is_available = lambda: False; import load; load.main()"
-    done = run_script("-c", f"import sys; sys.path.append({str(TOOLS)!r}); sys.argv[1:] = "
-                      f"['--figures', {str(tmp_path)!r}]; {code}")  # fmt: skip
-    assert "finds no GPU" in done.stdout, done.stderr
+LOAD = """
+import json, sys
+sys.path.append({tools!r})
+import torch
+import load
+torch.cuda.is_available = lambda: {has_gpu}
+load.versions = lambda: {{"torch": "some"}}
+answers = {answers}
+load.output_of = lambda *command: answers.pop(0)
+load.build = lambda: print("build") or {built}
+sys.argv[1:] = ["--figures", {folder!r}]
+sys.exit(load.main())
+"""
+LOADED = (0, "torchao8/_C_cuda.abi3.so")
+BROKEN = (1, "_C_cuda could not be loaded")
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "answers", "built", "status", "last"),
+    [
+        pytest.param(False, [], 0, 1, "finds no GPU", id="no GPU"),
+        pytest.param(True, [LOADED], 0, 0, "loaded torchao8/_C_cuda.abi3.so", id="carried"),
+        pytest.param(True, [BROKEN, LOADED], 0, 0, "loaded torchao8/_C", id="built"),
+        pytest.param(True, [BROKEN, BROKEN], 0, 1, BROKEN[1], id="built in vain"),
+        pytest.param(True, [BROKEN], 1, 1, "the build failed", id="not built"),
+    ],
+)
+def test_loading(
+    tmp_path: Path, has_gpu: bool, answers: list[Any], built: int, status: int, last: str
+) -> None:
+    code = LOAD.format(
+        tools=str(TOOLS), has_gpu=has_gpu, answers=answers, built=built, folder=str(tmp_path)
+    )
+    done = run_script("-c", code)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert last in done.stdout.splitlines()[-1]
+    assert ("\nbuild\n" in done.stdout) == (BROKEN in answers)
+    assert (tmp_path / "versions.json").exists() == has_gpu
 
 
 COLLECT = """
