@@ -337,11 +337,13 @@ def test_scripts_of_the_real_stages_run(script: str) -> None:
 
 
 LOAD = """
-import json, sys
+import sys, types
+from importlib.machinery import ModuleSpec
+torch = sys.modules["torch"] = types.ModuleType("torch")
+torch.__spec__, torch.__version__ = ModuleSpec("torch", None), "2.10"
+torch.cuda = types.SimpleNamespace(is_available=lambda: {has_gpu})
 sys.path.append({tools!r})
-import torch
 import load
-torch.cuda.is_available = lambda: {has_gpu}
 load.versions = lambda: {{"torch": "some"}}
 answers = {answers}
 load.output_of = lambda *command: answers.pop(0)
