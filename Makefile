@@ -4,6 +4,9 @@
 #   TORCH=torch==2.12.0   the torch to use, any pip requirement for torch >= 2.10
 #   ARGS="-k codec"       arguments for the program that the target runs (make gpu: for the tests)
 #   BENCH_ARGS=...        make gpu: arguments for benchmarks.step
+#   STAGES="3 6"          make gpu: only these stages (tools/gpu/stages.py lists them)
+#   LIMIT=300             make gpu: seconds after which it ends, with a summary
+#   OUT=folder            make gpu: where the results go (runs/gpu-<date>-<time>)
 #   MAX_JOBS=4            number of parallel compilations
 #   TEST_JOBS=4           number of parallel test processes (0: one process, for a debugger)
 # Each choice of PYTHON and TORCH has its own environment, .venv-<choice>.
@@ -56,7 +59,7 @@ help:
 	@echo 'make test-all   run the tests that make test leaves out: combinations, mutants of the kernels'
 	@echo 'make test-slow  run the tests that need much time or memory'
 	@echo 'make test-clients  train with transformers, accelerate, Lightning and others (test/clients)'
-	@echo 'make gpu        build with the installed torch and nvcc, without network; test and time on the GPU'
+	@echo 'make gpu        load or build, test and time on the GPU, in stages, with the installed torch; no network'
 	@echo 'make bench      time a step against other libraries (benchmarks/step)'
 	@echo 'make docs       build the documentation, with warnings as errors, into build/docs (open index.html)'
 	@echo 'make lint       ruff, clang-format and mypy'
@@ -107,32 +110,13 @@ test-clients: $(call tools,test clients) $(EXTENSION_READY)
 	$(call say,training with other packages)
 	$(PYTEST) test/clients $(ARGS)
 
-# Uses the machine as it is: makes no environment and installs nothing. If one part fails, the rest
-# still runs, because time on a GPU machine is scarce.
-SANITIZED := bad_gradients or tiny_and_huge or odd or codec or refills
+# Uses the machine as it is: makes no environment and installs nothing. tools/gpu/stages.py has the
+# stages. The arguments go through the environment, where they may have quotes.
+gpu: export GPU_ARGS = $(ARGS)
+gpu: export GPU_BENCH_ARGS = $(BENCH_ARGS)
 gpu:
-	@$(PYTHON) -c 'import hypothesis, numpy, pytest, torch; assert torch.cuda.is_available()' 2>/dev/null || \
-		{ echo 'make gpu: $(PYTHON) needs hypothesis, numpy, pytest, and a torch that finds a GPU'; exit 1; }
-	$(call say,building in place for this GPU)
-	TORCH_CUDA_ARCH_LIST="$$($(PYTHON) -c 'import torch; print(*torch.cuda.get_device_capability(), sep=".")')" \
-		$(PYTHON) setup.py -q build_ext --inplace
-	$(call say,the self-check; the tests on the CPU and on the GPU; compute-sanitizer; the benchmark)
-	@status=0; run() { echo "$$@"; "$$@" || { status=1; echo "FAILED: $$*"; }; }; \
-	export PYTHONPATH="$(CURDIR):$$PYTHONPATH"; \
-	run $(PYTHON) -m torchao8; \
-	if $(PYTHON) -c 'import xdist' 2>/dev/null; then \
-		run env OMP_NUM_THREADS=2 $(PYTHON) -m pytest -q -n 8 --ignore test/test_cuda_source.py $(ARGS); \
-		$(if $(ARGS),,run $(PYTHON) -m pytest -q test/test_cuda_source.py;) \
-	else run $(PYTHON) -m pytest -q $(ARGS); fi; \
-	if command -v compute-sanitizer >/dev/null; then \
-		for tool in memcheck racecheck; do \
-			run env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --report-api-errors no --error-exitcode 1 \
-				$(PYTHON) -m pytest -q test/test_cuda.py -k '$(SANITIZED)'; \
-		done; \
-	else echo 'skipped: no compute-sanitizer in PATH'; fi; \
-	run env $(PORTABLE) $(PYTHON) -m pytest -q test/test_optim.py -k $(OF_RULES); \
-	run $(PYTHON) -m benchmarks.step --device cuda $(BENCH_ARGS); \
-	exit $$status
+	@$(PYTHON) tools/gpu/run.py $(if $(OUT),--out '$(OUT)') $(if $(STAGES),--stages '$(STAGES)') \
+		$(if $(LIMIT),--limit '$(LIMIT)') --args="$$GPU_ARGS" --bench-args="$$GPU_BENCH_ARGS"
 
 bench: $(call tools,bench) $(EXTENSION_READY)
 	$(call say,timing a step)
