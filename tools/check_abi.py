@@ -42,7 +42,14 @@ SHIM_PREFIXES = ("torch_", "aoti_torch_")
 PYTHON_SYMBOLS = {
     "PyModuleDef_Init",
     # torchao8._C.FAMILIES
-    *("PyList_Append", "PyList_AsTuple", "PyList_New", "PyModule_AddObjectRef", "Py_BuildValue"),
+    *(
+        "PyBytes_FromStringAndSize",
+        "PyList_Append",
+        "PyList_AsTuple",
+        "PyList_New",
+        "PyModule_AddObjectRef",
+        "Py_BuildValue",
+    ),
     *("PyBool_FromLong", "Py_DecRef"),
     # Python's lock, to let go of arguments under it (csrc/op/interpreter.h)
     *("PyGILState_Ensure", "PyGILState_Release", "Py_IsInitialized"),
