@@ -210,9 +210,17 @@ def test_the_quick_form_is_a_short_part_of_the_whole() -> None:
     assert quick.keys() == whole.keys()
     for name in ("rounds", "turn", "budget", "time_limit"):
         assert quick[name] < whole[name]
-    args = SimpleNamespace(contenders=None, quick=False)
+
+    def names(device: str, list_name: str, quick: bool) -> set[str]:
+        args = SimpleNamespace(contenders=None, quick=quick)
+        return {one.name for one in command._chosen(args, device, list_name)}
+
     for name, some in contenders.QUICK.items():
-        assert {*some} <= {one.name for one in command._chosen(args, "cuda", name)}
+        assert {*some} == names("cuda", name, quick=True) < names("cuda", name, quick=False)
+    assert names("cuda", "llama", quick=True) == {*contenders.QUICK["gpt2"]}
+    assert names("cpu", "block", quick=True) == {"8bit", "32bit", "8bit-compiled"}
+    assert not any("compiled" in name for name in names("cpu", "block", quick=False))
+    assert command.parse(["--quick"])[0].name == "step-cpu-gpt2-quick"
     graphs = [one.name for one in contenders.CONTENDERS.values() if one.mode == "graph"]
     assert graphs
     assert all(contenders.CONTENDERS[name].devices == ("cuda",) for name in graphs)
@@ -364,6 +372,3 @@ def test_a_folder_that_cannot_be_is_refused(
         command.parse([*arguments, str(folder)])
     assert "expected a folder without a torch of its own" in capsys.readouterr().err
     assert sys.path == before
-    with pytest.raises(SystemExit):
-        command.parse(["--quick"])
-    assert "--quick: expected a GPU as --device, got cpu" in capsys.readouterr().err

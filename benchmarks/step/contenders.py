@@ -113,13 +113,13 @@ _ADAMW = [
 ]  # fmt: skip
 CONTENDERS = {contender.name: contender for contender in _ADAMW}
 
-# The first figures of a GPU, within a minute: lists, and who runs on them beside torch's.
+# The first figures, on a GPU within a minute: lists, and who runs on them beside torch's.
 _COMMON = ("8bit", "32bit", "8bit-graph", "torch-graph")
 QUICK = {
     "huge": (*_COMMON, "8bit-stochastic"),
     "gpt2": _COMMON,
     "small": (*_COMMON, "8bit-all"),
-    "block": (*_COMMON, "8bit-compiled"),  # the step over gpt2's tensors takes 18 s to compile
+    "block": (*_COMMON, "8bit-compiled"),  # over gpt2's tensors it takes 15 s to compile
 }
 
 

@@ -47,7 +47,9 @@ class Cpu:
     defaults: ClassVar[dict[str, Any]] = {
         "list": ["gpt2"], "rounds": 15, "turn": 0.25, "budget": 60.0, "time_limit": math.inf,
     }  # fmt: skip
-    quick: ClassVar[dict[str, Any]] = {}  # the same with --quick; empty where there is none
+    quick: ClassVar[dict[str, Any]] = {  # the same with --quick
+        "list": ["gpt2"], "rounds": 5, "turn": 0.1, "budget": 10.0, "time_limit": math.inf,
+    }  # fmt: skip
 
     def __init__(self, name: str) -> None:
         self.device = torch.device(name)
@@ -123,7 +125,7 @@ class Cuda(Cpu):
         "list": ["all"], "rounds": 9, "turn": 0.05, "budget": 10.0, "time_limit": 150.0,
     }  # fmt: skip
     quick: ClassVar[dict[str, Any]] = {
-        "list": [*QUICK], "rounds": 5, "turn": 0.03, "budget": 3.0, "time_limit": 45.0,
+        "list": [*QUICK], "rounds": 5, "turn": 0.03, "budget": 3.0, "time_limit": 40.0,
     }  # fmt: skip
 
     def __init__(self, name: str) -> None:
