@@ -73,6 +73,7 @@ class PretendedGpu(devices.Cuda):
         (148, 2e-6, 1e-3),  # a kernel for each tensor
         (1, 100e-6, 90e-6),  # about the same
         (800, 2e-6, 0.0),  # 20 such steps would not fit into the queue
+        (100, 1e-4, 0.0),  # more steps than these fill the queue, and the host waits
         (1, 1e-3, 0.5),
     ],
 )
