@@ -79,7 +79,10 @@ def versions(packages: Sequence[str]) -> dict[str, str | None]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             # A source tree on the path has no metadata, but may state its version.
-            module = importlib.import_module(package) if installed(package) else None
+            try:
+                module = importlib.import_module(package) if installed(package) else None
+            except Exception:  # of whatever kind: who takes part tells why it fails
+                module = None
             found[package] = getattr(module, "__version__", None)
     return found
 
@@ -162,8 +165,9 @@ def write_results(args: argparse.Namespace, record: dict[str, Any]) -> Path:
     args.out.mkdir(parents=True, exist_ok=True)
     path: Path = args.out / f"{args.name}.json"
     stamped = {"command": command_line(), "date": time.strftime("%Y-%m-%d"), **record}
-    path.write_text(json.dumps(stamped, indent=1) + "\n")
-    return path
+    part = path.with_suffix(".part")  # whoever is cut off leaves the last whole file
+    part.write_text(json.dumps(stamped, indent=1) + "\n")
+    return part.replace(path)
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:

@@ -13,8 +13,10 @@ import argparse
 import dataclasses
 import itertools
 import math
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from benchmarks.step.contenders import (
     BASELINE,
     CONTENDERS,
     MEMORY,
+    QUICK,
     Contender,
     rivals,
     rule,
@@ -50,7 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
     reporting.add_timing(parser, "15; 9 on a GPU", "0.25; 0.05 on a GPU", "gpt2; all on a GPU")
+    quick = "the first figures, of few lists, contenders and rounds; on a GPU within a minute"
+    add("--quick", action="store_true", help=quick)
     add("--contenders", nargs="+", choices=CONTENDERS, metavar="NAME", help="which (below)")
+    paths = "folders with packages that are not installed, as FOLDER/bitsandbytes"
+    add("--contenders-path", nargs="+", type=Path, default=[], metavar="FOLDER", help=paths)
     rules = "in place of AdamW's contenders: these rules, each against its forms in torch (all)"
     add("--family", nargs="*", choices=rule_names(), metavar="RULE", help=rules)
     positive = reporting.at_least(float, 1e-9)
@@ -69,7 +76,7 @@ def parse(argv: Iterable[str] | None) -> tuple[argparse.Namespace, Cpu]:
         device = open_device(args.device)
     except ValueError as error:
         parser.error(f"--device: {error}")
-    for option, value in device.defaults.items():
+    for option, value in (device.quick if args.quick else device.defaults).items():
         if getattr(args, option) is None:
             setattr(args, option, value)
     try:
@@ -81,25 +88,57 @@ def parse(argv: Iterable[str] | None) -> tuple[argparse.Namespace, Cpu]:
     for name in args.contenders or ():
         if device.kind not in CONTENDERS[name].devices:
             parser.error(f"--contenders: {name} does not run on {device.kind}")
+    try:
+        for folder in args.contenders_path:
+            find_in(folder)
+    except ValueError as error:
+        parser.error(f"--contenders-path: {error}")
     if args.name is None:
-        parts = [device.result_name, *(one for one in args.list if one != "all")]
-        args.name = "-".join([*parts, *(["family"] if args.family is not None else [])])
+        lists = [] if args.list in (["all"], [*QUICK]) else args.list
+        kinds = ["quick"] * args.quick + ["family"] * (args.family is not None)
+        args.name = "-".join([device.result_name, *lists, *kinds])
     return args, device
+
+
+def find_in(folder: Path) -> None:
+    """Has this process and those that it starts look for packages in a folder first.
+
+    Raises:
+        ValueError: it has none of the other libraries, or a torch, which would be another one.
+    """
+    others = {one.package for one in CONTENDERS.values()} - {"torch", "torchao8"}
+    if not any((folder / package / "__init__.py").is_file() for package in others):
+        raise ValueError(f"expected a folder that holds one of {sorted(others)}, got {folder}")
+    if (folder / "torch").exists():
+        raise ValueError(f"expected a folder without a torch of its own, got {folder}")
+    sys.path.insert(0, str(folder.resolve()))
 
 
 def _chosen(args: argparse.Namespace, kind: str, list_name: str) -> list[Contender]:
     """The contenders that are named, or those that run on a list, beside torch's."""
-    named = args.contenders or [
-        c.name for c in CONTENDERS.values()
-        if kind in c.devices and (c.lists is None or list_name in c.lists)
-    ]  # fmt: skip
+
+    def runs(one: Contender) -> bool:
+        if args.quick:
+            chosen = one.name in QUICK.get(list_name, QUICK["gpt2"])
+        else:  # on a GPU the quick form's, too: it has a compiled step
+            in_quick = kind != "cpu" and one.name in QUICK.get(list_name, ())
+            chosen = one.lists is None or list_name in one.lists or in_quick
+        return kind in one.devices and chosen
+
+    named = args.contenders or [name for name, one in CONTENDERS.items() if runs(one)]
     return [CONTENDERS[name] for name in dict.fromkeys(named) if name != BASELINE]
 
 
 def measure(
-    args: argparse.Namespace, device: Cpu, bench: Bench
+    args: argparse.Namespace,
+    device: Cpu,
+    bench: Bench,
+    save: Callable[[list[Case]], object] = lambda cases: None,
 ) -> tuple[list[Case], list[dict[str, Any]]]:
-    """Measures all lists and dtypes asked for; also tells what the time limit left out."""
+    """Measures all lists and dtypes asked for; also tells what the time limit left out.
+
+    `save` gets what is measured so far, each time that there is more.
+    """
     cases: list[Case] = []
     left_out: list[dict[str, Any]] = []
     rules = [None] if args.family is None else args.family or rule_names()
@@ -117,7 +156,8 @@ def measure(
         cases.append(Case(list_name, tensors, dtype, theirs, name, rows))
         if name is not None:
             bench.stop()  # no other rule needs these processes
-        _show(cases[-1])  # now: a run on a GPU may be cut off before its launches are counted
+        _show(cases[-1])  # now: a run on a GPU may be cut off before the others are measured
+        save(cases)
     return cases, left_out
 
 
@@ -136,24 +176,32 @@ def main(argv: Iterable[str] | None = None) -> None:
         "versions": {**reporting.versions(_PACKAGES), "cuda": torch.version.cuda},
         # No limit is infinite, which JSON has no number for.
         "settings": {o: getattr(args, o) for o in options if getattr(args, o) != math.inf},
+        "left_out": [],
     }
+
+    def save(cases: list[Case]) -> Path:
+        record["cases"] = [case.record() for case in cases]
+        record["seconds"] = time.monotonic() - begin
+        return reporting.write_results(args, record)
+
     plan = Plan(args.rounds, args.turn, args.budget, begin + args.time_limit)
     with Bench(device, args.threads, plan) as bench:
-        cases, record["left_out"] = measure(args, device, bench)
+        cases, record["left_out"] = measure(args, device, bench, save)
         if device.kind != "cpu":
+            record["device"]["gpu_after"] = device.clocks()
+        if device.kind != "cpu" and not args.quick:  # quick: launches are not counted
             late = time.monotonic() + _COUNTING_S
             bench.plan = dataclasses.replace(plan, deadline=late)
             for case in cases:
                 bench.count_launches(case.rows, case.tensors, case.dtype)
                 _show(case)
-    record["cases"] = [case.record() for case in cases]
-    record["seconds"] = time.monotonic() - begin
     record["device"]["cpu_taken_by_others"] = watch.shares()
     for one in record["left_out"]:
         print(f"left out: {one['list']}, {one['dtype']}: {one['reason']}")
     if args.family is not None:
         print(rules_table(record["cases"]))
-    print(f"took {record['seconds']:.0f} s\nwrote {reporting.write_results(args, record)}")
+    path = save(cases)
+    print(f"took {record['seconds']:.0f} s\nwrote {path}")
 
 
 if __name__ == "__main__":

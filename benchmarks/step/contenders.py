@@ -32,7 +32,7 @@ class Contender:
     # Bytes an element, about, of state and of what is made on the way to it: by them it is decided
     # how many contenders fit into memory at a time.
     state_bytes: float = 8.0
-    compiled: bool = False  # by torch.compile
+    mode: str = "eager"  # "compiled" by torch.compile; "graph": replays of a CUDA graph
     cpu_path: str | None = None  # that torchao8 is told to take
     # The directory of the torchao8 that is timed; the bits of its steps are told, too.
     source: str | None = None
@@ -67,6 +67,7 @@ def _ours(name: str, label: str, bits: str = "8bit", **about: Any) -> Contender:
 
 _NEAREST = {"state_rounding": "nearest"}
 _FEW_SHAPES = ("gpt2", "block", "small", "huge", "one")
+_GRAPHS = ("gpt2", "block", "small", "huge", "resnet101")
 _ADAMW = [
     _adamw(BASELINE, "torch.optim.AdamW(fused=True)", "torch.optim.AdamW", {"fused": True}),
     _ours("8bit", "torchao8.AdamW8bit"),
@@ -80,13 +81,20 @@ _ADAMW = [
           lists=(), devices=("cpu",), cpu_path="portable"),
     _ours("8bit-all", "torchao8.AdamW8bit(min_8bit_size=0)",
           options={"min_8bit_size": 0}, lists=("small",)),
-    _ours("8bit-compiled", "torch.compile of torchao8.AdamW8bit.step", lists=(), compiled=True),
+    _ours("8bit-stochastic", "torchao8.AdamW8bit(stochastic_rounding=True)",
+          options={"stochastic_rounding": True}, lists=("huge",), devices=("cuda",)),
+    _ours("8bit-compiled", "torch.compile of torchao8.AdamW8bit.step", lists=(), mode="compiled"),
+    _ours("8bit-graph", "CUDA graph of torchao8.AdamW8bit.step",
+          lists=_GRAPHS, devices=("cuda",), mode="graph"),
     _ours("32bit", "torchao8.AdamW", ""),
-    _ours("32bit-compiled", "torch.compile of torchao8.AdamW.step", "", lists=(), compiled=True),
+    _ours("32bit-compiled", "torch.compile of torchao8.AdamW.step", "", lists=(),
+          mode="compiled"),
     # Not fused: the step that torch.compile is meant to turn into one kernel. The learning rate is
     # a float that never changes, since on the CPU foreach=True takes no tensor.
     _adamw("torch-compiled", "torch.compile of torch.optim.AdamW.step", "torch.optim.AdamW",
-           {"foreach": True}, lists=(), compiled=True),
+           {"foreach": True}, lists=(), mode="compiled"),
+    _adamw("torch-graph", "CUDA graph of torch.optim.AdamW.step", "torch.optim.AdamW",
+           {"fused": True, "capturable": True}, lists=_GRAPHS, devices=("cuda",), mode="graph"),
     # On a GPU DeepSpeed has another optimizer, which it compiles with nvcc at the first use.
     _adamw("deepspeed", "DeepSpeedCPUAdam", "deepspeed.ops.adam.DeepSpeedCPUAdam",
            {"adamw_mode": True}, devices=("cpu",)),
@@ -104,6 +112,15 @@ _ADAMW = [
            lists=_FEW_SHAPES, state_bytes=21.0),
 ]  # fmt: skip
 CONTENDERS = {contender.name: contender for contender in _ADAMW}
+
+# The first figures, on a GPU within a minute: lists, and who runs on them beside torch's.
+_COMMON = ("8bit", "32bit", "8bit-graph", "torch-graph")
+QUICK = {
+    "huge": (*_COMMON, "8bit-stochastic"),
+    "gpt2": _COMMON,
+    "small": (*_COMMON, "8bit-all"),
+    "block": (*_COMMON, "8bit-compiled"),  # over gpt2's tensors it takes 15 s to compile
+}
 
 
 # --- every rule of the library against the forms in which torch has it ---------------------------

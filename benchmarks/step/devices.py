@@ -8,8 +8,12 @@ import gc
 import math
 import os
 import re
+import shutil
+import subprocess
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import median
 from typing import Any, ClassVar
 
 import torch
@@ -18,9 +22,15 @@ from torch.utils import collect_env
 from torch.utils.benchmark import Timer
 
 from benchmarks.reporting import describe_machine, kibibytes
+from benchmarks.step.contenders import QUICK
 from benchmarks.step.tensor_lists import LISTS
 
 Step = Callable[[], object]
+
+_ALONE_S = 0.05  # for steps one by one, which tell the host's time
+_QUEUED_S = 0.004  # of the host's time that is queued at once: it enqueues some 1,000 kernels in it
+# What nvidia-smi is asked for; MHz, W and degrees Celsius.
+_CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,temperature.gpu"
 
 
 class Cpu:
@@ -37,6 +47,9 @@ class Cpu:
     defaults: ClassVar[dict[str, Any]] = {
         "list": ["gpt2"], "rounds": 15, "turn": 0.25, "budget": 60.0, "time_limit": math.inf,
     }  # fmt: skip
+    quick: ClassVar[dict[str, Any]] = {  # the same with --quick
+        "list": ["gpt2"], "rounds": 5, "turn": 0.1, "budget": 10.0, "time_limit": math.inf,
+    }  # fmt: skip
 
     def __init__(self, name: str) -> None:
         self.device = torch.device(name)
@@ -45,6 +58,10 @@ class Cpu:
     def describe(self, threads: int) -> dict[str, Any]:
         """What a timing depends on, for the result file."""
         return describe_machine(threads)
+
+    def clocks(self) -> dict[str, str] | None:
+        """Clocks, power and temperature at this moment; None where nothing tells them."""
+        return None
 
     def free_bytes(self) -> int:
         """Memory for processes that step; a guess where it is not known."""
@@ -58,6 +75,14 @@ class Cpu:
     def seconds_of_step(self, step: Step, turn: float) -> float:
         """The median of the steps that fit into `turn` seconds, after one or a few untimed ones."""
         return _timer(step).blocked_autorange(min_run_time=turn).median
+
+    def captured(self, step: Step) -> Step:
+        """Replays of a graph of a step, of which one was taken before."""
+        raise NotImplementedError(f"{self.kind} has no graphs")
+
+    def times_alone(self, step: Step) -> dict[str, float | None]:
+        """Seconds of the host and of the device for a step; nothing where they are the same."""
+        return {}
 
     def peak_extra_bytes(self, step: Step) -> int | None:
         """How far the process's resident memory rises above its present size during a step.
@@ -99,6 +124,9 @@ class Cuda(Cpu):
     defaults: ClassVar[dict[str, Any]] = {
         "list": ["all"], "rounds": 9, "turn": 0.05, "budget": 10.0, "time_limit": 150.0,
     }  # fmt: skip
+    quick: ClassVar[dict[str, Any]] = {
+        "list": [*QUICK], "rounds": 5, "turn": 0.03, "budget": 3.0, "time_limit": 40.0,
+    }  # fmt: skip
 
     def __init__(self, name: str) -> None:
         self.device = torch.device("cuda", torch.device(name).index or 0)
@@ -120,8 +148,22 @@ class Cuda(Cpu):
         names = ("name", "major", "minor", "multi_processor_count", "total_memory", "L2_cache_size")
         described = {name: getattr(gpu, name, None) for name in names}
         described["driver"] = collect_env.get_nvidia_driver_version(collect_env.run)
+        described["before"] = self.clocks()
         # The host's part in a step shows where tensors are small.
         return {**describe_machine(threads), "gpu": described}
+
+    def clocks(self) -> dict[str, str] | None:
+        smi = shutil.which("nvidia-smi")
+        if smi is None:
+            return None
+        # torch may see fewer GPUs than there are, under other numbers.
+        uuid = f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
+        asked = [smi, f"--id={uuid}", f"--query-gpu={_CLOCKS}", "--format=csv,noheader,nounits"]
+        try:
+            told = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return dict(zip(_CLOCKS.split(","), told.stdout.strip().split(", "), strict=False))
 
     def free_bytes(self) -> int:
         return int(torch.cuda.mem_get_info(self.device)[0])
@@ -139,6 +181,68 @@ class Cuda(Cpu):
         """
         trial = _timer(step).timeit(3).mean
         return _timer(step).timeit(max(1, int(turn / trial))).mean
+
+    def captured(self, step: Step) -> Step:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return graph.replay
+
+    # What a test replaces: a clock, a wait for the GPU, work for it that takes so many seconds at
+    # least, and an event.
+    now: Callable[[], float] = staticmethod(time.perf_counter)
+
+    def wait(self) -> None:
+        torch.cuda.synchronize()
+
+    def occupy(self, seconds: float) -> None:
+        torch.cuda._sleep(int(3e9 * seconds))  # cycles; no GPU has 3 GHz
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def times_alone(self, step: Step) -> dict[str, float | None]:
+        """What a step takes the host if the GPU is idle, and the GPU if the host is ahead of it.
+
+        The host: until the call returns, where nothing was enqueued before. The GPU: between events
+        around a few steps that were all enqueued before it began with the first. None for the GPU
+        if that cannot be: the step waits for it, or starts more kernels than the queue holds.
+        """
+        gc.collect()
+        gc.disable()
+        try:
+            host = self._host_seconds(step)
+            return {"host_s": host, "device_s": self._device_seconds(step, host)}
+        finally:
+            gc.enable()
+
+    def _host_seconds(self, step: Step) -> float:
+        times: list[float] = []
+        deadline = self.now() + _ALONE_S
+        while len(times) < 5 or self.now() < deadline:
+            self.wait()
+            begin = self.now()
+            step()
+            times.append(self.now() - begin)
+        self.wait()
+        return median(times)
+
+    def _device_seconds(self, step: Step, host: float) -> float | None:
+        # What did not fit into the queue, or took the host longer than foreseen, may fit in fewer
+        # steps and with more time.
+        for most, times in ((20, 2), (4, 4), (1, 8)):
+            count = max(1, min(most, int(_QUEUED_S / host)))
+            self.occupy(times * count * host + 1e-4)
+            begin = self.mark()
+            for _ in range(count):
+                step()
+            ahead, end = not begin.query(), self.mark()
+            self.wait()
+            if ahead:
+                return begin.elapsed_time(end) * 1e-3 / count
+        return None
 
     def peak_extra_bytes(self, step: Step) -> int | None:
         """How far the memory of tensors rises during a step."""

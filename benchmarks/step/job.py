@@ -91,7 +91,7 @@ class OptimizerJob:
                 dist.get_world_size()
             )  # a shard has 8-bit state where its DTensor has
         step = self.optimizer.step
-        self.step: Callable[[], object] = torch.compile(step) if chosen.compiled else step
+        self.step: Callable[[], object] = torch.compile(step) if chosen.mode == "compiled" else step
         self._samples = self._sample()
 
     def _sample(self) -> list[Tensor]:
@@ -200,6 +200,8 @@ class Stepper:
         bits = self._job.bits() if self._chosen.source else None  # before any other step
         start = timer()
         self._job.step()  # makes state; some compile
+        if self._chosen.mode == "graph":
+            self._job.step = self._device.captured(self._job.step)
         first = timer() - start
         step_s = self._device.seconds_of_step(self._job.step, 0.0)
         return {**self._job.describe(), "first_step_s": first, "step_s": step_s, "bits": bits}
@@ -207,12 +209,14 @@ class Stepper:
     def turn(self, seconds: float) -> float:
         return self._device.seconds_of_step(self._job.step, seconds)
 
-    def finish(self, folder: str) -> dict[str, int | None]:
+    def finish(self, folder: str) -> dict[str, Any]:
         """What is told after all turns; checks that the steps did what they are for.
 
         `saved_bytes` are those of the files of state that torch.distributed.checkpoint writes.
         """
-        found = {"peak_extra_bytes": self._device.peak_extra_bytes(self._job.step)}
+        step = self._job.step
+        found: dict[str, Any] = {"peak_extra_bytes": self._device.peak_extra_bytes(step)}
+        found |= self._device.times_alone(step)
         self._job.check()
         if self._chosen.tensors == "DTensor":
             dcp.save({"state": self._job.optimizer.state_dict()["state"]}, checkpoint_id=folder)

@@ -18,6 +18,19 @@ def _rate(row: Row) -> float:
     return float(row.info["moved_bytes"] / median(row.rounds.values()) / 1e9)
 
 
+def _alone(
+    host: float, device: float | None, moved: float, copy: Row | None
+) -> dict[str, float | str | None]:
+    """Times of the host and of the device for a step; the longer one decides how fast steps are."""
+    found: dict[str, float | str | None] = {"host_ms": 1e3 * host, "device_ms": None}
+    if device is not None:
+        rate = moved / device / 1e9
+        share = rate / _rate(copy) if copy and copy.rounds else None
+        found |= {"device_ms": 1e3 * device, "device_share_of_copy_rate": share}
+    decides = "not known" if device is None else "host" if host > device else "device"
+    return {**found, "decided_by": decides}
+
+
 def _record(row: Row, numel: int, fastest: Row | None, copy: Row | None) -> dict[str, Any]:
     """A row as it goes to the result file; times in ms. A memory rate has no more than times."""
     found = {"name": row.name, "label": row.contender.label, "batch": row.batch}
@@ -36,6 +49,8 @@ def _record(row: Row, numel: int, fastest: Row | None, copy: Row | None) -> dict
     }
     if row.contender in MEMORY:
         return found
+    if "host_s" in info:
+        found |= _alone(info["host_s"], info["device_s"], info["moved_bytes"], copy)
     shared = ratios(row.rounds, fastest.rounds) if fastest else []
     return {
         **found,
@@ -102,10 +117,14 @@ def milliseconds(value: float) -> str:
 _COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "ms": ("ms", milliseconds),
     "quartiles": ("ms_quartiles", lambda values: " - ".join(map(milliseconds, values))),
+    "host ms": ("host_ms", milliseconds),
+    "device ms": ("device_ms", milliseconds),
+    "decides": ("decided_by", str),
     "speed-up": ("speedup", "{:.2f}".format),
     "path": ("cpu_path", str),
     "GB/s": ("gb_per_s", "{:.1f}".format),
     "of copy": ("share_of_copy_rate", "{:.0%}".format),
+    "device of copy": ("device_share_of_copy_rate", "{:.0%}".format),
     "moved B/param": ("moved_bytes_per_parameter", "{:.2f}".format),
     "state B/param": ("state_bytes_per_parameter", "{:.3f}".format),
     "launches": ("launches", str),
