@@ -86,6 +86,8 @@ RULES = tuple(
     )
 )  # fmt: skip
 COMPILED = "test/test_compile.py"
+# Files with tests of managed memory, which are skipped where there are several processes.
+PAGED = ("test/test_paging_cuda.py", "test/test_saved_before.py")
 # Files that other stages run, and that of the compiler, which needs no GPU.
 ELSEWHERE = (
     *RULES, COMPILED, "test/test_cuda.py", "test/test_portable_cuda.py", "test/test_paging_cuda.py",
@@ -113,7 +115,7 @@ STAGES = (
     ),
     Stage(
         3, "speed", "the first figures: steps beside torch's, and the rate of a copy", 50, 60,
-        (benchmark("speed", "--list", "one", "gpt2", "--rounds", "5", "--time-limit", "35"),),
+        (benchmark("speed", "--quick"),),
     ),
     Stage(
         4, "kernels", "all kernels have the bits of the CPU", 30, 85,
@@ -160,6 +162,6 @@ STAGES = (
     # Last, and alone: they read how much of the card's memory is free.
     Stage(
         13, "paged", "state in managed memory has the bits of the CPU", 30, 40,
-        (pytest(0, "test/test_paging_cuda.py"),),
+        (pytest(0, *PAGED, "-m", "paged_cuda and not thorough and not slow", "-k", "cuda"),),
     ),
 )  # fmt: skip
