@@ -21,6 +21,51 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
   return d;
 }
+// table[byte i of word] and table[word >> 16]; `base` is where the shared memory that holds the table
+// begins. A dot product with a single factor takes the number out of the word, multiplies it by the
+// size of an entry, and adds the base: one instruction for what a permute and a multiplication do.
+template <class T>
+__device__ __forceinline__ const T* shared_entry(const void* base, const T* table,
+                                                 unsigned address) {
+  const auto offset = reinterpret_cast<const char*>(table) - static_cast<const char*>(base);
+  const void* from_base = __cvta_shared_to_generic(address);
+  return reinterpret_cast<const T*>(static_cast<const char*>(from_base) + offset);
+}
+template <class T>
+__device__ __forceinline__ const T* entry_of_byte(const void* base, const T* table, uint32_t word,
+                                                  int i) {
+  const unsigned start = unsigned(__cvta_generic_to_shared(base));
+  return shared_entry(base, table, __dp4a(word, unsigned(sizeof(T)) << 8 * i, start));
+}
+template <class T>
+__device__ __forceinline__ const T* entry_of_high_half(const void* base, const T* table,
+                                                       uint32_t word) {
+  const unsigned start = unsigned(__cvta_generic_to_shared(base));
+  return shared_entry(base, table, __dp2a_lo(word, unsigned(sizeof(T)) << 8, start));
+}
+// `entry`, of shared memory, or the one that lies so many behind it where x is below the limit: a
+// comparison and an addition.
+template <int kCount, class T>
+__device__ __forceinline__ const T* skip_if_below(const T* entry, float x, float limit) {
+  unsigned address = unsigned(__cvta_generic_to_shared(entry));
+  asm("{.reg .pred p; setp.ltu.f32 p, %1, %2; @p add.u32 %0, %0, %3;}"
+      : "+r"(address)
+      : "f"(x), "f"(limit), "n"(kCount * int(sizeof(T))));
+  return static_cast<const T*>(__cvta_shared_to_generic(address));
+}
+// (x & mask) | bits: where both are constants, the compiler would take two instructions.
+__device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(x), "r"(mask), "r"(bits));
+  return d;
+}
+// Of four words that are numbers up to 255: as bytes, the first one lowest.
+__device__ __forceinline__ uint32_t pack_numbers(const uint32_t* x) {
+  uint32_t high, all;
+  asm("cvt.pack.sat.u8.s32.b32 %0, %1, %2, %3;" : "=r"(high) : "r"(x[3]), "r"(x[2]), "r"(0));
+  asm("cvt.pack.sat.u8.s32.b32 %0, %1, %2, %3;" : "=r"(all) : "r"(x[1]), "r"(x[0]), "r"(high));
+  return all;
+}
 __device__ __forceinline__ float approximate_inverse_root(float x) {
   float y;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

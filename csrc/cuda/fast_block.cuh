@@ -33,7 +33,7 @@ struct LaneElements {
       for_each_state<N>([&](auto s) {
         const uint32_t word = i < 4 ? codes[s].x : codes[s].y;
         new_values[s] =
-            Real(decode<Rule::kSigned[s]>(tables, permute_bytes(word, 0, 0x4440 + i % 4)));
+Real(decode_byte<Rule::kSigned[s]>(tables, word, i % 4));
       });
       if constexpr (Rule::kMomentsNeedParam) p = Real(param.get(i));
       rule.template moments<true>(p, Real(grad.get(i)), new_values);
@@ -91,11 +91,11 @@ struct LaneElements {
     uint32_t code[kPerLane];
 #pragma unroll
     for (int i = 0; i < kPerLane; i++) {
-      const float u = one_to_two(start + slope * lane_factor(uint32_t(i)));
+      const float u = one_to_two_of(start + slope * lane_factor(uint32_t(i)));
       code[i] = encode_stochastic<is_signed>(tables, values[s][i], inverse, u);
     }
     *reinterpret_cast<uint2*>(entry.codes[s] + at) =
-        make_uint2(pack_bytes(code, 0), pack_bytes(code + 4, 0));
+        make_uint2(pack_numbers(code), pack_numbers(code + 4));
   }
 };
 
