@@ -64,7 +64,7 @@ TORCHAO8_HD float decode(const Tables& t, uint32_t code) {
 // The code that byte i of a word is.
 template <bool kSigned>
 __device__ __forceinline__ float decode_byte(const Tables& t, uint32_t word, int i) {
-  return *entry_of_byte(&t, t.map[kSigned], word, i);
+  return entry_of_byte(&t, t.map[kSigned], 0, word, i)[0];
 }
 
 // Below, |x * inverse| is at most the float above 1, x being an element of a block and inverse of
@@ -76,7 +76,7 @@ __device__ __forceinline__ uint32_t nearest_word(const Tables& t, float y) {
   constexpr uint32_t lowest = kSigned ? kLowestSigned : kLowestUnsigned;
   const uint32_t magnitude = float_bits(larger(std::fabs(y), bits_float(lowest << 16)));
   const uint32_t* words = kSigned ? t.nearest_signed : t.nearest_unsigned;
-  return *(entry_of_high_half(&t, words, magnitude) - lowest) + magnitude;
+  return entry_of_high_half(&t, words, int(lowest), magnitude)[0] + magnitude;
 }
 
 __device__ __forceinline__ uint32_t pack_bytes(const uint32_t* word, int byte) {
@@ -119,12 +119,11 @@ __device__ __forceinline__ uint32_t encode_stochastic(const Tables& t, float x, 
                                                       float one_to_two) {
   const Real y = kSigned ? fma(Real(std::fabs(x)), Real(std::fabs(inverse)), Real(kPositionBias))
                          : fma(Real(x), Real(inverse), Real(kPositionBias));
-  const Tables::Two* cell =
-      entry_of_byte(&t, t.positions[kSigned], float_bits(y.x), 3) - kFirstPositionCell;
-  cell = skip_if_below<kBelowStart>(cell, y.x, cell->first);
+  auto cell = entry_of_byte(&t, t.positions[kSigned], kFirstPositionCell, float_bits(y.x), 3);
+  cell.template skip_if_below<kBelowStart>(y.x, cell[0].first);
   const Tables::Two ab = cell[kPositionEntries];
   const Real line = fma(y, Real(ab.first), Real(ab.second));
-  const Real gap = fma(line, Real(kGapSlope), Real(cell->second));
+  const Real gap = fma(line, Real(kGapSlope), Real(cell[0].second));
   const Real position = Real(smaller(gap.x, line.x)) + Real(one_to_two);
   if constexpr (kSigned) {
     const int32_t minus = int32_t(float_bits(x) ^ float_bits(inverse)) >> 31;  // 0 or -1

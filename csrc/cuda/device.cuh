@@ -21,37 +21,47 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
   return d;
 }
-// table[byte i of word] and table[word >> 16]; `base` is where the shared memory that holds the table
-// begins. A dot product with a single factor takes the number out of the word, multiplies it by the
-// size of an entry, and adds the base: one instruction for what a permute and a multiplication do.
+// An entry of a table in shared memory.
 template <class T>
-__device__ __forceinline__ const T* shared_entry(const void* base, const T* table,
-                                                 unsigned address) {
-  const auto offset = reinterpret_cast<const char*>(table) - static_cast<const char*>(base);
-  const void* from_base = __cvta_shared_to_generic(address);
-  return reinterpret_cast<const T*>(static_cast<const char*>(from_base) + offset);
-}
+class SharedEntry {
+ public:
+  // The address is that of the entry if the table lies where `base` does.
+  __device__ __forceinline__ SharedEntry(const void* base, const T* table, unsigned address)
+      : address_(address),
+        offset_(reinterpret_cast<const char*>(table) - static_cast<const char*>(base)) {}
+
+  // The entry that lies so many behind this one.
+  __device__ __forceinline__ const T& operator[](int i) const {
+    const void* from_base = __cvta_shared_to_generic(address_);
+    return reinterpret_cast<const T*>(static_cast<const char*>(from_base) + offset_)[i];
+  }
+  // Goes on by so many entries if x is below the limit: a comparison and an addition.
+  template <int kCount>
+  __device__ __forceinline__ void skip_if_below(float x, float limit) {
+    asm("{.reg .pred p; setp.ltu.f32 p, %1, %2; @p add.u32 %0, %0, %3;}"
+        : "+r"(address_)
+        : "f"(x), "f"(limit), "n"(kCount * int(sizeof(T))));
+  }
+
+ private:
+  unsigned address_;
+  decltype(static_cast<char*>(nullptr) - static_cast<char*>(nullptr)) offset_;  // is a constant
+};
+
+// table[n - first], n being byte i of the word, or its high half; `base` is where the shared memory
+// begins that holds the table. A dot product of a single factor takes n out of the word, multiplies
+// it by the size of an entry and adds the base: one instruction for a permute and a multiplication.
 template <class T>
-__device__ __forceinline__ const T* entry_of_byte(const void* base, const T* table, uint32_t word,
-                                                  int i) {
+__device__ __forceinline__ SharedEntry<T> entry_of_byte(const void* base, const T* table, int first,
+                                                        uint32_t word, int i) {
   const unsigned start = unsigned(__cvta_generic_to_shared(base));
-  return shared_entry(base, table, __dp4a(word, unsigned(sizeof(T)) << 8 * i, start));
+  return {base, table - first, __dp4a(word, unsigned(sizeof(T)) << 8 * i, start)};
 }
 template <class T>
-__device__ __forceinline__ const T* entry_of_high_half(const void* base, const T* table,
-                                                       uint32_t word) {
+__device__ __forceinline__ SharedEntry<T> entry_of_high_half(const void* base, const T* table,
+                                                             int first, uint32_t word) {
   const unsigned start = unsigned(__cvta_generic_to_shared(base));
-  return shared_entry(base, table, __dp2a_lo(word, unsigned(sizeof(T)) << 8, start));
-}
-// `entry`, of shared memory, or the one that lies so many behind it where x is below the limit: a
-// comparison and an addition.
-template <int kCount, class T>
-__device__ __forceinline__ const T* skip_if_below(const T* entry, float x, float limit) {
-  unsigned address = unsigned(__cvta_generic_to_shared(entry));
-  asm("{.reg .pred p; setp.ltu.f32 p, %1, %2; @p add.u32 %0, %0, %3;}"
-      : "+r"(address)
-      : "f"(x), "f"(limit), "n"(kCount * int(sizeof(T))));
-  return static_cast<const T*>(__cvta_shared_to_generic(address));
+  return {base, table - first, __dp2a_lo(word, unsigned(sizeof(T)) << 8, start)};
 }
 // (x & mask) | bits: where both are constants, the compiler would take two instructions.
 __device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {

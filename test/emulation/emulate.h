@@ -190,16 +190,21 @@ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   return result;
 }
 template <class T>
-const T* entry_of_byte(const void*, const T* table, uint32_t word, int i) {
-  return table + (word >> 8 * i & 255);
+struct SharedEntry {
+  const T* at;
+  const T& operator[](int i) const { return at[i]; }
+  template <int kCount>
+  void skip_if_below(float x, float limit) {
+    if (!(x >= limit)) at += kCount;
+  }
+};
+template <class T>
+SharedEntry<T> entry_of_byte(const void*, const T* table, int first, uint32_t word, int i) {
+  return {table + (int(word >> 8 * i & 255) - first)};
 }
 template <class T>
-const T* entry_of_high_half(const void*, const T* table, uint32_t word) {
-  return table + (word >> 16);
-}
-template <int kCount, class T>
-const T* skip_if_below(const T* entry, float x, float limit) {
-  return x >= limit ? entry : entry + kCount;
+SharedEntry<T> entry_of_high_half(const void*, const T* table, int first, uint32_t word) {
+  return {table + (int(word >> 16) - first)};
 }
 inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
   return (x & mask) | bits;
