@@ -139,7 +139,7 @@ struct RandomsAhead {
 template <class Rule, class Entry>
 struct BlockScales {
   static constexpr int N = Rule::kStates;
-  float scale[N], extreme[N], inverse[N];
+  float scale[N], extreme[N], inverse[N], new_scale[N];
 
   TORCHAO8_HD void load(const Entry& entry, uint32_t block) {
     for_each_state<N>([&](auto s) {
@@ -160,17 +160,21 @@ struct BlockScales {
       } else {
         extreme[s] = own;
       }
-      inverse[s] = extreme[s] == 0 ? 0.0f : bounded_reciprocal(extreme[s]);
-      good = good && usable<Rule::kSigned[s]>(scale[s]) && usable<true>(rule.decay[s]) &&
-             (has_scale<Rule::kSigned[s]>(extreme[s], rule.unit[s]) || extreme[s] == 0);
+      // As has_scale() of a unit up to 1: then a scale is in range if the extreme element is not too
+      // large and the scale not too small. A stored scale that is NaN or infinite needs no look: it
+      // makes the new states NaN or infinite, and the largest of them is the extreme element.
+      new_scale[s] = (Real(extreme[s]) * Real(rule.unit[s])).x;
+      const bool is_zero = extreme[s] == 0;
+      const bool has_scale = std::fabs(new_scale[s]) >= kMinScale;
+      good = good & usable<Rule::kSigned[s]>(extreme[s]) & (has_scale | is_zero);
+      inverse[s] = is_zero ? 0.0f : bounded_reciprocal(extreme[s]);
     });
-    return all_of_warp(good);
+    return lanes == kLanes ? good : all_of_warp(good);  // of one block, all lanes find the same
   }
   // One scale is written when all blocks have been stepped with the old one.
-  TORCHAO8_HD void store(const Rule& rule, const Entry& entry, uint32_t block) const {
+  TORCHAO8_HD void store(const Entry& entry, uint32_t block) const {
     if constexpr (!Entry::kOneScale) {
-      for_each_state<N>(
-          [&](auto s) { entry.scales[s][block] = (Real(extreme[s]) * Real(rule.unit[s])).x; });
+      for_each_state<N>([&](auto s) { entry.scales[s][block] = new_scale[s]; });
     }
   }
 };
@@ -257,7 +261,7 @@ __device__ __forceinline__ bool step_span(const Entry& entry, const Prepared<Rul
     elements.store_stochastic(s, entry, position.at, tables, scales.inverse[s], random,
                               position.eight);
   });
-  if (lane % lanes == 0) scales.store(rule, entry, position.block);
+  if (lane % lanes == 0) scales.store(entry, position.block);
   return true;
 }
 
@@ -311,7 +315,7 @@ __device__ __forceinline__ bool step_long_block(const BlockEntryOf<Rule>& entry,
       }
     });
   }
-  if (lane == 0) scales.store(rule, entry, block);
+  if (lane == 0) scales.store(entry, block);
   return true;
 }
 

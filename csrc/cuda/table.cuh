@@ -220,7 +220,7 @@ TORCHAO8_HD Rule rule_of(const Numbers<Rule>& numbers, const Entry& entry, int64
 template <class Rule>
 struct Prepared {
   Rule rule;
-  bool is_bounded;
+  bool is_bounded;  // whether the fast path can take blocks, if their numbers are in range, too
   uint64_t keys[kMaxStates], param_key;
   typename Rule::Options options;  // here, in shared memory: in registers they would spill
 
@@ -233,6 +233,9 @@ struct Prepared {
     float scalars[kMaxScalars];
     rule = rule_of(numbers, entry, step, options, scalars);
     is_bounded = rule.is_bounded();
+    if constexpr (Rule::kStates > 0) {
+      for (float unit : rule.unit) is_bounded = is_bounded && unit <= 1;
+    }
   }
 };
 
