@@ -489,9 +489,9 @@ def test_instructions_an_element() -> None:
             re.M,
         )
     }
-    assert 60 < counts["f", "0"] < 72.0
-    assert 60 < counts["NS_8BFloat16E", "0"] < 74.2
-    assert 60 < counts["NS_8BFloat16E", "1"] < 82.1  # parameters rounded stochastically
+    assert 50 < counts["f", "0"] < 58.5
+    assert 50 < counts["NS_8BFloat16E", "0"] < 60.7
+    assert 50 < counts["NS_8BFloat16E", "1"] < 68.5  # parameters rounded stochastically
 
 
 @needs_nvcc
