@@ -21,11 +21,11 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
   return d;
 }
-// An entry of a table in shared memory.
+// An entry of a table in shared memory. Its address is kept as if the table began at `base`: loads
+// add the constant rest themselves.
 template <class T>
 class SharedEntry {
  public:
-  // The address is that of the entry if the table lies where `base` does.
   __device__ __forceinline__ SharedEntry(const void* base, const T* table, unsigned address)
       : address_(address),
         offset_(reinterpret_cast<const char*>(table) - static_cast<const char*>(base)) {}

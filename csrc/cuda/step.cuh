@@ -170,8 +170,7 @@ struct SharedOfElements {
 
 // T: the type that fast entries have.
 template <class Rule, class T, bool kRounds>
-__global__ void __launch_bounds__(kThreads,
-                                  kBlocksPerProcessor - (kRounds && Rule::kStates > 2))
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor - (kRounds && Rule::kStates > 2))
     step_elements(const __grid_constant__ Table<Rule, ElementEntryOf<Rule, kRounds>> table) {
   static_assert(sizeof table <= kArgumentBytes);
   if (table.numbers.found_inf.get() != 0) return;

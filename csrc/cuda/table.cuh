@@ -237,7 +237,7 @@ struct Prepared {
     rule = rule_of(numbers, entry, step, options, scalars);
     is_bounded = rule.is_bounded();
     if constexpr (Rule::kStates > 0) {
-      for (float unit : rule.unit) is_bounded = is_bounded && unit <= 1;
+      for (int s = 0; s < Rule::kStates; s++) is_bounded = is_bounded && rule.unit[s] <= 1;
     }
   }
 };
