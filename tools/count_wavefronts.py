@@ -28,17 +28,30 @@ def moments(blocks: int = 1500, steps: int = 300) -> tuple[Tensor, Tensor]:
     return m, v
 
 
-def wavefronts(word: Tensor) -> float:
-    """The mean number of wavefronts when each lane of a warp looks up one 4-byte word."""
-    of_warps = word.reshape(-1, LANES, 8).transpose(1, 2).reshape(-1, LANES)
+def wavefronts(entry: Tensor, words: int = 1, stride: int = 1) -> float:
+    """The mean number of wavefronts when each lane of a warp looks up an entry of so many words.
+    Words of 8 bytes are read for half a warp at a time."""
+    half = LANES // words
+    of_lanes = entry.reshape(-1, LANES, 8).transpose(1, 2).reshape(-1, half)
     worst = [
-        torch.bincount(lanes.unique() % BANKS, minlength=BANKS).max() for lanes in of_warps[:8000]
+        torch.bincount(lanes.unique() * stride // words % half, minlength=half).max()
+        for lanes in of_lanes[: 8000 * words]
     ]
-    return float(torch.stack(worst).double().mean())
+    return words * float(torch.stack(worst).double().mean())
 
 
 def cells(y: Tensor, lowest: float) -> Tensor:
     return y.clamp(min=lowest).view(torch.int32).long() >> 16
+
+
+def position_entries(y: Tensor) -> tuple[Tensor, Tensor]:
+    """The entries of Tables::positions that y's cell has, and that its line has (codec.cuh)."""
+    below_start = 24
+    codes = torch.tensor([1, 2, 6, 14, 30, 62, 126, 254])  # the last one of each decade
+    starts = torchao8.dynamic_map(signed=False)[codes]
+    cell, cell_of_start = (x.view(torch.int32).long() >> 24 & 15 for x in (y, starts))
+    below = sum((cell == c) & (y < start) for c, start in zip(cell_of_start, starts, strict=True))
+    return cell, cell + below_start * below
 
 
 def main() -> None:
@@ -47,12 +60,14 @@ def main() -> None:
         torchao8.quantize_blockwise(x, signed=signed) for x, signed in ((m, True), (v, False))
     )
     y = v / v.amax(1, keepdim=True) + 2.0**-31
-    lines = y.view(torch.int32).long() >> 24 & 15  # and 16 more lines, in other banks
+    cell, line = position_entries(y)
     counts = {
         "decode m": wavefronts(m_codes.long()),
         "decode v": wavefronts(v_codes.long()),
         "encode m": wavefronts(cells(m.abs() / m.abs().amax(1, keepdim=True), 2.0**-22)),
-        "encode v, four look-ups": 4 * wavefronts(lines),
+        "encode v, start": wavefronts(cell, stride=2),
+        "encode v, a and b": wavefronts(line, words=2, stride=2),
+        "encode v, c": wavefronts(line, stride=2),
     }
     for name, count in {**counts, "together": sum(counts.values())}.items():
         print(f"{name:<24}{count:5.1f}")

@@ -17,15 +17,23 @@ static_assert(rounds_up_from(value_of_code(true, 127), value_of_code(true, 128))
               rounds_up_from(value_of_code(false, 1), value_of_code(false, 2)) >=
                   bits_float(kLowestUnsigned << 16));
 
+// The position lines of stochastic rounding. Cell j is of the floats whose top byte is j more than
+// that of 2^-31. Behind the cells' own lines are those for what lies below their starts, with a gap
+// between: two lanes that need different entries find them in different banks, but for cells that
+// are 8 apart, which is 16 binades.
+constexpr int kPositionCells = 16, kFirstPositionCell = 48;
+constexpr int kBelowStart = kPositionCells + 8, kPositionEntries = kBelowStart + kPositionCells;
+
 struct alignas(16) Tables {
   // Of magnitudes; signed: of codes counted from zero's.
   uint32_t nearest_signed[kCells - kLowestSigned];
   uint32_t nearest_unsigned[kCells - kLowestUnsigned];
   float map[2][256];  // [signed][code]
-  // As many entries as shared memory has banks, and an array for each column: the look-ups of a
-  // warp have no bank conflicts. [signed]
-  float position_a[2][32], position_b[2][32], position_c[2][32];
-  float position_start[2][16];
+  // Cell j has its start and c in entry j, its a and b in entry kPositionEntries + j, and what lies
+  // below its start kBelowStart further on. [signed]
+  struct alignas(8) Two {
+    float first, second;
+  } positions[2][2 * kPositionEntries];
 };
 
 // In a constant expression, so that the tables lie in the program: nothing to set up on a device.
@@ -40,12 +48,11 @@ constexpr Tables make_tables() {
   for (int is_signed = 0; is_signed < 2; is_signed++) {
     PositionLines lines = {};
     build_position_lines(lines, is_signed);
-    for (int i = 0; i < 32; i++) {
-      t.position_a[is_signed][i] = lines.cell_a[i];
-      t.position_b[is_signed][i] = lines.cell_b[i];
-      t.position_c[is_signed][i] = lines.cell_c[i];
+    for (int i = 0; i < 2 * kPositionCells; i++) {
+      const int entry = i < kPositionCells ? i : i - kPositionCells + kBelowStart;
+      t.positions[is_signed][entry] = {lines.cell_start[i % kPositionCells], lines.cell_c[i]};
+      t.positions[is_signed][kPositionEntries + entry] = {lines.cell_a[i], lines.cell_b[i]};
     }
-    for (int i = 0; i < 16; i++) t.position_start[is_signed][i] = lines.cell_start[i];
   }
   return t;
 }
@@ -53,6 +60,11 @@ constexpr Tables make_tables() {
 template <bool kSigned>
 TORCHAO8_HD float decode(const Tables& t, uint32_t code) {
   return t.map[kSigned][code];
+}
+// The code that byte i of a word is.
+template <bool kSigned>
+__device__ __forceinline__ float decode_byte(const Tables& t, uint32_t word, int i) {
+  return entry_of_byte(&t, t.map[kSigned], 0, word, i)[0];
 }
 
 // Below, |x * inverse| is at most the float above 1, x being an element of a block and inverse of
@@ -64,7 +76,7 @@ __device__ __forceinline__ uint32_t nearest_word(const Tables& t, float y) {
   constexpr uint32_t lowest = kSigned ? kLowestSigned : kLowestUnsigned;
   const uint32_t magnitude = float_bits(larger(std::fabs(y), bits_float(lowest << 16)));
   const uint32_t* words = kSigned ? t.nearest_signed : t.nearest_unsigned;
-  return words[int(permute_bytes(magnitude, 0, 0x4432)) - int(lowest)] + magnitude;
+  return entry_of_high_half(&t, words, int(lowest), magnitude)[0] + magnitude;
 }
 
 __device__ __forceinline__ uint32_t pack_bytes(const uint32_t* word, int byte) {
@@ -107,10 +119,11 @@ __device__ __forceinline__ uint32_t encode_stochastic(const Tables& t, float x, 
                                                       float one_to_two) {
   const Real y = kSigned ? fma(Real(std::fabs(x)), Real(std::fabs(inverse)), Real(kPositionBias))
                          : fma(Real(x), Real(inverse), Real(kPositionBias));
-  const uint32_t cell = permute_bytes(float_bits(y.x), 0, 0x4443) - 48;  // from 2^-31 on
-  const uint32_t at = cell + (y.x >= t.position_start[kSigned][cell] ? 0 : 16);
-  const Real line = fma(y, Real(t.position_a[kSigned][at]), Real(t.position_b[kSigned][at]));
-  const Real gap = fma(line, Real(kGapSlope), Real(t.position_c[kSigned][at]));
+  auto cell = entry_of_byte(&t, t.positions[kSigned], kFirstPositionCell, float_bits(y.x), 3);
+  cell.template skip_if_below<kBelowStart>(y.x, cell[0].first);
+  const Tables::Two ab = cell[kPositionEntries];
+  const Real line = fma(y, Real(ab.first), Real(ab.second));
+  const Real gap = fma(line, Real(kGapSlope), Real(cell[0].second));
   const Real position = Real(smaller(gap.x, line.x)) + Real(one_to_two);
   if constexpr (kSigned) {
     const int32_t minus = int32_t(float_bits(x) ^ float_bits(inverse)) >> 31;  // 0 or -1
@@ -120,6 +133,11 @@ __device__ __forceinline__ uint32_t encode_stochastic(const Tables& t, float x, 
   // Where x is not zero, its bits are no number below its code: a minimum in place of a branch.
   const uint32_t code = uint32_t(int32_t(position.x));
   return code < float_bits(x) ? code : float_bits(x);
+}
+
+// one_to_two() of random.h.
+__device__ __forceinline__ float one_to_two_of(uint32_t hash) {
+  return bits_float(and_or(hash, kRandomMask, kOneBits));
 }
 
 // Into shared memory, before a barrier.

@@ -21,6 +21,61 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
   return d;
 }
+// An entry of a table in shared memory. Its address is kept as if the table began at `base`: loads
+// add the constant rest themselves.
+template <class T>
+class SharedEntry {
+ public:
+  __device__ __forceinline__ SharedEntry(const void* base, const T* table, unsigned address)
+      : address_(address),
+        offset_(reinterpret_cast<const char*>(table) - static_cast<const char*>(base)) {}
+
+  // The entry that lies so many behind this one.
+  __device__ __forceinline__ const T& operator[](int i) const {
+    const void* from_base = __cvta_shared_to_generic(address_);
+    return reinterpret_cast<const T*>(static_cast<const char*>(from_base) + offset_)[i];
+  }
+  // Goes on by so many entries if x is below the limit: a comparison and an addition.
+  template <int kCount>
+  __device__ __forceinline__ void skip_if_below(float x, float limit) {
+    asm("{.reg .pred p; setp.ltu.f32 p, %1, %2; @p add.u32 %0, %0, %3;}"
+        : "+r"(address_)
+        : "f"(x), "f"(limit), "n"(kCount * int(sizeof(T))));
+  }
+
+ private:
+  unsigned address_;
+  decltype(static_cast<char*>(nullptr) - static_cast<char*>(nullptr)) offset_;  // is a constant
+};
+
+// table[n - first], n being byte i of the word, or its high half; `base` is where the shared memory
+// begins that holds the table. A dot product of a single factor takes n out of the word, multiplies
+// it by the size of an entry and adds the base: one instruction for a permute and a multiplication.
+template <class T>
+__device__ __forceinline__ SharedEntry<T> entry_of_byte(const void* base, const T* table, int first,
+                                                        uint32_t word, int i) {
+  const unsigned start = unsigned(__cvta_generic_to_shared(base));
+  return {base, table - first, __dp4a(word, unsigned(sizeof(T)) << 8 * i, start)};
+}
+template <class T>
+__device__ __forceinline__ SharedEntry<T> entry_of_high_half(const void* base, const T* table,
+                                                             int first, uint32_t word) {
+  const unsigned start = unsigned(__cvta_generic_to_shared(base));
+  return {base, table - first, __dp2a_lo(word, unsigned(sizeof(T)) << 8, start)};
+}
+// (x & mask) | bits: where both are constants, the compiler would take two instructions.
+__device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(x), "r"(mask), "r"(bits));
+  return d;
+}
+// Of four words that are numbers up to 255: as bytes, the first one lowest.
+__device__ __forceinline__ uint32_t pack_numbers(const uint32_t* x) {
+  uint32_t high, all;
+  asm("cvt.pack.sat.u8.s32.b32 %0, %1, %2, %3;" : "=r"(high) : "r"(x[3]), "r"(x[2]), "r"(0));
+  asm("cvt.pack.sat.u8.s32.b32 %0, %1, %2, %3;" : "=r"(all) : "r"(x[1]), "r"(x[0]), "r"(high));
+  return all;
+}
 __device__ __forceinline__ float approximate_inverse_root(float x) {
   float y;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -9,6 +9,28 @@
 
 namespace torchao8::cuda {
 
+// Where a lane's eight elements lie, number `eight` of the tensor's eights, and the scales of their
+// block.
+template <class Rule, class T>
+struct LaneAddresses {
+  static constexpr int N = Rule::kStates;
+  T* param;
+  const T* grad;
+  uint8_t* codes[N];
+  float* scales[N];
+
+  template <class Entry>
+  TORCHAO8_HD LaneAddresses(const Entry& entry, uint32_t eight, uint32_t block) {
+    const int64_t at = int64_t(eight) * kPerLane;  // a number of 32 bits takes no 64-bit addition
+    param = static_cast<T*>(entry.param) + at;
+    grad = static_cast<const T*>(entry.grad) + at;
+    for_each_state<N>([&](auto s) {
+      codes[s] = entry.codes[s] + at;
+      scales[s] = entry.scales[s] + (Entry::kOneScale ? 0 : block);
+    });
+  }
+};
+
 // Eight neighbouring elements of one lane.
 template <class Rule, class T>
 struct LaneElements {
@@ -17,12 +39,10 @@ struct LaneElements {
   uint2 codes[N];
   float values[Rule::kValues][kPerLane];
 
-  template <class Entry>
-  __device__ __forceinline__ void load(const Entry& entry, int64_t at, bool with_param) {
-    for_each_state<N>(
-        [&](auto s) { codes[s] = *reinterpret_cast<const uint2*>(entry.codes[s] + at); });
-    grad.load(static_cast<const T*>(entry.grad) + at);
-    if (with_param) param.load(static_cast<const T*>(entry.param) + at);
+  __device__ __forceinline__ void load(const LaneAddresses<Rule, T>& at, bool with_param) {
+    for_each_state<N>([&](auto s) { codes[s] = *reinterpret_cast<const uint2*>(at.codes[s]); });
+    grad.load(at.grad);
+    if (with_param) param.load(at.param);
   }
 
   // `rule` already has the block's scales.
@@ -32,8 +52,7 @@ struct LaneElements {
       Real new_values[Rule::kValues], p(0.0f);
       for_each_state<N>([&](auto s) {
         const uint32_t word = i < 4 ? codes[s].x : codes[s].y;
-        new_values[s] =
-            Real(decode<Rule::kSigned[s]>(tables, permute_bytes(word, 0, 0x4440 + i % 4)));
+        new_values[s] = Real(decode_byte<Rule::kSigned[s]>(tables, word, i % 4));
       });
       if constexpr (Rule::kMomentsNeedParam) p = Real(param.get(i));
       rule.template moments<true>(p, Real(grad.get(i)), new_values);
@@ -48,8 +67,8 @@ struct LaneElements {
   }
 
   // kRounds: stochastically, by these numbers; `eight` as in store_stochastic.
-  template <bool kRounds, class Entry>
-  __device__ __forceinline__ void update(const Rule& rule, const Entry& entry, int64_t at,
+  template <bool kRounds>
+  __device__ __forceinline__ void update(const Rule& rule, const LaneAddresses<Rule, T>& at,
                                          const BlockRandom& random, uint32_t eight) {
 #pragma unroll
     for (int i = 0; i < kPerLane; i += 2) {
@@ -68,21 +87,21 @@ struct LaneElements {
         param.set_pair(i / 2, updated[0], updated[1]);
       }
     }
-    param.store(static_cast<T*>(entry.param) + at);
+    param.store(at.param);
   }
 
-  template <class S, class Entry>
-  __device__ __forceinline__ void store_nearest(S s, const Entry& entry, int64_t at,
+  template <class S>
+  __device__ __forceinline__ void store_nearest(S s, const LaneAddresses<Rule, T>& at,
                                                 const Tables& tables, float inverse) const {
     constexpr bool is_signed = Rule::kSigned[s];
-    *reinterpret_cast<uint2*>(entry.codes[s] + at) =
+    *reinterpret_cast<uint2*>(at.codes[s]) =
         make_uint2(encode_nearest_four<is_signed>(tables, values[s], inverse),
                    encode_nearest_four<is_signed>(tables, values[s] + 4, inverse));
   }
 
   // eight: number of these elements among the block's eights.
-  template <class S, class Entry>
-  __device__ __forceinline__ void store_stochastic(S s, const Entry& entry, int64_t at,
+  template <class S>
+  __device__ __forceinline__ void store_stochastic(S s, const LaneAddresses<Rule, T>& at,
                                                    const Tables& tables, float inverse,
                                                    const BlockRandom& random,
                                                    uint32_t eight) const {
@@ -91,11 +110,10 @@ struct LaneElements {
     uint32_t code[kPerLane];
 #pragma unroll
     for (int i = 0; i < kPerLane; i++) {
-      const float u = one_to_two(start + slope * lane_factor(uint32_t(i)));
+      const float u = one_to_two_of(start + slope * lane_factor(uint32_t(i)));
       code[i] = encode_stochastic<is_signed>(tables, values[s][i], inverse, u);
     }
-    *reinterpret_cast<uint2*>(entry.codes[s] + at) =
-        make_uint2(pack_bytes(code, 0), pack_bytes(code + 4, 0));
+    *reinterpret_cast<uint2*>(at.codes[s]) = make_uint2(pack_numbers(code), pack_numbers(code + 4));
   }
 };
 
@@ -139,11 +157,12 @@ struct RandomsAhead {
 template <class Rule, class Entry>
 struct BlockScales {
   static constexpr int N = Rule::kStates;
-  float scale[N], extreme[N], inverse[N];
+  float scale[N], extreme[N], inverse[N], new_scale[N];
 
-  TORCHAO8_HD void load(const Entry& entry, uint32_t block) {
+  template <class T>
+  TORCHAO8_HD void load(const Entry& entry, const LaneAddresses<Rule, T>& at) {
     for_each_state<N>([&](auto s) {
-      scale[s] = entry.scales[s][Entry::kOneScale ? 0 : block];
+      scale[s] = *at.scales[s];
       if constexpr (Entry::kOneScale) extreme[s] = entry.template extreme<Rule::kSigned[s]>(s);
     });
   }
@@ -160,17 +179,23 @@ struct BlockScales {
       } else {
         extreme[s] = own;
       }
-      inverse[s] = extreme[s] == 0 ? 0.0f : bounded_reciprocal(extreme[s]);
-      good = good && usable<Rule::kSigned[s]>(scale[s]) && usable<true>(rule.decay[s]) &&
-             (has_scale<Rule::kSigned[s]>(extreme[s], rule.unit[s]) || extreme[s] == 0);
+      // As has_scale() of a unit up to 1: then a scale is in range if the extreme element is not
+      // too large and the scale not too small. A stored scale that is NaN or infinite needs no
+      // look: it makes the new states NaN or infinite, and the largest of them is the extreme
+      // element.
+      new_scale[s] = (Real(extreme[s]) * Real(rule.unit[s])).x;
+      const bool is_zero = extreme[s] == 0;
+      const bool has_scale = std::fabs(new_scale[s]) >= kMinScale;
+      good = good & usable<Rule::kSigned[s]>(extreme[s]) & (has_scale | is_zero);
+      inverse[s] = is_zero ? 0.0f : bounded_reciprocal(extreme[s]);
     });
-    return all_of_warp(good);
+    return lanes == kLanes ? good : all_of_warp(good);  // of one block, all lanes find the same
   }
   // One scale is written when all blocks have been stepped with the old one.
-  TORCHAO8_HD void store(const Rule& rule, const Entry& entry, uint32_t block) const {
+  template <class T>
+  TORCHAO8_HD void store(const LaneAddresses<Rule, T>& at) const {
     if constexpr (!Entry::kOneScale) {
-      for_each_state<N>(
-          [&](auto s) { entry.scales[s][block] = (Real(extreme[s]) * Real(rule.unit[s])).x; });
+      for_each_state<N>([&](auto s) { *at.scales[s] = new_scale[s]; });
     }
   }
 };
@@ -179,29 +204,29 @@ struct BlockScales {
 // begin within a span of a row. Lanes past the row's end repeat what others do: its last block, of
 // which the last 8 elements. What they write is the same.
 struct LanePosition {
-  int64_t at;
-  uint32_t block, eight;
+  uint32_t eight, block;    // of the tensor
+  uint32_t eight_of_block;  // number of these elements among the block's eights
 
   template <class Entry>
   TORCHAO8_HD LanePosition(const Entry& entry, uint32_t unit, int lane, int log_of_block) {
-    const int per_unit = kSpan >> log_of_block;
-    const int lanes = kLanes / per_unit;
-    int number = lane >> (log_of_block - 3);
-    eight = uint32_t(lane) & uint32_t(lanes - 1);
+    const int log_of_eights = log_of_block - 3, per_unit = kLanes >> log_of_eights;
+    int number = lane >> log_of_eights;
+    eight_of_block = uint32_t(lane) & ((1u << log_of_eights) - 1);
     if (entry.whole_spans) {
       block = unit * uint32_t(per_unit) + uint32_t(number);
-      at = int64_t(unit) * kSpan + lane * kPerLane;
+      eight = unit * kLanes + uint32_t(lane);
       return;
     }
     const uint32_t row = unit / entry.units_per_row;
     const uint32_t first_block = (unit - row * entry.units_per_row) * uint32_t(per_unit);
     const int last = int(entry.blocks_per_row - 1 - first_block);  // of the row, from here
     if (number > last) number = last;
-    const int64_t column = int64_t(first_block + uint32_t(number)) << log_of_block;
-    const int64_t last_eight = (entry.row_length - column) / kPerLane - 1;
-    if (int64_t(eight) > last_eight) eight = uint32_t(last_eight);
+    const uint32_t column = (first_block + uint32_t(number)) << log_of_eights;
+    const uint32_t eights_of_row = uint32_t(entry.row_length / kPerLane);
+    const uint32_t last_eight = eights_of_row - column - 1;
+    if (eight_of_block > last_eight) eight_of_block = last_eight;
     block = row * entry.blocks_per_row + first_block + uint32_t(number);
-    at = row * entry.row_length + column + eight * kPerLane;
+    eight = row * eights_of_row + column + eight_of_block;
   }
 };
 
@@ -213,16 +238,16 @@ __device__ __forceinline__ bool step_span(const Entry& entry, const Prepared<Rul
                                           int log_of_block, bool stochastic, uint32_t unit,
                                           int lane) {
   constexpr int N = Rule::kStates;
-  if (kOneBlock) log_of_block = 8;
   const int lanes = 1 << (log_of_block - 3);
   const LanePosition position(entry, unit, lane, log_of_block);
-  const auto first_element_of_block = [&](uint32_t block) {
-    return BlockPosition(entry, 1 << log_of_block, block).first_element;
+  const LaneAddresses<Rule, T> at(entry, position.eight, position.block);
+  const auto first_element_of_block = [&](uint32_t b) {
+    return BlockPosition(entry, 1 << log_of_block, b).first_element;
   };
   LaneElements<Rule, T> elements;
   BlockScales<Rule, Entry> scales;
-  scales.load(entry, position.block);
-  elements.load(entry, position.at, true);
+  scales.load(entry, at);
+  elements.load(at, true);
   warp_barrier();  // every lane has read before any writes; the compiler keeps the loads above
   const Rule rule = prepared.rule.with_scales(scales.scale);
   elements.find_moments(rule, tables);
@@ -239,13 +264,13 @@ __device__ __forceinline__ bool step_span(const Entry& entry, const Prepared<Rul
       of_param.start(prepared.param_key, first_element_of_block(position.block));
     }
   }
-  elements.template update<kRounds>(rule, entry, position.at, of_param, position.eight);
+  elements.template update<kRounds>(rule, at, of_param, position.eight_of_block);
   if (!kRounds && stochastic && kOneBlock)
     randoms.prepare(turn, prepared, first_element_of_block, unit, lane);
   for_each_state<N>([&](auto s) {
     constexpr bool is_stochastic = Rule::kStochastic[s];
     if (!is_stochastic || !stochastic) {
-      elements.store_nearest(s, entry, position.at, tables, scales.inverse[s]);
+      elements.store_nearest(s, at, tables, scales.inverse[s]);
       return;
     }
     BlockRandom random;
@@ -254,11 +279,28 @@ __device__ __forceinline__ bool step_span(const Entry& entry, const Prepared<Rul
     } else {
       random.start(prepared.keys[s], first_element_of_block(position.block));
     }
-    elements.store_stochastic(s, entry, position.at, tables, scales.inverse[s], random,
-                              position.eight);
+    elements.store_stochastic(s, at, tables, scales.inverse[s], random, position.eight_of_block);
   });
-  if (lane % lanes == 0) scales.store(rule, entry, position.block);
+  if (lane % lanes == 0) scales.store(at);
   return true;
+}
+
+// The units of a warp from `unit` up to `end`. Returns the first one that it did not take, because
+// it is past the end or step_span() returned false.
+template <class Rule, class T, bool kOneBlock, bool kRounds, class Entry>
+__device__ __forceinline__ uint32_t step_spans(const Entry& entry, const Prepared<Rule>& prepared,
+                                               const Tables& tables,
+                                               RandomsAhead<Rule, kRounds>& randoms,
+                                               int log_of_block, bool stochastic, uint32_t unit,
+                                               uint32_t end, int lane) {
+  if (kOneBlock) log_of_block = 8;
+  int turn = kLanes;
+  for (; unit < end; unit += kWarps) {
+    if (!step_span<Rule, T, kOneBlock, kRounds>(entry, prepared, tables, randoms, turn,
+                                                log_of_block, stochastic, unit, lane))
+      break;
+  }
+  return unit;
 }
 
 // A block of more than kSpan elements: twice over its spans, the second time from the cache.
@@ -271,8 +313,11 @@ __device__ __forceinline__ bool step_long_block(const BlockEntryOf<Rule>& entry,
                                                 int lane) {
   constexpr int N = Rule::kStates;
   const BlockPosition position(entry, block_size, block);
+  const auto at_of_lane = [&](int start) {
+    return LaneAddresses<Rule, T>(entry, uint32_t((position.begin + start) / kPerLane), block);
+  };
   BlockScales<Rule, BlockEntryOf<Rule>> scales;
-  scales.load(entry, block);
+  scales.load(entry, at_of_lane(0));
   const Rule rule = prepared.rule.with_scales(scales.scale);
   Extremes<Rule> extremes;
   const auto start_of_lane = [&](int span) {
@@ -281,7 +326,7 @@ __device__ __forceinline__ bool step_long_block(const BlockEntryOf<Rule>& entry,
   };
   for (int span = 0; span < position.length; span += kSpan) {
     LaneElements<Rule, T> elements;
-    elements.load(entry, position.begin + start_of_lane(span), Rule::kMomentsNeedParam);
+    elements.load(at_of_lane(start_of_lane(span)), Rule::kMomentsNeedParam);
     elements.find_moments(rule, tables);
     elements.add_to(extremes);
   }
@@ -294,24 +339,24 @@ __device__ __forceinline__ bool step_long_block(const BlockEntryOf<Rule>& entry,
   }
   for (int span = 0; span < position.length; span += kSpan) {
     const int start = start_of_lane(span);
-    const int64_t at = position.begin + start;
+    const LaneAddresses<Rule, T> at = at_of_lane(start);
     LaneElements<Rule, T> elements;
-    elements.load(entry, at, true);
+    elements.load(at, true);
     warp_barrier();  // every lane has read, the lanes past the end too, before any writes
     elements.find_moments(rule, tables);
     const BlockRandom of_param = kRounds ? randoms.get(N, turn) : BlockRandom{};
-    elements.template update<kRounds>(rule, entry, at, of_param, uint32_t(start) / kPerLane);
+    elements.template update<kRounds>(rule, at, of_param, uint32_t(start) / kPerLane);
     for_each_state<N>([&](auto s) {
       constexpr bool is_stochastic = Rule::kStochastic[s];
       if (!is_stochastic || !stochastic) {
-        elements.store_nearest(s, entry, at, tables, scales.inverse[s]);
+        elements.store_nearest(s, at, tables, scales.inverse[s]);
       } else {
-        elements.store_stochastic(s, entry, at, tables, scales.inverse[s], randoms.get(s, turn),
+        elements.store_stochastic(s, at, tables, scales.inverse[s], randoms.get(s, turn),
                                   uint32_t(start) / kPerLane);
       }
     });
   }
-  if (lane == 0) scales.store(rule, entry, block);
+  if (lane == 0) scales.store(at_of_lane(0));
   return true;
 }
 

@@ -66,17 +66,19 @@ struct BlockMeasurer {
   RowSum& sum;
   int lane, block_size;
 
-  __device__ __forceinline__ void enter(const Entry& entry, const Prepared<Rule>&) {
+  __device__ __forceinline__ uint32_t operator()(const Entry& entry, const Prepared<Rule>& prepared,
+                                                 uint32_t unit, uint32_t end) {
     sum.start(entry.row);
+    for (; unit < end; unit += kWarps) measure_unit(entry, prepared, unit);
+    return unit;
   }
-  __device__ __forceinline__ bool operator()(const Entry& entry, const Prepared<Rule>& prepared,
-                                             uint32_t unit) {
+  __device__ __forceinline__ void measure_unit(const Entry& entry, const Prepared<Rule>& prepared,
+                                               uint32_t unit) {
     const uint32_t per_unit = block_size < kSpan ? uint32_t(kSpan / block_size) : 1;
     const uint32_t row = unit / entry.units_per_row;
     const uint32_t column = (unit - row * entry.units_per_row) * per_unit;
     for (uint32_t i = 0; i < per_unit && column + i < entry.blocks_per_row; i++)
       measure(entry, prepared, row * entry.blocks_per_row + column + i);
-    return true;
   }
 
   __device__ __forceinline__ void measure(const Entry& entry, const Prepared<Rule>& prepared,
@@ -108,11 +110,14 @@ struct ElementMeasurer {
   RowSum& sum;
   int lane;
 
-  __device__ __forceinline__ void enter(const Entry& entry, const Prepared<Rule>&) {
+  __device__ __forceinline__ uint32_t operator()(const Entry& entry, const Prepared<Rule>& prepared,
+                                                 uint32_t unit, uint32_t end) {
     sum.start(entry.row);
+    for (; unit < end; unit += kWarps) measure_unit(entry, prepared, unit);
+    return unit;
   }
-  __device__ __forceinline__ bool operator()(const Entry& entry, const Prepared<Rule>& prepared,
-                                             uint32_t unit) {
+  __device__ __forceinline__ void measure_unit(const Entry& entry, const Prepared<Rule>& prepared,
+                                               uint32_t unit) {
     const int64_t begin = int64_t(unit) * kChunk;
     const int64_t end = begin + kChunk < entry.count ? begin + kChunk : entry.count;
 #pragma unroll 1
@@ -126,7 +131,6 @@ struct ElementMeasurer {
       }
       sum.add(update);
     }
-    return true;
   }
 };
 

@@ -11,6 +11,7 @@ namespace torchao8::cuda {
 // A unit is a chunk of elements, in their order in memory.
 template <int N, int kScalars = 0>
 struct ExtremesEntry : Addresses, ScalarAddresses<kScalars> {
+  static constexpr bool kOneScale = true;
   uint8_t* codes[N];
   float* scales[N];
   int64_t* keys;  // of the tensor, one a state; 0 at first
@@ -20,7 +21,7 @@ struct ExtremesEntry : Addresses, ScalarAddresses<kScalars> {
   int64_t units() const { return (count + kChunk - 1) / kChunk; }
 
   void finish(FloatType type) {
-    fast = this->fits(type, kPerLane);
+    fast = this->fits(type, kPerLane) && count < kMostOfFastPath;
     for (int s = 0; s < N; s++) fast = fast && is_aligned(codes[s], kPerLane);
   }
 };
@@ -38,10 +39,13 @@ struct ExtremesFinder {
   int64_t* keys;  // of the entry at work; none before the first
   Extremes<Rule> found;
 
-  __device__ __forceinline__ void enter(const Entry& entry, const Prepared<Rule>&) {
+  __device__ __forceinline__ uint32_t operator()(const Entry& entry, const Prepared<Rule>& prepared,
+                                                 uint32_t unit, uint32_t end) {
     finish();
     keys = entry.keys;
     found = Extremes<Rule>();
+    for (; unit < end; unit += kWarps) find(entry, prepared, unit);
+    return unit;
   }
   __device__ __forceinline__ void finish() const {
     if (!keys) return;
@@ -51,8 +55,8 @@ struct ExtremesFinder {
     });
   }
 
-  __device__ __forceinline__ bool operator()(const Entry& entry, const Prepared<Rule>& prepared,
-                                             uint32_t unit) {
+  __device__ __forceinline__ void find(const Entry& entry, const Prepared<Rule>& prepared,
+                                       uint32_t unit) {
     const int64_t begin = int64_t(unit) * kChunk;
     const int64_t end = begin + kChunk < entry.count ? begin + kChunk : entry.count;
     float scale[N];
@@ -63,7 +67,8 @@ struct ExtremesFinder {
 #pragma unroll 1
       for (int64_t at = begin + lane * kPerLane; at < end; at += kSpan) {
         LaneElements<Rule, T> elements;
-        elements.load(entry, at, Rule::kMomentsNeedParam);
+        elements.load(LaneAddresses<Rule, T>(entry, uint32_t(at / kPerLane), 0),
+                      Rule::kMomentsNeedParam);
         elements.find_moments(rule, tables);
         elements.add_to(extremes);
       }
@@ -71,12 +76,11 @@ struct ExtremesFinder {
       for_each_state<N>([&](auto s) { good = good && extremes.is_usable(s); });
       if (all_of_warp(good)) {
         found.add_all_of(extremes);
-        return true;
+        return;
       }
     }
 #pragma unroll 1
     for (int64_t at = begin + lane; at < end; at += kLanes) add(entry, rule, scale, at);
-    return true;
   }
 
   // An element that is not usable counts with its old state, which it keeps.
@@ -144,22 +148,16 @@ struct OneScaleWorker {
   RandomsAhead<Rule, kRounds>& randoms;
   int lane, block_size, log_of_block;
   bool stochastic;
-  int turn;
 
-  __device__ __forceinline__ void enter(const Entry&, const Prepared<Rule>&) { turn = kLanes; }
-  __device__ __forceinline__ bool operator()(const Entry& entry, const Prepared<Rule>& prepared,
-                                             uint32_t unit) {
-    if (block_size == kSpan && unit < entry.fast_units && prepared.is_bounded &&
-        step_span<Rule, T, true, kRounds>(entry, prepared, tables, randoms, turn, log_of_block,
-                                          stochastic, unit, lane))
-      return true;
-    const uint32_t per_unit = block_size < kSpan ? uint32_t(kSpan / block_size) : 1;
-    const uint32_t row = unit / entry.units_per_row;
-    const uint32_t column = (unit - row * entry.units_per_row) * per_unit;
-    for (uint32_t i = 0; i < per_unit && column + i < entry.blocks_per_row; i++)
-      slow_block<Rule, kRounds>(entry, prepared, tables, block_size, stochastic,
-                                row * entry.blocks_per_row + column + i, lane);
-    return false;  // values that are kept across the call would need a stack frame
+  __device__ __forceinline__ uint32_t operator()(const Entry& entry, const Prepared<Rule>& prepared,
+                                                 uint32_t unit, uint32_t end) {
+    const uint32_t fast_units = block_size == kSpan && prepared.is_bounded ? entry.fast_units : 0;
+    unit = step_spans<Rule, T, true, kRounds>(entry, prepared, tables, randoms, log_of_block,
+                                              stochastic, unit, end < fast_units ? end : fast_units,
+                                              lane);
+    if (unit >= end) return unit;
+    slow_unit<Rule, kRounds>(entry, prepared, tables, block_size, stochastic, unit, lane);
+    return unit + kWarps;
   }
 };
 
@@ -179,8 +177,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor -
                                              int(threadIdx.x % kLanes),
                                              table.block_size,
                                              table.log_of_block,
-                                             table.stochastic,
-                                             0};
+                                             table.stochastic};
   for_each_unit(table, shared.window, worker);
 }
 

@@ -109,4 +109,17 @@ __device__ __noinline__ void slow_block(const Entry& entry, const Prepared<Rule>
   }
 }
 
+// The blocks of a unit of up to kSpan elements, or one longer block.
+template <class Rule, bool kRounds, class Entry>
+__device__ __forceinline__ void slow_unit(const Entry& entry, const Prepared<Rule>& prepared,
+                                          const Tables& tables, int block_size, bool stochastic,
+                                          uint32_t unit, int lane) {
+  const uint32_t per_unit = block_size < kSpan ? uint32_t(kSpan / block_size) : 1;
+  const uint32_t row = unit / entry.units_per_row;
+  const uint32_t column = (unit - row * entry.units_per_row) * per_unit;
+  for (uint32_t i = 0; i < per_unit && column + i < entry.blocks_per_row; i++)
+    slow_block<Rule, kRounds>(entry, prepared, tables, block_size, stochastic,
+                              row * entry.blocks_per_row + column + i, lane);
+}
+
 }  // namespace torchao8::cuda

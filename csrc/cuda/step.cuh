@@ -18,28 +18,29 @@ struct BlockWorker {
   RandomsAhead<Rule, kRounds>& randoms;
   int lane, block_size, log_of_block;
   bool stochastic;
-  int turn;
 
-  __device__ __forceinline__ void enter(const Entry&, const Prepared<Rule>&) { turn = kLanes; }
-  __device__ __forceinline__ bool operator()(const Entry& entry, const Prepared<Rule>& prepared,
-                                             uint32_t unit) {
-    const bool fast = unit < entry.fast_units && prepared.is_bounded;
+  // Behind a call of slow_block it returns: values that are kept across the call would need a stack
+  // frame.
+  __device__ __forceinline__ uint32_t operator()(const Entry& entry, const Prepared<Rule>& prepared,
+                                                 uint32_t unit, uint32_t end) {
+    const uint32_t fast_units = prepared.is_bounded ? entry.fast_units : 0;
+    const uint32_t end_of_fast = end < fast_units ? end : fast_units;
     if constexpr (kBlocks == Blocks::kLong) {
-      if (fast && step_long_block<Rule, T, kRounds>(entry, prepared, tables, randoms, turn,
-                                                    block_size, stochastic, unit, lane))
-        return true;
+      int turn = kLanes;
+      for (; unit < end_of_fast; unit += kWarps) {
+        if (!step_long_block<Rule, T, kRounds>(entry, prepared, tables, randoms, turn, block_size,
+                                               stochastic, unit, lane))
+          break;
+      }
+      if (unit >= end) return unit;
       slow_block<Rule, kRounds>(entry, prepared, tables, block_size, stochastic, unit, lane);
     } else {
-      if (fast && step_span<Rule, T, kBlocks == Blocks::kSpan, kRounds>(
-                      entry, prepared, tables, randoms, turn, log_of_block, stochastic, unit, lane))
-        return true;
-      const uint32_t per_unit = uint32_t(kSpan / block_size), row = unit / entry.units_per_row;
-      const uint32_t column = (unit - row * entry.units_per_row) * per_unit;
-      for (uint32_t i = 0; i < per_unit && column + i < entry.blocks_per_row; i++)
-        slow_block<Rule, kRounds>(entry, prepared, tables, block_size, stochastic,
-                                  row * entry.blocks_per_row + column + i, lane);
+      unit = step_spans<Rule, T, kBlocks == Blocks::kSpan, kRounds>(
+          entry, prepared, tables, randoms, log_of_block, stochastic, unit, end_of_fast, lane);
+      if (unit >= end) return unit;
+      slow_unit<Rule, kRounds>(entry, prepared, tables, block_size, stochastic, unit, lane);
     }
-    return false;  // values that are kept across the call would need a stack frame
+    return unit + kWarps;
   }
 };
 
@@ -81,12 +82,14 @@ struct ElementWorker {
   Rule rule;
   uint64_t param_key;
 
-  __device__ __forceinline__ void enter(const Entry&, const Prepared<Rule>& prepared) {
+  __device__ __forceinline__ uint32_t operator()(const Entry& entry, const Prepared<Rule>& prepared,
+                                                 uint32_t unit, uint32_t end) {
     rule = prepared.rule;
     if constexpr (kRounds) param_key = prepared.param_key;
+    for (; unit < end; unit += kWarps) step_unit(entry, unit);
+    return unit;
   }
-  __device__ __forceinline__ bool operator()(const Entry& entry, const Prepared<Rule>&,
-                                             uint32_t unit) {
+  __device__ __forceinline__ void step_unit(const Entry& entry, uint32_t unit) const {
     const int64_t begin = int64_t(unit) * kChunk;
     const int64_t end = begin + kChunk < entry.count ? begin + kChunk : entry.count;
     if (entry.fast && begin + kChunk <= entry.count) {
@@ -96,7 +99,6 @@ struct ElementWorker {
     } else {
       for (int64_t at = begin + lane; at < end; at += kLanes) step_any(entry, at);
     }
-    return true;
   }
 
   // False: the element stays as it is, and what is returned is not to be stored.
@@ -168,7 +170,7 @@ struct SharedOfElements {
 
 // T: the type that fast entries have.
 template <class Rule, class T, bool kRounds>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor - (kRounds && Rule::kStates > 2))
     step_elements(const __grid_constant__ Table<Rule, ElementEntryOf<Rule, kRounds>> table) {
   static_assert(sizeof table <= kArgumentBytes);
   if (table.numbers.found_inf.get() != 0) return;

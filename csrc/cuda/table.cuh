@@ -66,6 +66,9 @@ struct Addresses {
 constexpr int kPerLane = 8;               // neighbouring elements that a lane takes
 constexpr int kSpan = kLanes * kPerLane;  // elements that a warp takes at a time
 
+// The elements of a tensor whose eights have numbers of 32 bits: 2^35, or 34 billion.
+constexpr int64_t kMostOfFastPath = int64_t(kPerLane) << 32;
+
 // Of 32-bit state: neighbouring elements of a thread, and elements of a unit.
 constexpr int kPerThread = 4;
 constexpr int kChunk = kPerThread * kLanes * 8;
@@ -107,7 +110,7 @@ struct BlockEntry : Addresses, ScalarAddresses<kScalars> {
   void finish(FloatType type, int block_size) {
     const int unit = block_size > kSpan ? block_size : kSpan;
     units_per_row = uint32_t((row_length + unit - 1) / unit);
-    bool fits_words = this->fits(type, kPerLane);
+    bool fits_words = this->fits(type, kPerLane) && rows * row_length < kMostOfFastPath;
     for (int s = 0; s < N; s++) fits_words = fits_words && is_aligned(codes[s], kPerLane);
     // Of a single row, a vector, only the end may be of any length.
     fast_units = !fits_words                  ? 0
@@ -220,7 +223,7 @@ TORCHAO8_HD Rule rule_of(const Numbers<Rule>& numbers, const Entry& entry, int64
 template <class Rule>
 struct Prepared {
   Rule rule;
-  bool is_bounded;
+  bool is_bounded;  // whether the fast path can take blocks, if their numbers are in range, too
   uint64_t keys[kMaxStates], param_key;
   typename Rule::Options options;  // here, in shared memory: in registers they would spill
 
@@ -233,6 +236,9 @@ struct Prepared {
     float scalars[kMaxScalars];
     rule = rule_of(numbers, entry, step, options, scalars);
     is_bounded = rule.is_bounded();
+    if constexpr (Rule::kStates > 0) {
+      for (int s = 0; s < Rule::kStates; s++) is_bounded = is_bounded && rule.unit[s] <= 1;
+    }
   }
 };
 
@@ -259,9 +265,9 @@ TORCHAO8_HD uint32_t end_of_entries(const T& table, uint32_t end) {
 // one entry, for all warps.
 constexpr uint32_t kWindow = 32;
 
-// Goes through a thread block's units. For each of its warps, worker.enter(entry, prepared) comes
-// before the first unit of an entry, and again after each worker(unit of the entry) that returns
-// false.
+// Goes through a thread block's units. Each of its warps takes every kWarps-th one: worker(entry,
+// prepared, unit, end) takes those of an entry from `unit` up to `end`, or the first few, and
+// returns the one that comes next. Units count from the entry's first one.
 template <class Rule, class Entry, class Worker>
 __device__ __forceinline__ void for_each_unit(const Table<Rule, Entry>& table,
                                               Prepared<Rule>* window, Worker& worker) {
@@ -279,15 +285,13 @@ __device__ __forceinline__ void for_each_unit(const Table<Rule, Entry>& table,
     if (first + threadIdx.x < last)
       window[threadIdx.x].set(table.numbers, table.entries[first + threadIdx.x]);
     __syncthreads();
-    uint32_t i = first, end_of_entry = 0;
-    for (uint32_t unit = begin + threadIdx.x / kLanes; unit < end; unit += kWarps) {
-      if (unit >= end_of_entry) {
-        i = find_entry(table, i, unit);
-        end_of_entry = end_of_entries(table, i + 1);
-        worker.enter(table.entries[i], window[i - first]);
-      }
+    uint32_t i = first;
+    for (uint32_t unit = begin + threadIdx.x / kLanes; unit < end;) {
+      i = find_entry(table, i, unit);
       const auto& entry = table.entries[i];
-      if (!worker(entry, window[i - first], unit - entry.first_unit)) end_of_entry = 0;
+      const uint32_t end_of_entry = end_of_entries(table, i + 1);
+      const uint32_t stop = (end_of_entry < end ? end_of_entry : end) - entry.first_unit;
+      unit = worker(entry, window[i - first], unit - entry.first_unit, stop) + entry.first_unit;
     }
     begin = end;
     first = last;

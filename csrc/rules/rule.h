@@ -16,7 +16,8 @@
 //                     `float* scalars`: the stored ones on entry, the new ones when it returns
 //     unit[s]         what one unit of a value is worth: scaled (8-bit) state may be computed in
 //                     units of what a gradient adds, as the unit disappears in the scale. Adam's m
-//                     is beta1 * m + (1 - beta1) * g: in units of 1 - beta1 the g enters as it is
+//                     is beta1 * m + (1 - beta1) * g: in units of 1 - beta1 the g enters as it is.
+//                     Above 1, a GPU's fast path takes no block
 //     with_scales(scale)   the same, with the states stored as multiples of these; decay[s] is then
 //                     what a stored number is multiplied by, and where that is not finite no number
 //                     is

@@ -189,6 +189,34 @@ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   }
   return result;
 }
+template <class T>
+struct SharedEntry {
+  const T* at;
+  const T& operator[](int i) const { return at[i]; }
+  template <int kCount>
+  void skip_if_below(float x, float limit) {
+    if (!(x >= limit)) at += kCount;
+  }
+};
+template <class T>
+SharedEntry<T> entry_of_byte(const void*, const T* table, int first, uint32_t word, int i) {
+  return {table + (int(word >> 8 * i & 255) - first)};
+}
+template <class T>
+SharedEntry<T> entry_of_high_half(const void*, const T* table, int first, uint32_t word) {
+  return {table + (int(word >> 16) - first)};
+}
+inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
+  return (x & mask) | bits;
+}
+inline uint32_t pack_numbers(const uint32_t* x) {
+  uint32_t all = 0;
+  for (int i = 0; i < 4; i++) {
+    const int32_t number = int32_t(x[i]);
+    all |= uint32_t(number < 0 ? 0 : number > 255 ? 255 : number) << 8 * i;
+  }
+  return all;
+}
 // Off by up to a unit in the last place, if the compiler's refinement, repeated here, corrects it.
 // It does for all but a few mantissas, where a GPU's approximation must be better.
 inline float approximate_inverse_root(float x) {
