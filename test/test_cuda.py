@@ -334,7 +334,7 @@ def test_no_temporary_grows_with_the_model(case: OptimizerCase) -> None:
         params = [torch.nn.Parameter(torch.ones(rows, 1024, device=DEVICE)) for _ in range(2)]
         for p in params:
             p.grad = torch.ones_like(p)
-        growths.add(growth_of_a_step(case.make(params, amsgrad=True).step))
+        growths.add(growth_of_a_step(case.make(params, **case.full).step))
     assert len(growths) == 1
     assert growths.pop() < 4096
 
@@ -374,7 +374,7 @@ def test_a_captured_optimizer(case: OptimizerCase) -> None:
     """The whole of `optimizer.step()`, after one step that has made the state."""
     eager, captured = (
         case.make(
-            make_params(device=DEVICE), torch.tensor(1e-2, device=DEVICE), min_8bit_size=SMALL
+            make_params(device=DEVICE), lr=torch.tensor(1e-2, device=DEVICE), min_8bit_size=SMALL
         )
         for _ in range(2)
     )
