@@ -24,6 +24,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("device", DEVICES)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """At last what may take the process or the GPU with it: captures, then managed memory.
+
+    Several processes would share the memory of the GPU, which tests of managed memory look at.
+    """
+
+    def rank(item: pytest.Item) -> int:
+        marks = {mark.name for mark in item.iter_markers()}
+        return 2 if "paged_cuda" in marks else int("captured" in marks)
+
+    items.sort(key=rank)
+    if torch.cuda.is_available() and hasattr(config, "workerinput"):
+        alone = pytest.mark.skip(reason="one of several processes: pytest -m paged_cuda")
+        for item in items:
+            if rank(item) == 2:
+                item.add_marker(alone)
+
+
 @pytest.fixture
 def device() -> str:
     """The only one. It does not appear in the names of the tests, as one of several does."""

@@ -1,4 +1,4 @@
-"""GPUs that are not there, for tests of the tests: ``pytest -p pretended_gpu``, see test_pretended.py.
+"""GPUs that are not there, for tests of the tests: ``pytest -p pretended_gpu``.
 
 A tensor "on cuda" is a :class:`Pretended`, whose numbers lie in a tensor on the CPU. Operators and
 the library's ops compute there, with the CPU's kernels. So a test for a GPU runs to its end, and
@@ -8,7 +8,7 @@ What is as on a GPU: the device that a tensor names; that tensors of two devices
 operators that have the host wait, which raise under ``torch.cuda.set_sync_debug_mode("error")`` and
 in a capture; graphs, which hold what was captured and run it at a replay; the bytes that torch's
 allocator has given, in units of 512; managed memory, but for its migration. What is not: see
-``NOT_LIKE_A_GPU`` in test_pretended.py.
+``NOT_LIKE_A_GPU``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import contextlib
 import copy
 import ctypes
 import mmap
+import re
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -71,6 +72,7 @@ class Managed:
         self.tensors: set[int] = set()
 
     def allocate(self, size: int) -> int:
+        check_mark("paged_cuda")
         if size <= 0:
             raise RuntimeError(f"allocate_managed: size must be above 0, got {size}")
         memory = mmap.mmap(-1, size)
@@ -178,6 +180,13 @@ class State:
 
     sync_mode = "default"
     graph: Graph | None = None
+    test: pytest.Item | None = None
+
+
+def check_mark(name: str) -> None:
+    """Runs of the tests select these, see pyproject.toml."""
+    if State.test is not None and State.test.get_closest_marker(name) is None:
+        raise RuntimeError(f"{State.test.name} must be marked {name}")
 
 
 def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -355,6 +364,7 @@ class Graph:
 @contextlib.contextmanager
 def capturing(graph: Graph, *args: Any, **kwargs: Any) -> Iterator[None]:
     """``torch.cuda.graph``."""
+    check_mark("captured")
     State.graph = graph
     try:
         yield
@@ -472,6 +482,18 @@ def pretend() -> None:
     paging.tensor_on = pretended_tensor_on
 
 
+# -- pytest --------------------------------------------------------------------------------------
+
+# Tests that cannot run to their end on the CPU's kernels, and where they end.
+OF_VALUES = "must be (positive and finite|a whole number from 0 to 2\\^24 - 1)"
+NOT_LIKE_A_GPU = {
+    "test_cuda.py::test_a_loss_scale_out_of_range": OF_VALUES,  # which the CPU looks at
+    "test_cuda.py::test_a_step_count_out_of_range": OF_VALUES,
+    "test_cuda.py::test_the_measurement_sees_a_temporary": "assert 0 >=",  # the CPU copies none
+    "test_cuda.py::test_a_compiled_step": "dispatch mode",  # torch.compile refuses to see one
+}
+
+
 pretend()
 
 
@@ -479,3 +501,19 @@ pretend()
 def pytest_runtest_protocol() -> Any:
     with PretendedMode():
         return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Any:
+    name = item.nodeid.split("[")[0].removeprefix("test/")
+    State.test, State.graph, State.sync_mode = item, None, "default"
+    end = NOT_LIKE_A_GPU.get(name)
+    try:
+        result = yield
+    except Exception as error:
+        if end is not None and re.search(end, str(error)):
+            pytest.xfail(f"not as on a GPU: {error}")
+        raise
+    if end is not None:
+        pytest.fail(f"{name} runs to its end: NOT_LIKE_A_GPU is out of date")
+    return result

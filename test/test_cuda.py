@@ -286,6 +286,7 @@ def test_the_host_waits_for_nothing() -> None:
         call["lr"].item()
 
 
+@pytest.mark.captured
 def test_captured_sums_replay_with_new_numbers() -> None:
     values = [torch.randn(shape, device=DEVICE) for shape in [(5000,), (3, 70), (), (0,)]]
     ops.norms(ops.sum_squares(values))
@@ -327,8 +328,13 @@ def growth_of_a_step(step: Callable[[], Any]) -> int:
     return torch.cuda.max_memory_allocated() - held
 
 
+# What a tensor of a few numbers takes of torch's allocator.
+SMALLEST = 512
+
+
 @every_optimizer()
 def test_no_temporary_grows_with_the_model(case: OptimizerCase) -> None:
+    """Sums of squares, norms and factors are small tensors: LARS holds ten of them at a time."""
     growths = set()
     for rows in (16, 1024, 16384):
         params = [torch.nn.Parameter(torch.ones(rows, 1024, device=DEVICE)) for _ in range(2)]
@@ -336,7 +342,7 @@ def test_no_temporary_grows_with_the_model(case: OptimizerCase) -> None:
             p.grad = torch.ones_like(p)
         growths.add(growth_of_a_step(case.make(params, **case.full).step))
     assert len(growths) == 1
-    assert growths.pop() < 4096
+    assert growths.pop() <= 16 * SMALLEST
 
 
 def test_the_measurement_sees_a_temporary() -> None:
@@ -346,6 +352,7 @@ def test_the_measurement_sees_a_temporary() -> None:
     assert growth_of_a_step(lambda: run(call)) >= grad.nbytes
 
 
+@pytest.mark.captured
 def test_a_captured_step_replays_with_new_numbers() -> None:
     """Changing lr, steps and gradients in place; the replays are the eager steps, to the bit."""
     params, grads = tensors(shapes=ALIGNED), tensors(shapes=ALIGNED)
@@ -370,6 +377,7 @@ def test_a_captured_step_replays_with_new_numbers() -> None:
 
 
 @every_optimizer()
+@pytest.mark.captured
 def test_a_captured_optimizer(case: OptimizerCase) -> None:
     """The whole of `optimizer.step()`, after one step that has made the state."""
     eager, captured = (
@@ -393,6 +401,7 @@ def test_a_captured_optimizer(case: OptimizerCase) -> None:
         assert_same_training(eager, captured)
 
 
+@pytest.mark.captured
 def test_captured_numbers() -> None:
     """Betas, eps and weight decay on the GPU, written to between replays; the CPU's are numbers."""
     betas = tuple(torch.tensor(b, dtype=torch.float64, device=DEVICE) for b in (0.9, 0.999))
