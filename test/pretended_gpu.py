@@ -16,8 +16,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+import hashlib
+import importlib.metadata
+import importlib.util
 import mmap
+import os
 import re
+import subprocess
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -25,10 +30,40 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+
+TEST = Path(__file__).resolve().parent
+
+
+def load_guard() -> None:
+    """Compiles and loads what tells torch of CUDA devices. Torch asks for it when it is imported,
+    and only once."""
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None
+    assert spec.origin is not None
+    torch_folder = Path(spec.origin).parent
+    source = TEST / "emulation" / "pretended_guard.cpp"
+    key = source.read_bytes() + f"{torch_folder} {importlib.metadata.version('torch')}".encode()
+    folder = TEST.parent / "build" / "test"
+    library = folder / f"{hashlib.sha256(key).hexdigest()[:32]}-pretended_guard.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = library.with_name(f"{library.name}.{os.getpid()}")
+        compiler = os.environ.get("CXX", "c++")
+        libs = torch_folder / "lib"
+        command = [compiler, "-std=c++20", "-shared", "-fPIC", f"-I{torch_folder / 'include'}",
+                   source, f"-L{libs}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libs}", "-o",
+                   unfinished]  # fmt: skip
+        subprocess.run(command, check=True)
+        unfinished.rename(library)
+    ctypes.CDLL(str(library))
+
+
+load_guard()
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.utils import _pytree as pytree  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 COUNT = 2
 TOTAL = 8 << 30  # bytes of each
@@ -101,17 +136,14 @@ class Pretended(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor, device: torch.device) -> Pretended:
+        is_dense = inner.layout is torch.strided
+        place = (inner.stride(), inner.storage_offset()) if is_dense else (None, None)
         made = torch.Tensor._make_wrapper_subclass(
-            cls,
-            inner.shape,
-            strides=inner.stride(),
-            storage_offset=inner.storage_offset(),
-            dtype=inner.dtype,
-            layout=inner.layout,
-            device=device,
+            cls, inner.shape, *place, None, inner.dtype, inner.layout, device
         )
         made.inner = inner
-        memory.take(inner, made)
+        if is_dense:
+            memory.take(inner, made)
         return made
 
     @classmethod
@@ -384,6 +416,9 @@ class Stream:
     def synchronize(self) -> None:
         wait("synchronize")
 
+    def is_capturing(self) -> bool:
+        return State.graph is not None
+
 
 # -- the library's ops that do something else on a GPU --------------------------------------------
 
@@ -396,17 +431,6 @@ MANAGED_OPS: dict[str, Callable[..., Any]] = {
 
 
 # -- torch.cuda ----------------------------------------------------------------------------------
-
-
-def build_guard() -> Path:
-    """What tells torch that there is a CUDA device; torch built for the CPU has no such thing."""
-    from test_cuda_source import COMPILER, EMULATION, built
-
-    folder = Path(torch.__file__).parent
-    source = EMULATION / "pretended_guard.cpp"
-    command = [COMPILER, "-std=c++20", "-shared", "-fPIC", f"-I{folder / 'include'}", source,
-               f"-L{folder / 'lib'}", "-lc10", f"-Wl,-rpath,{folder / 'lib'}", "-o"]  # fmt: skip
-    return built("pretended_guard.so", command, [EMULATION])
 
 
 def memory_info(device: Any = None) -> tuple[int, int]:
@@ -453,13 +477,12 @@ OF_TORCH_CUDA: dict[str, Any] = {
 
 def pretend() -> None:
     """Has torch and the library believe that there are GPUs, for as long as the process lives."""
-    ctypes.CDLL(str(build_guard()))
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor makes one on the CPU, and copies it
     for name, value in OF_TORCH_CUDA.items():
         assert hasattr(torch.cuda, name), name
         setattr(torch.cuda, name, value)
-    torch.accelerator.current_accelerator = lambda check_available=False: torch.device("cuda")
-    torch.accelerator.device_count = lambda: COUNT
+    torch.accelerator.current_stream = lambda device=None: Stream()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # no p.data of another type
     torch.serialization.add_safe_globals([_rebuilt])
 
     from torchao8 import _implementation, ops
