@@ -37,10 +37,11 @@ from helpers import (
 )
 from optim_table import OptimizerCase, every_optimizer
 from test_corrupt_state import BAD_SCALES, corrupt_call
-from test_op_errors import BAD_CALLS, BY_DISPATCHER, refusal
+from test_op_errors import BAD_CALLS, BY_DISPATCHER, ON_THE_CPU, refusal
 
 import torchao8
-from torchao8 import AdamW8bit, ops
+from torchao8 import AdamW8bit, _implementation, ops
+from torchao8.portable import compiled
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(
@@ -430,6 +431,20 @@ def test_captured_numbers() -> None:
         assert_same_training(captured, plain)
 
 
+@pytest.mark.captured
+def test_a_step_in_pytorch_operators_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its numbers would be those of the capture."""
+    monkeypatch.setattr(_implementation, "_portable", {DEVICE})
+    monkeypatch.setattr(compiled, "devices", set())  # no compiler: it is not the subject
+    optimizer = AdamW8bit(make_params(device=DEVICE), min_8bit_size=SMALL)
+    train(optimizer, optimizer.param_groups[0]["params"], [0])
+    before = all_bits(optimizer)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), pytest.raises(RuntimeError, match="no CUDA graph being recorded"):
+        optimizer.step()
+    assert all_bits(optimizer) == before
+
+
 @every_optimizer()
 def test_training_has_the_bits_of_the_cpu(case: OptimizerCase) -> None:
     first, second = (case.make(make_params(device=d), min_8bit_size=SMALL) for d in DEVICES)
@@ -527,7 +542,7 @@ def test_parameters_on_another_device() -> None:
 
 def test_refusals_in_the_words_of_the_cpu() -> None:
     for name in BAD_CALLS:
-        if name not in BY_DISPATCHER:
+        if name not in BY_DISPATCHER + ON_THE_CPU:
             assert refusal(name, DEVICE).replace("cuda:0", "cpu") == refusal(name), name
 
 

@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 # Of test_cuda.py, what takes seconds for numbers that are large or many.
-LARGE = "many_numbers or refills or several_units or many_tensors or every_reciprocal or options"
+LARGE = "many_numbers or refills or several_units or many_tensors or more_tensors or every_option"
 # Those with an argument `device` that are more than a few seconds' worth. Of test_portable.py
 # nothing is here: it runs operator by operator, which takes minutes.
 FILES = sorted(

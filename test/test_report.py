@@ -88,7 +88,7 @@ def test_self_check_can_fail(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """On the CPU. What compares a GPU with it has tests below."""
-    monkeypatch.setattr(_selfcheck, "_accelerators", lambda: [])
+    monkeypatch.setattr(_selfcheck, "_accelerators", list)
     monkeypatch.setitem(ops._STEP_OPS, "adam_step_", broken)
     assert [result.passed for result in _selfcheck.run()].count(False) == failures
     assert main() == 1
