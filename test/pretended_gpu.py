@@ -354,11 +354,13 @@ def is_wait(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], device: An
     """Whether the host waits for the GPU in an operator."""
     if name in READERS:
         return True
+    # A graph would copy from and to memory of the host that is gone when it is replayed.
     if name == "_to_copy":
-        return args[0].device.type != device.type and not kwargs.get("non_blocking")
+        waits = not kwargs.get("non_blocking") or State.graph is not None
+        return args[0].device.type != device.type and waits
     if name == "copy_":
-        non_blocking = kwargs.get("non_blocking", len(args) > 2 and args[2])
-        return args[0].device.type != args[1].device.type and not non_blocking
+        waits = not kwargs.get("non_blocking", len(args) > 2 and args[2]) or State.graph is not None
+        return args[0].device.type != args[1].device.type and waits
     if name == "index" or name == "index_put_":  # masks are looked for on the host
         return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
     return False

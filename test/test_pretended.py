@@ -148,3 +148,28 @@ def test_a_graph_holds_what_was_captured(tmp_path: Path) -> None:
         """)
     )
     assert_passed(run_pretended(file, "-c", TEST.parent / "pyproject.toml"))
+
+
+# -- the order of tests ------------------------------------------------------------------------
+
+
+def collected(*arguments: str) -> list[str]:
+    files = (TEST / "test_paging_cuda.py", TEST / "test_cuda.py")
+    out = run_pretended(*files, "--collect-only", *arguments)
+    return [line for line in out.splitlines() if "::" in line]
+
+
+def test_captures_and_managed_memory_come_last() -> None:
+    paged = collected("-m", "paged_cuda")
+    captured = collected("-m", "captured and not paged_cuda")
+    assert len(paged) > 20
+    assert len(captured) > 20
+    tests = collected("-m", "not slow")
+    assert tests[-len(captured + paged) :] == captured + paged
+
+
+def test_managed_memory_is_not_taken_beside_other_processes() -> None:
+    pytest.importorskip("xdist", reason="no pytest-xdist")
+    out = run_pretended(TEST / "test_paging_cuda.py", "-n", "1", "-k", "that_is_none")
+    assert "pytest -m paged_cuda" in out
+    assert out.strip().splitlines()[-1].startswith("1 skipped")
