@@ -65,6 +65,12 @@ from torch import Tensor  # noqa: E402
 from torch.utils import _pytree as pytree  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
+from torchao8 import _implementation, ops  # noqa: E402
+from torchao8.optim import lars  # noqa: E402
+from torchao8.optim._state import paging  # noqa: E402
+from torchao8.optim._step import clipping  # noqa: E402
+from torchao8.portable import register  # noqa: E402
+
 COUNT = 2
 TOTAL = 8 << 30  # bytes of each
 GRAIN = 512  # of torch's allocator
@@ -231,9 +237,10 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
     name = func._schema.name.split("::")[1]
     if func.namespace == "torchao8":
-        if name in PYTHON_OPS:
-            with PretendedMode():
-                return PYTHON_OPS[name](*args, **kwargs)
+        is_portable = name in PORTABLE_OPS and _implementation.is_portable(next(iter(devices)))
+        if is_portable or name in PYTHON_OPS:
+            with PretendedMode():  # it calls operators
+                return (PORTABLE_OPS if is_portable else PYTHON_OPS)[name](*args, **kwargs)
         check_own(func, name, args, kwargs)
         if name in MANAGED_OPS:
             return MANAGED_OPS[name](*args)
@@ -449,7 +456,12 @@ class Stream:
 
 # -- the library's ops that do something else on a GPU --------------------------------------------
 
-PYTHON_OPS: dict[str, Callable[..., Any]] = {}
+PYTHON_OPS: dict[str, Callable[..., Any]] = {
+    "clip_factors_": clipping.clip_factors_,
+    "lars_trust_ratios": lars.lars_trust_ratios,
+}
+# Those of torchao8.portable.
+PORTABLE_OPS: dict[str, Callable[..., Any]] = {}
 MANAGED_OPS: dict[str, Callable[..., Any]] = {
     "allocate_managed": lambda like, size: managed.allocate(size),
     "free_managed": lambda like, address: managed.free(address),
@@ -513,15 +525,12 @@ def pretend() -> None:
     torch.compile = torch.library.opcheck = no_tracing
     torch.serialization.add_safe_globals([_rebuilt])
 
-    from torchao8 import _implementation, ops
-    from torchao8.optim import lars
-    from torchao8.optim._state import paging
-    from torchao8.optim._step import clipping
-
     ops.CUDA_EXTENSION_FILE = __file__
-    _implementation.add_kernels("cuda")
-    PYTHON_OPS["clip_factors_"] = clipping.clip_factors_
-    PYTHON_OPS["lars_trust_ratios"] = lars.lars_trust_ratios
+    _implementation._kernels.add("cuda")
+    recorder = types.SimpleNamespace(
+        impl=lambda op, function, key, allow_override: PORTABLE_OPS.update({op: function})
+    )
+    register.implement(recorder, ops.FAMILIES, "CUDA")
     tensor_on = paging.tensor_on
 
     def pretended_tensor_on(of: object, address: int, size: int, device: torch.device) -> Tensor:

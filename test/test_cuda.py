@@ -431,10 +431,17 @@ def test_captured_numbers() -> None:
         assert_same_training(captured, plain)
 
 
+@pytest.fixture
+def _portable() -> Iterator[None]:
+    _implementation.choose_portable(DEVICE)
+    yield
+    _implementation.choose_portable(DEVICE, False)
+
+
 @pytest.mark.captured
+@pytest.mark.usefixtures("_portable")
 def test_a_step_in_pytorch_operators_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its numbers would be those of the capture."""
-    monkeypatch.setattr(_implementation, "_portable", {DEVICE})
     monkeypatch.setattr(compiled, "devices", set())  # no compiler: it is not the subject
     optimizer = AdamW8bit(make_params(device=DEVICE), min_8bit_size=SMALL)
     train(optimizer, optimizer.param_groups[0]["params"], [0])
