@@ -68,6 +68,12 @@ def test_large_tests_for_a_gpu() -> None:
 
 
 @pytest.mark.thorough
+def test_portable_steps_on_a_gpu() -> None:
+    """But for compiled ones: a pretended tensor is never compiled."""
+    assert_passed(run_pretended(TEST / "test_portable_cuda.py", "-k", "not compiled"))
+
+
+@pytest.mark.thorough
 @pytest.mark.parametrize("file", FILES)
 def test_tests_for_all_devices(file: str) -> None:
     assert_passed(run_pretended(TEST / file, "-k", "[cuda or -cuda", "-m", "not slow"))
