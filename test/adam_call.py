@@ -159,7 +159,7 @@ def copy_call(call: Call) -> Call:
 
 def moved_tensor(t: Tensor, device: str) -> Tensor:
     """A copy on a device, of the same strides, with what lies between the elements."""
-    memory = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())
+    memory = t.as_strided((t.untyped_storage().nbytes() // t.itemsize,), (1,), 0)
     return memory.to(device, copy=True).as_strided(t.shape, t.stride(), t.storage_offset())
 
 

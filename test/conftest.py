@@ -24,6 +24,29 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("device", DEVICES)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On a GPU, at last what may take it or the process along: captures, then managed memory.
+
+    Several processes would share the memory of the GPU, which tests of managed memory look at.
+    """
+    if not torch.cuda.is_available():
+        return
+
+    def rank(item: pytest.Item) -> int:
+        callspec = getattr(item, "callspec", None)
+        if callspec is not None and callspec.params.get("device") == "cpu":
+            return 0
+        marks = {mark.name for mark in item.iter_markers()}
+        return 2 if "paged_cuda" in marks else int("captured" in marks)
+
+    items.sort(key=rank)
+    if hasattr(config, "workerinput"):  # of pytest-xdist
+        alone = pytest.mark.skip(reason="beside other processes on the GPU: pytest -m paged_cuda")
+        for item in items:
+            if rank(item) == 2:
+                item.add_marker(alone)
+
+
 @pytest.fixture
 def device() -> str:
     """The only one. It does not appear in the names of the tests, as one of several does."""

@@ -133,6 +133,11 @@ MUTANTS = {
         "(low & 0x7fffffffu) > high ? low & 0x7fffffffu : high",
     ),
     "the step not counted": ("count.cuh", "= float(int64_t(*table.steps[i]) + 1);", "+= 0;"),
+    "step counts of the first launch in all others": (
+        "count.cuh",
+        "address_of(first + i)",
+        "address_of(i)",
+    ),
     "lanes past the end of a short row": (
         "fast_block.cuh",
         "if (eight_of_block > last_eight) eight_of_block = last_eight;",
@@ -284,6 +289,8 @@ COMMON_MUTANTS = (
 # Without optimization they compile in a second or two; each check then tries less (see there).
 QUICK = ("-O0", "-DQUICK", "-fsanitize=alignment", "-fno-sanitize-recover")
 FULL = ("-O1",)
+# More launches, each of fewer tensors; see csrc/cuda/table.cuh.
+SMALL = (*QUICK, "-DTORCHAO8_ARGUMENT_BYTES=4096")
 
 
 def built(name: str, command: Sequence[str | Path], sources: Sequence[Path]) -> Path:
@@ -349,11 +356,15 @@ PROGRAMS = ("check_lamb.cpp", "check_one_scale.cpp", "check_step.cpp", "check_su
 @pytest.mark.parametrize("check", PROGRAMS)
 @pytest.mark.parametrize(
     "flags",
-    [pytest.param(QUICK, id="quick"), pytest.param(FULL, id="full", marks=pytest.mark.thorough)],
+    [
+        pytest.param(QUICK, id="quick"),
+        pytest.param(FULL, id="full", marks=pytest.mark.thorough),
+        pytest.param(SMALL, id="small arguments", marks=pytest.mark.thorough),
+    ],
 )
 def test_the_kernels_give_the_bits_of_the_cpu(check: str, flags: tuple[str, ...]) -> None:
     """Quick: one rule, and each way through each kernel, as the mutants are checked. Full: every
-    rule, dtype and block size."""
+    rule, dtype and block size. Small arguments: as quick, with 4,096 bytes of them a launch."""
     assert outcome(program(check, flags)) == "0: 0 configurations differ\n"
 
 

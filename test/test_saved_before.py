@@ -39,7 +39,10 @@ import torchao8
 CLASSES = [case.cls.__name__ for case in OPTIMIZERS if not case.is_new]
 LAYOUT = ("optim_bits", "min_8bit_size", "block_size", "block_wise")
 
-with_and_without_pages = pytest.mark.parametrize("prefix", ["", "Paged"])
+# On a GPU the paged ones take a few megabytes of managed memory.
+with_and_without_pages = pytest.mark.parametrize(
+    "prefix", ["", pytest.param("Paged", marks=pytest.mark.paged_cuda)]
+)
 every_class = pytest.mark.parametrize("name", CLASSES)
 
 

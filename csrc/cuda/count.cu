@@ -3,7 +3,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <memory>
 #include <optional>
 
 #include "cuda/count.h"
@@ -14,13 +13,11 @@
 namespace torchao8::cuda {
 
 void count_steps(const Launcher& launcher, const TensorList& steps, const Scalar& found_inf) {
-  auto table = std::make_unique<StepTable>();
-  for (size_t first = 0; first < steps.size(); first += StepTable::kCapacity) {
-    table->count = uint32_t(std::min<size_t>(steps.size() - first, StepTable::kCapacity));
-    for (uint32_t i = 0; i < table->count; i++)
-      table->steps[i] = steps[first + i].mutable_data_ptr<float>();
-    launcher.launch(count_step, (table->count + kThreads - 1) / kThreads, 0, *table, found_inf);
-  }
+  for_each_step_table(
+      steps.size(), [&](size_t i) { return steps[i].mutable_data_ptr<float>(); },
+      [&](unsigned blocks, const StepTable& table) {
+        launcher.launch(count_step, blocks, 0, table, found_inf);
+      });
 }
 
 namespace {

@@ -14,7 +14,14 @@
 namespace torchao8::cuda {
 
 constexpr int kBlocksPerProcessor = 3;  // thread blocks that are resident together
-constexpr int kArgumentBytes = 32764;   // the most that a kernel's arguments may have
+
+// The most that a kernel's arguments may have. Drivers of 2024 crashed where a graph got a node
+// with more than 4,096 bytes of them; for a driver that does, build with NVCC_APPEND_FLAGS set to
+// -DTORCHAO8_ARGUMENT_BYTES=4096. A step of many tensors then takes more launches.
+#ifndef TORCHAO8_ARGUMENT_BYTES
+#define TORCHAO8_ARGUMENT_BYTES 32764
+#endif
+constexpr int kArgumentBytes = TORCHAO8_ARGUMENT_BYTES;
 
 // A number that lies on the device, or is known to the host.
 struct Scalar {

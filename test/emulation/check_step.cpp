@@ -3,6 +3,8 @@
 // With -DQUICK it checks one rule and two types, enough for the mutants of test_cuda_source.py.
 #define TORCHAO8_EMULATE
 #include <cstdio>
+#include <functional>
+#include <numeric>
 #include <random>
 #include <string>
 
@@ -197,12 +199,28 @@ void cuda_write_scalars(std::vector<TensorOf>& tensors, const StepNumbers<Rule>&
   filler.flush();
 }
 
-void cuda_count(std::vector<TensorOf>& tensors, const float& found_inf) {
-  static cuda::StepTable table;
-  table.count = uint32_t(tensors.size());
-  for (size_t i = 0; i < tensors.size(); i++) table.steps[i] = &tensors[i].step;
-  emulation::launch((table.count + cuda::kThreads - 1) / cuda::kThreads, cuda::kThreads,
-                    [&] { cuda::count_step(table, {&found_inf, 0, false}); });
+void cuda_count(size_t count, const std::function<float*(size_t)>& step_of,
+                const float& found_inf) {
+  cuda::for_each_step_table(count, step_of, [&](unsigned blocks, const cuda::StepTable& table) {
+    emulation::launch(blocks, cuda::kThreads,
+                      [&] { cuda::count_step(table, {&found_inf, 0, false}); });
+  });
+}
+
+// More step counts than two launches take, and those around the end of one.
+void check_counts() {
+  for (const int more : {-1, 0, 1, cuda::StepTable::kCapacity + 5}) {
+    std::vector<float> steps(size_t(cuda::StepTable::kCapacity + more));
+    std::iota(steps.begin(), steps.end(), 0.0f);
+    for (const float found_inf : {0.0f, 1.0f})
+      cuda_count(steps.size(), [&](size_t i) { return &steps[i]; }, found_inf);
+    for (size_t i = 0; i < steps.size(); i++) {
+      if (steps[i] == float(i + 1)) continue;
+      failures++;
+      std::printf("step count %zu of %zu: %g\n", i, steps.size(), double(steps[i]));
+      break;
+    }
+  }
 }
 
 template <class V>
@@ -274,7 +292,7 @@ void check(const char* rule_name, FloatType type, FloatType param_type, FloatTyp
       cuda_block_step<Rule, T, kRounds>(gpu, type, numbers, block_size, stochastic);
     }
     if constexpr (kScalarsOf<Rule> > 0) cuda_write_scalars<Rule>(gpu, numbers, scaled);
-    cuda_count(gpu, found_inf);
+    cuda_count(gpu.size(), [&](size_t k) { return &gpu[k].step; }, found_inf);
     if (found_inf == 0) {
       for (TensorOf& t : cpu)
         cpu_step<Rule>(t, options, scaled, block_size, stochastic, kRounds, seed);
@@ -436,6 +454,7 @@ void check_families() {
 }  // namespace
 
 int main() {
+  check_counts();
   AdamOptions decoupled = {};
   decoupled.beta1 = 0.9;
   decoupled.beta2 = 0.999;
