@@ -118,33 +118,38 @@ def test_what_is_missing_is_said(
         setup.toolkit_to_build_with()
 
 
-@needs_elf
-def test_the_kernels_are_built_without_a_gpu(toolkit: Path, tmp_path: Path) -> None:
-    """Whatever torch there is; a wheel holds them, and its name tells their CUDA."""
-    add_runtime(toolkit)
+def build_wheel(folder: Path) -> Path:
+    """Builds a wheel of the CUDA kernels alone, for one GPU; the library that is in it."""
     chosen = {"TORCHAO8_BUILD_CUDA": "only", "TORCHAO8_LABEL": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
-    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
-    command += ["build", "--build-base", str(tmp_path / "build")]
-    command += ["bdist_wheel", "--dist-dir", str(tmp_path), "--bdist-dir", str(tmp_path / "wheel")]
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(folder)]
+    command += ["build", "--build-base", str(folder / "build")]
+    command += ["bdist_wheel", "--dist-dir", str(folder), "--bdist-dir", str(folder / "wheel")]
     result = subprocess.run(
         command, cwd=ROOT, env=os.environ | chosen, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout + result.stderr
-
-    (wheel,) = tmp_path.glob("*.whl")
-    assert re.fullmatch(r"torchao8-[\d.]+\+cu130-cp310-abi3-.*\.whl", wheel.name)
+    (wheel,) = folder.glob("*.whl")
+    assert re.fullmatch(r"torchao8-[\d.]+\+cu\d+-cp310-abi3-.*\.whl", wheel.name)
     name = "torchao8/_C_cuda.abi3.so"
     with zipfile.ZipFile(wheel) as file:
         assert [n for n in file.namelist() if n.endswith(".so")] == [name]
-        library = Path(file.extract(name, tmp_path / "unpacked"))
+        return Path(file.extract(name, folder / "unpacked"))
+
+
+@needs_elf
+def test_the_kernels_are_built_without_a_gpu(toolkit: Path, tmp_path: Path) -> None:
+    """Whatever torch there is; a wheel holds them, and its name tells their CUDA."""
+    add_runtime(toolkit)
+    library = build_wheel(tmp_path)
+    assert list(tmp_path.glob("torchao8-*+cu130-*.whl"))
     assert check_abi.main([str(library)]) == 0
     libraries = check_abi.read_needs(library).libraries
     assert {"libtorch_cuda.so", "libcudart.so.13"} <= set(libraries)
     commands = (toolkit / "commands").read_text().splitlines()
     assert all("arch=compute_90,code=sm_90" in command for command in commands)
-    sources = sorted(str(path) for path in (ROOT / "csrc/cuda").rglob("*.cu"))
-    compiled = sorted(word for command in commands for word in command.split() if ".cu" in word)
-    assert [word for word in compiled if word.endswith(".cu")] == sources
+    words = {word for command in commands for word in command.split()}
+    sources = {str(path) for path in (ROOT / "csrc/cuda").rglob("*.cu")}
+    assert {word for word in words if word.endswith(".cu")} == sources
 
 
 LOAD = """\
