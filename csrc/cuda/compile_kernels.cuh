@@ -12,10 +12,10 @@ constexpr StepKernels<Rule, kRounds> step_kernels() {
   k.elements = {step_elements<Rule, T, kRounds>, sizeof(SharedOfElements<Rule>)};
   if constexpr (Rule::kStates > 0) {
     using Shared = SharedOfBlocks<Rule, kRounds>;
-    k.short_blocks = {step_blocks<Rule, T, Blocks::kShort, kRounds>, sizeof(Shared)};
-    k.spans = {step_blocks<Rule, T, Blocks::kSpan, kRounds>, sizeof(Shared)};
-    k.long_blocks = {step_blocks<Rule, T, Blocks::kLong, kRounds>, sizeof(Shared)};
-    k.one_scale = {step_one_scale<Rule, T, kRounds>, sizeof(Shared)};
+    k.blocks.short_blocks = {step_blocks<Rule, T, Blocks::kShort, kRounds>, sizeof(Shared)};
+    k.blocks.spans = {step_blocks<Rule, T, Blocks::kSpan, kRounds>, sizeof(Shared)};
+    k.blocks.long_blocks = {step_blocks<Rule, T, Blocks::kLong, kRounds>, sizeof(Shared)};
+    k.blocks.one_scale = {step_one_scale<Rule, T, kRounds>, sizeof(Shared)};
   }
   return k;
 }

@@ -15,14 +15,19 @@ struct Kernel {
   size_t shared_bytes;
 };
 
-// For fast entries of one type. kRounds: as in step_blocks. Without states, a rule has no kernels
-// of 8-bit state; they are null.
-template <class Rule, bool kRounds>
-struct StepKernels {
-  Kernel<Table<Rule, ElementEntryOf<Rule, kRounds>>> elements;
+// Kernels that step. A rule without states has none of 8-bit state: they are null.
+template <class Rule>
+struct BlockKernels {
   Kernel<Table<Rule, BlockEntryOf<Rule>>, const Tables*> short_blocks, spans, long_blocks;
   Kernel<Table<Rule, OneScaleEntryOf<Rule>>, const Tables*> one_scale;
 };
+// For fast entries of one type. kRounds: as in step_blocks.
+template <class Rule, bool kRounds>
+struct StepKernels {
+  BlockKernels<Rule> blocks;
+  Kernel<Table<Rule, ElementEntryOf<Rule, kRounds>>> elements;
+};
+
 template <class Rule>
 using ExtremesKernel = Kernel<Table<Rule, ExtremesEntryOf<Rule>>, const Tables*>;
 

@@ -213,8 +213,8 @@ void launch_by_entries(const Step<Rule>& step, const Kernel<Table<Rule, Entry>>&
       set);
 }
 
-template <class Rule, bool kRounds>
-void step_blocks_of(const Step<Rule>& step, const StepKernels<Rule, kRounds>& kernels) {
+template <class Rule>
+void step_blocks_of(const Step<Rule>& step, const BlockKernels<Rule>& kernels) {
   const int64_t size = step.call.block_size;
   launch_over_tables<BlockEntryOf<Rule>>(
       step,
@@ -237,8 +237,8 @@ void step_elements_of(const Step<Rule>& step, const StepKernels<Rule, kRounds>& 
   });
 }
 
-template <class Rule, bool kRounds>
-void step_one_scale_of(const Step<Rule>& step, const StepKernels<Rule, kRounds>& kernels) {
+template <class Rule>
+void step_one_scale_of(const Step<Rule>& step, const BlockKernels<Rule>& kernels) {
   using Entry = OneScaleEntryOf<Rule>;
   using Scales = ScalesEntryOf<Rule>;
   const StepCall& call = step.call;
@@ -283,8 +283,8 @@ void find_extremes_of(const Step<Rule>& step, const ExtremesKernel<Rule>& kernel
 template <class Rule, bool kRounds>
 void step_all_of(const Step<Rule>& step, const StepKernels<Rule, kRounds>& kernels) {
   if constexpr (Rule::kStates > 0) {
-    if (step.call.one_scale) return step_one_scale_of(step, kernels);
-    if (step.call.quantized) return step_blocks_of(step, kernels);
+    if (step.call.one_scale) return step_one_scale_of(step, kernels.blocks);
+    if (step.call.quantized) return step_blocks_of(step, kernels.blocks);
   }
   step_elements_of(step, kernels);
 }
