@@ -61,8 +61,6 @@ def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "cuda-13.0"
     write_program(root / "bin/nvcc", NVCC.format(root=root))
     write_program(tmp_path / "wrappers/nvcc", f'#!/bin/sh\nexec {root}/bin/nvcc "$@"\n')
-    (root / "include").mkdir()
-    (root / "include/cuda_runtime_api.h").write_text("#define CUDART_VERSION 13000\n")
     (root / "kernels.c").write_text(KERNELS)
     (root / "lib64").mkdir()
     for name in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "TORCHAO8_BUILD_CUDA"):
