@@ -2,6 +2,8 @@
 # `make help` lists the targets. Variables:
 #   PYTHON=python3.12     the Python to use (3.10 or newer)
 #   TORCH=torch==2.12.0   the torch to use, any pip requirement for torch >= 2.10
+#   CUDA=1                make wheel: with the CUDA kernels too, whatever torch there is
+#   CUDA_ARCH="9.0;10.0"  make cuda-extension, make wheel: the GPUs to build for
 #   ARGS="-k codec"       arguments for the program that the target runs (make gpu: for the tests)
 #   BENCH_ARGS=...        make gpu: arguments for benchmarks.step
 #   STAGES="3 6"          make gpu: only these stages (tools/gpu/stages.py lists them)
@@ -34,6 +36,7 @@ VENV := .venv$(SUFFIX)
 VPYTHON := $(VENV)/bin/python
 PIP_INSTALL := $(VPYTHON) -m pip install
 BUILD := build/env$(SUFFIX)
+FOR_GPUS := $(if $(CUDA_ARCH),TORCH_CUDA_ARCH_LIST='$(CUDA_ARCH)')
 # torch and `build` look up the compilers that they start in PATH.
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
@@ -47,7 +50,7 @@ CXX_FILES = $(shell find csrc test benchmarks -name '*.h' -o -name '*.inl' -o -n
 
 say = @printf '==> %s\n' '$(1)'
 
-.PHONY: help demo demo-fsdp2 choose test test-all test-slow test-clients gpu bench lint format build wheel release clean distclean FORCE
+.PHONY: help demo demo-fsdp2 choose test test-all test-slow test-clients gpu bench lint format build cuda-extension wheel release clean distclean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -65,7 +68,8 @@ help:
 	@echo 'make lint       ruff, clang-format and mypy'
 	@echo 'make format     format Python and C++'
 	@echo 'make build      build the extension in place'
-	@echo 'make wheel      build dist/*.whl and check its ABI'
+	@echo 'make cuda-extension  build the CUDA kernels in place, without a GPU and with any torch, and check their ABI'
+	@echo 'make wheel      build dist/*.whl and check its ABI (CUDA=1: with the CUDA kernels)'
 	@echo 'make release    build the sdist and the wheel in dist, check them, install the wheel and train; uploads nothing'
 	@echo 'make clean      remove what was built (distclean: also the environments)'
 	@echo 'Variables:'; sed -n 's/^#   /  /p' Makefile
@@ -146,11 +150,18 @@ format: $(call tools,lint)
 
 build: $(EXTENSION_READY)
 
+# Needs nvcc. The file works where torch has CUDA of the same major release as nvcc.
+cuda-extension: export TORCHAO8_BUILD_CUDA := only
+cuda-extension: $(call tools,build)
+	$(call say,building the CUDA kernels$(if $(CUDA_ARCH), for $(CUDA_ARCH)))
+	$(IN_VENV) $(FOR_GPUS) $(VPYTHON) setup.py build_ext --inplace --build-temp $(BUILD)/cuda --build-lib $(BUILD)/lib
+	$(VPYTHON) tools/check_abi.py torchao8/_C_cuda.abi3.so
+
 # Removes build/lib first: files of an earlier state of the package there would go into the wheel.
 wheel: $(call tools,build)
 	$(call say,building the wheel)
 	rm -rf build/lib* build/bdist.* dist/torchao8-*.whl
-	$(IN_VENV) $(VPYTHON) -m build --wheel --no-isolation
+	$(IN_VENV) $(FOR_GPUS) $(if $(filter 1,$(CUDA)),TORCHAO8_BUILD_CUDA=1 TORCHAO8_LABEL=1) $(VPYTHON) -m build --wheel --no-isolation
 	$(VPYTHON) tools/check_abi.py dist/torchao8-*.whl
 
 # The wheel is built from the unpacked sdist, away from the checkout, so that a file that the sdist

@@ -1,20 +1,33 @@
-"""Builds `torchao8._C`, the extension that registers the ops; everything else is in pyproject.toml.
+"""Builds the extensions; everything else is in pyproject.toml.
 
-The extension uses the LibTorch Stable ABI and CPython's limited API: one built file serves every
-torch from `OLDEST_TORCH` on and every Python from `OLDEST_PYTHON` on. tools/check_abi.py checks it.
+`torchao8._C` registers the ops and has the CPU's kernels. `torchao8._C_cuda` has those of CUDA. It
+is built where torch has CUDA and there is an nvcc. Where TORCHAO8_BUILD_CUDA asks for it, it is
+built with any torch, and without a GPU.
 
-DEBUG=1 in the environment builds with debug information and little optimization. TORCHAO8_LABEL=1
-adds torch's CUDA release to the version of a build with CUDA kernels: 0.1.0+cu130.
+Both use the LibTorch Stable ABI and CPython's limited API: one built file serves every torch from
+`OLDEST_TORCH` on and every Python from `OLDEST_PYTHON` on. tools/check_abi.py checks it.
+
+In the environment,
+    TORCHAO8_BUILD_CUDA=1     builds both extensions; =only builds `torchao8._C_cuda` alone
+    TORCH_CUDA_ARCH_LIST=9.0  the GPUs to build for
+    CUDA_HOME=/opt/cuda       the CUDA toolkit; without it, that of the nvcc in PATH
+    TORCHAO8_LABEL=1          the version of a build with CUDA kernels names CUDA's: 0.1.0+cu130
+    DEBUG=1                   debug information and little optimization
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
+import re
+import shutil
 import site
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 import setuptools
 from setuptools import Extension, setup
@@ -158,45 +171,126 @@ def make_extension(with_torch: bool) -> Extension:
     return extension
 
 
-def make_cuda_extension() -> Extension | None:
-    """Describe `torchao8._C_cuda`; None where torch has no CUDA or there is no nvcc.
+class Toolkit(NamedTuple):
+    """A CUDA toolkit."""
 
-    TORCH_CUDA_ARCH_LIST chooses other GPUs than the default ones.
+    root: Path
+    version: str  # 13.0
+    runtime: Path | None  # the file to link with
+
+
+def find_toolkit() -> Toolkit | None:
+    """The toolkit of CUDA_HOME, of the nvcc in PATH, or in /usr/local/cuda, if there is one.
+
+    An nvcc in PATH may be a wrapper in any folder. So it is asked where its toolkit is.
     """
-    import torch
-    from torch.utils.cpp_extension import CUDA_HOME, CUDAExtension
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = shutil.which("nvcc")
+    if named is None and found is not None:
+        said = subprocess.run([found, "--dryrun", "-c", "x.cu"], capture_output=True, text=True)
+        top = re.search(r"^#\$ _?TOP=(.+)$", said.stderr, re.MULTILINE)
+        named = top[1].strip() if top else str(Path(found).parent.parent)
+    root = Path(os.path.normpath(named or "/usr/local/cuda"))
+    nvcc = root / "bin" / ("nvcc.exe" if sys.platform == "win32" else "nvcc")
+    if not nvcc.exists():
+        return None
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
+    release = re.search(r"release (\d+)\.(\d+)", said.stdout)
+    if release is None:
+        raise SystemExit(
+            f"torchao8: {nvcc} --version names no release:\n{said.stdout}{said.stderr}"
+        )
+    return Toolkit(root, f"{release[1]}.{release[2]}", find_runtime(root, release[1]))
 
-    if torch.version.cuda is None or CUDA_HOME is None:
+
+def find_runtime(root: Path, major: str) -> Path | None:
+    """The file of the CUDA runtime to link with.
+
+    A toolkit has a link libcudart.so for this. NVIDIA's Python packages have none, and hold the
+    library under its full name only, libcudart.so.13.
+    """
+    nvidia = importlib.util.find_spec("nvidia")
+    packages = [Path(p) for p in nvidia.submodule_search_locations or ()] if nvidia else []
+    folders = [root / "lib64", root / "lib", root / f"targets/{platform.machine()}-linux/lib"]
+    for package in packages:
+        folders += [package / f"cu{major}/lib", package / "cuda_runtime/lib"]
+    names = ("libcudart.so", f"libcudart.so.{major}", f"libcudart.so.{major}.*")
+    return next((p for name in names for folder in folders for p in folder.glob(name)), None)
+
+
+def choice_of_cuda() -> str:
+    """What TORCHAO8_BUILD_CUDA says."""
+    choice = os.environ.get("TORCHAO8_BUILD_CUDA", "")
+    if choice not in ("", "1", "only"):
+        raise SystemExit(f"torchao8: TORCHAO8_BUILD_CUDA must be 1 or only, got {choice}")
+    return choice
+
+
+def toolkit_to_build_with() -> Toolkit | None:
+    """The toolkit, if the CUDA kernels are to be built: not with a torch without CUDA, unasked."""
+    import torch
+
+    asked = choice_of_cuda() != ""
+    toolkit = find_toolkit() if asked or torch.version.cuda is not None else None
+    if toolkit is None:
+        if asked:
+            raise SystemExit(
+                "torchao8: TORCHAO8_BUILD_CUDA asks for CUDA kernels, and there is no nvcc. Put "
+                "nvcc into PATH, or name the folder of a CUDA toolkit: CUDA_HOME=/usr/local/cuda"
+            )
         if "TORCH_CUDA_ARCH_LIST" in os.environ:
             missing = "no nvcc" if torch.version.cuda else "this torch is built without CUDA"
             print(f"torchao8: TORCH_CUDA_ARCH_LIST has no effect: {missing}", file=sys.stderr)
         return None
-    blackwell = tuple(int(n) for n in torch.version.cuda.split(".")) >= (12, 8)
+    if toolkit.runtime is None and sys.platform != "win32":
+        major = toolkit.version.split(".")[0]
+        raise SystemExit(
+            f"torchao8: neither libcudart.so nor libcudart.so.{major} in {toolkit.root} or in "
+            "NVIDIA's Python packages. Install one: pip install nvidia-cuda-runtime"
+        )
+    return toolkit
+
+
+def make_cuda_extension(toolkit: Toolkit) -> Extension:
+    """Describe `torchao8._C_cuda`."""
+    from torch.utils import cpp_extension
+
+    blackwell = tuple(int(n) for n in toolkit.version.split(".")) >= (12, 8)
     os.environ.setdefault(
         "TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX" if blackwell else "8.0;9.0+PTX"
     )
-    extension = CUDAExtension(
+    cpp_extension.CUDA_HOME = str(toolkit.root)  # torch's own guess knows no wrappers
+    runtime = [] if toolkit.runtime is None else [str(toolkit.runtime)]
+    extension = cpp_extension.CUDAExtension(
         "torchao8._C_cuda",
-        relative("csrc/cuda/*.cu", "csrc/cuda/*.cpp", "csrc/op/*.cpp", "csrc/old_runtime.cpp"),
+        relative("csrc/cuda/**/*.cu", "csrc/cuda/*.cpp", "csrc/op/*.cpp", "csrc/old_runtime.cpp"),
         depends=relative("csrc/**/*.h", "csrc/**/*.cuh"),
         include_dirs=[str(ROOT / "csrc")],
         extra_compile_args={"cxx": compile_flags(), "nvcc": nvcc_flags()},
-        extra_link_args=link_flags(),
+        extra_link_args=[*runtime, *link_flags()],
         py_limited_api=True,
     )
-    extension.libraries = ["cudart", "torch_cpu", "torch_cuda"]
+    extension.libraries = ["torch_cpu", "torch_cuda", *([] if runtime else ["cudart"])]
     return extension
 
 
-class LabelledVersion(egg_info):
+def labelled_version(toolkit: Toolkit) -> type[egg_info]:
     """With TORCHAO8_LABEL=1, the version ends in the CUDA that torch must have for the kernels."""
+    import torch
 
-    def finalize_options(self) -> None:
-        import torch
+    class LabelledVersion(egg_info):
+        def finalize_options(self) -> None:
+            if os.environ.get("TORCHAO8_LABEL") == "1":
+                version = torch.version.cuda or toolkit.version
+                self.tag_build = "+cu" + version.replace(".", "")
+            super().finalize_options()
 
-        if os.environ.get("TORCHAO8_LABEL") == "1" and torch.version.cuda is not None:
-            self.tag_build = "+cu" + torch.version.cuda.replace(".", "")
-        super().finalize_options()
+    return LabelledVersion
+
+
+STUB_OF_TORCH_CUDA = """\
+int aoti_torch_get_current_cuda_stream(int device, void **stream) { return 1; }
+"""
 
 
 def build_command(with_torch: bool) -> type[build_ext]:
@@ -205,7 +299,28 @@ def build_command(with_torch: bool) -> type[build_ext]:
         return BuildWithoutTorch
     from torch.utils.cpp_extension import BuildExtension
 
-    return BuildExtension
+    class Build(BuildExtension):
+        """A torch without CUDA has no libtorch_cuda to link with. So a stub takes its place, in the
+        build folder. It has what the kernels call, and the name by which the real one is found."""
+
+        def build_extensions(self) -> None:
+            lacks_cuda = not list((torch_directory() / "lib").glob("*torch_cuda.*"))
+            for extension in self.extensions:
+                if "torch_cuda" in extension.libraries and lacks_cuda:
+                    extension.library_dirs.append(str(self.make_stub()))
+            super().build_extensions()
+
+        def make_stub(self) -> Path:
+            folder = Path(self.build_temp, "stub").resolve()
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "torch_cuda.c").write_text(STUB_OF_TORCH_CUDA)
+            objects = self.compiler.compile([str(folder / "torch_cuda.c")], output_dir="/")
+            self.compiler.link_shared_lib(
+                objects, "torch_cuda", str(folder), extra_postargs=["-Wl,-soname,libtorch_cuda.so"]
+            )
+            return folder
+
+    return Build
 
 
 def main() -> None:
@@ -216,13 +331,18 @@ def main() -> None:
             f"{setuptools.__version__}; run: pip install --upgrade setuptools"
         )
     with_torch = import_torch()
-    cuda = make_cuda_extension() if with_torch else None
-    commands = {"build_ext": build_command(with_torch)}
+    toolkit = toolkit_to_build_with() if with_torch else None
+    extensions = [] if choice_of_cuda() == "only" else [make_extension(with_torch)]
+    commands: dict[str, type] = {"build_ext": build_command(with_torch)}
+    if toolkit is not None:
+        extensions.append(make_cuda_extension(toolkit))
+        commands["egg_info"] = labelled_version(toolkit)
     setup(
-        ext_modules=[e for e in (make_extension(with_torch), cuda) if e is not None],
-        cmdclass=commands if cuda is None else {**commands, "egg_info": LabelledVersion},
+        ext_modules=extensions,
+        cmdclass=commands,
         options={"bdist_wheel": {"py_limited_api": "cp{}{}".format(*OLDEST_PYTHON)}},
     )
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_cuda_build import build_wheel, write_program
+from test_packaging import check_abi, load
 
 from torchao8 import ops
 
@@ -25,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 EMULATION = ROOT / "test" / "emulation"
 CACHE = ROOT / "build" / "test"
+setup_py = load(ROOT / "setup.py")
 COMPILER = os.environ.get("CXX", "c++")
 
 # Each breaks one thing that the kernels must do.
@@ -395,35 +398,71 @@ def test_the_check_fails_for_a_mutant(name: str, tmp_path: Path) -> None:
 needs_nvcc = pytest.mark.skipif(
     shutil.which("nvcc") is None, reason="no nvcc on PATH: install the CUDA toolkit's compiler"
 )
-SOURCES = sorted(path.name for path in (ROOT / "csrc/cuda").glob("*.cu"))
+CUDA = CSRC / "cuda"
+SOURCES = sorted(path.relative_to(CUDA).as_posix() for path in CUDA.rglob("*.cu"))
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-# In the common run: a rule with every kind of kernel, and what is quick.
-COMMON_SOURCES = ("count.cu", "lion.cu", "pages.cu", "quantize.cu")
-# Of each family, the rules that have states, and all of its rules.
-RULES = {
-    family.name: (sum(states > 0 for states in family.rules), len(family.rules))
-    for family in ops.FAMILIES
-}
+LINKED = "sm_90"  # what the extension is linked from
+# In the common run: a rule, which has every kind of kernel, and what is quick.
+COMMON_SOURCES = ("count.cu", "quantize.cu", "rules/lion.cu")
 
 
-def test_each_family_has_a_source() -> None:
-    assert {f"{name}.cu" for name in RULES} <= set(SOURCES)
+WITHOUT_KERNELS = ("device_codec.cu", "pages.cu", "steps.cu")
+
+
+def states_of_rules() -> dict[str, int]:
+    """How many states each rule has, by the lists of the families."""
+    states = {}
+    for family in ops.FAMILIES:
+        header = (CSRC / "rules" / f"{family.name}.h").read_text()
+        listed = re.search(r"using Rules = Types<(.*?)>;", header, re.DOTALL)
+        assert listed
+        rules = re.findall(r"\w+Rule\b(?:<[^<>]*>)?", listed[1])
+        states.update(zip(rules, family.rules, strict=True))
+    return states
+
+
+def rule_of(source: str) -> str | None:
+    """The rule whose kernels a source has."""
+    instance = re.search(r"^template struct .*Kernels<torchao8::(.*)>;$", text_of(source), re.M)
+    return instance[1] if instance else None
+
+
+def text_of(source: str) -> str:
+    return (CUDA / source).read_text()
+
+
+def test_each_rule_has_a_source() -> None:
+    found = [rule for source in SOURCES if (rule := rule_of(source))]
+    assert sorted(found) == sorted(states_of_rules())
 
 
 def nvcc(source: str, *flags: str) -> Path:
-    """The file that nvcc makes of a source."""
+    """The file that nvcc makes of a source, with the flags of setup.py."""
     include = Path(torch.__file__).parent / "include"
-    command = ["nvcc", *flags, "-O3", "-fmad=false", "--expt-relaxed-constexpr",
-               "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY",
-               f"-I{CSRC}", f"-I{include}", f"-I{include}/torch/csrc/api/include",
-               CSRC / "cuda" / source, "-o"]  # fmt: skip
-    return built(source, command, [CSRC])
+    command = ["nvcc", *setup_py.nvcc_flags(), "-Xcompiler=-fPIC", *flags, f"-I{CSRC}",
+               f"-I{include}", f"-I{include}/torch/csrc/api/include", CUDA / source,
+               "-o"]  # fmt: skip
+    return built(Path(source).name, command, [CSRC])
 
 
-def cubin(source: str, arch: str) -> Path:
+def compiled(source: str, arch: str) -> Path:
+    """The kernels of a source; as an object of the extension for LINKED."""
     # The oldest standard that a torch's headers ask for, once.
     standard = f"-std=c++{17 if arch == 'sm_80' else 20}"
-    return nvcc(source, f"-arch={arch}", standard, "-Xptxas=-v", "-cubin")
+    number = arch.removeprefix("sm_")
+    output = ("-c", "-no-compress") if arch == LINKED else ("-cubin",)
+    return nvcc(source, f"-gencode=arch=compute_{number},code={arch}", standard, "-Xptxas=-v",
+                *output)  # fmt: skip
+
+
+def cubin_of(file: Path, folder: Path) -> Path:
+    """The cubin in an object: an ELF file in one of its sections."""
+    content = file.read_bytes()
+    starts = [m.start() for m in re.finditer(rb"\x7fELF\x02\x01", content)]
+    (start,) = (i for i in starts if content[i + 18 : i + 20] == b"\xbe\x00")  # of machine EM_CUDA
+    cubin = folder / f"{file.stem}.cubin"
+    cubin.write_bytes(content[start:])
+    return cubin
 
 
 def resources(report: str) -> Iterator[tuple[str, list[int]]]:
@@ -447,15 +486,18 @@ def resources(report: str) -> Iterator[tuple[str, list[int]]]:
         )
         for source in SOURCES
         for arch in ARCHITECTURES
+        if arch == LINKED or source not in WITHOUT_KERNELS
     ],
 )
 def test_the_kernels_compile_and_take_no_stack(source: str, arch: str) -> None:
     """A stack frame or a spill is memory traffic that no count of bytes has."""
-    report = log_of(cubin(source, arch))  # of ptxas: registers, stack, spills
+    report = log_of(compiled(source, arch))  # of ptxas: registers, stack, spills
     assert "warning" not in report
     found = list(resources(report))
-    assert found or source == "pages.cu"  # which has no kernel
-    with_state, rules = RULES.get(source.removesuffix(".cu"), (0, 0))
+    assert found or source in WITHOUT_KERNELS
+    rule = rule_of(source)
+    rules = int(rule is not None)
+    with_state = rules if rule and states_of_rules()[rule] > 0 else 0
     count = {
         kernel: sum(kernel in name for name, _ in found)
         for kernel in ("11step_blocks", "13step_elements", "14step_one_scale")
@@ -484,10 +526,10 @@ def _nvidia_packages() -> list[str]:
     disassembler() is None, reason="no nvdisasm: pip install --no-deps nvidia-cuda-nvdisasm"
 )
 @pytest.mark.thorough
-def test_instructions_an_element() -> None:
+def test_instructions_an_element(tmp_path: Path) -> None:
     """An H100 issues 96 instructions an element in the time that memory takes for bfloat16, and 153
     for float32. What is counted today may grow by 2% before somebody has to look."""
-    adam = cubin("adam.cu", "sm_90")
+    adam = cubin_of(compiled("rules/adam_plain.cu", "sm_90"), tmp_path)
     script = ROOT / "tools/count_instructions.py"
     command = [sys.executable, str(script), str(disassembler()), str(adam)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -505,9 +547,44 @@ def test_instructions_an_element() -> None:
     assert 50 < counts["NS_8BFloat16E", "1"] < 68.5  # parameters rounded stochastically
 
 
+# An nvcc that has compiled all sources before.
+COMPILED = """\
+#!/bin/sh
+case "$*" in *--version*) exec {nvcc} --version;; esac
+while [ $# -gt 0 ]; do
+  case "$1" in *.cu) source=$1;; esac
+  if [ "$1" = -o ]; then out=$2; fi
+  shift
+done
+exec cp {root}/$(basename "$source").o "$out"
+"""
+
+
+@needs_nvcc
+@pytest.mark.thorough
+def test_the_extension_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As setup.py does it, from the objects that the tests above look at: without a GPU, with any
+    torch."""
+    toolkit = setup_py.find_toolkit()
+    root = tmp_path / "toolkit"
+    write_program(root / "bin/nvcc", COMPILED.format(nvcc=toolkit.root / "bin/nvcc", root=root))
+    (root / "include").symlink_to(toolkit.root / "include")
+    (root / "lib64").mkdir()
+    (root / "lib64" / toolkit.runtime.name).symlink_to(toolkit.runtime)
+    for source in SOURCES:
+        (root / f"{Path(source).name}.o").symlink_to(compiled(source, LINKED))
+    monkeypatch.setenv("CUDA_HOME", str(root))
+    library = build_wheel(tmp_path)
+    assert check_abi.main([str(library)]) == 0
+    has = set(check_abi.read_needs(toolkit.runtime).exported)
+    needs = check_abi.read_needs(library).undefined
+    assert [name for name in needs if re.match("_*cuda", name) and name not in has] == []
+    assert "cudaGetLastError" in needs
+
+
 @needs_nvcc
 @pytest.mark.thorough
 def test_the_sources_compile_to_ptx() -> None:
     """For GPUs to come."""
-    for source in ("quantize.cu", "count.cu", "sums.cu"):
+    for source in ("quantize.cu", "count.cu", "rules/sgd.cu"):
         nvcc(source, "-gencode=arch=compute_100,code=compute_100", "-std=c++20", "-c")

@@ -105,6 +105,10 @@ def test_smallest_good_library_passes(tmp_path: Path) -> None:
             using("aoti_torch_cpu_add_Tensor"),
             "uses aoti_torch_cpu_add_Tensor, which torch's stable",
         ),
+        (
+            using("_ZN8torchao84cuda7KernelsINS_8LionRuleEE3allE"),
+            "uses _ZN8torchao84cuda7KernelsINS_8LionRuleEE3allE, which none of its source files",
+        ),
         (MODULE + "void _ZN5torch6stable6TensorC1Ev() {}", "exports _ZN5torch6stable6TensorC1Ev"),
         ("int nothing;", "exports neither PyInit__C nor PyInit__C_cuda"),
     ],

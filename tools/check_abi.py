@@ -61,6 +61,8 @@ CUDA_LIBRARIES = re.compile(r"(libtorch_cuda|libcudart)\.so(\..*)?")  # of torch
 
 # Itanium-mangled names that mention one of torch's namespaces: at, c10, torch, caffe2.
 TORCH_CPP = re.compile(r"^_Z.*?(?<!\d)(2at|3c10|5torch|6caffe2)[A-Z\d]")
+# Those in our own namespace, torchao8, and data members and tables of its classes.
+OURS = re.compile(r"^_Z(T[VIS])?N?K?8torchao8")
 
 
 @dataclass
@@ -157,7 +159,9 @@ def violations(needs: Needs, since: dict[str, Version]) -> list[str]:
         if not LIBRARIES.fullmatch(library) and not of_cuda:
             found.append(f"is linked to {library}")
     for name in needs.undefined:
-        if TORCH_CPP.match(name):
+        if OURS.match(name):
+            found.append(f"uses {name}, which none of its source files define")
+        elif TORCH_CPP.match(name):
             found.append(f"uses {name}, torch's C++ interface, which changes between releases")
         elif name.startswith(("THP", "THC")):
             found.append(f"uses {name} of libtorch_python")

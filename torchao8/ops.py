@@ -4,13 +4,13 @@ Importing this module loads ``torchao8/_C.abi3.so``, which registers the ops wit
 under ``torch.ops.torchao8`` and tells the names of the families of update rules (:data:`FAMILIES`).
 """
 
-import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from torchao8._cuda_extension import load as load_cuda
 from torchao8._families import Family, FamilyState
 from torchao8._numbers import Number, all_numbers
 from torchao8._numbers import number_dtype as number_dtype
@@ -30,13 +30,7 @@ except ImportError as error:
 # Where the ops came from, for bug reports.
 EXTENSION_FILE = _C.__file__
 # The same of the CUDA kernels: a file, or why there are none.
-CUDA_EXTENSION_FILE: str | None = None
-CUDA_MISSING = "torch is built without CUDA"
-if torch.version.cuda is not None:
-    try:
-        CUDA_EXTENSION_FILE = importlib.import_module("torchao8._C_cuda").__file__
-    except ImportError as error:
-        CUDA_MISSING = f"torchao8/_C_cuda could not be loaded ({error}); building it takes nvcc"
+CUDA_EXTENSION_FILE, CUDA_MISSING = load_cuda()
 
 # It reads the extension's tables of the codec.
 from torchao8 import _implementation  # noqa: E402

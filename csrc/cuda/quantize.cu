@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "codec/block_layout.h"
-#include "cuda/device_codec.cuh"
+#include "cuda/device_codec.h"
 #include "cuda/launch.h"
 #include "op/codec_call.h"
 

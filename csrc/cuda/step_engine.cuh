@@ -13,9 +13,9 @@
 #include <vector>
 
 #include "cuda/count.h"
-#include "cuda/device_codec.cuh"
+#include "cuda/device_codec.h"
+#include "cuda/kernels.cuh"
 #include "cuda/launch.h"
-#include "cuda/one_scale.cuh"
 #include "op/family_ops.h"
 
 namespace torchao8::cuda {
@@ -187,109 +187,106 @@ void launch_tables(const Step<Rule>& step, Launch launch, Set set) {
   filler.flush();
 }
 
-template <class Rule, class T, bool kRounds>
-void step_blocks_of(const Step<Rule>& step) {
-  using Entry = BlockEntryOf<Rule>;
-  const Tables* tables = tables_on(step.launcher);
+// Launches a kernel over the units of each table, with more arguments behind the table.
+template <class Entry, class Rule, class... Parameters, class Set, class... More>
+void launch_over_tables(const Step<Rule>& step,
+                        const Kernel<Table<Rule, Entry>, Parameters...>& kernel, Set set,
+                        const More&... more) {
+  launch_tables<Entry>(
+      step,
+      [&](const Table<Rule, Entry>& table) {
+        step.launcher.launch_over(table.units, kernel.function, kernel.shared_bytes, table,
+                                  more...);
+      },
+      set);
+}
+
+// The same of a kernel that gives a thread to each entry.
+template <class Entry, class Rule, class Set>
+void launch_by_entries(const Step<Rule>& step, const Kernel<Table<Rule, Entry>>& kernel, Set set) {
+  launch_tables<Entry>(
+      step,
+      [&](const Table<Rule, Entry>& table) {
+        step.launcher.launch(kernel.function, blocks_of_rows(step.call.op, table.count),
+                             kernel.shared_bytes, table);
+      },
+      set);
+}
+
+template <class Rule>
+void step_blocks_of(const Step<Rule>& step, const BlockKernels<Rule>& kernels) {
   const int64_t size = step.call.block_size;
-  const auto kernel = size > kSpan    ? step_blocks<Rule, T, Blocks::kLong, kRounds>
-                      : size == kSpan ? step_blocks<Rule, T, Blocks::kSpan, kRounds>
-                                      : step_blocks<Rule, T, Blocks::kShort, kRounds>;
-  launch_tables<Entry>(
+  launch_over_tables<BlockEntryOf<Rule>>(
       step,
-      [&](const Table<Rule, Entry>& table) {
-        step.launcher.launch_over(table.units, kernel, sizeof(SharedOfBlocks<Rule, kRounds>), table,
-                                  tables);
-      },
-      [&](Entry& entry, size_t i) { set_blocks(entry, step, i); });
+      size > kSpan    ? kernels.long_blocks
+      : size == kSpan ? kernels.spans
+                      : kernels.short_blocks,
+      [&](BlockEntryOf<Rule>& entry, size_t i) { set_blocks(entry, step, i); },
+      tables_on(step.launcher));
 }
 
-template <class Rule, class T, bool kRounds>
-void step_elements_of(const Step<Rule>& step) {
+template <class Rule, bool kRounds>
+void step_elements_of(const Step<Rule>& step, const StepKernels<Rule, kRounds>& kernels) {
   using Entry = ElementEntryOf<Rule, kRounds>;
-  launch_tables<Entry>(
-      step,
-      [&](const Table<Rule, Entry>& table) {
-        step.launcher.launch_over(table.units, step_elements<Rule, T, kRounds>,
-                                  sizeof(SharedOfElements<Rule>), table);
-      },
-      [&](Entry& entry, size_t i) {
-        if constexpr (kRounds) {
-          set_placed_elements(entry, step, i);
-        } else {
-          set_elements(entry, step, i);
-        }
-      });
+  launch_over_tables<Entry>(step, kernels.elements, [&](Entry& entry, size_t i) {
+    if constexpr (kRounds) {
+      set_placed_elements(entry, step, i);
+    } else {
+      set_elements(entry, step, i);
+    }
+  });
 }
 
-template <class Rule, class T, bool kRounds>
-void step_one_scale_of(const Step<Rule>& step) {
+template <class Rule>
+void step_one_scale_of(const Step<Rule>& step, const BlockKernels<Rule>& kernels) {
   using Entry = OneScaleEntryOf<Rule>;
   using Scales = ScalesEntryOf<Rule>;
   const StepCall& call = step.call;
-  const Tables* tables = tables_on(step.launcher);
-  launch_tables<Entry>(
-      step,
-      [&](const Table<Rule, Entry>& table) {
-        step.launcher.launch_over(table.units, step_one_scale<Rule, T, kRounds>,
-                                  sizeof(SharedOfBlocks<Rule, kRounds>), table, tables);
-      },
+  launch_over_tables<Entry>(
+      step, kernels.one_scale,
       [&](Entry& entry, size_t i) {
         set_blocks(entry, step, i);
         entry.extremes = call.extremes[i].template const_data_ptr<int64_t>();
-      });
-  launch_tables<Scales>(
-      step,
-      [&](const Table<Rule, Scales>& table) {
-        step.launcher.launch(write_scales<Rule>, blocks_of_rows(call.op, table.count), 0, table);
       },
-      [&](Scales& entry, size_t i) {
-        set_addresses(entry, step, i);
-        for (int s = 0; s < Rule::kStates; s++)
-          entry.scales[s] = call.scales(s, i).template mutable_data_ptr<float>();
-        entry.extremes = call.extremes[i].template const_data_ptr<int64_t>();
-      });
+      tables_on(step.launcher));
+  launch_by_entries<Scales>(step, Kernels<Rule>::all.write_scales, [&](Scales& entry, size_t i) {
+    set_addresses(entry, step, i);
+    for (int s = 0; s < Rule::kStates; s++)
+      entry.scales[s] = call.scales(s, i).template mutable_data_ptr<float>();
+    entry.extremes = call.extremes[i].template const_data_ptr<int64_t>();
+  });
 }
 
 // When all kernels that read the old ones have been launched.
 template <class Rule>
 void write_scalars_of(const Step<Rule>& step) {
   using Entry = ScalarsEntryOf<Rule>;
-  launch_tables<Entry>(
-      step,
-      [&](const Table<Rule, Entry>& table) {
-        step.launcher.launch(write_scalars<Rule>, blocks_of_rows(step.call.op, table.count), 0,
-                             table);
-      },
-      [&](Entry& entry, size_t i) { set_addresses(entry, step, i); });
+  launch_by_entries<Entry>(step, Kernels<Rule>::all.write_scalars,
+                           [&](Entry& entry, size_t i) { set_addresses(entry, step, i); });
 }
 
-template <class Rule, class T>
-void find_extremes_of(const Step<Rule>& step, int64_t* keys) {
+template <class Rule>
+void find_extremes_of(const Step<Rule>& step, const ExtremesKernel<Rule>& kernel, int64_t* keys) {
   using Entry = ExtremesEntryOf<Rule>;
-  const Tables* tables = tables_on(step.launcher);
-  launch_tables<Entry>(
-      step,
-      [&](const Table<Rule, Entry>& table) {
-        step.launcher.launch_over(table.units, find_extremes<Rule, T>,
-                                  sizeof(SharedOfExtremes<Rule>), table, tables);
-      },
+  launch_over_tables<Entry>(
+      step, kernel,
       [&](Entry& entry, size_t i) {
         set_addresses(entry, step, i);
         set_codes(entry, step, i);
         entry.keys = keys + i * size_t(step.call.state_count);
         entry.count = step.call.params[i].numel();
         entry.finish(type_of(step));
-      });
+      },
+      tables_on(step.launcher));
 }
 
-template <class Rule, class T, bool kRounds = false>
-void step_all_of(const Step<Rule>& step) {
+template <class Rule, bool kRounds>
+void step_all_of(const Step<Rule>& step, const StepKernels<Rule, kRounds>& kernels) {
   if constexpr (Rule::kStates > 0) {
-    if (step.call.one_scale) return step_one_scale_of<Rule, T, kRounds>(step);
-    if (step.call.quantized) return step_blocks_of<Rule, T, kRounds>(step);
+    if (step.call.one_scale) return step_one_scale_of(step, kernels.blocks);
+    if (step.call.quantized) return step_blocks_of(step, kernels.blocks);
   }
-  step_elements_of<Rule, T, kRounds>(step);
+  step_elements_of(step, kernels);
 }
 
 // See FamilyOps.
@@ -309,20 +306,11 @@ struct CudaStep {
   template <class Rule>
   static void step(const StepCall& call, const Numbers<typename Rule::Options>& numbers) {
     Step<Rule> step(call, numbers);
-    switch (type_of(step)) {
-      case FloatType::kFloat32:
-        step_all_of<Rule, float>(step);
-        break;
-      case FloatType::kBFloat16:
-        if (step.rounds_params) {
-          step_all_of<Rule, BFloat16, true>(step);
-        } else {
-          step_all_of<Rule, BFloat16>(step);
-        }
-        break;
-      case FloatType::kFloat16:
-        step_all_of<Rule, Half>(step);
-        break;
+    const Kernels<Rule>& kernels = Kernels<Rule>::all;
+    if (step.rounds_params) {
+      step_all_of(step, kernels.rounded);
+    } else {
+      step_all_of(step, kernels.step[int(type_of(step))]);
     }
     if constexpr (kScalarsOf<Rule> > 0) write_scalars_of(step);
     for (Dense& param : step.params) param.write_back();
@@ -337,14 +325,7 @@ struct CudaStep {
   static void find_extremes(const StepCall& call, const Numbers<typename Rule::Options>& numbers,
                             int64_t* keys) {
     const Step<Rule> step(call, numbers);
-    switch (type_of(step)) {
-      case FloatType::kFloat32:
-        return find_extremes_of<Rule, float>(step, keys);
-      case FloatType::kBFloat16:
-        return find_extremes_of<Rule, BFloat16>(step, keys);
-      case FloatType::kFloat16:
-        return find_extremes_of<Rule, Half>(step, keys);
-    }
+    find_extremes_of(step, Kernels<Rule>::all.extremes[int(type_of(step))], keys);
   }
 };
 

@@ -1,6 +1,6 @@
 // Every family of update rules. This is the one list of them: schemas, the CPU's kernels and their
 // registration, the names that Python reads, and the checks of the CUDA kernels follow from it. The
-// CUDA kernels of a family need a file of their own as well, such as cuda/adam.cu.
+// CUDA kernels of each rule need a file of their own as well, such as cuda/rules/lion.cu.
 #pragma once
 
 #include "rules/adagrad.h"

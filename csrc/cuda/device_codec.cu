@@ -1,13 +1,13 @@
-// The codec's tables on the device: part of the program, for each file that includes this.
-#pragma once
+#include "cuda/device_codec.h"
 
 #include "cuda/codec.cuh"
-#include "cuda/launch.h"
 
 namespace torchao8::cuda {
 namespace {
 
 __device__ const Tables device_tables = make_tables();
+
+}  // namespace
 
 const Tables* tables_on(const Launcher& launcher) {
   void* address = nullptr;
@@ -15,5 +15,4 @@ const Tables* tables_on(const Launcher& launcher) {
   return static_cast<const Tables*>(address);
 }
 
-}  // namespace
 }  // namespace torchao8::cuda
