@@ -583,14 +583,18 @@ def test_a_compiled_piece_steps_like_an_eager_one(fresh_compiler: None) -> None:
 
 @pytest.mark.thorough
 @every_optimizer()
-def test_compiled_pieces_of_every_class(case: OptimizerCase, fresh_compiler: None) -> None:
-    """Compiled once for two sizes; then as the oracle says, and as eager pieces."""
-    pair = [
-        case.make(make_params(shapes=[(40, 512), (17, 512)]), min_8bit_size=SMALL, **case.full)
-        for _ in range(2)
-    ]
+def test_compiled_pieces_of_every_class(
+    case: OptimizerCase, fresh_compiler: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled once for two sizes; a step is then within the oracle's bounds of an eager one.
+
+    The options are not the defaults: with a small eps, all numbers of RMSprop's first momentum have
+    one magnitude but for rounding, which then decides the sign of the scale.
+    """
+    monkeypatch.setattr(compiled, "_compiled", {})  # SGD's code is that of LARS
+    options = {**case.full, **case.options[-1], "min_8bit_size": SMALL}
+    pair = [case.make(make_params(shapes=[(40, 512), (17, 512)]), **options) for _ in range(2)]
     eager, compiling = pair
-    before = len(compiled._compiled)
     differences = Differences()
     for seed in range(3):
         for optimizer in pair:
@@ -604,7 +608,7 @@ def test_compiled_pieces_of_every_class(case: OptimizerCase, fresh_compiler: Non
         assert_alike(case, eager, compiling, wanted, 0.0, differences)
         copy_state(eager, compiling)
     differences.check()
-    assert len(compiled._compiled) - before == 1
+    assert len(compiled._compiled) == 1
 
 
 def test_where_compiling_fails_it_runs_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
