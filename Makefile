@@ -102,7 +102,7 @@ PORTABLE_TESTS ?= $(call tests_in,bad_gradients.py op_errors.py inference_mode.p
 	trust_ratio.py optim.py::test_each_step_is_that_of_the_oracle \
 	optim.py::test_a_bad_gradient_stays_where_it_is optim.py::test_training_follows_torch_optim \
 	tensor_scale.py::test_each_step_is_that_of_the_oracle param_rounding.py::test_every_optimizer \
-	compile.py::test_one_graph_and_the_bits_of_eager \
+	compile.py::test_a_whole_train_step_in_one_graph \
 	sharded_training.py::test_real_training_under_fsdp2) \
 	$(addprefix --deselect=,$(call tests_in,clipping.py::test_sharding_changes_nothing \
 	trust_ratio.py::test_few_collectives))
