@@ -11,6 +11,8 @@
 #   OUT=folder            make gpu: where the results go (runs/gpu-<date>-<time>)
 #   MAX_JOBS=4            number of parallel compilations
 #   TEST_JOBS=4           number of parallel test processes (0: one process, for a debugger)
+#   PORTABLE_TESTS=...    make test: the tests that run again in PyTorch operators, as pytest takes them
+#   PORTABLE_FILES=...    make test-all: the same, as names of files
 # Each choice of PYTHON and TORCH has its own environment, .venv-<choice>.
 
 PINNED_TORCH := torch==2.13.0
@@ -91,19 +93,34 @@ choose: $(EXTENSION_READY)
 
 # Each test process computes on one thread, unless a test sets more.
 PYTEST := OMP_NUM_THREADS=1 $(VPYTHON) -m pytest -n $(TEST_JOBS) --dist worksteal
-# The implementation for devices without kernels, against the same oracle.
+# The same tests on the implementation for devices without kernels. make test runs those of the rules,
+# of what the ops refuse, clipping, inference mode, whole compiled steps and ranks, which takes about a
+# minute; make test-all runs most files that train.
 PORTABLE := TORCHAO8_CPU=portable TORCHAO8_CUDA=portable TORCHAO8_COMPILE=0
-OF_RULES := 'oracle or bad_gradient or follows'
+tests_in = $(addprefix test/test_,$(1))
+PORTABLE_TESTS ?= $(call tests_in,bad_gradients.py op_errors.py inference_mode.py clipping.py \
+	trust_ratio.py optim.py::test_each_step_is_that_of_the_oracle \
+	optim.py::test_a_bad_gradient_stays_where_it_is optim.py::test_training_follows_torch_optim \
+	tensor_scale.py::test_each_step_is_that_of_the_oracle param_rounding.py::test_every_optimizer \
+	compile.py::test_a_whole_train_step_in_one_graph \
+	sharded_training.py::test_real_training_under_fsdp2) \
+	$(addprefix --deselect=,$(call tests_in,clipping.py::test_sharding_changes_nothing \
+	trust_ratio.py::test_few_collectives))
+PORTABLE_FILES ?= optim optim_contract adam_op codec exact_sums clipping trust_ratio tensor_scale \
+	param_rounding rounding schedules scalar_state state_dict between_steps conversion corrupt_state \
+	memory compile sharded_training sharded_checkpoints
 comma := ,
 test: $(call tools,test demo) $(EXTENSION_READY)
 	$(call say,running the tests)
 	$(PYTEST) $(ARGS)
-	$(if $(ARGS),,$(call say,the rules again$(comma) in PyTorch operators))
-	$(if $(ARGS),,$(PORTABLE) $(PYTEST) test/test_optim.py -k $(OF_RULES))
+	$(if $(ARGS),,$(call say,tests of optimizers again$(comma) in PyTorch operators))
+	$(if $(ARGS),,$(PORTABLE) $(PYTEST) $(PORTABLE_TESTS))
 
 test-all: $(call tools,test demo) $(EXTENSION_READY)
 	$(call say,running the tests that make test leaves out)
 	$(PYTEST) -m 'thorough and not slow' $(ARGS)
+	$(if $(ARGS),,$(call say,more tests of optimizers again$(comma) in PyTorch operators))
+	$(if $(ARGS),,$(PORTABLE) $(PYTEST) $(PORTABLE_FILES:%=test/test_%.py))
 
 test-slow: $(call tools,test demo) $(EXTENSION_READY)
 	$(call say,running the slow tests)

@@ -63,6 +63,8 @@ struct PortableChecks {
     if (!call.params[0].is_cpu()) return;
     for (size_t i = 0; i < call.steps.size(); i++)
       check_count({call.op, "steps", int64_t(i)}, call.steps[i]);
+    for (size_t i = 0; i < call.factors.size(); i++)
+      check_factor_values({call.op, "factors", int64_t(i)}, call.factors[i]);
     for (size_t i = 0; i < call.extremes.size(); i++)
       check_extreme_values({call.op, "extremes", int64_t(i)}, call.extremes[i]);
   }

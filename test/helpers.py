@@ -5,6 +5,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -16,6 +17,12 @@ from torchao8 import ops
 DEVICES = ["cpu"]
 if torch.cuda.is_available() and ops.CUDA_EXTENSION_FILE is not None:
     DEVICES.append("cuda")
+
+# Of tests whose subject are the kernels: bits that they promise, or what has to be float64 in full.
+needs_kernels = pytest.mark.skipif(
+    ops.is_portable(torch.device("cpu")),
+    reason="about the kernels, which TORCHAO8_CPU=portable puts aside",
+)
 
 # With min_8bit_size=100, all are quantized, in rows of 300, 70, 700 (a vector), 45, 400 and 900 (a
 # matrix of three columns) elements, but for (5,), which is too small, and the scalar.

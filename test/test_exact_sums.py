@@ -15,7 +15,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from cpu_paths import Workers, every_path
-from helpers import bits
+from helpers import bits, needs_kernels
 from torch import Tensor
 
 from torchao8 import ops
@@ -142,6 +142,7 @@ def test_a_sum_by_itself(name: str, device: str) -> None:
 # -- paths and threads -------------------------------------------------------------------------
 
 
+@needs_kernels
 @every_path
 def test_every_path_and_any_threads(workers: Workers, path: str) -> None:
     expected = torch.tensor(ROWS)
@@ -262,6 +263,7 @@ def is_nearest_root(root: float, x: float) -> bool:
     return (Fraction(root) - half) ** 2 <= Fraction(x) <= (Fraction(root) + half) ** 2
 
 
+@needs_kernels
 def test_the_norm_of_a_sum_is_rounded_correctly(device: str) -> None:
     rows = torch.tensor([limbs_of(total) for total in SUMS], device=device)
     found = ops.norms(rows).tolist()
@@ -298,6 +300,7 @@ def test_norms_of_added_rows(device: str) -> None:
     assert bits(ops.norms(ranks)) == bits(expected)
 
 
+@needs_kernels
 def test_norms_agree_with_torch(device: str) -> None:
     for name in ("9000 numbers", "spread of 43", "large", "0-d"):
         x = CASES[name].to(device)

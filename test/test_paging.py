@@ -15,7 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import all_bits, assert_same_training, bits, make_params, set_grads
+from helpers import (
+    all_bits,
+    assert_same_training,
+    bits,
+    make_params,
+    needs_kernels,
+    set_grads,
+)
 from optim_table import OptimizerCase
 from paged import (
     PAGED,
@@ -224,6 +231,7 @@ def resident_pages(tensor: Tensor) -> int:
     return sum(page & 1 for page in found)
 
 
+@needs_kernels
 @needs_proc
 def test_pages_come_ahead_of_the_step() -> None:
     """Those that the system has put out."""
@@ -330,6 +338,7 @@ def test_the_look_at_one_scale_has_its_pages_too(monkeypatch: pytest.MonkeyPatch
     assert seen == ["prefetch", "prefetch", "look", "look", *["prefetch"] * 2]
 
 
+@needs_kernels
 def test_the_op_that_prefetches(device: str) -> None:
     op = torch.ops.torchao8.prefetch_pages_.default
     pages = [torch.ones(1000, device=device), torch.ones(3, dtype=torch.uint8, device=device)[1:]]

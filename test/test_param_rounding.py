@@ -17,7 +17,16 @@ import reference
 import torch
 from adam_call import Call, assert_same_bits, copy_call, live_state, new_call, run
 from cpu_paths import Workers, every_path
-from helpers import SMALL, all_bits, assert_same_training, bits, make_params, set_grads, train
+from helpers import (
+    SMALL,
+    all_bits,
+    assert_same_training,
+    bits,
+    make_params,
+    needs_kernels,
+    set_grads,
+    train,
+)
 from helpers import through_file as through
 from optim_table import OptimizerCase, every_optimizer
 from ranks import run_ranks
@@ -171,6 +180,7 @@ def mixed_call(layout: str, grad_dtype: torch.dtype, **options: Any) -> Call:
     return live_state(call)
 
 
+@needs_kernels
 @every_path
 @pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -20,7 +20,14 @@ import pytest
 import reference
 import torch
 from helpers import SMALL, all_bits, bits, make_params, set_grads, through_file
-from optim_table import OPTIMIZERS, OptimizerCase, Options, every_8bit, every_option_set
+from optim_table import (
+    OPTIMIZERS,
+    OptimizerCase,
+    Options,
+    every_8bit,
+    every_optimizer,
+    every_option_set,
+)
 from ranks import run_ranks
 from reference_rules import exact
 from test_compile import Compiled
@@ -94,6 +101,49 @@ class Differences:
         assert self.different <= max(1, MOST_DIFFERENT * self.codes)
 
 
+def assert_alike(
+    case: OptimizerCase,
+    theirs: LowPrecisionOptimizer,
+    ours: LowPrecisionOptimizer,
+    wanted: list[Any],
+    unit: float,
+    differences: Differences,
+) -> None:
+    """After a step from the same state.
+
+    Args:
+        wanted: what the oracle made of each parameter; none where it knows no bounds.
+        unit: of the dtype of the parameters, where that is narrower than float32.
+    """
+    block_wise = bool(wanted)
+    of_kernels, of_operators = (o.param_groups[0]["params"] for o in (theirs, ours))
+    for i, (p, q) in enumerate(zip(of_kernels, of_operators, strict=True)):
+        p, q = p.detach().cpu(), q.detach().cpu()
+        # Each of both is within the oracle's bound, and is rounded once to its dtype, up or
+        # down by a unit in the last place if that is stochastic.
+        if block_wise:
+            limit = 2 * wanted[i].param_error + 2 * unit * p.double().abs() + 1e-37
+            assert ((p.double() - q.double()).abs() <= limit).all()
+        else:
+            torch.testing.assert_close(p, q, rtol=1e-4 + unit, atol=1e-5)
+        for key, value in on_cpu(theirs.state[of_kernels[i]]).items():
+            other = ours.state[of_operators[i]][key].cpu()
+            differences.add(value, other)
+            if block_wise and key in wanted[i].errors:
+                error = 2 * wanted[i].errors[key] + 1e-37
+                assert ((value.double() - other.double()).abs() <= error).all()
+            elif key.endswith("_scale"):
+                torch.testing.assert_close(value, other, rtol=1e-4, atol=0)
+            elif block_wise and key.endswith("_codes"):
+                name = key.removesuffix("_codes")
+                if case.is_signed(name):
+                    continue
+                live = wanted[i].states[name] > wanted[i].errors[name]
+                scale = ours.state[of_operators[i]][f"{name}_scale"].cpu()
+                live &= reference.expand_scale(scale, tuple(live.shape), 256) > 0
+                assert (other[live] > 0).all()  # a second moment is never rounded to zero
+
+
 @every_option_set()
 @pytest.mark.parametrize(
     ("dtype", "more"),
@@ -121,31 +171,7 @@ def test_steps_like_the_kernels(
         wanted = [oracle_step(case, theirs, p) for p in of_kernels] if block_wise else []
         theirs.step()
         step_portably(ours, device)
-        for i, (p, q) in enumerate(zip(of_kernels, of_operators, strict=True)):
-            p, q = p.detach().cpu(), q.detach().cpu()
-            # Each of both is within the oracle's bound, and is rounded once to its dtype, up or
-            # down by a unit in the last place if that is stochastic.
-            if block_wise:
-                limit = 2 * wanted[i].param_error + 2 * unit * p.double().abs() + 1e-37
-                assert ((p.double() - q.double()).abs() <= limit).all()
-            else:
-                torch.testing.assert_close(p, q, rtol=1e-4 + unit, atol=1e-5)
-            for key, value in on_cpu(theirs.state[of_kernels[i]]).items():
-                other = ours.state[of_operators[i]][key].cpu()
-                differences.add(value, other)
-                if block_wise and key in wanted[i].errors:
-                    error = 2 * wanted[i].errors[key] + 1e-37
-                    assert ((value.double() - other.double()).abs() <= error).all()
-                elif key.endswith("_scale"):
-                    torch.testing.assert_close(value, other, rtol=1e-4, atol=0)
-                elif block_wise and key.endswith("_codes"):
-                    name = key.removesuffix("_codes")
-                    if case.is_signed(name):
-                        continue
-                    live = wanted[i].states[name] > wanted[i].errors[name]
-                    scale = ours.state[of_operators[i]][f"{name}_scale"].cpu()
-                    live &= reference.expand_scale(scale, tuple(live.shape), 256) > 0
-                    assert (other[live] > 0).all()  # a second moment is never rounded to zero
+        assert_alike(case, theirs, ours, wanted, unit, differences)
         copy_state(theirs, ours)
     differences.check()
 
@@ -553,6 +579,36 @@ def test_a_compiled_piece_steps_like_an_eager_one(fresh_compiler: None) -> None:
         for key, value in pair[0].state[p].items():
             differences.add(value, pair[1].state[q][key])
     differences.check()
+
+
+@pytest.mark.thorough
+@every_optimizer()
+def test_compiled_pieces_of_every_class(
+    case: OptimizerCase, fresh_compiler: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled once for two sizes; a step is then within the oracle's bounds of an eager one.
+
+    The options are not the defaults: with a small eps, all numbers of RMSprop's first momentum have
+    one magnitude but for rounding, which then decides the sign of the scale.
+    """
+    monkeypatch.setattr(compiled, "_compiled", {})  # SGD's code is that of LARS
+    options = {**case.full, **case.options[-1], "min_8bit_size": SMALL}
+    pair = [case.make(make_params(shapes=[(40, 512), (17, 512)]), **options) for _ in range(2)]
+    eager, compiling = pair
+    differences = Differences()
+    for seed in range(3):
+        for optimizer in pair:
+            set_grads(optimizer.param_groups[0]["params"], seed)
+        eager._init_states()
+        wanted = [oracle_step(case, eager, p) for p in eager.param_groups[0]["params"]]
+        step_portably(eager)
+        with portable(compiles=True), warnings.catch_warnings():
+            warnings.filterwarnings("error", message="torchao8")
+            compiling.step()
+        assert_alike(case, eager, compiling, wanted, 0.0, differences)
+        copy_state(eager, compiling)
+    differences.check()
+    assert len(compiled._compiled) == 1
 
 
 def test_where_compiling_fails_it_runs_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

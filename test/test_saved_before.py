@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from helpers import needs_kernels
 from optim_table import OPTIMIZERS, OptimizerCase, every_optimizer
 from saved_before import (
     FOLDER,
@@ -91,6 +92,7 @@ def test_the_file_has_every_state(case: OptimizerCase) -> None:
     assert any(group.get("stochastic_rounding") for group in groups)
 
 
+@needs_kernels
 @with_and_without_pages
 @every_class
 def test_a_new_run_ends_as_before(name: str, prefix: str, device: str) -> None:
@@ -103,6 +105,7 @@ def test_a_new_run_ends_as_before(name: str, prefix: str, device: str) -> None:
         assert differences(optimizer, file["after"][step], but_paging(prefix)) == []
 
 
+@needs_kernels
 @with_and_without_pages
 @every_class
 def test_a_checkpoint_of_before_loads_and_goes_on(name: str, prefix: str, device: str) -> None:
@@ -137,6 +140,7 @@ def new_model(device: str) -> tuple[nn.Module, Any, dict[int, Any]]:
     return model, optimizer, file["after"]
 
 
+@needs_kernels
 @pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("name", ["AdamW8bit", "RMSprop8bit"])
 def test_a_pickle_of_before(name: str, copied: bool) -> None:
@@ -148,6 +152,7 @@ def test_a_pickle_of_before(name: str, copied: bool) -> None:
     assert_goes_on(optimizer, read(file_of(name, OTHER_FORMATS))["after"])
 
 
+@needs_kernels
 def test_a_safetensors_file_of_before(device: str) -> None:
     pytest.importorskip("safetensors", reason="no safetensors: pip install safetensors")
     model, optimizer, after = new_model(device)
@@ -156,6 +161,7 @@ def test_a_safetensors_file_of_before(device: str) -> None:
     assert_goes_on(optimizer, after)
 
 
+@needs_kernels
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("by_torch", [False, True])
 def test_a_dcp_folder_of_before(by_torch: bool, device: str, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from helpers import needs_kernels
 from test_cuda_source import EMULATION, ROOT, cpp_command
 
 from torchao8 import ops
@@ -46,6 +47,7 @@ def run(csrc: Path, folder: Path, *flags: str) -> subprocess.CompletedProcess[st
     return subprocess.run([program], capture_output=True, text=True, timeout=120)
 
 
+@needs_kernels
 @pytest.mark.parametrize("path", list(PATHS))
 def test_codes(path: str, tmp_path: Path) -> None:
     names = list(PATHS)

@@ -76,7 +76,8 @@ def _nearest(codebook: Tensor, signed: bool) -> Tensor:
     below = begins.double() < middle
     bits = begins.view(torch.int32) + below.int()  # the first float32 that is not below the middle
     cells = bits >> 16
-    first = torch.searchsorted(cells, torch.arange(CELLS, dtype=torch.int32), out_int32=True)
+    numbers = torch.arange(CELLS, dtype=torch.int32, device="cpu")
+    first = torch.searchsorted(cells, numbers, out_int32=True)
     low = torch.full_like(first, 1 << 16)
     low[cells] = bits & 0xFFFF
     return first << LOW_BITS | low
