@@ -95,7 +95,7 @@ choose: $(EXTENSION_READY)
 PYTEST := OMP_NUM_THREADS=1 $(VPYTHON) -m pytest -n $(TEST_JOBS) --dist worksteal
 # The same tests on the implementation for devices without kernels. make test runs those of the rules,
 # of what the ops refuse, clipping, inference mode, whole compiled steps and ranks, which takes about a
-# minute; make test-all runs most files that train.
+# minute; make test-all runs the files with most of the promises.
 PORTABLE := TORCHAO8_CPU=portable TORCHAO8_CUDA=portable TORCHAO8_COMPILE=0
 tests_in = $(addprefix test/test_,$(1))
 PORTABLE_TESTS ?= $(call tests_in,bad_gradients.py op_errors.py inference_mode.py clipping.py \
@@ -106,9 +106,8 @@ PORTABLE_TESTS ?= $(call tests_in,bad_gradients.py op_errors.py inference_mode.p
 	sharded_training.py::test_real_training_under_fsdp2) \
 	$(addprefix --deselect=,$(call tests_in,clipping.py::test_sharding_changes_nothing \
 	trust_ratio.py::test_few_collectives))
-PORTABLE_FILES ?= optim optim_contract adam_op codec exact_sums clipping trust_ratio tensor_scale \
-	param_rounding rounding schedules scalar_state state_dict between_steps conversion corrupt_state \
-	memory compile sharded_training sharded_checkpoints
+PORTABLE_FILES ?= optim optim_contract adam_op tensor_scale param_rounding scalar_state state_dict conversion \
+	compile sharded_training sharded_checkpoints
 comma := ,
 test: $(call tools,test demo) $(EXTENSION_READY)
 	$(call say,running the tests)
