@@ -5,7 +5,10 @@ It is compiled as a library of its own, with each kind of codes and each number 
 
 import ctypes
 import math
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import format_reference as formats
 import pytest
@@ -17,16 +20,20 @@ ONE = 0x3F800000  # the bits of 1.0
 
 
 class Codec:
-    """The compiled codec of one kind."""
+    """The compiled codec of one kind; of a changed copy of the sources, in a folder of its own."""
 
-    def __init__(self, law: formats.MuLaw, signed: bool) -> None:
+    def __init__(self, law: formats.MuLaw, signed: bool, copy: Path | None = None) -> None:
         self.law = law
         self.signed = signed
         self.mantissa = law.mantissa(signed)
-        flags = (f"-DSIGNED={int(signed)}", f"-DMANTISSA={self.mantissa}")
-        source = EMULATION / "mulaw_codec.cpp"
-        command = cpp_command(CSRC, "-O2", "-mfma", "-shared", "-fPIC", *flags, source)
-        self.library = ctypes.CDLL(str(built("mulaw_codec.so", command, [CSRC, EMULATION])))
+        flags = (f"-DSIGNED={int(signed)}", f"-DMANTISSA={self.mantissa}", "-shared", "-fPIC")
+        command = cpp_command(copy or CSRC, "-O2", *flags, EMULATION / "mulaw_codec.cpp")
+        if copy is None:
+            library = built("mulaw_codec.so", command, [CSRC, EMULATION])
+        else:
+            library = copy / f"mulaw_codec_{int(signed)}.so"
+            subprocess.run([*command, library], check=True)
+        self.library = ctypes.CDLL(str(library))
         self.library.top.restype = ctypes.c_float
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -176,3 +183,40 @@ def test_an_extreme_gets_the_last_codes(codec: Codec, still: bool) -> None:
             # A power of two may be twice as large as it would have to be: a binade.
             binade = 2**codec.mantissa if still else 2
             assert int(codes) >= (127 if codec.signed else 255) - binade
+
+
+# Each breaks one thing that the codec must do.
+MUTANTS = {
+    "no last code": ("rounded < kLast ? rounded : kLast", "rounded"),
+    "rounded to zero": ("!kSigned && scale > 0.0f", "0"),
+    "truncated": ("kHalf = 1u << (kShift - 1)", "kHalf = 0"),
+    "rarely rounded up": ("hash >> (32 - kShift)", "hash >> (33 - kShift)"),
+    "no sign": ("float_bits(x) >> 31 << 7", "0u"),
+    "a decoded sign lost": ("byte >> 7 << 31", "0u"),
+    "a scale without tolerance": ("kTolerance = 64", "kTolerance = 0"),
+    "a grid that moves": ("kStill ? 0 : 7", "7"),
+    "units forgotten": ("unit / scale", "1.0f / scale"),
+}
+
+
+def check_all(csrc: Path) -> None:
+    for signed in (True, False):
+        codec = Codec(formats.COARSE, signed, csrc)
+        test_values(codec)
+        test_nearest_codes_around_each_threshold(codec)
+        test_drawn_codes(codec)
+        test_scales(codec, True, 0.1)
+        test_an_extreme_gets_the_last_codes(codec, True)
+
+
+@pytest.mark.parametrize("name", list(MUTANTS))
+def test_the_tests_fail_for_a_mutant(name: str, tmp_path: Path) -> None:
+    old, new = MUTANTS[name]
+    csrc = tmp_path / "csrc"
+    shutil.copytree(CSRC, csrc)
+    header = csrc / "formats/mulaw.h"
+    text = header.read_text()
+    assert old in text, f"{name}: the source has changed"
+    header.write_text(text.replace(old, new))
+    with pytest.raises(AssertionError):
+        check_all(csrc)
