@@ -82,6 +82,10 @@ class Format:
         """What the tensors under these keys count as."""
         return ("numbers",) if state.is_scalar else tuple(part.kind for part in self.parts)
 
+    def nbytes(self, elements: int, scales: int) -> int:
+        """Bytes of a state of so many elements that is no scalar, with so many scales."""
+        raise NotImplementedError
+
     def specs(
         self, state: State, shape: tuple[int, ...], scales: Scales, place: Place = WHOLE
     ) -> tuple[TensorSpec, ...]:
@@ -120,6 +124,9 @@ class _Float32(Format):
     bits = 32
     parts = (Part("", "moments_32bit"),)
 
+    def nbytes(self, elements: int, scales: int) -> int:
+        return elements * torch.float32.itemsize
+
     def _specs(
         self, state: State, shape: tuple[int, ...], scales: Scales, place: Place
     ) -> tuple[TensorSpec, ...]:
@@ -143,6 +150,9 @@ class _Dynamic(Format):
     name = "dynamic"
     bits = 8
     parts = (Part("_codes", "moments_8bit"), Part("_scale", "scales"))
+
+    def nbytes(self, elements: int, scales: int) -> int:
+        return elements + scales * torch.float32.itemsize
 
     def _specs(
         self, state: State, shape: tuple[int, ...], scales: Scales, place: Place
