@@ -7,7 +7,6 @@ compiler does not see what a step is made of, which would be its code repeated f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -51,7 +50,7 @@ def _run(op: str, function: Callable[..., Any], *positional: Any, **named: Any) 
     if arguments.get("params", True) == []:
         return None
     # In inference mode the tensors that were made in it may be written to, as the kernels do.
-    with nullcontext() if schema.returns else torch.inference_mode():
+    with torch.no_grad() if schema.returns else torch.inference_mode():
         return function(**arguments)
 
 
