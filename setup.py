@@ -186,14 +186,18 @@ def find_toolkit() -> Toolkit | None:
     """
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     found = shutil.which("nvcc")
-    if named is None and found is not None:
+    folders = [named or "/usr/local/cuda"]
+    if not named and found is not None:
         said = subprocess.run([found, "--dryrun", "-c", "x.cu"], capture_output=True, text=True)
         top = re.search(r"^#\$ _?TOP=(.+)$", said.stderr, re.MULTILINE)
-        named = top[1].strip() if top else str(Path(found).parent.parent)
-    root = Path(os.path.normpath(named or "/usr/local/cuda"))
-    nvcc = root / "bin" / ("nvcc.exe" if sys.platform == "win32" else "nvcc")
-    if not nvcc.exists():
+        # Some toolkits have their libraries in TOP, and nvcc elsewhere.
+        folders = [*([top[1].strip()] if top else []), str(Path(found).parent.parent)]
+    compiler = Path("bin", "nvcc.exe" if sys.platform == "win32" else "nvcc")
+    roots = [Path(os.path.normpath(folder)) for folder in folders]
+    root = next((root for root in roots if (root / compiler).exists()), None)
+    if root is None:
         return None
+    nvcc = root / compiler
     said = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
     release = re.search(r"release (\d+)\.(\d+)", said.stdout)
     if release is None:

@@ -87,6 +87,17 @@ def test_a_wrapper_leads_to_its_toolkit(setup: ModuleType, toolkit: Path) -> Non
 
 
 @needs_cc
+def test_a_toolkit_whose_top_has_no_nvcc(
+    setup: ModuleType, toolkit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvcc = toolkit / "bin/nvcc"
+    nvcc.write_text(nvcc.read_text().replace(f"{toolkit}/bin/..", f"{toolkit}/targets/some"))
+    monkeypatch.setenv("PATH", f"{nvcc.parent}{os.pathsep}{os.environ['PATH']}")
+    runtime = add_runtime(toolkit)
+    assert setup.find_toolkit() == (toolkit, "13.0", runtime)
+
+
+@needs_cc
 def test_a_named_toolkit_comes_first(
     setup: ModuleType, toolkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,7 @@ sys.path.insert(0, {tools!r})
 import run, stages
 from stages import Stage
 run.GRACE, run.LEAST = 0.5, 0.1
+{before}
 sys.exit(run.main(sys.argv[1:], {stages}))
 """
 # A process that ignores Ctrl-C, with a child that has no other parent when it is killed.
@@ -43,10 +44,13 @@ RESULTS = [
 ]
 
 
-def start(folder: Path, stages: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
-    """The driver with the stages of a Python expression; results go into `folder`/out."""
+def start(
+    folder: Path, stages: str, *arguments: str, before: str = "", **options: Any
+) -> subprocess.Popen[str]:
+    """The driver with the stages of a Python expression; results go into `folder`/out. It runs the
+    line `before` first."""
     script = folder / "driver.py"
-    script.write_text(DRIVER.format(tools=str(TOOLS), stages=stages))
+    script.write_text(DRIVER.format(tools=str(TOOLS), stages=stages, before=before))
     return subprocess.Popen(
         [sys.executable, str(script), "--out", str(folder / "out"), *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options,
@@ -156,6 +160,21 @@ def test_a_run_with_a_stage_that_fails_and_one_that_hangs(tmp_path: Path) -> Non
     running = tests["test_c"].find("failure")
     assert running is not None
     assert running.attrib["message"].startswith("running")
+
+
+def test_a_process_that_no_signal_ends(tmp_path: Path) -> None:
+    """As one that waits for a broken GPU inside of the kernel. The run goes on without it."""
+    hangs = f"echo $$ > {tmp_path}/parent; {HANGS.format(folder=tmp_path)}"
+    stages = [stub(0, hangs, limit=0.5), stub(1, "echo more", more="needs_kernels=False")]
+    no_kill = "run.os.killpg = lambda *_: None"
+    process = start(tmp_path, f"[{', '.join(stages)}]", before=no_kill)
+    try:
+        status, _ = finish(process)
+    finally:
+        process.kill()
+        os.killpg(int(wait_for(tmp_path / "parent")), signal.SIGKILL)
+    assert status == 1
+    assert verdicts(tmp_path) == {0: "cut", 1: "passed"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
@@ -307,7 +326,7 @@ def test_files_of_the_real_stages_exist() -> None:
     words = {word for s in real.STAGES for command in s.commands for word in command}
     files = {word.removeprefix("--ignore=").partition("::")[0] for word in words}
     files = {f for f in files if f.endswith((".py", ".cu"))}
-    assert {f for f in files if not (ROOT / f).exists()} <= {"tools/check_roots.cu"}
+    assert [f for f in files if not (ROOT / f).exists()] == []
     assert len(files) > 20
 
 
@@ -346,18 +365,20 @@ sys.path.append({tools!r})
 import load
 load.versions = lambda: {{"torch": "some"}}
 answers = {answers}
-load.output_of = lambda *command: answers.pop(0)
+load.output_of = lambda *command, seconds=10: answers.pop(0)
 load.build = lambda: print("build") or {built}
 sys.argv[1:] = ["--figures", {folder!r}]
 sys.exit(load.main())
 """
 LOADED = (0, "torchao8/_C_cuda.abi3.so")
 BROKEN = (1, "_C_cuda could not be loaded")
+SLOW = (124, "no answer within 45 s")
 
 
 @pytest.mark.parametrize(
     ("has_gpu", "answers", "built", "status", "last"),
     [
+        pytest.param(True, [SLOW], 0, 1, SLOW[1], id="no answer"),
         pytest.param(False, [], 0, 1, "finds no GPU", id="no GPU"),
         pytest.param(True, [LOADED], 0, 0, "loaded torchao8/_C_cuda.abi3.so", id="carried"),
         pytest.param(True, [BROKEN, LOADED], 0, 0, "loaded torchao8/_C", id="built"),

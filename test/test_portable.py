@@ -415,6 +415,23 @@ def test_pieces_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert results[1] == results[3] == results[5]
 
 
+@pytest.mark.parametrize("optim_bits", [8, 32])
+def test_other_strides_that_need_no_copy(optim_bits: int) -> None:
+    """Their rows can be had as a view, whose strides differ in the dimension of size 1."""
+    values, results = torch.randn(3, 1, 700), []
+    for other in (False, True):
+        data = values.transpose(0, 2).contiguous().transpose(0, 2) if other else values.clone()
+        assert data.is_contiguous() is not other
+        params = [torch.nn.Parameter(torch.empty(0))]
+        params[0].data = data
+        optimizer = torchao8.AdamW8bit(params, min_8bit_size=SMALL, optim_bits=optim_bits)
+        set_grads(params, 0)
+        step_portably(optimizer)
+        results.append(all_bits(optimizer))
+        assert not torch.equal(params[0], values)
+    assert results[0] == results[1]
+
+
 def test_exact_sums_and_norms() -> None:
     generator = torch.Generator().manual_seed(0)
     exponents = [0.0, -40.0, 37.0]
@@ -462,6 +479,7 @@ def test_the_codec_is_the_same_to_the_bit(
             torch.testing.assert_close(back, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")  # it is deprecated
 def test_arguments_that_do_not_fit() -> None:
     """Both implementations refuse them, and name the argument."""
     codes, scale = torchao8.quantize_blockwise(torch.randn(4, 300))
@@ -471,6 +489,16 @@ def test_arguments_that_do_not_fit() -> None:
             lambda: torchao8.quantize_blockwise(codes.float(), block_size=100),
         ),
         ("quantize_blockwise: input", lambda: torchao8.quantize_blockwise(codes.double())),
+        (
+            "quantize_blockwise: input must be dense, got layout torch._mkldnn",
+            lambda: torchao8.quantize_blockwise(scale.to_mkldnn()),
+        ),
+        (
+            "quantize_blockwise: input must be dense, got torch.qint8",
+            lambda: torchao8.quantize_blockwise(
+                torch._empty_affine_quantized((4, 300), scale=1.0, zero_point=0, dtype=torch.qint8)
+            ),
+        ),
         (
             "dequantize_blockwise: block_size",
             lambda: torchao8.dequantize_blockwise(codes, scale, block_size=32),

@@ -32,8 +32,8 @@ def set_up(families: Sequence[Family], has_cuda_kernels: bool) -> None:
         value = os.environ.get(variable, "")
         if value == "portable":
             choose_portable(device_type)
-        elif value and device_type == "cuda" and value != "kernels":
-            raise ImportError(f"{variable} must be portable or kernels, got {value}")
+        elif value and device_type == "cuda":
+            raise ImportError(f"{variable} must be portable, or not be set, got {value}")
 
 
 _families: list[Family] = []

@@ -51,7 +51,7 @@ def run(function: Callable[[Any, Any], None], form: Hashable, x: Any) -> None:
 
 
 def _run_again(key: Hashable, function: Callable[[Any, Any], None], form: Hashable, x: Any) -> None:
-    """It may be compiled once more, as in another grad mode, and that may fail before it runs."""
+    """It may be compiled once more, as for other strides, and that may fail before it runs."""
     from torch._dynamo.exc import TorchDynamoException
 
     try:

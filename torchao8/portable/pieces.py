@@ -134,7 +134,8 @@ def element_pieces(entry: Entry) -> Iterator[Piece]:
 
 
 def _write_back(changed: Tensor, p: Tensor) -> None:
-    if not p.is_contiguous():
+    """Where ``changed`` is a copy: ``reshape`` makes a view of some other strides, too."""
+    if changed.data_ptr() != p.data_ptr():
         p.copy_(changed.view(p.shape))
 
 

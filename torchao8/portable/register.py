@@ -7,7 +7,6 @@ compiler does not see what a step is made of, which would be its code repeated f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -52,15 +51,19 @@ def _run(op: str, function: Callable[..., Any], *positional: Any, **named: Any) 
     if arguments.get("params", True) == []:
         return None
     # In inference mode the tensors that were made in it may be written to, as the kernels do.
-    with nullcontext() if schema.returns else torch.inference_mode():
+    with torch.no_grad() if schema.returns else torch.inference_mode():
         return function(**arguments)
 
 
 def _check(op: str, arguments: dict[str, Any]) -> None:
     """Refuses what the kernels refuse, in their words (csrc/check.cpp)."""
+    # What is not dense comes here on devices with kernels, too: these are for dense tensors.
     for name, argument in arguments.items():
-        for t in argument if isinstance(argument, (list, tuple)) else (argument,):
-            if isinstance(t, Tensor) and t.layout is not torch.strided:
-                raise RuntimeError(f"{op}: {name} must be dense, got one of layout {t.layout}")
+        is_list = isinstance(argument, (list, tuple))
+        for i, t in enumerate(argument if is_list else (argument,)):
+            if isinstance(t, Tensor) and (t.layout is not torch.strided or t.is_quantized):
+                kind = t.dtype if t.is_quantized else f"layout {t.layout}"
+                where = f"{name}[{i}]" if is_list else name
+                raise RuntimeError(f"{op}: {where} must be dense, got {kind}")
     check = getattr(torch.ops.torchao8, f"check_{op}").default
     check(**{a.name: arguments[a.name] for a in check._schema.arguments})
