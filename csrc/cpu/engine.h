@@ -136,6 +136,7 @@ class Engine {
   void step_blocks(const Item<Rule>& item, int64_t first, int64_t last) const {
     const bool seamless = item.row_length % block_size_ == 0 && item.row_stride == item.row_length;
     const int64_t whole = item.row_length / block_size_;
+    const int64_t row_bytes = format_.bytes(item.row_length);
     while (first < last) {
       const int64_t row = first / item.units_per_row, column = first % item.units_per_row;
       const int64_t begin = row * item.row_length + column * block_size_;
@@ -154,9 +155,9 @@ class Engine {
       run.param_key = item.step->param_key;
       run.first_element = uint64_t(item.shard_offset) + uint64_t(row) * uint64_t(item.row_stride) +
                           uint64_t(column * block_size_);
+      const int64_t codes = row * row_bytes + format_.bytes(column * block_size_);
       for (int s = 0; s < Rule::kStates; s++) {
-        run.codes[s] = item.codes[s] + row * format_.bytes(item.row_length) +
-                       format_.bytes(column * block_size_);
+        run.codes[s] = item.codes[s] + codes;
         run.scales[s] = item.scales[s] + first;
         run.keys[s] = item.step->keys[s];
         if (!item.one_scale) continue;
@@ -166,7 +167,7 @@ class Engine {
         std::fill_n(run.scales[s], count, *item.scales[s]);
       }
       if (item.one_scale) run.extremes = item.extremes;
-      if (item.direct() && length % format_.step == 0) {
+      if (item.direct() && format_.padding(int(length)) == 0) {
         run.param = item.param.at(begin);
         run.grad = item.grad.at(begin);
         blocks_.step.of(item.param.type())(item.step->rule, run);
@@ -184,7 +185,7 @@ class Engine {
     alignas(64) uint8_t codes[kMaxStates][kMaxBlock];
     uint8_t* home[kMaxStates];
     const int length = run.length;
-    const int padded = (length + format_.step - 1) / format_.step * format_.step;
+    const int padded = length + format_.padding(length);
     const size_t bytes = size_t(format_.bytes(length)), all = size_t(format_.bytes(padded));
     const int64_t blocks = run.blocks;
     for (int s = 0; s < Rule::kStates; s++) {

@@ -23,11 +23,14 @@ struct FormatInfo {
   int bits, step;
   uint8_t zero_byte[2];                                // [signed]
   float (*scale_of[2][2])(float extreme, float unit);  // [signed][still]
-  int64_t bytes(int64_t elements) const { return (elements * bits + 7) / 8; }
+  int64_t bytes(int64_t elements) const { return (elements * bits + 7) >> 3; }
+  // Of a length, what is missing to a multiple of step, a power of two: no division for each row.
+  int padding(int length) const { return -length & (step - 1); }
 };
 
 template <class Format>
 constexpr FormatInfo make_format_info() {
+  static_assert((Format::kStep & (Format::kStep - 1)) == 0);
   return {Format::kName,
           Format::kBits,
           Format::kStep,

@@ -69,7 +69,7 @@ TORCHAO8_HD MulawScale mulaw_scale_of_block(const float* x, int n) {
     good = good && std::isfinite(x[i]) && (kSigned || x[i] >= 0.0f);
   }
   const float factor = largest < kOverflow ? 1.0f : 4.0f;
-  MulawScale to;
+  MulawScale to = {};
   to.set<kSigned, !kSigned>(good ? largest / factor : bits_float(0x7fc00000u), 1.0f);
   to.scale *= factor;
   to.inverse /= factor;
