@@ -42,19 +42,19 @@ std::tuple<Tensor, Tensor> quantize_blockwise_cpu(Tensor input, int64_t block_si
   Tensor codes = new_contiguous(input, {sizes.begin(), sizes.end()}, ScalarType::Byte);
   Tensor scale = new_contiguous(input, layout.scale_shape(sizes), ScalarType::Float);
   const FloatArray values(input, type, input.const_data_ptr());
-  const CodecTables& tables = codec_tables();
-  const CodecKernels& codec = codec_kernels();
+  const ConvertKernels& convert = convert_kernels();
+  const CodecKernels& codec = format_kernels(0).codec;
   uint8_t* code = codes.mutable_data_ptr<uint8_t>();
   float* scales = scale.mutable_data_ptr<float>();
   for_each_block(layout, block_size, [&](int64_t block, int64_t begin, int length) {
     alignas(64) float buffer[kMaxBlock];
-    values.read(codec, begin, length, buffer);
+    values.read(convert, begin, length, buffer);
     if (!is_signed) {  // a negative number counts as zero
       for (int i = 0; i < length; i++) {
         if (buffer[i] <= 0.0f && std::isfinite(buffer[i])) buffer[i] = 0.0f;
       }
     }
-    scales[block] = codec.quantize[is_signed](tables, buffer, length, code + begin);
+    scales[block] = codec.quantize[is_signed](buffer, length, code + begin);
   });
   return {codes, scale};
 }
@@ -67,14 +67,14 @@ Tensor dequantize_blockwise_cpu(Tensor codes, Tensor scale, int64_t block_size, 
   Tensor result = new_contiguous(codes, {sizes.begin(), sizes.end()}, dtype);
   const FloatArray values(result, check_float_type({op, "result"}, result),
                           result.mutable_data_ptr());
-  const CodecTables& tables = codec_tables();
-  const CodecKernels& codec = codec_kernels();
+  const ConvertKernels& convert = convert_kernels();
+  const CodecKernels& codec = format_kernels(0).codec;
   const uint8_t* code = codes.const_data_ptr<uint8_t>();
   const float* scales = scale.const_data_ptr<float>();
   for_each_block(layout, block_size, [&](int64_t block, int64_t begin, int length) {
     alignas(64) float buffer[kMaxBlock];
-    codec.dequantize[is_signed](tables, code + begin, length, scales[block], buffer);
-    values.write(codec, buffer, begin, length);
+    codec.dequantize[is_signed](code + begin, length, scales[block], buffer);
+    values.write(convert, buffer, begin, length);
   });
   return result;
 }

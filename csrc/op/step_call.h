@@ -59,7 +59,8 @@ struct StepCall {
   bool count_steps = false;  // adds 1 to each of steps, once the update is made
   int64_t seed = 0;
   std::vector<int64_t> shard_offsets, shard_row_strides;
-  bool one_scale = false;  // of 8-bit state: for a tensor, in place of one for each block
+  bool one_scale = false;    // of 8-bit state: for a tensor, in place of one for each block
+  int64_t state_format = 0;  // of state with scales: its number (formats/formats.h)
 
   // What follows from the lists, by find_states(): the states that the call has.
   bool has[kMaxLists] = {};

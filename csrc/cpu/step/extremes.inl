@@ -5,12 +5,12 @@
 
 namespace torchao8::TORCHAO8_ISA {
 
-// The first pass alone, over a tensor with one scale: the extreme elements. An element that is not
-// usable counts with its old state, which it keeps.
-template <class Rule, class T>
-void find_extremes(const Rule& r, const CodecTables& tables, const ExtremeRun& run, float* found) {
+// An element that is not usable counts with its old state, which it keeps. Decoder: of all states
+// of the rule, in the format at hand.
+template <class Decoder, class Rule, class T>
+void find_extremes(const Rule& r, const ExtremeRun& run, float* found) {
   constexpr int N = Rule::kStates;
-  const StateDecoder<Rule> decode(tables);
+  const Decoder decode;
   const T *param = static_cast<const T*>(run.param), *grad = static_cast<const T*>(run.grad);
   const Rule rule = r.with_scales(run.scales);
   StateExtremes<Rule> extremes;

@@ -1,4 +1,4 @@
-// What the loops over memory do with all states of a rule: decode, judge, find extreme elements.
+// What the loops over memory do with all states of a rule: judge, find extreme elements.
 #pragma once
 
 namespace torchao8::TORCHAO8_ISA {
@@ -35,26 +35,6 @@ struct NanFinder {
   TORCHAO8_HD NanFinder() : sum(0.0f) {}
   TORCHAO8_HD void add(F v) { sum = fma(v, F(0.0f), sum); }
   TORCHAO8_HD bool found() const { return !all(in_range<true>(sum)); }
-};
-
-// The stored numbers of all states.
-template <class Rule>
-struct StateDecoder {
-  Decoder<true> of_signed;
-  Decoder<false> of_unsigned;
-  TORCHAO8_HD explicit StateDecoder(const CodecTables& t) : of_signed(t), of_unsigned(t) {}
-
-  // codes: for each state where they begin; i: the first element of the vector.
-  template <class Codes>
-  TORCHAO8_HD void operator()(const Codes& codes, int64_t i, F* values) const {
-    for_each_state<Rule::kStates>([&](auto s) TORCHAO8_LAMBDA {
-      if constexpr (Rule::kSigned[s]) {
-        values[s] = of_signed(codes[s] + i);
-      } else {
-        values[s] = of_unsigned(codes[s] + i);
-      }
-    });
-  }
 };
 
 // The extreme elements of all states.
