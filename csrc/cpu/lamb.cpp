@@ -134,5 +134,6 @@ Tensor lamb_update_sums_cpu(LambCall& call) {
 }  // namespace torchao8
 
 STABLE_TORCH_LIBRARY_IMPL(torchao8, CPU, m) {
-  m.impl("lamb_update_sums", &torchao8::lamb_update_sums<torchao8::lamb_update_sums_cpu>);
+  m.impl("lamb_update_sums",
+         &torchao8::lamb_update_sums<torchao8::lamb_update_sums_cpu, torchao8::Formats>);
 }

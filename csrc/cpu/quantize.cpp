@@ -31,19 +31,20 @@ void for_each_block(const BlockLayout& layout, int64_t block_size, const Functio
       });
 }
 
-std::tuple<Tensor, Tensor> quantize_blockwise_cpu(Tensor input, int64_t block_size,
-                                                  bool is_signed) {
+std::tuple<Tensor, Tensor> quantize_blockwise_cpu(Tensor input, int64_t block_size, bool is_signed,
+                                                  int64_t state_format) {
   const char* op = "quantize_blockwise";
   check_device({op, "input"}, input, kCpu);
   const FloatType type = check_float_type({op, "input"}, input);
   check_block_size(op, block_size);
+  check_state_format(op, state_format, Formats());
   const auto sizes = input.sizes();
   const BlockLayout layout = block_layout(sizes, block_size);
   Tensor codes = new_contiguous(input, {sizes.begin(), sizes.end()}, ScalarType::Byte);
   Tensor scale = new_contiguous(input, layout.scale_shape(sizes), ScalarType::Float);
   const FloatArray values(input, type, input.const_data_ptr());
   const ConvertKernels& convert = convert_kernels();
-  const CodecKernels& codec = format_kernels(0).codec;
+  const CodecKernels& codec = format_kernels(state_format).codec;
   uint8_t* code = codes.mutable_data_ptr<uint8_t>();
   float* scales = scale.mutable_data_ptr<float>();
   for_each_block(layout, block_size, [&](int64_t block, int64_t begin, int length) {
@@ -60,15 +61,16 @@ std::tuple<Tensor, Tensor> quantize_blockwise_cpu(Tensor input, int64_t block_si
 }
 
 Tensor dequantize_blockwise_cpu(Tensor codes, Tensor scale, int64_t block_size, bool is_signed,
-                                ScalarType dtype) {
+                                ScalarType dtype, int64_t state_format) {
   const char* op = "dequantize_blockwise";
+  check_state_format(op, state_format, Formats());
   const BlockLayout layout = check_dequantize(op, codes, scale, block_size, dtype, kCpu);
   const auto sizes = codes.sizes();
   Tensor result = new_contiguous(codes, {sizes.begin(), sizes.end()}, dtype);
   const FloatArray values(result, check_float_type({op, "result"}, result),
                           result.mutable_data_ptr());
   const ConvertKernels& convert = convert_kernels();
-  const CodecKernels& codec = format_kernels(0).codec;
+  const CodecKernels& codec = format_kernels(state_format).codec;
   const uint8_t* code = codes.const_data_ptr<uint8_t>();
   const float* scales = scale.const_data_ptr<float>();
   for_each_block(layout, block_size, [&](int64_t block, int64_t begin, int length) {

@@ -122,6 +122,7 @@ class RulesOfCall {
 
 // See FamilyOps.
 struct CpuStep {
+  using Formats = torchao8::Formats;
   static constexpr bool kNeedsTensors = false;
   using Guard = DefaultFloatingPoint;
   template <class Options>
