@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Elements of a block whose scale counts as zero.
+# A smaller scale counts as zero.
 FLOAT32_TINY = 2.0**-126
 # How far a number may lie above a scale that has few bits and still get it: 64 units of float32's
 # last place, so that a state at rest keeps its scale whatever way its roundings went.
@@ -146,8 +146,7 @@ def mulaw_scale(law: MuLaw, extreme: float, unit: float, signed: bool, still: bo
             values do not move with the scale. Else 7 mantissa bits.
     """
     size = float32(float32(extreme * float32(unit)) * float32(1 / top(law, signed)))
-    scale = round_up(size, 0 if still else 7) if size > 0 else 0.0
-    return scale if scale >= FLOAT32_TINY else 0.0
+    return round_up(size, 0 if still else 7) if size >= FLOAT32_TINY else 0.0
 
 
 # -- four bits -------------------------------------------------------------------------------------
@@ -169,8 +168,7 @@ def levels_of_4bit() -> Tensor:
 def scale_of_squares(extreme: float) -> float:
     """The power of two at which the largest second moment of a block is no more than 1.5."""
     size = float32(extreme * float32(1 / 1.5))
-    scale = round_up(size, 0) if size > 0 else 0.0
-    return scale if scale >= FLOAT32_TINY else 0.0
+    return round_up(size, 0) if size >= FLOAT32_TINY else 0.0
 
 
 def nearest_square(y: Tensor) -> Tensor:
