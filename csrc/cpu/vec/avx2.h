@@ -340,4 +340,121 @@ struct RandomStream {
   }
 };
 
+// ---- bytes, two vectors of numbers at a time
+// -----------------------------------------------------
+
+using U = I;  // of unsigned numbers
+TORCHAO8_HD U lanes_of(uint32_t x) {
+  return all_lanes(x);
+}
+TORCHAO8_HD U lanes_of(Hashes hashes) {
+  return hashes;
+}
+TORCHAO8_HD U bits_of(F a) {
+  return bits(a);
+}
+TORCHAO8_HD F float_of(U a) {
+  return from_bits(a);
+}
+TORCHAO8_HD U load_bytes(const uint8_t* x) {
+  const __m128i* p = reinterpret_cast<const __m128i*>(x);
+  const __m128i* q = reinterpret_cast<const __m128i*>(x + 8);
+  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(p)), _mm256_cvtepu8_epi32(_mm_loadl_epi64(q))};
+}
+TORCHAO8_HD U load_signed_bytes(const uint8_t* x) {
+  const __m128i* p = reinterpret_cast<const __m128i*>(x);
+  const __m128i* q = reinterpret_cast<const __m128i*>(x + 8);
+  return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)), _mm256_cvtepi8_epi32(_mm_loadl_epi64(q))};
+}
+
+// 32 bytes, in the order in which packing leaves them.
+struct Bytes {
+  __m256i x;
+};
+TORCHAO8_HD Bytes all_bytes(uint8_t x) {
+  return {_mm256_set1_epi8(char(x))};
+}
+TORCHAO8_HD Bytes operator|(Bytes a, Bytes b) {
+  return {_mm256_or_si256(a.x, b.x)};
+}
+TORCHAO8_HD Bytes max(Bytes a, Bytes b) {
+  return {_mm256_max_epu8(a.x, b.x)};
+}
+// Numbers from `less` to 2^15, less that, but at most kMost: 127 or 255.
+template <int kMost>
+TORCHAO8_HD Bytes pack_less(U a, U b, uint32_t less) {
+  const __m256i all = _mm256_set1_epi16(short(less));
+  const __m256i low = _mm256_sub_epi16(_mm256_packus_epi32(a.low, a.high), all);
+  const __m256i high = _mm256_sub_epi16(_mm256_packus_epi32(b.low, b.high), all);
+  return {kMost == 127 ? _mm256_packs_epi16(low, high) : _mm256_packus_epi16(low, high)};
+}
+// The signs, in the highest bits.
+TORCHAO8_HD Bytes sign_bytes(F a, F b) {
+  const U u = bits(a), v = bits(b);
+  const __m256i signs =
+      _mm256_packs_epi16(_mm256_packs_epi32(u.low, u.high), _mm256_packs_epi32(v.low, v.high));
+  return {_mm256_and_si256(signs, _mm256_set1_epi8(char(0x80)))};
+}
+TORCHAO8_HD void store_bytes(uint8_t* to, Bytes bytes) {
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(bytes.x, order));
+}
+
+// The largest magnitude of many numbers; NaN is above all.
+TORCHAO8_HD uint32_t reduce_max_bits(__m256i v) {
+  __m128i x = _mm_max_epu32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  x = _mm_max_epu32(x, _mm_shuffle_epi32(x, 0x4e));
+  x = _mm_max_epu32(x, _mm_shuffle_epi32(x, 0xb1));
+  return uint32_t(_mm_cvtsi128_si32(x));
+}
+template <class T>
+struct LargestOf;
+template <>
+struct LargestOf<float> {
+  I largest;
+  TORCHAO8_HD LargestOf() : largest(all_lanes(0)) {}
+  TORCHAO8_HD void add(F v) { largest = max(largest, bits(v) & all_lanes(0x7fffffff)); }
+  TORCHAO8_HD void add(const float* x) {  // of 32
+    add(load(x));
+    add(load(x + kWidth));
+  }
+  TORCHAO8_HD float result() const {
+    return bits_float(reduce_max_bits(_mm256_max_epu32(largest.low, largest.high)));
+  }
+};
+template <>
+struct LargestOf<BFloat16> {
+  I largest;  // of words
+  TORCHAO8_HD LargestOf() : largest(all_lanes(0)) {}
+  TORCHAO8_HD void add(const BFloat16* x) {  // of 32
+    const I v = load_integers(x) & all_lanes(0x7fff7fff);
+    largest.low = _mm256_max_epu16(largest.low, v.low);
+    largest.high = _mm256_max_epu16(largest.high, v.high);
+  }
+  TORCHAO8_HD float result() const {
+    const __m256i v = _mm256_max_epu16(largest.low, largest.high);
+    const __m256i first = _mm256_slli_epi32(v, 16);
+    const __m256i second = _mm256_and_si256(v, _mm256_set1_epi32(int(0xffff0000u)));
+    return bits_float(reduce_max_bits(_mm256_max_epu32(first, second)));
+  }
+};
+struct LargestByte {
+  __m256i largest;
+  TORCHAO8_HD LargestByte() : largest(_mm256_setzero_si256()) {}
+  // Of 32 bytes, the bits of a mask.
+  template <uint8_t kMask>
+  TORCHAO8_HD void add(const uint8_t* x) {
+    __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    if (kMask != 255) v = _mm256_and_si256(v, _mm256_set1_epi8(char(kMask)));
+    largest = _mm256_max_epu8(largest, v);
+  }
+  TORCHAO8_HD uint32_t result() const {
+    __m128i x = _mm_max_epu8(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
+    // The least of the complements, as words of one byte each.
+    x = _mm_xor_si128(x, _mm_set1_epi32(-1));
+    x = _mm_min_epu8(x, _mm_srli_epi16(x, 8));
+    return 255 - (uint32_t(_mm_cvtsi128_si32(_mm_minpos_epu16(x))) & 255);
+  }
+};
+
 }  // namespace torchao8::avx2

@@ -230,4 +230,132 @@ struct RandomStream {
   }
 };
 
+// ---- bytes, two vectors of numbers at a time
+// -----------------------------------------------------
+
+struct U {  // of unsigned numbers
+  __m512i x;
+};
+TORCHAO8_HD U lanes_of(uint32_t x) {
+  return {all_lanes(x)};
+}
+TORCHAO8_HD U lanes_of(Hashes hashes) {
+  return {hashes};
+}
+TORCHAO8_HD U bits_of(F a) {
+  return {bits(a)};
+}
+TORCHAO8_HD F float_of(U a) {
+  return _mm512_castsi512_ps(a.x);
+}
+TORCHAO8_HD U operator+(U a, U b) {
+  return {_mm512_add_epi32(a.x, b.x)};
+}
+TORCHAO8_HD U operator&(U a, U b) {
+  return {_mm512_and_si512(a.x, b.x)};
+}
+TORCHAO8_HD U operator|(U a, U b) {
+  return {_mm512_or_si512(a.x, b.x)};
+}
+TORCHAO8_HD U operator<<(U a, int n) {
+  return {_mm512_slli_epi32(a.x, unsigned(n))};
+}
+TORCHAO8_HD U operator>>(U a, int n) {
+  return {_mm512_srli_epi32(a.x, unsigned(n))};
+}
+TORCHAO8_HD U load_bytes(const uint8_t* x) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)))};
+}
+TORCHAO8_HD U load_signed_bytes(const uint8_t* x) {
+  return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)))};
+}
+
+struct Bytes {  // 32
+  __m256i x;
+};
+TORCHAO8_HD Bytes all_bytes(uint8_t x) {
+  return {_mm256_set1_epi8(char(x))};
+}
+TORCHAO8_HD Bytes operator|(Bytes a, Bytes b) {
+  return {_mm256_or_si256(a.x, b.x)};
+}
+TORCHAO8_HD Bytes max(Bytes a, Bytes b) {
+  return {_mm256_max_epu8(a.x, b.x)};
+}
+// Byte number `which` of each dword of two vectors.
+constexpr ByteOrder pack_two_order(int which) {
+  ByteOrder order = {};
+  for (int i = 0; i < 32; i++) order.at[i] = uint8_t(4 * i + which);
+  return order;
+}
+constexpr ByteOrder kLowBytesOfTwo = pack_two_order(0), kHighBytesOfTwo = pack_two_order(3);
+TORCHAO8_HD __m256i pack_two(const ByteOrder& order, __m512i a, __m512i b) {
+  return _mm512_castsi512_si256(_mm512_permutex2var_epi8(a, load_order(order), b));
+}
+// Numbers from `less` to 2^31, less that, but at most kMost.
+template <int kMost>
+TORCHAO8_HD Bytes pack_less(U a, U b, uint32_t less) {
+  const __m512i most = all_lanes(less + kMost);
+  const __m256i low =
+      pack_two(kLowBytesOfTwo, _mm512_min_epu32(a.x, most), _mm512_min_epu32(b.x, most));
+  return {_mm256_sub_epi8(low, _mm256_set1_epi8(char(less)))};
+}
+// The signs, in the highest bits.
+TORCHAO8_HD Bytes sign_bytes(F a, F b) {
+  return {
+      _mm256_and_si256(pack_two(kHighBytesOfTwo, bits(a), bits(b)), _mm256_set1_epi8(char(0x80)))};
+}
+TORCHAO8_HD void store_bytes(uint8_t* to, Bytes bytes) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bytes.x);
+}
+
+// The largest magnitude of many numbers; NaN is above all.
+template <class T>
+struct LargestOf;
+template <>
+struct LargestOf<float> {
+  __m512i largest;
+  TORCHAO8_HD LargestOf() : largest(_mm512_setzero_si512()) {}
+  TORCHAO8_HD void add(F v) {
+    largest = _mm512_max_epu32(largest, _mm512_and_si512(bits(v), all_lanes(0x7fffffff)));
+  }
+  TORCHAO8_HD void add(const float* x) {  // of 32
+    add(load(x));
+    add(load(x + kWidth));
+  }
+  TORCHAO8_HD float result() const { return bits_float(_mm512_reduce_max_epu32(largest)); }
+};
+template <>
+struct LargestOf<BFloat16> {
+  __m512i largest;  // of words
+  TORCHAO8_HD LargestOf() : largest(_mm512_setzero_si512()) {}
+  TORCHAO8_HD void add(const BFloat16* x) {  // of 32
+    largest =
+        _mm512_max_epu16(largest, _mm512_and_si512(_mm512_loadu_si512(x), all_lanes(0x7fff7fff)));
+  }
+  TORCHAO8_HD float result() const {
+    const __m512i first = _mm512_slli_epi32(largest, 16);
+    const __m512i second = _mm512_and_si512(largest, all_lanes(0xffff0000u));
+    return bits_float(_mm512_reduce_max_epu32(_mm512_max_epu32(first, second)));
+  }
+};
+struct LargestByte {
+  __m256i largest;
+  TORCHAO8_HD LargestByte() : largest(_mm256_setzero_si256()) {}
+  // Of 32 bytes, the bits of a mask.
+  template <uint8_t kMask>
+  TORCHAO8_HD void add(const uint8_t* x) {
+    __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    if (kMask != 255) v = _mm256_and_si256(v, _mm256_set1_epi8(char(kMask)));
+    largest = _mm256_max_epu8(largest, v);
+  }
+  TORCHAO8_HD uint32_t result() const {
+    __m128i x = _mm_max_epu8(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
+    // The least of the complements, as words of one byte each.
+    x = _mm_xor_si128(x, _mm_set1_epi32(-1));
+    x = _mm_min_epu8(x, _mm_srli_epi16(x, 8));
+    return 255 - (uint32_t(_mm_cvtsi128_si32(_mm_minpos_epu16(x))) & 255);
+  }
+};
+
 }  // namespace torchao8::avx512
