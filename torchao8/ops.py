@@ -78,14 +78,18 @@ def quantize_blockwise(
             counts as 0.
         block_size: elements that share a scale, a power of two from 64 to 2048. Blocks lie inside
             rows, or go through the whole tensor where ``shape[1:]`` holds fewer than 16 elements.
-        signed: which of the two maps, see :func:`dynamic_map`.
-        state_format: the format of the codes, "dynamic".
+        signed: which of the format's two maps.
+        state_format: "dynamic", see :func:`dynamic_map`, or "mulaw", on the CPU. A mu-law code of
+            an unsigned number is ``16 * e + k``, of the value ``2**e * (1 + k / 16) - 1`` times the
+            scale. A signed one has its sign in the highest bit, and that below.
 
     Returns:
         ``codes``, uint8 of the shape of ``input``, and ``scale``, float32 of the shape
-        ``torchao8.block_layout.scale_shape(input.shape, block_size)``: each block's element of
-        largest magnitude with its sign, 0 where that is below the smallest normal float32, NaN
-        where the block holds an element that is not finite.
+        ``torchao8.block_layout.scale_shape(input.shape, block_size)``. It is NaN where the block
+        holds an element that is not finite, and 0 where it would be below the smallest normal
+        float32. Else it is the block's element of largest magnitude with its sign, in the dynamic
+        format. In the mu-law format it is the least number at which that element has a code,
+        rounded up: to a power of two, or, if signed, to 7 bits behind the point.
 
     Raises:
         ValueError: there is no such format.
@@ -105,7 +109,7 @@ def dequantize_blockwise(
     dtype: torch.dtype = torch.float32,
     state_format: str = "dynamic",
 ) -> Tensor:
-    """The values that codes stand for: ``dynamic_map(signed)[codes]`` times the scale of the block.
+    """The values that codes stand for: those at scale 1 times the scale of the block.
 
     Args:
         codes: uint8, any shape.

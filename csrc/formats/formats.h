@@ -4,10 +4,11 @@
 
 #include "formats/dynamic.h"
 #include "formats/format.h"
+#include "formats/mulaw_format.h"
 
 namespace torchao8 {
 
-using Formats = Types<DynamicFormat>;
+using Formats = Types<DynamicFormat, MulawFormat>;
 
 template <class... Format>
 constexpr int64_t count_formats(Types<Format...>) {

@@ -14,7 +14,7 @@ void measure_block(const Rule& r, const BlockRun& run, float* updates) {
   const float* param = static_cast<const float*>(run.param);
   const float* grad = static_cast<const float*>(run.grad);
   float scale[N];
-  for (int s = 0; s < N; s++) scale[s] = *run.scales[s];
+  for (int s = 0; s < N; s++) scale[s] = Decoder::scale(*run.scales[s]);
   const Rule rule = r.with_scales(scale);
   for (int i = 0; i < run.length; i += kWidth) {
     F values[Rule::kValues];

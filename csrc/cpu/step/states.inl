@@ -11,6 +11,16 @@ TORCHAO8_HD void for_each_state(Function f) {
   if constexpr (N > 2) f(std::integral_constant<int, 2>());
 }
 
+// One of two objects.
+template <bool kFirst, class A, class B>
+TORCHAO8_HD auto& choose(A& a, B& b) {
+  if constexpr (kFirst) {
+    return a;
+  } else {
+    return b;
+  }
+}
+
 // Where all states are usable: neither NaN nor infinite nor close to it, nor negative if unsigned.
 // Without states, where the first value is.
 template <class Rule>
@@ -65,6 +75,8 @@ struct StateExtremes {
 // Elements ahead of the ones at work that are asked for from memory. The hardware's own prefetchers
 // stop at pages of 4 KiB, and a block spends its time in four arrays at once.
 constexpr int kAhead = 768;
+template <class T>
+constexpr int kLineOf = 64 / int(sizeof(T));  // elements in a line of the cache
 
 TORCHAO8_HD void prefetch(const void* p) {
 #if defined(__GNUC__) || defined(__clang__)

@@ -12,6 +12,8 @@ struct StateDecoder {
   TORCHAO8_HD explicit StateDecoder(const CodecTables& t = codec_tables())
       : of_signed(t), of_unsigned(t) {}
 
+  static TORCHAO8_HD float scale(float stored) { return stored; }
+
   // codes: for each state where they begin; i: the first element of the vector.
   template <class Codes>
   TORCHAO8_HD void operator()(const Codes& codes, int64_t i, F* values) const {
