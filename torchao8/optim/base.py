@@ -32,7 +32,7 @@ from torchao8.optim._step.bucket import Number
 from torchao8.optim._step.calls import call_ops
 from torchao8.optim._step.plan import Plan, plan_step
 from torchao8.optim.contract import OptimizerContract
-from torchao8.optim.options import Group, plain_hints
+from torchao8.optim.options import ADDED_LATER, Group, plain_hints
 from torchao8.sharding import is_dtensor
 
 
@@ -270,6 +270,9 @@ class LowPrecisionOptimizer(OptimizerContract):
         unseal(state["state"])
         make_normal(state["state"])
         super().__setstate__(state)
+        for group in (*self.param_groups, self.defaults):
+            for option, value in ADDED_LATER.items():
+                group.setdefault(option, value)
         paging.move_states(self.param_groups, self.state)
         _run_when_traced(type(self))
         self.__dict__.setdefault("_step_supports_amp_scaling", bool(self.defaults["fused"]))

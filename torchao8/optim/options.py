@@ -37,6 +37,10 @@ COMMON: dict[str, Any] = {
 }
 
 
+# Options that pickles of older versions lack, with what these did.
+ADDED_LATER: dict[str, Any] = {"state_format": "dynamic"}
+
+
 class KeywordOptions(TypedDict, total=False):
     """The common options that no optimizer takes by position, see :class:`CommonOptions`."""
 
