@@ -29,7 +29,6 @@ from torchao8.interop.bitsandbytes import (
 )
 from torchao8.interop.moments import Quantized, States, checked_scale, checked_step
 from torchao8.interop.torchao import is_torchao, read_torchao
-from torchao8.optim._state.formats import DYNAMIC
 
 __all__ = ["norm_history", "own_options", "reads", "to_own", "who_wrote"]
 
@@ -109,9 +108,8 @@ def to_own(
         _is_ours(quantized[name], signed, shape, scales) for name, signed in states.items()
     ):
         for name, moment in quantized.items():
-            codes_key, scale_key = DYNAMIC.keys_of(name)
-            own[codes_key] = moment.codes
-            own[scale_key] = moment.scale.reshape(scales.shape(shape))
+            own[f"{name}_codes"] = moment.codes
+            own[f"{name}_scale"] = moment.scale.reshape(scales.shape(shape))
         return own
     for name, m in moments.items():
         own[name] = m.dequantize() if isinstance(m, Quantized) else m
