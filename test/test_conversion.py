@@ -52,7 +52,7 @@ def test_8bit_becomes_32bit_without_loss(options: dict[str, Any], device: str) -
     assert told == [
         "AdamW: the state of parameter 0 (of shape [3, 300]) and 5 more was saved in 8 bits, and "
         "is kept in 32 from here on. The options of this optimizer (optim_bits, min_8bit_size, "
-        "block_size, block_wise) or the sharding of its parameters decide that"
+        "block_size, state_format, block_wise) or the sharding of its parameters decide that"
     ]
     train(target, target.param_groups[0]["params"], [3])
 

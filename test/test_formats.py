@@ -12,7 +12,7 @@ from optim_table import OF_8_BITS
 
 from torchao8.block_layout import Scales
 from torchao8.optim._state.blocks import Portion
-from torchao8.optim._state.formats import FLOAT32, FORMATS, Format, format_in
+from torchao8.optim._state.formats import FLOAT32, FORMATS, MULAW, Format, format_in
 from torchao8.optim._state.spec import BESIDE_STATES, State
 from torchao8.optim.contract import states_under
 
@@ -75,7 +75,8 @@ def test_fresh_state_is_what_a_rule_starts_from(found: Format, block_wise: bool)
 @EVERY_FORMAT
 @pytest.mark.parametrize("shape", SHAPES)
 def test_what_a_format_can_hold_comes_back(found: Format, shape: tuple[int, ...]) -> None:
-    """Numbers that were rounded once are not rounded again."""
+    """Numbers that were rounded once are not rounded again, where the scale is the extreme element.
+    A mulaw scale is rounded up itself, and another one may do for the rounded element."""
     generator = torch.Generator().manual_seed(1)
     portion = Portion(None, Scales(64))
     moments = {
@@ -83,6 +84,7 @@ def test_what_a_format_can_hold_comes_back(found: Format, shape: tuple[int, ...]
         for state in STATES
     }
     first = found.encode(STATES, moments, portion)
+    found.check("p", STATES, first, portion)
     specs = {
         key: spec
         for state in STATES
@@ -91,7 +93,12 @@ def test_what_a_format_can_hold_comes_back(found: Format, shape: tuple[int, ...]
     assert {k: (v.dtype, tuple(v.shape)) for k, v in first.items()} == {
         key: (spec.dtype, spec.shape) for key, spec in specs.items()
     }
-    second = found.encode(STATES, found.decode(STATES, first, portion), portion)
-    assert {key: bits(value) for key, value in first.items()} == {
-        key: bits(value) for key, value in second.items()
-    }
+    once = found.decode(STATES, first, portion)
+    second = found.encode(STATES, once, portion)
+    if found is MULAW:
+        twice = found.decode(STATES, second, portion)
+        for name, value in once.items():
+            gap = 2.0**-4 * (value.abs() + value.abs().max() / 247)
+            assert ((twice[name] - value).abs() <= 0.51 * gap).all()
+    else:
+        assert {k: bits(v) for k, v in first.items()} == {k: bits(v) for k, v in second.items()}

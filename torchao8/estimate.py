@@ -20,7 +20,7 @@ from torchao8 import _tables, sharding
 from torchao8.block_layout import Scales
 from torchao8.optim import classes
 from torchao8.optim._params import PARAM_DTYPES
-from torchao8.optim._state.formats import DYNAMIC, FLOAT32
+from torchao8.optim._state.formats import FLOAT32, FORMATS, Format
 from torchao8.optim._state.spec import State, beside_states
 from torchao8.optim.contract import bare_name, states_under
 from torchao8.optim.options import clips
@@ -93,6 +93,7 @@ def estimate(
     optimizer: str = "AdamW",
     min_8bit_size: int = 4096,
     block_size: int = 256,
+    state_format: str = "dynamic",
     block_wise: bool = True,
     percentile_clipping: int = 100,
     **rule_options: Any,
@@ -117,7 +118,7 @@ def estimate(
             parameter; shapes are float32 unless it is given.
         optimizer: the name of a class of this library. With 8bit at its end or without, both are
             told; and with Paged before it, the same.
-        min_8bit_size, block_size, block_wise, percentile_clipping: as in
+        min_8bit_size, block_size, state_format, block_wise, percentile_clipping: as in
             :class:`torchao8.AdamW8bit`.
         rule_options: of the optimizer, where they add states: ``amsgrad``, ``centered``,
             ``momentum``.
@@ -136,6 +137,7 @@ def estimate(
     common = {
         "min_8bit_size": min_8bit_size,
         "block_size": block_size,
+        "state_format": state_format,
         "block_wise": block_wise,
         "percentile_clipping": percentile_clipping,
     }
@@ -150,10 +152,10 @@ def estimate(
     kept: dict[str, list[str]] = {}
     for t in tensors:
         reason = why_32bit(t.shape, t.mesh_shape, t.placements, block_size, min_8bit_size)
-        in_8bit = reason is None
+        found = FORMATS[state_format] if reason is None else FLOAT32
         elements, scales = math.prod(t.shape), math.prod(scales_of.shape(t.shape))
-        local_scales = _local_scales(t, scales_of) if in_8bit else 0
-        state = _StateBytes(states, in_8bit, per_tensor)
+        local_scales = _local_scales(t, scales_of) if found.is_quantized else 0
+        state = _StateBytes(states, found, per_tensor)
         on_rank.append(_bytes(t, state, _local(t), local_scales))
         once.append(_bytes(t, state, elements, scales))
         # The ranks share each copy, but the step of a tensor, and its one scale, lie on all.
@@ -183,7 +185,7 @@ class _StateBytes(NamedTuple):
     """What the state of a tensor is made of: ``beside`` are bytes that lie on every rank."""
 
     states: int
-    in_8bit: bool
+    found: Format
     beside: int
 
 
@@ -192,10 +194,7 @@ def _bytes(t: _Tensor, state: _StateBytes, elements: int, scales: int, ranks: in
     values = elements * t.dtype.itemsize
     if not t.trainable:
         return Bytes(values, 0, 0, 0)
-    wide, low = (
-        state.states * each.nbytes(elements, scales)
-        for each in (FLOAT32, DYNAMIC if state.in_8bit else FLOAT32)
-    )
+    wide, low = (state.states * each.nbytes(elements, scales) for each in (FLOAT32, state.found))
     beside = state.beside * ranks
     return Bytes(values, values, wide + beside, low + beside)
 

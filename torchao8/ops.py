@@ -4,6 +4,7 @@ Importing this module loads ``torchao8/_C.abi3.so``, which registers the ops wit
 under ``torch.ops.torchao8`` and tells the names of the families of update rules (:data:`FAMILIES`).
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -323,6 +324,49 @@ def extremes(
         **flags,
     )
     return found
+
+
+def takes_format(op: str, name: str, device: torch.device) -> bool:
+    """Whether a step op steps state of a format on a device.
+
+    Args:
+        op: of :data:`STEP_OPS`.
+        name: of :data:`FORMATS`.
+    """
+    number = FORMAT_NUMBERS[name]
+    if number == 0 or device.type == "meta":  # every engine has the first; meta makes no steps
+        return True
+    return _takes_format(op, number, device.type, is_portable(device))
+
+
+@functools.cache
+def _takes_format(op: str, number: int, device_type: str, portable: bool) -> bool:
+    """Asks the op that only looks, with a parameter of no elements: the format is the first thing
+    that an op refuses."""
+    (family,) = (family for family in FAMILIES if family.step_op == op)
+    number_of = torch.ones((), dtype=torch.float32, device=device_type)
+    scale = number_of.reshape(1)
+    empty = torch.empty(0, dtype=torch.float32, device=device_type)
+    codes = empty.to(torch.uint8)
+    lr = torch.zeros((), dtype=torch.float64, device="cpu")
+    try:
+        extremes(
+            op,
+            [empty],
+            [empty],
+            [[number_of if s.scalar else codes] for s in family.states],
+            [[scale] for s in family.states if not s.scalar],
+            [number_of],
+            lr,
+            lr.new_zeros(len(family.numbers)),
+            None,
+            [],
+            state_format=number,
+            **dict.fromkeys(family.flags, False),
+        )
+    except RuntimeError as error:
+        return "state_format" not in str(error)
+    return True
 
 
 def count_step_(steps: list[Tensor], found_inf: Tensor | None) -> None:

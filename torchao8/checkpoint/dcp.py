@@ -37,7 +37,7 @@ def load_dcp(
     """Loads the state of an optimizer from a ``dcp.save`` folder, or raises and changes nothing.
 
     ``dcp.load`` reads into the live state: what fails half-way leaves half of it changed, and
-    state of another format, 32-bit where 8 bits are kept here or the reverse, cannot be read at
+    state of another format, as 32-bit where 8 bits are kept here or the reverse, cannot be read at
     all. This reads into memory of its own (paged, where state is), a second copy of the state on
     this rank while it loads, and hands it to ``optimizer.load_state_dict``, which checks and
     converts it. So it also takes what ``torch.optim.AdamW`` saved. Options that the checkpoint

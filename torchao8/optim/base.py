@@ -32,7 +32,7 @@ from torchao8.optim._step.bucket import Number
 from torchao8.optim._step.calls import call_ops
 from torchao8.optim._step.plan import Plan, plan_step
 from torchao8.optim.contract import OptimizerContract
-from torchao8.optim.options import Group, plain_hints
+from torchao8.optim.options import ADDED_LATER, Group, plain_hints
 from torchao8.sharding import is_dtensor
 
 
@@ -99,6 +99,7 @@ class LowPrecisionOptimizer(OptimizerContract):
             RuntimeError: a gradient is sparse or of an unsupported dtype, or a state does not fit
                 its parameter and options (``optim_bits`` was changed, for one, or the parameter was
                 resized); a parameter with a gradient is on the device meta.
+            NotImplementedError: the device of a parameter does not have its ``state_format``.
             ValueError: a parameter put into a group after construction is of an unsupported dtype;
                 a float16 one under ``stochastic_rounding``; a shard that is not what it says.
             OSError: no space for paged state, at the first step.
@@ -200,7 +201,8 @@ class LowPrecisionOptimizer(OptimizerContract):
 
         8-bit state stays codes and scales, but for parameters that FSDP1 has flattened: its
         ``optim_state_dict`` can gather moments only, so that these are given in 32 bits. Loaded at
-        the same world size they become the same codes again. Empty shards of its parameters are
+        the same world size they become the same codes again in the dynamic format; in the mulaw
+        format they are rounded to nearest. Empty shards of its parameters are
         left out where there are no moments, as of SGD without momentum.
         """
         result = super().state_dict()
@@ -226,10 +228,11 @@ class LowPrecisionOptimizer(OptimizerContract):
 
         As in ``torch.optim``, the options of the checkpoint replace those of the groups, except
         those that lay out the state (``optim_bits``, ``min_8bit_size``, ``block_size``,
-        ``block_wise``, ``is_paged``, ``page_dir``). State tensors keep their bytes. They move to
-        the device of their parameter, and to paged memory where it is paged; those that are there
-        already are taken over, not copied. State that was saved in another precision than the
-        parameter keeps here, or in other blocks, is converted, and one warning says so.
+        ``state_format``, ``block_wise``, ``is_paged``, ``page_dir``). State tensors keep their
+        bytes. They move to the device of their parameter, and to paged memory where it is paged;
+        those that are there already are taken over, not copied. State that was saved in another
+        precision or format than the parameter keeps here, or in other blocks, is converted, and one
+        warning says so.
 
         What others keep in the state of a parameter (a Lookahead, a logger) comes back as it was
         saved, on the device of the parameter. State of another library that does not tell how many
@@ -246,6 +249,7 @@ class LowPrecisionOptimizer(OptimizerContract):
             ValueError: groups of another number or size, an option out of range, a state_version
                 that is not known, or a state whose keys, dtypes, shapes or values are not those of
                 the parameter.
+            NotImplementedError: the device of a parameter does not have its ``state_format``.
             OSError: no space for state that is to be paged.
         """
         if not isinstance(cast(object, state_dict), dict):
@@ -266,6 +270,9 @@ class LowPrecisionOptimizer(OptimizerContract):
         unseal(state["state"])
         make_normal(state["state"])
         super().__setstate__(state)
+        for group in (*self.param_groups, self.defaults):
+            for option, value in ADDED_LATER.items():
+                group.setdefault(option, value)
         paging.move_states(self.param_groups, self.state)
         _run_when_traced(type(self))
         self.__dict__.setdefault("_step_supports_amp_scaling", bool(self.defaults["fused"]))

@@ -121,6 +121,7 @@ class LAMB(LowPrecisionOptimizer):
             factors=factors,
             block_size=group["block_size"],
             block_wise=group["block_wise"],
+            state_format=bucket.state_format,
             maximize=group["maximize"],
         )
 

@@ -10,6 +10,7 @@ from typing import Any, TypedDict, cast, get_type_hints
 import torch
 from torch import Tensor
 
+from torchao8 import ops
 from torchao8._numbers import known
 from torchao8.block_layout import check_block_size
 
@@ -25,6 +26,7 @@ COMMON: dict[str, Any] = {
     "optim_bits": 32,
     "min_8bit_size": 4096,
     "block_size": 256,
+    "state_format": "dynamic",
     "state_rounding": "stochastic",
     "stochastic_rounding": False,
     "seed": 0,
@@ -33,6 +35,10 @@ COMMON: dict[str, Any] = {
     "is_paged": None,
     "page_dir": "",
 }
+
+
+# Options that pickles of older versions lack, with what these did.
+ADDED_LATER: dict[str, Any] = {"state_format": "dynamic"}
 
 
 class KeywordOptions(TypedDict, total=False):
@@ -44,6 +50,7 @@ class KeywordOptions(TypedDict, total=False):
     differentiable: bool
     fused: bool | None
     block_size: int
+    state_format: str
     state_rounding: str
     stochastic_rounding: bool
     seed: int
@@ -55,7 +62,8 @@ class CommonOptions(KeywordOptions, total=False):
 
     Each group may have its own: ``[{"params": embedding, "optim_bits": 32}, {"params": others}]``.
     Options that lay out the state cannot change after the first step: ``optim_bits``,
-    ``min_8bit_size``, ``block_size``, ``block_wise``, ``is_paged`` and ``page_dir``.
+    ``min_8bit_size``, ``block_size``, ``state_format``, ``block_wise``, ``is_paged`` and
+    ``page_dir``.
 
     Attributes:
         maximize: step along the gradient, not against it.
@@ -71,6 +79,9 @@ class CommonOptions(KeywordOptions, total=False):
             fewer than 16 elements in ``shape[1:]``: no block fits all the ways to shard them.
         block_size: how many neighbouring elements, a block, share a scale in 8-bit state. A power
             of two from 64 to 2048.
+        state_format: what the codes of 8-bit state stand for. "dynamic" is the map of bitsandbytes.
+            "mulaw" codes are the leading bits of a float, which takes less arithmetic; only the
+            kernels for the CPU have it, other devices refuse it. 32-bit state has no codes.
         state_rounding: how averages and sums of squares are rounded to 8 bits, "stochastic" or
             "nearest". Averages of gradients are rounded to nearest.
         stochastic_rounding: round bfloat16 parameters stochastically. Rounding to nearest loses
@@ -219,6 +230,7 @@ LAYOUT_OPTIONS = (
     "optim_bits",
     "min_8bit_size",
     "block_size",
+    "state_format",
     "block_wise",
     "is_paged",
     "page_dir",
@@ -258,6 +270,7 @@ def check_common_options(group: Group) -> None:
     if not is_int(group["min_8bit_size"]) or group["min_8bit_size"] < 0:
         raise ValueError(f"min_8bit_size: expected an int >= 0, got {group['min_8bit_size']!r}")
     check_block_size(group["block_size"])
+    _check_state_format(group["state_format"])
     check_flag("block_wise", group["block_wise"])
     rounding = group["state_rounding"]
     if rounding not in ("stochastic", "nearest"):
@@ -270,6 +283,13 @@ def check_common_options(group: Group) -> None:
             f"state_version: this version of torchao8 reads and writes {STATE_VERSION}, got "
             f"{group['state_version']!r}. A newer one may have saved the checkpoint."
         )
+
+
+def _check_state_format(value: Any) -> None:
+    names = [each.name for each in ops.FORMATS]
+    if value not in names:
+        expected = " or ".join(map(repr, names))
+        raise ValueError(f"state_format: expected {expected}, got {value!r}")
 
 
 def _check_paging(group: Group) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchao8 import ops
-from torchao8.block_layout import MAX_BLOCK_SIZE, Scales
+from torchao8.block_layout import MAX_BLOCK_SIZE, Scales, row_length
 from torchao8.sharding import is_dtensor, largest_over_shards, shard_rows
 
 
@@ -27,7 +28,9 @@ class Portion(NamedTuple):
     extremes: Mapping[str, Tensor] = {}
 
 
-def dequantize(portion: Portion, codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
+def dequantize(
+    portion: Portion, codes: Tensor, scale: Tensor, signed: bool, state_format: str
+) -> Tensor:
     """The numbers that codes stand for."""
     p, scales = portion.p, portion.scales
     shape, block_size = codes.shape, scales.block_size
@@ -40,21 +43,53 @@ def dequantize(portion: Portion, codes: Tensor, scale: Tensor, signed: bool) -> 
         where = shard_rows(p, block_size)
         assert where is not None  # or it would have no codes
         codes, scale = codes.reshape(-1, where.row), scale.reshape(-1, where.blocks)
-    return ops.dequantize_blockwise(codes, scale, block_size=block_size, signed=signed).view(shape)
+    values = ops.dequantize_blockwise(
+        codes, scale, block_size=block_size, signed=signed, state_format=state_format
+    )
+    return values.view(shape)
 
 
-def quantize(portion: Portion, name: str, moment: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+def quantize(
+    portion: Portion, name: str, moment: Tensor, signed: bool, state_format: str
+) -> tuple[Tensor, Tensor]:
     """Codes and scales of the moment of this name, rounded to nearest."""
     p, block_size = portion.p, portion.scales.block_size
+    encode = functools.partial(ops.quantize_blockwise, signed=signed, state_format=state_format)
     if not portion.scales.block_wise:
-        return _quantize_with(moment, portion.extremes[name], signed)
+        return _quantize_with(moment, portion.extremes[name], encode)
     if not is_dtensor(p):
-        return ops.quantize_blockwise(moment, block_size=block_size, signed=signed)
+        return encode(moment, block_size=block_size)
     where = shard_rows(p, block_size)
     assert where is not None
     rows = moment.reshape(-1, where.row) if moment.numel() else moment.new_empty(0, 1)
-    codes, scale = ops.quantize_blockwise(rows, block_size=block_size, signed=signed)
+    codes, scale = encode(rows, block_size=block_size)
     return codes.view(moment.shape), scale.view(where.scale_shape)
+
+
+def some_zeros_are_wrong(portion: Portion, codes: Tensor, scale: Tensor) -> bool:
+    """Whether a block of scale 0 has a code that is not 0, or another block one that is."""
+    if not codes.numel():
+        return False
+    is_zero = codes == 0
+    row, block_size = codes.numel(), portion.scales.block_size
+    if not portion.scales.block_wise:
+        block_size = row
+    elif is_dtensor(portion.p):
+        where = shard_rows(portion.p, block_size)
+        assert where is not None
+        row = where.row
+    else:
+        row = row_length(codes.shape, block_size)
+    rows = is_zero.reshape(-1, row)
+    whole = row // block_size * block_size
+    parts = [rows[:, :whole].unflatten(1, (-1, block_size))] if whole else []
+    parts += [rows[:, None, whole:]] if whole < row else []
+    has_zero, has_others = (
+        torch.cat([part.any(-1) for part in each], 1)
+        for each in (parts, [part.logical_not() for part in parts])
+    )
+    live = scale.reshape(has_zero.shape).to(codes.device) != 0
+    return bool(torch.where(live, has_zero, has_others).any())
 
 
 def extreme_elements(
@@ -78,7 +113,9 @@ def extreme_elements(
     return dict(zip(names, found, strict=True))
 
 
-def _quantize_with(moment: Tensor, extreme: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+def _quantize_with(
+    moment: Tensor, extreme: Tensor, encode: Callable[..., tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
     """Nearest codes at one scale, the extreme element of the whole tensor.
 
     Each block gets the extreme as an extra first element, which becomes its scale; its code is
@@ -89,6 +126,6 @@ def _quantize_with(moment: Tensor, extreme: Tensor, signed: bool) -> tuple[Tenso
     values = moment.new_zeros(rows * others)
     values[: moment.numel()] = moment.reshape(-1)
     blocks = torch.cat((extreme.to(moment.device).expand(rows, 1), values.view(rows, others)), 1)
-    codes, scale = ops.quantize_blockwise(blocks, block_size=MAX_BLOCK_SIZE, signed=signed)
+    codes, scale = encode(blocks, block_size=MAX_BLOCK_SIZE)
     codes = codes[:, 1:].reshape(-1)[: moment.numel()]
     return codes.view(moment.shape).contiguous(), scale[0].clone()

@@ -27,10 +27,10 @@ def convert(
 ) -> dict[str, Tensor]:
     """What this rank holds of saved state after its conversion, through float32.
 
-    8 bits become 32 without loss, 32 become 8 rounded to nearest, and other blocks both. Sharded
-    state is converted where it lies if it is placed as ``p`` and in whole blocks; if not, it is
-    gathered, a collective, a parameter at a time. One scale for all of a sharded parameter is a
-    collective as well.
+    8 bits become 32 without loss, 32 become 8 rounded to nearest, and other blocks, or codes of
+    another format, both. Sharded state is converted where it lies if it is placed as ``p`` and in
+    whole blocks; if not, it is gathered, a collective, a parameter at a time. One scale for all of
+    a sharded parameter is a collective as well.
 
     Args:
         saved: of a form that :func:`check_form` has let pass.
@@ -67,7 +67,9 @@ def convert(
     try:
         for key, value in values.items():
             check_values(label, key, form[key], value)
-        moments = found.decode(tensors, values, Portion(sharded, saved_scales))
+        saved_portion = Portion(sharded, saved_scales)
+        found.check(label, tensors, values, saved_portion)
+        moments = found.decode(tensors, values, saved_portion)
     except ValueError as error:
         # Raised after the collective below; else the other ranks would wait for this one.
         refusal = error

@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from torchao8 import ops
 from torchao8.block_layout import Scales
 from torchao8.optim._state import blocks
 from torchao8.optim._state.blocks import Portion
@@ -68,7 +69,17 @@ class Format:
     @property
     def described(self) -> str:
         """For messages: state was saved "in 8 bits"."""
-        return f"{self.bits} bits"
+        return f"{self.bits} bits{self.told_apart}"
+
+    @property
+    def told_apart(self) -> str:
+        """For messages, behind the number of bits, where that alone would mean another format."""
+        return "" if self is DYNAMIC or self is FLOAT32 else f" ({self.name})"
+
+    @property
+    def op_number(self) -> int:
+        """What the ops take as ``state_format``; they tell float32 by its dtype."""
+        return ops.FORMAT_NUMBERS[self.name] if self.is_quantized else 0
 
     def keys_of(self, name: str) -> tuple[str, ...]:
         """The keys of a state that is no scalar, by its name."""
@@ -116,6 +127,19 @@ class Format:
         """The reverse of :meth:`decode`, rounded to nearest."""
         raise NotImplementedError
 
+    def check(
+        self, label: str, states: Sequence[State], values: Mapping[str, Tensor], portion: Portion
+    ) -> None:
+        """Checks what the values of single tensors do not tell, as a checkpoint is loaded.
+
+        Args:
+            label: names the parameter in messages.
+            values: by their keys; finite ones.
+
+        Raises:
+            ValueError: numbers that no step could have left.
+        """
+
 
 class _Float32(Format):
     """The numbers themselves."""
@@ -144,12 +168,14 @@ class _Float32(Format):
         return dict(moments)
 
 
-class _Dynamic(Format):
-    """Codes of the dynamic map and their scales (csrc/codec/dynamic_map.h)."""
+class _Codes(Format):
+    """One byte for each number, and scales: the formats that quantize_blockwise has."""
 
-    name = "dynamic"
     bits = 8
-    parts = (Part("_codes", "moments_8bit"), Part("_scale", "scales"))
+
+    def fill(self, state: State) -> int:
+        """The code of fresh state, whose scale is the initial number."""
+        raise NotImplementedError
 
     def nbytes(self, elements: int, scales: int) -> int:
         return elements + scales * torch.float32.itemsize
@@ -157,13 +183,17 @@ class _Dynamic(Format):
     def _specs(
         self, state: State, shape: tuple[int, ...], scales: Scales, place: Place
     ) -> tuple[TensorSpec, ...]:
-        code = 255 if state.initial else 127 if state.signed else 0  # 1.0 or 0.0, times the scale
         pages = place.pages if scales.block_wise else None  # one number is not worth a page
-        codes = TensorSpec(torch.uint8, shape, code, place.local_shape, pages=place.pages)
-        where = (place.local_scale, state.signed, pages)
+        codes = TensorSpec(
+            torch.uint8, shape, self.fill(state), place.local_shape, pages=place.pages
+        )
+        where = (place.local_scale, self._has_signed_scale(state), pages)
         return codes, TensorSpec(
             torch.float32, scales.shape(shape), state.initial, *where, is_scale=True
         )
+
+    def _has_signed_scale(self, state: State) -> bool:
+        raise NotImplementedError
 
     def decode(
         self, states: Sequence[State], values: Mapping[str, Tensor], portion: Portion
@@ -171,7 +201,7 @@ class _Dynamic(Format):
         moments = {}
         for state in states:
             codes, scale = (values[key] for key in self.keys(state))
-            moments[state.name] = blocks.dequantize(portion, codes, scale, state.signed)
+            moments[state.name] = blocks.dequantize(portion, codes, scale, state.signed, self.name)
         return moments
 
     def encode(
@@ -179,15 +209,65 @@ class _Dynamic(Format):
     ) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         for state in states:
-            new = blocks.quantize(portion, state.name, moments[state.name], state.signed)
+            moment = moments[state.name]
+            new = blocks.quantize(portion, state.name, moment, state.signed, self.name)
             values.update(zip(self.keys(state), new, strict=True))
         return values
 
 
+class _Dynamic(_Codes):
+    """Codes of the dynamic map and their scales (csrc/codec/dynamic_map.h)."""
+
+    name = "dynamic"
+    parts = (Part("_codes", "moments_8bit"), Part("_scale", "scales"))
+
+    def fill(self, state: State) -> int:
+        return 255 if state.initial else 127 if state.signed else 0  # 1.0 or 0.0
+
+    def _has_signed_scale(self, state: State) -> bool:
+        return state.signed
+
+
+class _Mulaw(_Codes):
+    """Codes that are the leading bits of floats, and their scales (csrc/formats/mulaw.h)."""
+
+    name = "mulaw"
+    parts = (Part("_mulaw", "moments_8bit"), Part("_mulaw_scale", "scales"))
+
+    def fill(self, state: State) -> int:
+        return 16 if state.initial else 0  # 1.0 or 0.0
+
+    def _has_signed_scale(self, state: State) -> bool:
+        return False
+
+    def check(
+        self, label: str, states: Sequence[State], values: Mapping[str, Tensor], portion: Portion
+    ) -> None:
+        for state in states:
+            key, scale_key = self.keys(state)
+            codes, scale = values[key], values[scale_key]
+            # Of an unsigned state a power of two, else with 7 bits behind the point.
+            dropped = (1 << (16 if state.signed else 23)) - 1
+            wrong = (scale.view(torch.int32) & dropped != 0) & (scale != state.initial)
+            if bool(wrong.any()):
+                expected = "numbers of 7 mantissa bits" if state.signed else "powers of two"
+                raise ValueError(
+                    f"{scale_key} of {label}: expected {expected}, as steps leave them, got "
+                    f"{float(scale[wrong][0])}"
+                )
+            # No second moment above 0 is rounded to 0, and all of a block without a scale are.
+            if not state.signed and blocks.some_zeros_are_wrong(portion, codes, scale):
+                raise ValueError(
+                    f"{key} of {label}: expected codes of 0 in all blocks of scale 0 and in no "
+                    "others, got some that are not so"
+                )
+
+
 FLOAT32: Format = _Float32()
 DYNAMIC: Format = _Dynamic()
+MULAW: Format = _Mulaw()
 # Every format, by its name.
-FORMATS = {each.name: each for each in (FLOAT32, DYNAMIC)}
+FORMATS = {each.name: each for each in (FLOAT32, DYNAMIC, MULAW)}
 
 
 def own_keys(names: Iterable[str]) -> list[str]:

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from torchao8 import sharding
+from torchao8 import ops, sharding
 from torchao8._messages import describe, meta_message, warn_caller, with_shape
 from torchao8._modes import normal_tensors
 from torchao8.block_layout import Scales
 from torchao8.optim._params import check_grad, check_params
 from torchao8.optim._state import paging
 from torchao8.optim._state.formats import (
-    DYNAMIC,
     FLOAT32,
+    FORMATS,
     Format,
     Place,
     first_keys,
@@ -46,7 +46,19 @@ def why_kept(group: Group, p: Tensor) -> str | None:
 
 def format_of(group: Group, p: Tensor) -> Format:
     """The format of the state of a parameter under the options of its group."""
-    return DYNAMIC if why_kept(group, p) is None else FLOAT32
+    return FORMATS[group["state_format"]] if why_kept(group, p) is None else FLOAT32
+
+
+def check_device(optimizer: OptimizerContract, p: Tensor, own: Format) -> None:
+    """Raises NotImplementedError where the device of a parameter has no steps of a format."""
+    device = sharding.local(p).device
+    if own.is_quantized and not ops.takes_format(optimizer._op, own.name, device):
+        there = [n for n in ops.FORMAT_NUMBERS if ops.takes_format(optimizer._op, n, device)]
+        steps = "the PyTorch operators" if ops.is_portable(device) else "the kernels"
+        raise NotImplementedError(
+            f"{type(optimizer).__name__}: {describe(optimizer, p)}: state_format={own.name!r} is "
+            f"not there on {device}, where {steps} of a step take {' or '.join(map(repr, there))}"
+        )
 
 
 def rounds_param(group: Group, p: Tensor) -> bool:
@@ -68,8 +80,10 @@ def layout_of(
     Raises:
         ValueError: the step needs to know all of a parameter of which FSDP1 keeps a shard; the
             local tensor of a DTensor is not its shard.
+        NotImplementedError: there are no steps of the format on the device.
     """
     scales, own = Scales.of(group), format_of(group, p)
+    check_device(optimizer, p, own)
     _check_shards(optimizer, group, p, own)
     place = _place_of(p, scales, own, paging.folder_of(group, p))
     layout = beside_states(clips(group))
@@ -134,12 +148,14 @@ def check_format(
         scale and scale[0].shape != _scale_shape(p.shape, Scales.of(group))
     ):
         name = type(optimizer).__name__
-        has = f"{found.bits}-bit state" + (f", scales {list(scale[0].shape)}" if scale else "")
+        has = f"{found.bits}-bit state{found.told_apart}"
+        has += f", scales {list(scale[0].shape)}" if scale else ""
         raise RuntimeError(
             f"{name}: {with_shape(optimizer, p)} already has {has}, but its "
             f"group now says optim_bits={group['optim_bits']}, "
             f"min_8bit_size={group['min_8bit_size']}, block_size={group['block_size']}, "
-            f"block_wise={group['block_wise']}. Set them back, or build a new optimizer."
+            f"state_format={group['state_format']!r}, block_wise={group['block_wise']}. "
+            "Set them back, or build a new optimizer."
         )
     if group["is_paged"] or paging.any_pages():
         paging.check_memory(optimizer, group, p, sharding.local(first))

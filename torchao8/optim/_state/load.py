@@ -18,6 +18,7 @@ from torchao8.block_layout import Scales, check_block_size
 from torchao8.interop import foreign
 from torchao8.optim._params import check_params
 from torchao8.optim._state import paging
+from torchao8.optim._state.blocks import Portion
 from torchao8.optim._state.convert import convert
 from torchao8.optim._state.formats import format_in
 from torchao8.optim._state.layout import layout_of
@@ -202,7 +203,16 @@ class _Loading:
                     parts[key] = part.clone()
                 seen.add(part.data_ptr())
             sealed = seal(plan.label, plan.layout, parts)
+            self._check_codes(plan, parts)
             self.state[plan.saved_id] = {**sealed, **self.others.get(plan.saved_id, {})}
+
+    def _check_codes(self, plan: _Plan, parts: dict[str, Tensor]) -> None:
+        """What the formats know of values on this rank; what was converted has been checked."""
+        if not plan.converts:
+            states = [state for state in plan.states if not state.is_scalar]
+            p = plan.p if sharding.is_dtensor(plan.p) else None
+            portion = Portion(p, plan.scales)
+            format_in(states, parts).check(plan.label, states, parts, portion)
 
     def _check_readable(self) -> None:
         """Raises ValueError where all that a checkpoint of others has is of no use here."""
@@ -289,7 +299,9 @@ class _Loading:
             how = (
                 f"in {was.described}, and is kept in {now.bits} from here on"
                 if not now.is_quantized
-                else f"in {was.described}, and is rounded to {now.bits}"
+                else f"in {was.described}, and is rounded to {now.bits}{now.told_apart}"
+                if not was.is_quantized
+                else f"with state_format={was.name!r}, and is rounded to {now.name!r}"
                 if was is not now
                 else "with another block_size, and is rounded anew"
                 if saved_scales.block_wise == scales.block_wise
@@ -322,8 +334,8 @@ class _Loading:
             others = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
             warn_caller(
                 f"{name}: the state of {labels[0]}{others} was saved {how}. "
-                "The options of this optimizer (optim_bits, min_8bit_size, block_size, block_wise) "
-                "or the sharding of its parameters decide that"
+                "The options of this optimizer (optim_bits, min_8bit_size, block_size, "
+                "state_format, block_wise) or the sharding of its parameters decide that"
             )
         for warning in self.optimizer._warnings_of_load(
             self.groups, self.saved_groups, self.authors

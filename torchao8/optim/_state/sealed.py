@@ -149,13 +149,15 @@ def seal(label: str, layout: Layout, parts: dict[str, Tensor]) -> dict[str, Seal
 def _remedy(states: Sequence[State], saved: dict[str, Any], added: Mapping[str, str]) -> str:
     """What to do about a checkpoint of another kind, where it can be told."""
     complete = [
-        [all(key in saved for key in each.keys(state)) for each in FORMATS.values()]
+        [each for each in FORMATS.values() if all(key in saved for key in each.keys(state))]
         for state in states
         if not state.is_scalar
     ]
-    if any(sum(found) > 1 for found in complete):
+    mixed = next((found for found in complete if len(found) > 1), [])
+    if mixed:
+        kinds = " and of ".join(f"{each.bits}-bit{each.told_apart}" for each in reversed(mixed))
         return (
-            ". These are the keys of 8-bit and of 32-bit state: torch's set_optimizer_state_dict "
+            f". These are the keys of {kinds} state: torch's set_optimizer_state_dict "
             "mixes what the checkpoint has with what the optimizer has, so that none of it can be "
             "trusted. To convert, give the full state dict to optimizer.load_state_dict on every "
             "rank, or load the folder with torchao8.checkpoint.load_dcp"

@@ -24,7 +24,7 @@ class Bucket(NamedTuple):
     ``shard_offsets`` and ``shard_row_strides`` say where shards lie in their global tensors; both
     are empty where none is sharded, or where nothing depends on it. ``numbers`` are those of the
     parameters in their work. ``counts`` tells whether the op counts the step: it does where each
-    parameter is one entry.
+    parameter is one entry. ``state_format`` is what the op takes as such.
     """
 
     params: list[Tensor]
@@ -36,6 +36,7 @@ class Bucket(NamedTuple):
     shard_row_strides: list[int]
     numbers: list[int]
     counts: bool
+    state_format: int
 
     def states_of(self, i: int) -> list[Tensor]:
         """All tensors of state of its i-th parameter."""
@@ -54,6 +55,7 @@ class Bucket(NamedTuple):
             self.shard_row_strides[first:last],
             self.numbers[first:last],
             self.counts,
+            self.state_format,
         )
 
 

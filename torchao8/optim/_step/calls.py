@@ -48,7 +48,11 @@ def call_ops(
         )
 
     def find(i: int, bucket: Bucket) -> Tensor:
-        return ops.extremes(*arguments(i, bucket), **optimizer._op_flags(works[i].group))
+        return ops.extremes(
+            *arguments(i, bucket),
+            state_format=bucket.state_format,
+            **optimizer._op_flags(works[i].group),
+        )
 
     extremes = extremes_of(find, works, optimizer._shard_groups)
     calls = [(i, work, bucket) for i, work in enumerate(works) for bucket in work.buckets]
@@ -64,6 +68,7 @@ def call_ops(
             stochastic_rounding=group["state_rounding"] == "stochastic",
             stochastic_params=group["stochastic_rounding"],
             count_steps=bucket.counts,
+            state_format=bucket.state_format,
             seed=group["seed"],
             shard_offsets=bucket.shard_offsets,
             shard_row_strides=bucket.shard_row_strides,

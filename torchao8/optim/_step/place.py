@@ -51,6 +51,7 @@ class Calls:
         self.kind = kind
         found = FORMATS[kind.state_format]
         self.keys = {state.name: found.keys(state) for state in states}
+        self.op_number = found.op_number
         self.scalars = {state.name for state in states if state.is_scalar}
         self.block_wise = block_wise
         self.members: list[int] = []
@@ -93,6 +94,7 @@ class Calls:
             self.strides,
             self.members,
             self.counts,
+            self.op_number,
         )
         return self._pieces(bucket) if self.is_cut else bucket
 
@@ -100,7 +102,7 @@ class Calls:
         """The same call, of runs of rows that lie at equal distances in their global tensor."""
         values_of: Columns = {n: [] for n in self.keys}
         scales_of: Columns = {n: [] for n in self.keys}
-        made = Bucket([], [], [], values_of, scales_of, [], [], [], self.counts)
+        made = Bucket([], [], [], values_of, scales_of, [], [], [], self.counts, self.op_number)
         for i, rows in enumerate(self.rows):
             p, grad = bucket.params[i], bucket.grads[i]
             values = {n: tensors[i] for n, tensors in bucket.values.items()}

@@ -30,7 +30,7 @@ from torchao8._numbers import plain_numbers
 from torchao8.optim._params import NO_FLOAT16, check_grad, is_readable_grad
 from torchao8.optim._state import paging
 from torchao8.optim._state.formats import FLOAT32, FORMATS, Format, first_keys
-from torchao8.optim._state.layout import check_format, rounds_param, rows_of, wake
+from torchao8.optim._state.layout import check_device, check_format, rounds_param, rows_of, wake
 from torchao8.optim._state.spec import NORMS, has_state, is_own
 from torchao8.optim._step import pages
 from torchao8.optim._step.bucket import Work
@@ -224,7 +224,8 @@ class GroupPlan:
         if torch.compiler.is_compiling():
             # init_states() has checked it when the trace began. These are read so that
             # torch.compile guards on them, and traces anew when they change.
-            if group["optim_bits"] == 8 and p.numel() >= group["min_8bit_size"]:
+            is_small = p.numel() < group["min_8bit_size"]
+            if group["optim_bits"] == 8 and not is_small and group["state_format"] == "dynamic":
                 pass
         elif first := self.first_keys[entry.found.name]:
             check_format(optimizer, group, p, [state[key] for key in first], entry.found)
@@ -257,6 +258,8 @@ class GroupPlan:
             if calls is None:
                 if kind.device.type == "meta" and not is_empty:
                     raise RuntimeError(meta_message(optimizer, p))
+                if not torch.compiler.is_compiling():
+                    check_device(optimizer, p, entry.found)
                 calls = made[kind] = Calls(kind, self.states, not one_scale)
             calls.add(member, entry.rows)
         for calls in made.values():

@@ -1,0 +1,243 @@
+"""The promises, for every optimizer with state in every format beside the dynamic one.
+
+That all paths of the CPU give the same bits is in test_mulaw_steps.py.
+"""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference_rules
+import torch
+import torch.distributed.checkpoint as dcp
+from format_table import FORMAT_CASES, FormatCase, every_pair, every_pair_and_options, has_blocks
+from format_table import moment as decoded
+from helpers import SMALL, assert_same_training, bits, make_params, set_grads, train
+from optim_table import OF_8_BITS, OptimizerCase, Options
+from paged import SHAPES as PAGED_SHAPES
+from paged import assert_paged, paged
+from ranks import run_ranks
+from sharded import Weights, assert_shards_of, ends_of, fsdp_weights, groups_of, step_with
+from test_compile import both_step, compiled_and_eager
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+
+from torchao8.optim.base import LowPrecisionOptimizer
+
+COMMON: Options = {"lr": 0.01, "min_8bit_size": SMALL, "weight_decay": 0.1, "seed": 3}
+
+# -- a step is that of the oracle ------------------------------------------------------------------
+
+
+def oracle_step(
+    case: OptimizerCase, form: FormatCase, optimizer: LowPrecisionOptimizer, p: Tensor
+) -> reference_rules.Result:
+    """What the next step does to a parameter."""
+    state, group = optimizer.state[p], optimizer.param_groups[0]
+    names = [s.name for s in optimizer._states(group)]
+    assert p.grad is not None
+    return reference_rules.RULES[case.rule](
+        p.detach().double(),
+        p.grad.double(),
+        {name: decoded(case, form, state, name)[0] for name in names},
+        int(state["step"]) + 1,
+        group,
+        any(has_blocks(state, form, name) for name in names),
+    )
+
+
+def check_stored(
+    case: OptimizerCase,
+    form: FormatCase,
+    state: dict[str, Tensor],
+    name: str,
+    want: Tensor,
+    error: Tensor,
+    nearest: bool,
+) -> None:
+    """A stored state is the oracle's, but for float32 rounding and that of its format."""
+    found, scale = decoded(case, form, state, name)
+    gap = torch.where(scale > 0, form.gap(want / scale) * scale, 0.0)
+    share = 0.5 if nearest else 1.0
+    off = (found - want).abs()
+    # The rounding of the scaled number to float32 is of the order of 2^-24 of it.
+    limit = share * gap * (1 + 2.0**-10) + 2 * error + 1e-37
+    if not case.is_signed(name) and has_blocks(state, form, name):
+        smallest = form.codebook(False)[1] * scale
+        assert (found[(want > 0) & (scale > 0)] > 0).all()  # never zero
+        limit = torch.where(found == smallest, torch.maximum(limit, smallest), limit)
+    assert (off <= limit).all(), name
+
+
+@every_pair_and_options()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_each_step_is_that_of_the_oracle(
+    case: OptimizerCase, form: FormatCase, options: Options, dtype: torch.dtype
+) -> None:
+    """Each step is repeated in float64 from the state before it, so that no error adds up."""
+    params = make_params(dtype)
+    rounding = "nearest" if options.get("amsgrad") else "stochastic"
+    optimizer = case.make(
+        params, **options, **form.options, min_8bit_size=SMALL, state_rounding=rounding
+    )
+    unit = torch.finfo(dtype).eps / 2 if dtype != torch.float32 else 0.0
+    optimizer._init_states()
+    for step in range(3):
+        set_grads(params, step)
+        if step == 2:
+            params[0].grad.zero_()  # type: ignore[union-attr]
+        expected = [oracle_step(case, form, optimizer, p) for p in params]
+        optimizer.step()
+        for p, want in zip(params, expected, strict=True):
+            limit = want.param_error + unit * want.param.abs() + torch.finfo(dtype).smallest_normal
+            assert ((p.detach().double() - want.param).abs() <= limit).all()
+            for name, value in want.states.items():
+                nearest = rounding == "nearest" or not case.is_stochastic(name)
+                state, error = optimizer.state[p], want.errors[name]
+                check_stored(case, form, state, name, value, error, nearest)
+
+
+# -- a bad gradient stays where it is --------------------------------------------------------------
+
+
+@every_pair()
+@pytest.mark.parametrize("bad", [math.nan, -math.inf], ids=str)
+@pytest.mark.parametrize("block_wise", [True, False], ids=["blocks", "one-scale"])
+def test_a_bad_gradient_stays_alone(
+    case: OptimizerCase, form: FormatCase, bad: float, block_wise: bool
+) -> None:
+    place, ends = (1, 70), []
+    options = {**COMMON, **case.full, **form.options, "block_wise": block_wise}
+    options.update(case.known({"adaptive": False}))  # a ratio is of all elements' updates
+    for value in (bad, 0.0):
+        params = make_params(shapes=[(3, 300)])
+        p = params[0].detach()
+        optimizer = case.make(params, **options)
+        train(optimizer, params, range(3))
+        set_grads(params, 3)
+        params[0].grad[place] = value  # type: ignore[index]
+        before, old = float(p[place]), optimizer.moments(params[0])
+        optimizer.step()
+        if value is bad:
+            assert float(p[place]) == before
+            for name, moment in optimizer.moments(params[0]).items():
+                scale = decoded(case, form, optimizer.state[params[0]], name)[1][place]
+                gap = float(form.gap(old[name][place] / scale) * scale)
+                assert abs(float(moment[place] - old[name][place])) <= gap * (1 + 2.0**-10)
+        p[place] = 0.0
+        ends.append(bits(p))
+    assert ends[0] == ends[1]
+
+
+# -- sharding changes nothing, and checkpoints are exact -------------------------------------------
+
+
+def sharded_options(case: OptimizerCase, form: FormatCase, block_wise: bool) -> Options:
+    return {**COMMON, **case.full, **form.options, "block_wise": block_wise}
+
+
+def unsharded(case: OptimizerCase, options: Options, steps: int) -> bytes:
+    optimizer = case.make(groups_of(Weights().parameters(), False), **options)
+    step_with(optimizer, range(steps))
+    return ends_of(optimizer)
+
+
+def sharded_run(
+    world_size: int, case: OptimizerCase, options: Options
+) -> tuple[Weights, LowPrecisionOptimizer]:
+    model = fsdp_weights(init_device_mesh("cpu", (world_size,)))
+    return model, case.make(groups_of(model.parameters(), True), **options)
+
+
+def _against_unsharded(
+    rank: int, world_size: int, runs: list[tuple[int, Options, bytes]], folder: Path
+) -> None:
+    saved = {}
+    for number, (i, options, ends) in enumerate(runs):
+        model, optimizer = sharded_run(world_size, OF_8_BITS[i], options)
+        step_with(optimizer, range(3))
+        assert_shards_of(optimizer, ends, (OF_8_BITS[i].cls, options))
+        weights, state = get_state_dict(model, optimizer)
+        saved[str(number)] = {"model": weights, "optimizer": state}
+    dcp.save(saved, checkpoint_id=folder)
+
+
+def _loaded(
+    rank: int, world_size: int, runs: list[tuple[int, Options, bytes, bytes]], folder: Path
+) -> None:
+    made = [sharded_run(world_size, OF_8_BITS[i], options) for i, options, *_ in runs]
+    saved = {}
+    for number, pair in enumerate(made):
+        weights, state = get_state_dict(*pair)
+        saved[str(number)] = {"model": weights, "optimizer": state}
+    dcp.load(saved, checkpoint_id=folder)
+    for number, ((model, optimizer), (_, options, then, later)) in enumerate(
+        zip(made, runs, strict=True)
+    ):
+        found = saved[str(number)]
+        set_state_dict(
+            model, optimizer,
+            model_state_dict=found["model"], optim_state_dict=found["optimizer"],
+        )  # fmt: skip
+        assert_shards_of(optimizer, then, (type(optimizer), options, "loaded"))
+        step_with(optimizer, range(3, 5))
+        assert_shards_of(optimizer, later, (type(optimizer), options, "two more steps"))
+
+
+@pytest.mark.parametrize("block_wise", [True, False], ids=["blocks", "one-scale"])
+@pytest.mark.parametrize("form", FORMAT_CASES, ids=lambda form: form.name)
+def test_two_ranks_have_the_bits_of_one_and_three_load_them(
+    form: FormatCase, block_wise: bool, tmp_path: Path
+) -> None:
+    """All classes in one run of processes, with all states that they have."""
+    sets = [sharded_options(case, form, block_wise) for case in OF_8_BITS]
+    then, later = (
+        [unsharded(case, options, steps) for case, options in zip(OF_8_BITS, sets, strict=True)]
+        for steps in (3, 5)
+    )
+    numbers = range(len(OF_8_BITS))
+    run_ranks(2, _against_unsharded, list(zip(numbers, sets, then, strict=True)), tmp_path)
+    run_ranks(3, _loaded, list(zip(numbers, sets, then, later, strict=True)), tmp_path)
+
+
+# -- traced once -----------------------------------------------------------------------------------
+
+
+@every_pair()
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # torch's own
+def test_one_graph_and_the_bits_of_eager(case: OptimizerCase, form: FormatCase) -> None:
+    compiled, eager, step = compiled_and_eager(case, "cpu", **form.options)
+    for seed in range(3):
+        both_step(compiled, eager, step, seed)
+    assert step.graphs == 1
+    assert any(form.keys("")[0] in key for state in eager.state.values() for key in state)
+
+
+# -- paged -----------------------------------------------------------------------------------------
+
+
+def paged_params() -> list[Tensor]:
+    return make_params(shapes=PAGED_SHAPES)
+
+
+def trained(optimizer: Any, params: Iterable[Tensor]) -> Any:
+    train(optimizer, params, range(2))
+    return optimizer
+
+
+@every_pair()
+def test_paged_state_has_the_same_bits(case: OptimizerCase, form: FormatCase) -> None:
+    options = {"lr": 0.01, "seed": 3, **case.full, **form.options}
+    ours, theirs = paged_params(), paged_params()
+    there = trained(paged(case, ours, **options), ours)
+    assert_paged(there)
+    here = trained(case.make(theirs, **options), theirs)
+    assert_same_training(there, here)
+    again = paged(case, ours, **options)
+    again.load_state_dict(there.state_dict())
+    assert_paged(again)
+    assert_same_training(again, here)

@@ -1,0 +1,550 @@
+"""The option ``state_format``: what it accepts, and state on its way from one format to another."""
+
+import copy
+import itertools
+import warnings
+from pathlib import Path
+from typing import Any
+
+import format_reference as formats
+import pytest
+import torch
+from format_table import FORMAT_CASES, LAW, every_pair
+from format_table import moment as decoded
+from helpers import SMALL, all_bits, assert_same_training, bits, make_params, set_grads, train
+from optim_table import OF_8_BITS, OptimizerCase, Options
+from ranks import run_ranks
+from sharded import fsdp_weights as weights
+from sharded import gathered, groups_of, step_with
+from test_foreign_checkpoints import load
+from test_fsdp1 import _model, _step
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict as set_state
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+import torchao8
+from torchao8 import AdamW, AdamW8bit, _implementation, ops
+from torchao8.checkpoint import load_dcp, load_safetensors, save_safetensors, to_torch
+from torchao8.optim._state.formats import FORMATS
+
+MULAW_KEYS = [
+    "step",
+    "exp_avg_mulaw",
+    "exp_avg_mulaw_scale",
+    "exp_avg_sq_mulaw",
+    "exp_avg_sq_mulaw_scale",
+]
+# The options that give 8-bit parameters each format.
+KINDS: dict[str, Options] = {
+    "float32": {"optim_bits": 32},
+    "dynamic": {"state_format": "dynamic"},
+    "mulaw": {"state_format": "mulaw"},
+}
+
+
+def adamw(params: Any, **options: Any) -> AdamW8bit:
+    return AdamW8bit(params, **{"lr": 0.01, "min_8bit_size": SMALL, "seed": 3, **options})
+
+
+def trained(steps: int = 3, **options: Any) -> AdamW8bit:
+    params = make_params()
+    optimizer = adamw(params, **options)
+    train(optimizer, params, range(steps))
+    return optimizer
+
+
+def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def loaded(optimizer: Any, saved: dict[str, Any]) -> list[str]:
+    """Loads a copy, and returns the warnings."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        optimizer.load_state_dict(copy.deepcopy(saved))
+    return [str(w.message) for w in told]
+
+
+# -- the option ----------------------------------------------------------------------------------
+
+
+def test_the_tables_know_every_format() -> None:
+    assert list(FORMATS) == ["float32", *(each.name for each in ops.FORMATS)] == list(KINDS)
+    assert {"dynamic", *(form.name for form in FORMAT_CASES)} == {each.name for each in ops.FORMATS}
+    for form in FORMAT_CASES:
+        assert FORMATS[form.name].keys_of("x") == form.keys("x")
+
+
+def test_keys_shapes_and_the_parameters_that_keep_32_bits() -> None:
+    optimizer = trained(state_format="mulaw")
+    for p in params_of(optimizer):
+        state = optimizer.state[p]
+        if p.numel() < SMALL:
+            assert list(state) == ["step", "exp_avg", "exp_avg_sq"]
+            continue
+        assert list(state) == MULAW_KEYS
+        for name in ("exp_avg", "exp_avg_sq"):
+            codes, scale = state[f"{name}_mulaw"], state[f"{name}_mulaw_scale"]
+            assert (codes.dtype, codes.shape) == (torch.uint8, p.shape)
+            assert scale.shape == torchao8.block_layout.scale_shape(p.shape, 256)
+
+
+def test_groups_have_formats_of_their_own() -> None:
+    params = make_params(shapes=[(40, 70), (40, 70), (40, 70)])
+    groups = [
+        {"params": [params[0]]},
+        {"params": [params[1]], "state_format": "dynamic"},
+        {"params": [params[2]], "optim_bits": 32},
+    ]
+    optimizer = adamw(groups, state_format="mulaw")
+    train(optimizer, params, range(2))
+    firsts = [list(optimizer.state[p])[1] for p in params]
+    assert firsts == ["exp_avg_mulaw", "exp_avg_codes", "exp_avg"]
+    alone = [adamw([q], **o) for q, o in zip(
+        make_params(shapes=[(40, 70)] * 3), (KINDS["mulaw"], {}, KINDS["float32"]), strict=True
+    )]  # fmt: skip
+    others = [p for each in alone for p in params_of(each)]
+    for seed in range(2):
+        set_grads(others, seed)
+        for each in alone:
+            each.step()
+    assert [bits(p) for p in params] == [bits(p) for p in others]
+
+
+def test_32_bit_state_has_no_format() -> None:
+    """As with block_size: a parameter that keeps 32 bits has no codes."""
+    optimizer = trained(state_format="mulaw", optim_bits=32)
+    assert_same_training(optimizer, trained(optim_bits=32))
+    for group in optimizer.param_groups:
+        group["state_format"] = "mulaw"
+    set_grads(params_of(optimizer), 5)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("value", ["log", "4bit", "float32", None, 1, ["mulaw"]], ids=str)
+@pytest.mark.parametrize("case", OF_8_BITS, ids=lambda case: case.cls.__name__)
+def test_an_unknown_format_is_refused(case: OptimizerCase, value: Any) -> None:
+    with pytest.raises(ValueError) as error:
+        case.make(make_params(), state_format=value)
+    assert str(error.value) == f"state_format: expected 'dynamic' or 'mulaw', got {value!r}"
+
+
+@pytest.mark.parametrize(("was", "now"), [("mulaw", "dynamic"), ("dynamic", "mulaw")])
+def test_a_format_changed_after_the_first_step_is_refused(was: str, now: str) -> None:
+    optimizer = trained(state_format=was)
+    optimizer.param_groups[0]["state_format"] = now
+    set_grads(params_of(optimizer), 3)
+    before = all_bits(optimizer)
+    has = "8-bit state (mulaw)" if was == "mulaw" else "8-bit state"
+    with pytest.raises(RuntimeError) as error:
+        optimizer.step()
+    assert str(error.value) == (
+        f"AdamW8bit: parameter 0 (of shape [3, 300]) already has {has}, scales [3, 2], but its "
+        "group now says optim_bits=8, min_8bit_size=100, block_size=256, "
+        f"state_format={now!r}, block_wise=True. Set them back, or build a new optimizer."
+    )
+    assert all_bits(optimizer) == before
+    optimizer.param_groups[0]["state_format"] = was
+    optimizer.step()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # torch's own
+def test_a_compiled_step_refuses_it_too() -> None:
+    optimizer = trained(state_format="mulaw")
+    step = torch.compile(optimizer.step, backend="aot_eager", fullgraph=True)
+    set_grads(params_of(optimizer), 3)
+    step()
+    optimizer.param_groups[0]["state_format"] = "dynamic"
+    before = all_bits(optimizer)
+    with pytest.raises(Exception, match=r"already has 8-bit state \(mulaw\).*Set them back"):
+        step()
+    assert all_bits(optimizer) == before
+
+
+def test_a_pickle_without_the_option_is_dynamic() -> None:
+    optimizer = trained()
+    for group in (*optimizer.param_groups, optimizer.defaults):
+        del group["state_format"]
+    again = copy.deepcopy(optimizer)
+    assert again.param_groups[0]["state_format"] == again.defaults["state_format"] == "dynamic"
+    train(again, params_of(again), [3])
+
+
+# -- devices that lack a format ------------------------------------------------------------------
+
+
+@pytest.fixture
+def portable_cpu() -> Any:
+    _implementation.choose_portable("cpu")
+    yield
+    _implementation.choose_portable("cpu", False)
+
+
+NOT_THERE = (
+    "AdamW8bit: parameter 0: state_format='mulaw' is not there on cpu, where the PyTorch operators "
+    "of a step take 'dynamic'"
+)
+
+
+def test_ops_are_asked_for_the_format(portable_cpu: Any) -> None:
+    cpu = torch.device("cpu")
+    for op in ops.STEP_OPS:
+        assert ops.takes_format(op, "dynamic", cpu)
+        assert not ops.takes_format(op, "mulaw", cpu)
+    _implementation.choose_portable("cpu", False)
+    for op in ops.STEP_OPS:
+        assert ops.takes_format(op, "mulaw", cpu)
+
+
+def test_a_device_without_the_format_makes_no_state(portable_cpu: Any) -> None:
+    params = make_params()
+    optimizer = adamw(params, state_format="mulaw")
+    set_grads(params, 0)
+    before = all_bits(optimizer)
+    with pytest.raises(NotImplementedError) as error:
+        optimizer.step()
+    assert str(error.value) == NOT_THERE
+    assert all_bits(optimizer) == before
+
+
+def test_a_device_without_the_format_steps_none_of_it() -> None:
+    """State that has moved there; nor the groups before it."""
+    params = make_params(shapes=[(40, 70), (40, 70)])
+    optimizer = adamw([{"params": params[:1], "state_format": "dynamic"}, {"params": params[1:]}])
+    optimizer.param_groups[1]["state_format"] = "mulaw"
+    train(optimizer, params, range(2))
+    again = adamw([{"params": params[:1]}, {"params": params[1:], "state_format": "mulaw"}])
+    again.load_state_dict(optimizer.state_dict())
+    set_grads(params, 2)
+    before = all_bits(again)
+    _implementation.choose_portable("cpu")
+    try:
+        with pytest.raises(NotImplementedError, match="parameter 1: state_format='mulaw' is not"):
+            again.step()
+    finally:
+        _implementation.choose_portable("cpu", False)
+    assert all_bits(again) == before
+    again.step()
+
+
+def test_a_device_without_the_format_loads_none_of_it(portable_cpu: Any) -> None:
+    _implementation.choose_portable("cpu", False)
+    saved = trained(state_format="mulaw").state_dict()
+    _implementation.choose_portable("cpu")
+    optimizer = adamw(make_params(), state_format="mulaw")
+    before = all_bits(optimizer)
+    with pytest.raises(NotImplementedError) as error:
+        optimizer.load_state_dict(saved)
+    assert str(error.value) == NOT_THERE
+    assert all_bits(optimizer) == before
+
+
+# -- from one format to another ------------------------------------------------------------------
+
+HOW = {
+    ("float32", "dynamic"): "in 32 bits, and is rounded to 8",
+    ("float32", "mulaw"): "in 32 bits, and is rounded to 8 (mulaw)",
+    ("dynamic", "float32"): "in 8 bits, and is kept in 32 from here on",
+    ("mulaw", "float32"): "in 8 bits (mulaw), and is kept in 32 from here on",
+    ("dynamic", "mulaw"): "with state_format='dynamic', and is rounded to 'mulaw'",
+    ("mulaw", "dynamic"): "with state_format='mulaw', and is rounded to 'dynamic'",
+}
+
+
+def rounded(value: Tensor, kind: str, signed: bool) -> Tensor:
+    """What a tensor becomes in a format, in blocks."""
+    if kind == "float32":
+        return value
+    options: Any = {"signed": signed, "state_format": kind}
+    return ops.dequantize_blockwise(*ops.quantize_blockwise(value, **options), **options)
+
+
+@pytest.mark.parametrize("block_wise", [True, False], ids=["blocks", "one-scale"])
+@pytest.mark.parametrize(("was", "now"), list(itertools.permutations(KINDS, 2)))
+@pytest.mark.parametrize("case", OF_8_BITS, ids=lambda case: case.cls.__name__)
+def test_every_format_becomes_every_other(
+    case: OptimizerCase, was: str, now: str, block_wise: bool
+) -> None:
+    """With one warning, to the numbers that the codes stand for, rounded to nearest."""
+    options = {"min_8bit_size": SMALL, **case.full, "block_wise": block_wise}
+    params = make_params()
+    source = case.make(params, **options, **KINDS[was])
+    train(source, params, range(3))
+    target = case.make(make_params(), **options, **KINDS[now])
+    told = loaded(target, source.state_dict())
+    assert told == [
+        f"{case.cls.__name__}: the state of parameter 0 (of shape [3, 300]) and 5 more was saved "
+        f"{HOW[was, now]}. The options of this optimizer (optim_bits, min_8bit_size, block_size, "
+        "state_format, block_wise) or the sharding of its parameters decide that"
+    ]
+    assert target.param_groups[0]["optim_bits"] == KINDS[now].get("optim_bits", 8)
+    assert target.param_groups[0]["state_format"] == KINDS[now].get("state_format", "dynamic")
+    mends = case.rule == "rmsprop"  # v >= a^2 of what is rounded
+    for p, q in zip(params_of(source), params_of(target), strict=True):
+        theirs, ours = source.moments(p), target.moments(q)
+        assert theirs.keys() == ours.keys()
+        for name, value in theirs.items():
+            if p.numel() < SMALL or (now == "float32" and not mends):
+                assert bits(ours[name]) == bits(value)
+            elif block_wise and not mends:
+                assert bits(ours[name]) == bits(rounded(value, now, case.is_signed(name)))
+            elif not mends:
+                largest = float(value.abs().max())
+                assert ((ours[name] - value).abs() <= 0.07 * value.abs() + 0.01 * largest).all()
+    again = case.make(make_params(), **options, **KINDS[now])
+    assert loaded(again, target.state_dict()) == []
+    train(again, params_of(again), [3])
+    train(target, params_of(target), [3])
+    assert [target.state[p].keys() for p in params_of(target)] == [
+        again.state[p].keys() for p in params_of(again)
+    ]
+    for p, q in zip(params_of(target), params_of(again), strict=True):
+        assert all(bits(v) == bits(again.state[q][k]) for k, v in target.state[p].items())
+
+
+@pytest.mark.parametrize("writer", ["bitsandbytes", "torchao"])
+def test_other_libraries(writer: str) -> None:
+    """What they saved in 8 bits is read as dynamic state, then rounded to the format here."""
+    parameters = load(writer)
+    saved = {
+        "state": {i: each["state"] for i, each in enumerate(parameters)},
+        "param_groups": [{"params": list(range(len(parameters))), "betas": (0.9, 0.999)}],
+    }
+    shapes = [each["shape"] for each in parameters]
+    wide, there = (
+        AdamW8bit(make_params(shapes=shapes), min_8bit_size=SMALL, **options)
+        for options in (KINDS["float32"], KINDS["mulaw"])
+    )
+    loaded(wide, saved)
+    told = loaded(there, saved)
+    # One warning for what was read in 8 bits, and one for what was read in 32.
+    assert sum("and is rounded to 'mulaw'" in text for text in told) == 1
+    assert sum("and is rounded to 8 (mulaw)" in text for text in told) <= 1
+    for p, q in zip(params_of(wide), params_of(there), strict=True):
+        for name, value in wide.moments(p).items():
+            small = p.numel() < SMALL
+            want = value if small else rounded(value, "mulaw", name == "exp_avg")
+            assert bits(there.moments(q)[name]) == bits(want)
+
+
+def test_torch_goes_on_from_it() -> None:
+    ours = trained(state_format="mulaw")
+    theirs = torch.optim.AdamW(make_params())
+    theirs.load_state_dict(to_torch(ours))
+    for p, q in zip(params_of(ours), params_of(theirs), strict=True):
+        for name, value in ours.moments(p).items():
+            assert bits(theirs.state[q][name]) == bits(value)
+    back = adamw(make_params(), state_format="mulaw")
+    assert len(loaded(back, theirs.state_dict())) == 1
+
+
+@every_pair()
+def test_moments_are_the_numbers_of_the_oracle(case: OptimizerCase, form: Any) -> None:
+    params = make_params()
+    optimizer = case.make(params, min_8bit_size=SMALL, **case.full, **form.options)
+    train(optimizer, params, range(2))
+    for p in params:
+        for name, value in optimizer.moments(p).items():
+            want, _ = decoded(case, form, optimizer.state[p], name)
+            assert bits(value) == bits(want.float())
+
+
+def test_an_accumulator_begins_with_its_initial_value() -> None:
+    """Which need not be a power of two, as the scales that steps leave."""
+    params = make_params(shapes=[(40, 70), (40, 70)])
+    options: Any = {"min_8bit_size": SMALL, "initial_accumulator_value": 0.1}
+    optimizer = torchao8.Adagrad8bit(params, state_format="mulaw", **options)
+    set_grads(params[:1], 0)
+    optimizer.step()
+    assert (optimizer.moments(params[1])["sum"] == torch.tensor(0.1)).all()
+    again = torchao8.Adagrad8bit(params, state_format="mulaw", **options)
+    assert loaded(again, optimizer.state_dict()) == []
+    assert_same_training(again, optimizer)
+
+
+def test_a_resting_momentum_wakes_in_its_format() -> None:
+    params = make_params(shapes=[(40, 70)])
+    optimizer = torchao8.SGD8bit(params, lr=0.1, min_8bit_size=SMALL, state_format="mulaw")
+    train(optimizer, params, [0])
+    assert list(optimizer.state[params[0]]) == ["step"]
+    optimizer.param_groups[0]["momentum"] = 0.9
+    train(optimizer, params, [1])
+    keys = ["momentum_buffer_mulaw", "momentum_buffer_mulaw_scale"]
+    assert list(optimizer.state[params[0]]) == ["step", *keys]
+
+
+# -- files ---------------------------------------------------------------------------------------
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    pytest.importorskip("numpy")
+    optimizer = trained(state_format="mulaw")
+    save_safetensors(optimizer, tmp_path / "state")
+    same, other = adamw(make_params(), state_format="mulaw"), adamw(make_params())
+    load_safetensors(same, tmp_path / "state")
+    assert all_bits(same)["states"] == all_bits(optimizer)["states"]
+    with pytest.warns(UserWarning, match="state_format='mulaw', and is rounded to 'dynamic'"):
+        load_safetensors(other, tmp_path / "state")
+
+
+def _through_dcp(rank: int, world_size: int, folder: Path) -> None:
+    """Saved in one format, by load_dcp read as each of them; and torch's own way mixes nothing."""
+    import torch.distributed.checkpoint as dcp
+
+    model = weights(init_device_mesh("cpu", (world_size,)))
+    source = adamw(groups_of(model.parameters(), True), state_format="mulaw")
+    step_with(source, range(2))
+    saved = get_optimizer_state_dict(model, source)
+    dcp.save({"optimizer": saved}, checkpoint_id=folder)
+    for kind, options in KINDS.items():
+        target = adamw(groups_of(model.parameters(), True), **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error" if kind == "mulaw" else "ignore")
+            load_dcp(model, target, folder)
+        if kind == "mulaw":
+            assert gathered(target) == gathered(source)
+        for p in params_of(target):
+            assert list(target.state[p])[1] in FORMATS[kind].keys_of("exp_avg") or (
+                list(target.state[p]) == ["step", "exp_avg", "exp_avg_sq"]
+            )
+    other = adamw(groups_of(model.parameters(), True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        set_state(model, other, saved)
+    assert "exp_avg_codes" in other.state[params_of(other)[0]]
+
+
+def test_folders_of_distributed_checkpoint(tmp_path: Path) -> None:
+    run_ranks(2, _through_dcp, tmp_path)
+
+
+def _fsdp1(rank: int, world_size: int) -> None:
+    fsdp = FullyShardedDataParallel
+    model = _model()
+    optimizer = adamw(model.parameters(), state_format="mulaw")
+    _step(model, optimizer, 0)
+    saved = fsdp.optim_state_dict(model, optimizer)
+    assert set(saved["state"]["0.weight"]) == {"step", "exp_avg", "exp_avg_sq"}
+    again = adamw(model.parameters(), state_format="mulaw")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again.load_state_dict(fsdp.optim_state_dict_to_load(model, again, saved))
+    for p in model.parameters():
+        if not p.numel():
+            continue
+        assert again.state[p].keys() == optimizer.state[p].keys()
+        for name, value in optimizer.moments(p).items():
+            off = (again.moments(p)[name] - value).abs()
+            largest = value.abs().max()
+            assert (off <= 2.0**-4 * (value.abs() + largest / 128)).all()
+
+
+def test_fsdp1() -> None:
+    run_ranks(2, _fsdp1)
+
+
+# -- damaged checkpoints -------------------------------------------------------------------------
+
+
+def damaged(key: str, change: Any) -> dict[str, Any]:
+    saved = copy.deepcopy(trained(state_format="mulaw").state_dict())
+    change(saved["state"][1][key])
+    return saved
+
+
+def fill(place: Any, value: float) -> Any:
+    def change(t: Tensor) -> None:
+        t[place] = value
+
+    return change
+
+
+POWERS = "expected powers of two, as steps leave them, got"
+DAMAGE = {
+    "nan": ("exp_avg_mulaw_scale", fill((3, 0), float("nan")), "expected finite numbers"),
+    "negative": ("exp_avg_mulaw_scale", fill((3, 0), -1.0), "expected numbers >= 0, got -1.0"),
+    "minus zero": ("exp_avg_sq_mulaw_scale", fill((3, 0), -0.0), "expected numbers >= 0, got -0.0"),
+    "no power": ("exp_avg_sq_mulaw_scale", fill((3, 0), 0.75), f"{POWERS} 0.75"),
+    "too fine": (
+        "exp_avg_mulaw_scale",
+        fill((3, 0), 1 + 2.0**-8),
+        "expected numbers of 7 mantissa bits, as steps leave them, got 1.00390625",
+    ),
+    "zero code": (
+        "exp_avg_sq_mulaw",
+        fill((3, 0), 0),
+        "expected codes of 0 in all blocks of scale 0 and in no others, got some that are not so",
+    ),
+    "zero scale": (
+        "exp_avg_sq_mulaw_scale",
+        fill((3, 0), 0.0),
+        "expected codes of 0 in all blocks of scale 0 and in no others, got some that are not so",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_checkpoint_is_refused(name: str, kind: str) -> None:
+    """As it is, and where it would be converted."""
+    key, change, message = DAMAGE[name]
+    optimizer = trained(**KINDS[kind])
+    before = all_bits(optimizer)
+    with pytest.raises(ValueError) as error:
+        loaded(optimizer, damaged(key, change))
+    told = "exp_avg_sq_mulaw" if name == "zero scale" else key
+    assert str(error.value).startswith(f"{told} of parameter 1: {message}")
+    assert all_bits(optimizer) == before
+
+
+def test_keys_of_two_formats_are_refused() -> None:
+    optimizer = trained(state_format="mulaw")
+    saved = optimizer.state_dict()
+    mixed = copy.deepcopy(saved)
+    mixed["state"][1].update(trained().state_dict()["state"][1])
+    before = all_bits(optimizer)
+    with pytest.raises(ValueError, match=r"keys of 8-bit \(mulaw\) and of 8-bit state: torch's"):
+        optimizer.load_state_dict(mixed)
+    assert all_bits(optimizer) == before
+
+
+# -- memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_wise", [True, False])
+def test_it_takes_what_was_estimated(block_wise: bool) -> None:
+    shapes = [(300, 333), (64, 70), (100_001,), (5,)]
+    params = make_params(shapes=shapes)
+    optimizer = AdamW8bit(params, state_format="mulaw", block_wise=block_wise)
+    options: Any = {"block_wise": block_wise, "optimizer": "AdamW8bit"}
+    estimated = torchao8.estimate(shapes, state_format="mulaw", **options)
+    assert optimizer.memory().total == estimated.state_8bit
+    train(optimizer, params, [0])
+    memory = optimizer.memory()
+    assert memory.total == estimated.state_8bit
+    assert (memory.tensors_8bit, memory.pending) == (3, 0)
+    assert memory.moments_8bit == 2 * sum(p.numel() for p in params[:3])
+    with pytest.raises(ValueError, match="state_format: expected 'dynamic' or 'mulaw', got 'log'"):
+        torchao8.estimate(shapes, state_format="log")
+
+
+def test_the_constants_are_those_of_the_kernels() -> None:
+    """The tables here are the oracle's, which the op must agree with."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    for signed in (True, False):
+        got = ops.dequantize_blockwise(
+            codes, torch.ones(1), signed=signed, state_format="mulaw"
+        ).double()
+        assert torch.equal(got, formats.codebook(LAW, signed))
+
+
+def test_torch_classes_of_32_bits_take_the_option() -> None:
+    """For a group that turns 8 bits on."""
+    params = make_params(shapes=[(40, 70)])
+    optimizer = AdamW([{"params": params, "optim_bits": 8}], state_format="mulaw", min_8bit_size=0)
+    train(optimizer, params, [0])
+    assert list(optimizer.state[params[0]]) == MULAW_KEYS
