@@ -45,7 +45,7 @@ def cells(y: Tensor, lowest: float) -> Tensor:
 
 
 def position_entries(y: Tensor) -> tuple[Tensor, Tensor]:
-    """The entries of Tables::positions that y's cell has, and that its line has (codec.cuh)."""
+    """The entries of dynamic::Tables::positions that y's cell has, and that its line has."""
     below_start = 24
     codes = torch.tensor([1, 2, 6, 14, 30, 62, 126, 254])  # the last one of each decade
     starts = torchao8.dynamic_map(signed=False)[codes]

@@ -80,7 +80,7 @@ def quantize_blockwise(
         block_size: elements that share a scale, a power of two from 64 to 2048. Blocks lie inside
             rows, or go through the whole tensor where ``shape[1:]`` holds fewer than 16 elements.
         signed: which of the format's two maps.
-        state_format: "dynamic", see :func:`dynamic_map`, or "mulaw", on the CPU. A mu-law code of
+        state_format: "dynamic", see :func:`dynamic_map`, or "mulaw". A mu-law code of
             an unsigned number is ``16 * e + k``, of the value ``2**e * (1 + k / 16) - 1`` times the
             scale. A signed one has its sign in the highest bit, and that below.
 

@@ -1,48 +1,52 @@
-// Compiles the kernels of the rule that a file of rules/ names:
-//     template struct torchao8::cuda::Kernels<torchao8::LionRule>;
+// Compiles the kernels of the rule, and of the format, that a file of rules/ names:
+//     template struct torchao8::cuda::ElementKernels<torchao8::LionRule>;
+//     template struct torchao8::cuda::BlockKernels<torchao8::LionRule, torchao8::DynamicFormat>;
 #pragma once
 
 #include "cuda/kernels.cuh"
 
 namespace torchao8::cuda {
 
-template <class Rule, class T, bool kRounds>
-constexpr StepKernels<Rule, kRounds> step_kernels() {
-  StepKernels<Rule, kRounds> k = {};
-  k.elements = {step_elements<Rule, T, kRounds>, sizeof(SharedOfElements<Rule>)};
-  if constexpr (Rule::kStates > 0) {
-    using Shared = SharedOfBlocks<Rule, kRounds>;
-    k.blocks.short_blocks = {step_blocks<Rule, T, Blocks::kShort, kRounds>, sizeof(Shared)};
-    k.blocks.spans = {step_blocks<Rule, T, Blocks::kSpan, kRounds>, sizeof(Shared)};
-    k.blocks.long_blocks = {step_blocks<Rule, T, Blocks::kLong, kRounds>, sizeof(Shared)};
-    k.blocks.one_scale = {step_one_scale<Rule, T, kRounds>, sizeof(Shared)};
-  }
-  return k;
+static_assert(int(FloatType::kFloat32) == 0 && int(FloatType::kBFloat16) == 1 &&
+              int(FloatType::kFloat16) == 2);
+
+template <class Rule, class Format, class T, bool kRounds>
+constexpr typename BlockKernels<Rule, Format>::Step block_step_kernels() {
+  constexpr size_t kShared = sizeof(SharedOfBlocks<Format, Rule, kRounds>);
+  return {{step_blocks<Rule, T, Blocks::kShort, kRounds, Format>, kShared},
+          {step_blocks<Rule, T, Blocks::kSpan, kRounds, Format>, kShared},
+          {step_blocks<Rule, T, Blocks::kLong, kRounds, Format>, kShared},
+          {step_one_scale<Rule, T, kRounds, Format>, kShared}};
 }
 
-template <class Rule, class T>
-constexpr ExtremesKernel<Rule> extremes_kernel() {
-  if constexpr (Rule::kStates > 0) return {find_extremes<Rule, T>, sizeof(SharedOfExtremes<Rule>)};
-  return {};
+template <class Rule, class Format>
+constexpr BlockKernels<Rule, Format> block_kernels() {
+  constexpr size_t kShared = sizeof(SharedOfExtremes<Format, Rule>);
+  return {{block_step_kernels<Rule, Format, float, false>(),
+           block_step_kernels<Rule, Format, BFloat16, false>(),
+           block_step_kernels<Rule, Format, Half, false>()},
+          block_step_kernels<Rule, Format, BFloat16, true>(),
+          {{find_extremes<Rule, float, Format>, kShared},
+           {find_extremes<Rule, BFloat16, Format>, kShared},
+           {find_extremes<Rule, Half, Format>, kShared}},
+          {write_scales<Rule, Format>, 0}};
 }
 
 template <class Rule>
-constexpr Kernels<Rule> all_kernels() {
-  static_assert(int(FloatType::kFloat32) == 0 && int(FloatType::kBFloat16) == 1 &&
-                int(FloatType::kFloat16) == 2);
-  Kernels<Rule> k = {{step_kernels<Rule, float, false>(), step_kernels<Rule, BFloat16, false>(),
-                      step_kernels<Rule, Half, false>()},
-                     step_kernels<Rule, BFloat16, true>(),
-                     {extremes_kernel<Rule, float>(), extremes_kernel<Rule, BFloat16>(),
-                      extremes_kernel<Rule, Half>()},
-                     {},
-                     {}};
-  if constexpr (Rule::kStates > 0) k.write_scales = {write_scales<Rule>, 0};
+constexpr ElementKernels<Rule> element_kernels() {
+  constexpr size_t kShared = sizeof(SharedOfElements<Rule>);
+  ElementKernels<Rule> k = {{{step_elements<Rule, float, false>, kShared},
+                             {step_elements<Rule, BFloat16, false>, kShared},
+                             {step_elements<Rule, Half, false>, kShared}},
+                            {step_elements<Rule, BFloat16, true>, kShared},
+                            {}};
   if constexpr (kScalarsOf<Rule> > 0) k.write_scalars = {write_scalars<Rule>, 0};
   return k;
 }
 
+template <class Rule, class Format>
+const BlockKernels<Rule, Format> BlockKernels<Rule, Format>::all = block_kernels<Rule, Format>();
 template <class Rule>
-const Kernels<Rule> Kernels<Rule>::all = all_kernels<Rule>();
+const ElementKernels<Rule> ElementKernels<Rule>::all = element_kernels<Rule>();
 
 }  // namespace torchao8::cuda

@@ -69,12 +69,24 @@ __device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t mask, uint32_t b
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(x), "r"(mask), "r"(bits));
   return d;
 }
-// Of four words that are numbers up to 255: as bytes, the first one lowest.
+// Of four words that are numbers, not negative: as bytes, the first one lowest. Numbers above 255
+// are 255.
 __device__ __forceinline__ uint32_t pack_numbers(const uint32_t* x) {
   uint32_t high, all;
   asm("cvt.pack.sat.u8.s32.b32 %0, %1, %2, %3;" : "=r"(high) : "r"(x[3]), "r"(x[2]), "r"(0));
   asm("cvt.pack.sat.u8.s32.b32 %0, %1, %2, %3;" : "=r"(all) : "r"(x[1]), "r"(x[0]), "r"(high));
   return all;
+}
+// The same of numbers up to 127; larger ones are 127.
+__device__ __forceinline__ uint32_t pack_small_numbers(const uint32_t* x) {
+  uint32_t high, all;
+  asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;" : "=r"(high) : "r"(x[3]), "r"(x[2]), "r"(0));
+  asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;" : "=r"(all) : "r"(x[1]), "r"(x[0]), "r"(high));
+  return all;
+}
+// x + added, or `least` if that is larger: as signed numbers, one instruction from sm_90 on.
+__device__ __forceinline__ uint32_t add_and_raise(uint32_t x, int32_t added, int32_t least) {
+  return uint32_t(__viaddmax_s32(int32_t(x), added, least));
 }
 __device__ __forceinline__ float approximate_inverse_root(float x) {
   float y;
@@ -92,6 +104,22 @@ __device__ __forceinline__ float larger(float a, float b) {
 }
 __device__ __forceinline__ float smaller(float a, float b) {
   return fminf(a, b);
+}
+// Of the magnitudes; NaN if one of them is.
+__device__ __forceinline__ float larger_magnitude(float a, float b) {
+  float larger;  // sm_80 and later
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(fabsf(a)), "f"(fabsf(b)));
+  return larger;
+}
+// Of two pairs of 16-bit numbers: one instruction from sm_90 on.
+__device__ __forceinline__ uint32_t larger_halves(uint32_t a, uint32_t b) {
+  return __vmaxu2(a, b);
+}
+// x / 2 - 1 of two bfloat16.
+__device__ __forceinline__ uint32_t half_less_one(uint32_t both) {
+  uint32_t y;  // sm_80 and later
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(both), "r"(0x3f003f00), "r"(0xbf80bf80));
+  return y;
 }
 // Of each group of so many neighbouring lanes, a power of two.
 __device__ __forceinline__ uint32_t largest_of_lanes(uint32_t x, int lanes) {

@@ -1,18 +1,16 @@
 #include "cuda/device_codec.h"
 
-#include "cuda/codec.cuh"
-
 namespace torchao8::cuda {
 namespace {
 
-__device__ const Tables device_tables = make_tables();
+__device__ const dynamic::Tables device_tables = dynamic::make_tables();
 
 }  // namespace
 
-const Tables* tables_on(const Launcher& launcher) {
+const dynamic::Tables* dynamic_tables_on(const Launcher& launcher) {
   void* address = nullptr;
   launcher.check(cudaGetSymbolAddress(&address, device_tables));
-  return static_cast<const Tables*>(address);
+  return static_cast<const dynamic::Tables*>(address);
 }
 
 }  // namespace torchao8::cuda

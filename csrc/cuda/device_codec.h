@@ -1,13 +1,23 @@
-// The codec's tables on the device, a part of the program.
+// The tables of formats on the device, a part of the program.
 #pragma once
 
+#include "cuda/formats/dynamic.cuh"
+#include "cuda/formats/mulaw.cuh"
 #include "cuda/launch.h"
 
 namespace torchao8::cuda {
 
-struct Tables;
+const dynamic::Tables* dynamic_tables_on(const Launcher& launcher);
 
-// On the launcher's device, which is the current one.
-const Tables* tables_on(const Launcher& launcher);
+// On the launcher's device, which is the current one. Null where a format has none.
+template <class Format>
+const TablesOf<Format>* tables_on(const Launcher& launcher) {
+  if constexpr (std::is_empty_v<TablesOf<Format>>) {
+    return nullptr;
+  } else {
+    static_assert(std::is_same_v<Format, DynamicFormat>);
+    return dynamic_tables_on(launcher);
+  }
+}
 
 }  // namespace torchao8::cuda

@@ -3,9 +3,8 @@
 // run is tested for a block at a time, before anything is written.
 #pragma once
 
-#include "cuda/block.cuh"
-#include "cuda/codec.cuh"
 #include "cuda/floats.cuh"
+#include "cuda/formats/format.cuh"
 
 namespace torchao8::cuda {
 
@@ -32,9 +31,11 @@ struct LaneAddresses {
 };
 
 // Eight neighbouring elements of one lane.
-template <class Rule, class T>
+template <class Format, class Rule, class T>
 struct LaneElements {
   static constexpr int N = Rule::kStates;
+  using Codec = CodecOf<Format>;
+  using Tables = TablesOf<Format>;
   Several<T, kPerLane> param, grad;
   uint2 codes[N];
   float values[Rule::kValues][kPerLane];
@@ -45,15 +46,24 @@ struct LaneElements {
     if (with_param) param.load(at.param);
   }
 
+  // The stored numbers, as multiples of the block's scales.
+  __device__ __forceinline__ void decode(const Tables& tables) {
+    for_each_state<N>([&](auto s) {
+      Codec::template decode_four<Rule::kSigned[s]>(tables, codes[s].x, values[s]);
+      Codec::template decode_four<Rule::kSigned[s]>(tables, codes[s].y, values[s] + 4);
+    });
+  }
+
   // `rule` already has the block's scales.
   __device__ __forceinline__ void find_moments(const Rule& rule, const Tables& tables) {
+    decode(tables);
+    moments_of_decoded(rule);
+  }
+  __device__ __forceinline__ void moments_of_decoded(const Rule& rule) {
 #pragma unroll
     for (int i = 0; i < kPerLane; i++) {
       Real new_values[Rule::kValues], p(0.0f);
-      for_each_state<N>([&](auto s) {
-        const uint32_t word = i < 4 ? codes[s].x : codes[s].y;
-        new_values[s] = Real(decode_byte<Rule::kSigned[s]>(tables, word, i % 4));
-      });
+      for_each_state<N>([&](auto s) { new_values[s] = Real(values[s][i]); });
       if constexpr (Rule::kMomentsNeedParam) p = Real(param.get(i));
       rule.template moments<true>(p, Real(grad.get(i)), new_values);
       for_each_value<Rule>([&](auto v) { values[v][i] = new_values[v].x; });
@@ -90,30 +100,27 @@ struct LaneElements {
     param.store(at.param);
   }
 
-  template <class S>
+  template <class S, class Encoding>
   __device__ __forceinline__ void store_nearest(S s, const LaneAddresses<Rule, T>& at,
-                                                const Tables& tables, float inverse) const {
-    constexpr bool is_signed = Rule::kSigned[s];
+                                                const Tables& tables,
+                                                const Encoding& encoding) const {
     *reinterpret_cast<uint2*>(at.codes[s]) =
-        make_uint2(encode_nearest_four<is_signed>(tables, values[s], inverse),
-                   encode_nearest_four<is_signed>(tables, values[s] + 4, inverse));
+        Codec::template encode_eight_nearest<Rule::kSigned[s]>(tables, values[s], encoding);
   }
 
   // eight: number of these elements among the block's eights.
-  template <class S>
+  template <class S, class Encoding>
   __device__ __forceinline__ void store_stochastic(S s, const LaneAddresses<Rule, T>& at,
-                                                   const Tables& tables, float inverse,
+                                                   const Tables& tables, const Encoding& encoding,
                                                    const BlockRandom& random,
                                                    uint32_t eight) const {
     const uint32_t start = random.c0 + random.c2 * eight, slope = random.c1 + random.c3 * eight;
-    constexpr bool is_signed = Rule::kSigned[s];
-    uint32_t code[kPerLane];
+    uint32_t hash[kPerLane];
 #pragma unroll
-    for (int i = 0; i < kPerLane; i++) {
-      const float u = one_to_two_of(start + slope * lane_factor(uint32_t(i)));
-      code[i] = encode_stochastic<is_signed>(tables, values[s][i], inverse, u);
-    }
-    *reinterpret_cast<uint2*>(at.codes[s]) = make_uint2(pack_numbers(code), pack_numbers(code + 4));
+    for (int i = 0; i < kPerLane; i++) hash[i] = start + slope * lane_factor(uint32_t(i));
+    *reinterpret_cast<uint2*>(at.codes[s]) =
+        Codec::template encode_eight_stochastic<Rule::kSigned[s]>(tables, values[s], encoding,
+                                                                  hash);
   }
 };
 
@@ -153,53 +160,6 @@ struct RandomsAhead {
   }
 };
 
-// What the lanes of a block share.
-template <class Rule, class Entry>
-struct BlockScales {
-  static constexpr int N = Rule::kStates;
-  float scale[N], extreme[N], inverse[N], new_scale[N];
-
-  template <class T>
-  TORCHAO8_HD void load(const Entry& entry, const LaneAddresses<Rule, T>& at) {
-    for_each_state<N>([&](auto s) {
-      scale[s] = *at.scales[s];
-      if constexpr (Entry::kOneScale) extreme[s] = entry.template extreme<Rule::kSigned[s]>(s);
-    });
-  }
-  // Whether the fast path can take all elements of the block.
-  __device__ __forceinline__ bool finish(const Rule& rule, const Extremes<Rule>& extremes,
-                                         int lanes) {
-    bool good = true;
-    for_each_state<N>([&](auto s) {
-      const float own = extremes.result(s, lanes);
-      if constexpr (Entry::kOneScale) {
-        // All elements of the block are usable, and none is larger than the tensor's extreme
-        // element.
-        good = good && usable<Rule::kSigned[s]>(own) && is_within(own, extreme[s]);
-      } else {
-        extreme[s] = own;
-      }
-      // As has_scale() of a unit up to 1: then a scale is in range if the extreme element is not
-      // too large and the scale not too small. A stored scale that is NaN or infinite needs no
-      // look: it makes the new states NaN or infinite, and the largest of them is the extreme
-      // element.
-      new_scale[s] = (Real(extreme[s]) * Real(rule.unit[s])).x;
-      const bool is_zero = extreme[s] == 0;
-      const bool has_scale = std::fabs(new_scale[s]) >= kMinScale;
-      good = good & usable<Rule::kSigned[s]>(extreme[s]) & (has_scale | is_zero);
-      inverse[s] = is_zero ? 0.0f : bounded_reciprocal(extreme[s]);
-    });
-    return lanes == kLanes ? good : all_of_warp(good);  // of one block, all lanes find the same
-  }
-  // One scale is written when all blocks have been stepped with the old one.
-  template <class T>
-  TORCHAO8_HD void store(const LaneAddresses<Rule, T>& at) const {
-    if constexpr (!Entry::kOneScale) {
-      for_each_state<N>([&](auto s) { *at.scales[s] = new_scale[s]; });
-    }
-  }
-};
-
 // Where the 8 elements of a lane lie when a warp takes the blocks of up to kSpan elements that
 // begin within a span of a row. Lanes past the row's end repeat what others do: its last block, of
 // which the last 8 elements. What they write is the same.
@@ -231,9 +191,9 @@ struct LanePosition {
 };
 
 // The blocks of a unit, of up to kSpan elements together. False: nothing has been written.
-template <class Rule, class T, bool kOneBlock, bool kRounds, class Entry>
+template <class Format, class Rule, class T, bool kOneBlock, bool kRounds, class Entry>
 __device__ __forceinline__ bool step_span(const Entry& entry, const Prepared<Rule>& prepared,
-                                          const Tables& tables,
+                                          const TablesOf<Format>& tables,
                                           RandomsAhead<Rule, kRounds>& randoms, int& turn,
                                           int log_of_block, bool stochastic, uint32_t unit,
                                           int lane) {
@@ -244,16 +204,16 @@ __device__ __forceinline__ bool step_span(const Entry& entry, const Prepared<Rul
   const auto first_element_of_block = [&](uint32_t b) {
     return BlockPosition(entry, 1 << log_of_block, b).first_element;
   };
-  LaneElements<Rule, T> elements;
-  BlockScales<Rule, Entry> scales;
+  LaneElements<Format, Rule, T> elements;
+  using Scales = FastScales<Format, Rule, Entry>;
+  Scales scales;
   scales.load(entry, at);
   elements.load(at, true);
   warp_barrier();  // every lane has read before any writes; the compiler keeps the loads above
   const Rule rule = prepared.rule.with_scales(scales.scale);
-  elements.find_moments(rule, tables);
-  Extremes<Rule> extremes;
-  elements.add_to(extremes);
-  if (!scales.finish(rule, extremes, lanes)) return false;
+  const auto look = Scales::look(rule, elements, tables);
+  if (!scales.finish(rule, look, lanes)) return false;
+  if constexpr (!Scales::kLooksAtMoments) elements.moments_of_decoded(rule);
 
   BlockRandom of_param = {};
   if constexpr (kRounds) {
@@ -270,7 +230,7 @@ __device__ __forceinline__ bool step_span(const Entry& entry, const Prepared<Rul
   for_each_state<N>([&](auto s) {
     constexpr bool is_stochastic = Rule::kStochastic[s];
     if (!is_stochastic || !stochastic) {
-      elements.store_nearest(s, at, tables, scales.inverse[s]);
+      elements.store_nearest(s, at, tables, scales.encoding(s));
       return;
     }
     BlockRandom random;
@@ -279,7 +239,7 @@ __device__ __forceinline__ bool step_span(const Entry& entry, const Prepared<Rul
     } else {
       random.start(prepared.keys[s], first_element_of_block(position.block));
     }
-    elements.store_stochastic(s, at, tables, scales.inverse[s], random, position.eight_of_block);
+    elements.store_stochastic(s, at, tables, scales.encoding(s), random, position.eight_of_block);
   });
   if (lane % lanes == 0) scales.store(at);
   return true;
@@ -287,27 +247,27 @@ __device__ __forceinline__ bool step_span(const Entry& entry, const Prepared<Rul
 
 // The units of a warp from `unit` up to `end`. Returns the first one that it did not take, because
 // it is past the end or step_span() returned false.
-template <class Rule, class T, bool kOneBlock, bool kRounds, class Entry>
+template <class Format, class Rule, class T, bool kOneBlock, bool kRounds, class Entry>
 __device__ __forceinline__ uint32_t step_spans(const Entry& entry, const Prepared<Rule>& prepared,
-                                               const Tables& tables,
+                                               const TablesOf<Format>& tables,
                                                RandomsAhead<Rule, kRounds>& randoms,
                                                int log_of_block, bool stochastic, uint32_t unit,
                                                uint32_t end, int lane) {
   if (kOneBlock) log_of_block = 8;
   int turn = kLanes;
   for (; unit < end; unit += kWarps) {
-    if (!step_span<Rule, T, kOneBlock, kRounds>(entry, prepared, tables, randoms, turn,
-                                                log_of_block, stochastic, unit, lane))
+    if (!step_span<Format, Rule, T, kOneBlock, kRounds>(entry, prepared, tables, randoms, turn,
+                                                        log_of_block, stochastic, unit, lane))
       break;
   }
   return unit;
 }
 
 // A block of more than kSpan elements: twice over its spans, the second time from the cache.
-template <class Rule, class T, bool kRounds>
+template <class Format, class Rule, class T, bool kRounds>
 __device__ __forceinline__ bool step_long_block(const BlockEntryOf<Rule>& entry,
                                                 const Prepared<Rule>& prepared,
-                                                const Tables& tables,
+                                                const TablesOf<Format>& tables,
                                                 RandomsAhead<Rule, kRounds>& randoms, int& turn,
                                                 int block_size, bool stochastic, uint32_t block,
                                                 int lane) {
@@ -316,21 +276,21 @@ __device__ __forceinline__ bool step_long_block(const BlockEntryOf<Rule>& entry,
   const auto at_of_lane = [&](int start) {
     return LaneAddresses<Rule, T>(entry, uint32_t((position.begin + start) / kPerLane), block);
   };
-  BlockScales<Rule, BlockEntryOf<Rule>> scales;
+  using Scales = FastScales<Format, Rule, BlockEntryOf<Rule>>;
+  Scales scales;
   scales.load(entry, at_of_lane(0));
   const Rule rule = prepared.rule.with_scales(scales.scale);
-  Extremes<Rule> extremes;
+  typename Scales::Look look;
   const auto start_of_lane = [&](int span) {
     const int start = span + lane * kPerLane, last = position.length - kPerLane;
     return start < last ? start : last;
   };
   for (int span = 0; span < position.length; span += kSpan) {
-    LaneElements<Rule, T> elements;
+    LaneElements<Format, Rule, T> elements;
     elements.load(at_of_lane(start_of_lane(span)), Rule::kMomentsNeedParam);
-    elements.find_moments(rule, tables);
-    elements.add_to(extremes);
+    look.add_all_of(Scales::look(rule, elements, tables));
   }
-  if (!scales.finish(rule, extremes, kLanes)) return false;
+  if (!scales.finish(rule, look, kLanes)) return false;
 
   if (stochastic || kRounds) {
     randoms.prepare(
@@ -340,7 +300,7 @@ __device__ __forceinline__ bool step_long_block(const BlockEntryOf<Rule>& entry,
   for (int span = 0; span < position.length; span += kSpan) {
     const int start = start_of_lane(span);
     const LaneAddresses<Rule, T> at = at_of_lane(start);
-    LaneElements<Rule, T> elements;
+    LaneElements<Format, Rule, T> elements;
     elements.load(at, true);
     warp_barrier();  // every lane has read, the lanes past the end too, before any writes
     elements.find_moments(rule, tables);
@@ -349,9 +309,9 @@ __device__ __forceinline__ bool step_long_block(const BlockEntryOf<Rule>& entry,
     for_each_state<N>([&](auto s) {
       constexpr bool is_stochastic = Rule::kStochastic[s];
       if (!is_stochastic || !stochastic) {
-        elements.store_nearest(s, at, tables, scales.inverse[s]);
+        elements.store_nearest(s, at, tables, scales.encoding(s));
       } else {
-        elements.store_stochastic(s, at, tables, scales.inverse[s], randoms.get(s, turn),
+        elements.store_stochastic(s, at, tables, scales.encoding(s), randoms.get(s, turn),
                                   uint32_t(start) / kPerLane);
       }
     });

@@ -2,7 +2,8 @@
 // rules/ compile the kernels (compile_kernels.cuh); steps.cu launches them (step_engine.cuh).
 //
 // nvcc takes a quarter of a second for a kernel, and four seconds to read torch's headers. So the
-// kernels are compiled in parallel, in a file for each rule, and without torch's headers.
+// kernels are compiled in parallel, in a file for each rule and format, and without torch's
+// headers.
 #pragma once
 
 #include "cuda/one_scale.cuh"
@@ -15,31 +16,33 @@ struct Kernel {
   size_t shared_bytes;
 };
 
-// Kernels that step. A rule without states has none of 8-bit state: they are null.
-template <class Rule>
+// Those of state in a format. Rules without states have none.
+template <class Rule, class Format>
 struct BlockKernels {
-  Kernel<Table<Rule, BlockEntryOf<Rule>>, const Tables*> short_blocks, spans, long_blocks;
-  Kernel<Table<Rule, OneScaleEntryOf<Rule>>, const Tables*> one_scale;
-};
-// For fast entries of one type. kRounds: as in step_blocks.
-template <class Rule, bool kRounds>
-struct StepKernels {
-  BlockKernels<Rule> blocks;
-  Kernel<Table<Rule, ElementEntryOf<Rule, kRounds>>> elements;
-};
-
-template <class Rule>
-using ExtremesKernel = Kernel<Table<Rule, ExtremesEntryOf<Rule>>, const Tables*>;
-
-template <class Rule>
-struct Kernels {
-  StepKernels<Rule, false> step[3];  // by FloatType
-  StepKernels<Rule, true> rounded;   // of bfloat16
-  ExtremesKernel<Rule> extremes[3];  // by FloatType
+  using Tables = const TablesOf<Format>*;
+  // For fast entries of one type.
+  struct Step {
+    Kernel<Table<Rule, BlockEntryOf<Rule>>, Tables> short_blocks, spans, long_blocks;
+    Kernel<Table<Rule, OneScaleEntryOf<Rule>>, Tables> one_scale;
+  };
+  Step step[3];  // by FloatType
+  Step rounded;  // of bfloat16 parameters, rounded stochastically
+  Kernel<Table<Rule, ExtremesEntryOf<Rule>>, Tables> extremes[3];  // by FloatType
   Kernel<Table<Rule, ScalesEntryOf<Rule>>> write_scales;
+
+  static const BlockKernels all;
+};
+
+// Those of 32-bit state, and of scalar states.
+template <class Rule>
+struct ElementKernels {
+  template <bool kRounds>
+  using Step = Kernel<Table<Rule, ElementEntryOf<Rule, kRounds>>>;
+  Step<false> step[3];  // by FloatType
+  Step<true> rounded;   // of bfloat16 parameters, rounded stochastically
   Kernel<Table<Rule, ScalarsEntryOf<Rule>>> write_scalars;
 
-  static const Kernels all;
+  static const ElementKernels all;
 };
 
 }  // namespace torchao8::cuda

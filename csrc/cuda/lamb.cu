@@ -10,14 +10,16 @@
 namespace torchao8::cuda {
 namespace {
 
+template <class Format>
 void measure_blocks_of(const Step<LambRule>& step, int64_t* sums) {
   using Entry = Measured<BlockEntry<LambRule::kStates>>;
-  const Tables* tables = tables_on(step.launcher);
+  const auto* tables = tables_on<Format>(step.launcher);
   launch_tables<Entry>(
       step,
       [&](const Table<LambRule, Entry>& table) {
-        step.launcher.launch_over(table.units, measure_blocks<LambRule>,
-                                  sizeof(SharedOfMeasure<LambRule>), table, tables, sums);
+        step.launcher.launch_over(table.units, measure_blocks<LambRule, Format>,
+                                  sizeof(SharedOfMeasuredBlocks<Format, LambRule>), table, tables,
+                                  sums);
       },
       [&](Entry& entry, size_t i) {
         set_blocks(entry, step, i);
@@ -49,7 +51,12 @@ Tensor lamb_update_sums_cuda(LambCall& call) {
   const Step<LambRule> step(call, numbers);
   Tensor sums = new_sums(call.params);
   int64_t* const limbs = sums.mutable_data_ptr<int64_t>();
-  call.quantized ? measure_blocks_of(step, limbs) : measure_elements_of(step, limbs);
+  if (call.quantized) {
+    visit_format_of(
+        call, [&](auto type) { measure_blocks_of<typename decltype(type)::type>(step, limbs); });
+  } else {
+    measure_elements_of(step, limbs);
+  }
   const int64_t rows = int64_t(call.params.size());
   step.launcher.launch(canonicalize<int64_t>, blocks_of_rows(call.op, rows), 0, limbs, rows);
   return sums;
@@ -59,5 +66,6 @@ Tensor lamb_update_sums_cuda(LambCall& call) {
 }  // namespace torchao8::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(torchao8, CUDA, m) {
-  m.impl("lamb_update_sums", &torchao8::lamb_update_sums<torchao8::cuda::lamb_update_sums_cuda>);
+  m.impl("lamb_update_sums",
+         &torchao8::lamb_update_sums<torchao8::cuda::lamb_update_sums_cuda, torchao8::Formats>);
 }

@@ -3,8 +3,9 @@
 // the sums is written.
 #pragma once
 
-#include "cuda/block.cuh"
-#include "cuda/codec.cuh"
+#include "cuda/floats.cuh"
+#include "cuda/formats/dynamic.cuh"
+#include "cuda/formats/mulaw.cuh"
 #include "cuda/warp_sum.cuh"
 
 namespace torchao8::cuda {
@@ -58,11 +59,11 @@ __device__ __forceinline__ float update_of(const Rule& rule, const Addresses& te
   return good ? rule.template update_of<kScaledState>(p, values).x : 0.0f;
 }
 
-template <class Rule>
+template <class Format, class Rule>
 struct BlockMeasurer {
   static constexpr int N = Rule::kStates;
   using Entry = Measured<BlockEntry<N>>;
-  const Tables& tables;
+  const TablesOf<Format>& tables;
   RowSum& sum;
   int lane, block_size;
 
@@ -85,7 +86,9 @@ struct BlockMeasurer {
                                           uint32_t block) {
     const BlockPosition position(entry, block_size, block);
     float scale[N];
-    for_each_state<N>([&](auto s) { scale[s] = entry.scales[s][entry.one_scale ? 0 : block]; });
+    for_each_state<N>([&](auto s) {
+      scale[s] = CodecOf<Format>::scale(entry.scales[s][entry.one_scale ? 0 : block]);
+    });
     const Rule rule = prepared.rule.with_scales(scale);
 #pragma unroll 1
     for (int i = lane; i < position.length + lane;
@@ -94,7 +97,8 @@ struct BlockMeasurer {
       if (i < position.length) {
         Real values[Rule::kValues];
         for_each_state<N>([&](auto s) {
-          values[s] = Real(decode<Rule::kSigned[s]>(tables, entry.codes[s][position.begin + i]));
+          values[s] = Real(CodecOf<Format>::template decode<Rule::kSigned[s]>(
+              tables, entry.codes[s][position.begin + i]));
         });
         update = update_of<Rule, true>(rule, entry, position.begin + i, values);
       }
@@ -136,22 +140,26 @@ struct ElementMeasurer {
 
 template <class Rule>
 struct SharedOfMeasure {
-  Tables tables;
   BlockSum limbs[kWarps];
   Prepared<Rule> window[kWindow];
 };
+template <class Format, class Rule>
+struct SharedOfMeasuredBlocks : SharedOfMeasure<Rule> {
+  TablesOf<Format> tables;
+};
 
-template <class Rule>
+template <class Rule, class Format>
 __global__ void __launch_bounds__(kThreads, 4)
     measure_blocks(const __grid_constant__ Table<Rule, Measured<BlockEntry<Rule::kStates>>> table,
-                   const Tables* source, int64_t* sums) {
+                   const TablesOf<Format>* source, int64_t* sums) {
   static_assert(sizeof table + sizeof source + sizeof sums <= kArgumentBytes);
-  static_assert(sizeof(SharedOfMeasure<Rule>) <= 48 << 10);  // the default limit of shared memory
-  TORCHAO8_SHARED(SharedOfMeasure<Rule>, shared);
-  copy_tables(shared.tables, *source);  // for_each_unit has the barrier
+  using Shared = SharedOfMeasuredBlocks<Format, Rule>;
+  static_assert(sizeof(Shared) <= 48 << 10);  // the default limit of shared memory
+  TORCHAO8_SHARED(Shared, shared);
+  CodecOf<Format>::copy_tables(shared.tables, *source);  // for_each_unit has the barrier
   const int lane = int(threadIdx.x % kLanes);
   RowSum sum(shared.limbs[threadIdx.x / kLanes], sums, lane);
-  BlockMeasurer<Rule> measurer = {shared.tables, sum, lane, table.block_size};
+  BlockMeasurer<Format, Rule> measurer = {shared.tables, sum, lane, table.block_size};
   for_each_unit(table, shared.window, measurer);
   sum.finish();
 }

@@ -30,11 +30,11 @@ template <class Rule>
 using ExtremesEntryOf = ExtremesEntry<Rule::kStates, kScalarsOf<Rule>>;
 
 // Finds the extreme elements of an entry; the lanes of a warp raise the entry's keys together.
-template <class Rule, class T>
+template <class Format, class Rule, class T>
 struct ExtremesFinder {
   static constexpr int N = Rule::kStates;
   using Entry = ExtremesEntryOf<Rule>;
-  const Tables& tables;
+  const TablesOf<Format>& tables;
   int lane;
   int64_t* keys;  // of the entry at work; none before the first
   Extremes<Rule> found;
@@ -60,13 +60,13 @@ struct ExtremesFinder {
     const int64_t begin = int64_t(unit) * kChunk;
     const int64_t end = begin + kChunk < entry.count ? begin + kChunk : entry.count;
     float scale[N];
-    for_each_state<N>([&](auto s) { scale[s] = entry.scales[s][0]; });
+    for_each_state<N>([&](auto s) { scale[s] = CodecOf<Format>::scale(entry.scales[s][0]); });
     const Rule rule = prepared.rule.with_scales(scale);
     if (entry.fast && begin + kChunk <= entry.count) {
       Extremes<Rule> extremes;
 #pragma unroll 1
       for (int64_t at = begin + lane * kPerLane; at < end; at += kSpan) {
-        LaneElements<Rule, T> elements;
+        LaneElements<Format, Rule, T> elements;
         elements.load(LaneAddresses<Rule, T>(entry, uint32_t(at / kPerLane), 0),
                       Rule::kMomentsNeedParam);
         elements.find_moments(rule, tables);
@@ -86,38 +86,28 @@ struct ExtremesFinder {
   // An element that is not usable counts with its old state, which it keeps.
   __device__ __forceinline__ void add(const Entry& entry, const Rule& rule, const float* scale,
                                       int64_t at) {
-    float old[N];
-    Real x[Rule::kValues], p(0.0f);
-    for_each_state<N>([&](auto s) {
-      old[s] = decode<Rule::kSigned[s]>(tables, entry.codes[s][at]);
-      x[s] = Real(old[s]);
-    });
-    if constexpr (Rule::kMomentsNeedParam) p = Real(load_as(entry.param_type, entry.param, at));
-    rule.template moments<true>(p, Real(load_as(entry.grad_type, entry.grad, at)), x);
-    bool good = true;
-    for_each_state<N>([&](auto s) { good = good && usable<Rule::kSigned[s]>(x[s].x); });
-    for_each_state<N>([&](auto s) {
-      found.add(s, good ? x[s].x : (Real(old[s]) * Real(scale[s] / rule.unit[s])).x);
-    });
+    const SlowElement<Rule> e = slow_element<Format>(entry, rule, tables, scale, at);
+    for_each_state<N>([&](auto s) { found.add(s, e.values[s]); });
   }
 };
 
-template <class Rule>
+template <class Format, class Rule>
 struct SharedOfExtremes {
-  Tables tables;
+  TablesOf<Format> tables;
   Prepared<Rule> window[kWindow];
 };
 
 // T: the type that fast entries have.
-template <class Rule, class T>
+template <class Rule, class T, class Format>
 __global__ void __launch_bounds__(kThreads, 2)
     find_extremes(const __grid_constant__ Table<Rule, ExtremesEntryOf<Rule>> table,
-                  const Tables* source) {
+                  const TablesOf<Format>* source) {
   static_assert(sizeof table + sizeof source <= kArgumentBytes);
-  static_assert(sizeof(SharedOfExtremes<Rule>) <= 48 << 10);  // the default limit of shared memory
-  TORCHAO8_SHARED(SharedOfExtremes<Rule>, shared);
-  copy_tables(shared.tables, *source);  // for_each_unit has the barrier
-  ExtremesFinder<Rule, T> finder = {shared.tables, int(threadIdx.x % kLanes), nullptr, {}};
+  using Shared = SharedOfExtremes<Format, Rule>;
+  static_assert(sizeof(Shared) <= 48 << 10);  // the default limit of shared memory
+  TORCHAO8_SHARED(Shared, shared);
+  CodecOf<Format>::copy_tables(shared.tables, *source);  // for_each_unit has the barrier
+  ExtremesFinder<Format, Rule, T> finder = {shared.tables, int(threadIdx.x % kLanes), nullptr, {}};
   for_each_unit(table, shared.window, finder);
   finder.finish();
 }
@@ -140,11 +130,11 @@ using OneScaleEntryOf = OneScaleEntry<Rule::kStates, kScalarsOf<Rule>>;
 
 // The fast path takes blocks of kSpan elements only. With one scale, the block size decides nothing
 // but which random numbers an element gets.
-template <class Rule, class T, bool kRounds>
+template <class Format, class Rule, class T, bool kRounds>
 struct OneScaleWorker {
   static constexpr int N = Rule::kStates;
   using Entry = OneScaleEntryOf<Rule>;
-  const Tables& tables;
+  const TablesOf<Format>& tables;
   RandomsAhead<Rule, kRounds>& randoms;
   int lane, block_size, log_of_block;
   bool stochastic;
@@ -152,32 +142,32 @@ struct OneScaleWorker {
   __device__ __forceinline__ uint32_t operator()(const Entry& entry, const Prepared<Rule>& prepared,
                                                  uint32_t unit, uint32_t end) {
     const uint32_t fast_units = block_size == kSpan && prepared.is_bounded ? entry.fast_units : 0;
-    unit = step_spans<Rule, T, true, kRounds>(entry, prepared, tables, randoms, log_of_block,
-                                              stochastic, unit, end < fast_units ? end : fast_units,
-                                              lane);
+    unit = step_spans<Format, Rule, T, true, kRounds>(entry, prepared, tables, randoms,
+                                                      log_of_block, stochastic, unit,
+                                                      end < fast_units ? end : fast_units, lane);
     if (unit >= end) return unit;
-    slow_unit<Rule, kRounds>(entry, prepared, tables, block_size, stochastic, unit, lane);
+    slow_unit<Format, Rule, kRounds>(entry, prepared, tables, block_size, stochastic, unit, lane);
     return unit + kWarps;
   }
 };
 
 // T: the type that fast entries have; kRounds: as in step_blocks.
-template <class Rule, class T, bool kRounds>
+template <class Rule, class T, bool kRounds, class Format>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor -
                                                 (Rule::kStates > 2 || Rule::kMomentsNeedParam))
     step_one_scale(const __grid_constant__ Table<Rule, OneScaleEntryOf<Rule>> table,
-                   const Tables* source) {
+                   const TablesOf<Format>* source) {
   static_assert(sizeof table + sizeof source <= kArgumentBytes);
   if (table.numbers.found_inf.get() != 0) return;
-  using Shared = SharedOfBlocks<Rule, kRounds>;
+  using Shared = SharedOfBlocks<Format, Rule, kRounds>;
   TORCHAO8_SHARED(Shared, shared);
-  copy_tables(shared.tables, *source);  // for_each_unit has the barrier
-  OneScaleWorker<Rule, T, kRounds> worker = {shared.tables,
-                                             shared.randoms[threadIdx.x / kLanes],
-                                             int(threadIdx.x % kLanes),
-                                             table.block_size,
-                                             table.log_of_block,
-                                             table.stochastic};
+  CodecOf<Format>::copy_tables(shared.tables, *source);  // for_each_unit has the barrier
+  OneScaleWorker<Format, Rule, T, kRounds> worker = {shared.tables,
+                                                     shared.randoms[threadIdx.x / kLanes],
+                                                     int(threadIdx.x % kLanes),
+                                                     table.block_size,
+                                                     table.log_of_block,
+                                                     table.stochastic};
   for_each_unit(table, shared.window, worker);
 }
 
@@ -195,7 +185,7 @@ template <class Rule>
 using ScalesEntryOf = ScalesEntry<Rule::kStates, kScalarsOf<Rule>>;
 
 // One thread a tensor, when all of its blocks have been stepped with the old scales.
-template <class Rule>
+template <class Rule, class Format>
 __global__ void __launch_bounds__(kThreads)
     write_scales(const __grid_constant__ Table<Rule, ScalesEntryOf<Rule>> table) {
   static_assert(sizeof table <= kArgumentBytes);
@@ -206,8 +196,8 @@ __global__ void __launch_bounds__(kThreads)
   prepared.set(table.numbers, entry);
   for_each_state<Rule::kStates>([&](auto s) {
     constexpr bool is_signed = Rule::kSigned[s];
-    entry.scales[s][0] =
-        scale_of<is_signed>(extreme_of_key<is_signed>(entry.extremes[s]), prepared.rule.unit[s]);
+    entry.scales[s][0] = Format::template scale_of<is_signed, Rule::kStochastic[s]>(
+        extreme_of_key<is_signed>(entry.extremes[s]), prepared.rule.unit[s]);
   });
 }
 

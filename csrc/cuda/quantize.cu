@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor> quantize_blockwise_cuda(Tensor input, int64_t block_s
   const char* op = "quantize_blockwise";
   const FloatType type = check_float_type({op, "input"}, input);
   check_block_size(op, block_size);
-  check_state_format(op, state_format, Types<DynamicFormat>());
+  check_state_format(op, state_format, Formats());
   const auto sizes = input.sizes();
   const BlockLayout layout = block_layout(sizes, block_size);
   const Launcher launcher(op, input.get_device_index());
@@ -42,15 +42,19 @@ std::tuple<Tensor, Tensor> quantize_blockwise_cuda(Tensor input, int64_t block_s
                                        count_blocks(op, layout),
                                        int32_t(block_size),
                                        type};
-  launcher.launch_over(arguments.blocks, is_signed ? quantize<true> : quantize<false>,
-                       sizeof(Tables), arguments, tables_on(launcher));
+  visit_format(Formats(), state_format, [&](auto type) {
+    using Format = typename decltype(type)::type;
+    launcher.launch_over(arguments.blocks,
+                         is_signed ? quantize<true, Format> : quantize<false, Format>,
+                         sizeof(TablesOf<Format>), arguments, tables_on<Format>(launcher));
+  });
   return {codes, scale};
 }
 
 Tensor dequantize_blockwise_cuda(Tensor codes, Tensor scale, int64_t block_size, bool is_signed,
                                  ScalarType dtype, int64_t state_format) {
   const char* op = "dequantize_blockwise";
-  check_state_format(op, state_format, Types<DynamicFormat>());
+  check_state_format(op, state_format, Formats());
   const Device device = device_of({op, "codes"}, codes);
   const BlockLayout layout = check_dequantize(op, codes, scale, block_size, dtype, device);
   const auto sizes = codes.sizes();
@@ -64,8 +68,12 @@ Tensor dequantize_blockwise_cuda(Tensor codes, Tensor scale, int64_t block_size,
                                          count_blocks(op, layout),
                                          int32_t(block_size),
                                          check_float_type({op, "result"}, result)};
-  launcher.launch_over(arguments.blocks, is_signed ? dequantize<true> : dequantize<false>,
-                       sizeof(Tables), arguments, tables_on(launcher));
+  visit_format(Formats(), state_format, [&](auto type) {
+    using Format = typename decltype(type)::type;
+    launcher.launch_over(arguments.blocks,
+                         is_signed ? dequantize<true, Format> : dequantize<false, Format>,
+                         sizeof(TablesOf<Format>), arguments, tables_on<Format>(launcher));
+  });
   return result;
 }
 

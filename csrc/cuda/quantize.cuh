@@ -1,9 +1,9 @@
 // quantize_blockwise and dequantize_blockwise: a warp takes a block, a lane every 32nd element.
 #pragma once
 
-#include "cuda/block.cuh"
-#include "cuda/codec.cuh"
 #include "cuda/floats.cuh"
+#include "cuda/formats/dynamic.cuh"
+#include "cuda/formats/mulaw.cuh"
 
 namespace torchao8::cuda {
 
@@ -17,48 +17,77 @@ struct QuantizeArguments {
   FloatType type;
 };
 
-// As cpu/formats/dynamic/codec.inl: quantize_block(). A negative number of an unsigned state counts
-// as zero.
+// A block of numbers; a negative one of an unsigned state counts as zero.
 template <bool kSigned>
-__device__ __forceinline__ void quantize_block(const QuantizeArguments& a, const Tables& tables,
-                                               uint32_t block, int lane) {
-  const BlockPosition position(a.row_length, a.blocks_per_row, a.block_size, block, 0,
-                               a.row_length);
-  const auto value = [&](int i) {
+struct BlockInput {
+  const QuantizeArguments& a;
+  BlockPosition position;
+
+  TORCHAO8_HD BlockInput(const QuantizeArguments& arguments, uint32_t block)
+      : a(arguments),
+        position(a.row_length, a.blocks_per_row, a.block_size, block, 0, a.row_length) {}
+
+  TORCHAO8_HD float operator()(int i) const {
     const float x = load_as(a.type, a.input, position.begin + i);
     return !kSigned && x <= 0.0f && x >= -3.4028235e38f ? 0.0f : x;
-  };
+  }
+  TORCHAO8_HD void write(int i, uint32_t code) const {
+    a.codes[position.begin + i] = uint8_t(code);
+  }
+};
+
+// As cpu/formats/dynamic/codec.inl: quantize_block().
+template <bool kSigned>
+__device__ __forceinline__ float quantize_block(const BlockInput<kSigned>& x,
+                                                const dynamic::Tables& tables, int lane) {
+  const int length = x.position.length;
   Extreme<kSigned> of_lane;
-  for (int i = lane; i < position.length; i += kLanes) of_lane.add(value(i));
+  for (int i = lane; i < length; i += kLanes) of_lane.add(x(i));
   const float extreme = of_lane.result(kLanes);
   const bool finite = (float_bits(extreme) & 0x7fffffffu) < 0x7f800000u;
   // From 2^126 on the inverse would be subnormal.
   const float factor = !usable<kSigned>(extreme) && finite ? 0.25f : 1.0f;
   const float inverse = inverse_of<kSigned>(extreme * factor);
-  for (int i = lane; i < position.length; i += kLanes) {
-    const float x = value(i);
+  for (int i = lane; i < length; i += kLanes) {
     uint32_t code = zero_code<kSigned>();
     if (inverse != 0.0f) {
-      code = encode_nearest<kSigned>(tables, x * factor, inverse);
-      if (!kSigned && x > 0.0f && code == 0) code = 1;
+      code = dynamic::encode_nearest<kSigned>(tables, x(i) * factor, inverse);
+      if (!kSigned && x(i) > 0.0f && code == 0) code = 1;
     }
-    a.codes[position.begin + i] = uint8_t(code);
+    x.write(i, code);
   }
-  if (lane == 0) {
-    a.scales[block] = inverse != 0.0f ? extreme : finite ? 0.0f : bits_float(0x7fc00000u);
-  }
+  return inverse != 0.0f ? extreme : finite ? 0.0f : bits_float(0x7fc00000u);
 }
 
+// As cpu/formats/mulaw/scalar.inl: quantize_block(), by mulaw_scale_of_block().
 template <bool kSigned>
+__device__ __forceinline__ float quantize_block(const BlockInput<kSigned>& x,
+                                                const TablesOf<MulawFormat>&, int lane) {
+  const int length = x.position.length;
+  float largest = 0.0f;
+  for (int i = lane; i < length; i += kLanes) largest = larger_magnitude(largest, x(i));
+  largest = bits_float(largest_of_lanes(float_bits(largest), kLanes));
+  const MulawScale to = mulaw_scale_of_largest<kSigned>(largest);
+  for (int i = lane; i < length; i += kLanes) {
+    using Code = MulawFormat::Codec<kSigned>;
+    x.write(i,
+            std::isnan(to.scale) ? 0 : Code::encode(x(i), to.inverse, Code::kHalf, to.least_code));
+  }
+  return to.scale;
+}
+
+template <bool kSigned, class Format>
 __global__ void __launch_bounds__(kThreads)
-    quantize(const QuantizeArguments a, const Tables* source) {
-  TORCHAO8_SHARED(Tables, tables);
-  copy_tables(tables, *source);
+    quantize(const QuantizeArguments a, const TablesOf<Format>* source) {
+  TORCHAO8_SHARED(TablesOf<Format>, tables);
+  CodecOf<Format>::copy_tables(tables, *source);
   __syncthreads();
   const int lane = int(threadIdx.x % kLanes);
   for (uint64_t block = uint64_t(blockIdx.x) * kWarps + threadIdx.x / kLanes; block < a.blocks;
-       block += uint64_t(gridDim.x) * kWarps)
-    quantize_block<kSigned>(a, tables, uint32_t(block), lane);
+       block += uint64_t(gridDim.x) * kWarps) {
+    const float scale = quantize_block(BlockInput<kSigned>(a, uint32_t(block)), tables, lane);
+    if (lane == 0) a.scales[block] = scale;
+  }
 }
 
 struct DequantizeArguments {
@@ -71,11 +100,11 @@ struct DequantizeArguments {
   FloatType type;
 };
 
-template <bool kSigned>
+template <bool kSigned, class Format>
 __global__ void __launch_bounds__(kThreads)
-    dequantize(const DequantizeArguments a, const Tables* source) {
-  TORCHAO8_SHARED(Tables, tables);
-  copy_tables(tables, *source);
+    dequantize(const DequantizeArguments a, const TablesOf<Format>* source) {
+  TORCHAO8_SHARED(TablesOf<Format>, tables);
+  CodecOf<Format>::copy_tables(tables, *source);
   __syncthreads();
   const int lane = int(threadIdx.x % kLanes);
   for (uint64_t block = uint64_t(blockIdx.x) * kWarps + threadIdx.x / kLanes; block < a.blocks;
@@ -84,7 +113,7 @@ __global__ void __launch_bounds__(kThreads)
                                  a.row_length);
     const Real scale(a.scales[block]);
     for (int i = lane; i < position.length; i += kLanes) {
-      const Real x(decode<kSigned>(tables, a.codes[position.begin + i]));
+      const Real x(CodecOf<Format>::template decode<kSigned>(tables, a.codes[position.begin + i]));
       store_as(a.type, a.output, position.begin + i, (x * scale).x);
     }
   }

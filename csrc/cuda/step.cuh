@@ -10,11 +10,11 @@ namespace torchao8::cuda {
 // ---- 8-bit state -----------------------------------------------------------------------------
 
 // kRounds: with bfloat16 parameters rounded stochastically. T is bfloat16 then.
-template <class Rule, class T, Blocks kBlocks, bool kRounds>
+template <class Format, class Rule, class T, Blocks kBlocks, bool kRounds>
 struct BlockWorker {
   static constexpr int N = Rule::kStates;
   using Entry = BlockEntryOf<Rule>;
-  const Tables& tables;
+  const TablesOf<Format>& tables;
   RandomsAhead<Rule, kRounds>& randoms;
   int lane, block_size, log_of_block;
   bool stochastic;
@@ -28,47 +28,48 @@ struct BlockWorker {
     if constexpr (kBlocks == Blocks::kLong) {
       int turn = kLanes;
       for (; unit < end_of_fast; unit += kWarps) {
-        if (!step_long_block<Rule, T, kRounds>(entry, prepared, tables, randoms, turn, block_size,
-                                               stochastic, unit, lane))
+        if (!step_long_block<Format, Rule, T, kRounds>(entry, prepared, tables, randoms, turn,
+                                                       block_size, stochastic, unit, lane))
           break;
       }
       if (unit >= end) return unit;
-      slow_block<Rule, kRounds>(entry, prepared, tables, block_size, stochastic, unit, lane);
+      slow_block<Format, Rule, kRounds>(entry, prepared, tables, block_size, stochastic, unit,
+                                        lane);
     } else {
-      unit = step_spans<Rule, T, kBlocks == Blocks::kSpan, kRounds>(
+      unit = step_spans<Format, Rule, T, kBlocks == Blocks::kSpan, kRounds>(
           entry, prepared, tables, randoms, log_of_block, stochastic, unit, end_of_fast, lane);
       if (unit >= end) return unit;
-      slow_unit<Rule, kRounds>(entry, prepared, tables, block_size, stochastic, unit, lane);
+      slow_unit<Format, Rule, kRounds>(entry, prepared, tables, block_size, stochastic, unit, lane);
     }
     return unit + kWarps;
   }
 };
 
-template <class Rule, bool kRounds>
+template <class Format, class Rule, bool kRounds>
 struct SharedOfBlocks {
-  Tables tables;
+  TablesOf<Format> tables;
   RandomsAhead<Rule, kRounds> randoms[kWarps];
   Prepared<Rule> window[kWindow];
 };
 
 // T: the type that fast entries have.
-template <class Rule, class T, Blocks kBlocks, bool kRounds>
+template <class Rule, class T, Blocks kBlocks, bool kRounds, class Format>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor -
                                                 (Rule::kStates > 2 || Rule::kMomentsNeedParam))
     step_blocks(const __grid_constant__ Table<Rule, BlockEntryOf<Rule>> table,
-                const Tables* source) {
+                const TablesOf<Format>* source) {
   static_assert(sizeof table + sizeof source <= kArgumentBytes);
   if (table.numbers.found_inf.get() != 0) return;
-  using Shared = SharedOfBlocks<Rule, kRounds>;
+  using Shared = SharedOfBlocks<Format, Rule, kRounds>;
   static_assert(sizeof(Shared) <= 48 << 10);  // the default limit of shared memory
   TORCHAO8_SHARED(Shared, shared);
-  copy_tables(shared.tables, *source);  // for_each_unit has the barrier
-  BlockWorker<Rule, T, kBlocks, kRounds> worker = {shared.tables,
-                                                   shared.randoms[threadIdx.x / kLanes],
-                                                   int(threadIdx.x % kLanes),
-                                                   table.block_size,
-                                                   table.log_of_block,
-                                                   table.stochastic};
+  CodecOf<Format>::copy_tables(shared.tables, *source);  // for_each_unit has the barrier
+  BlockWorker<Format, Rule, T, kBlocks, kRounds> worker = {shared.tables,
+                                                           shared.randoms[threadIdx.x / kLanes],
+                                                           int(threadIdx.x % kLanes),
+                                                           table.block_size,
+                                                           table.log_of_block,
+                                                           table.stochastic};
   for_each_unit(table, shared.window, worker);
 }
 

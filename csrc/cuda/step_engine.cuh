@@ -213,8 +213,9 @@ void launch_by_entries(const Step<Rule>& step, const Kernel<Table<Rule, Entry>>&
       set);
 }
 
-template <class Rule>
-void step_blocks_of(const Step<Rule>& step, const BlockKernels<Rule>& kernels) {
+template <class Rule, class Format>
+void step_blocks_of(const Step<Rule>& step,
+                    const typename BlockKernels<Rule, Format>::Step& kernels) {
   const int64_t size = step.call.block_size;
   launch_over_tables<BlockEntryOf<Rule>>(
       step,
@@ -222,23 +223,12 @@ void step_blocks_of(const Step<Rule>& step, const BlockKernels<Rule>& kernels) {
       : size == kSpan ? kernels.spans
                       : kernels.short_blocks,
       [&](BlockEntryOf<Rule>& entry, size_t i) { set_blocks(entry, step, i); },
-      tables_on(step.launcher));
+      tables_on<Format>(step.launcher));
 }
 
-template <class Rule, bool kRounds>
-void step_elements_of(const Step<Rule>& step, const StepKernels<Rule, kRounds>& kernels) {
-  using Entry = ElementEntryOf<Rule, kRounds>;
-  launch_over_tables<Entry>(step, kernels.elements, [&](Entry& entry, size_t i) {
-    if constexpr (kRounds) {
-      set_placed_elements(entry, step, i);
-    } else {
-      set_elements(entry, step, i);
-    }
-  });
-}
-
-template <class Rule>
-void step_one_scale_of(const Step<Rule>& step, const BlockKernels<Rule>& kernels) {
+template <class Rule, class Format>
+void step_one_scale_of(const Step<Rule>& step,
+                       const typename BlockKernels<Rule, Format>::Step& kernels) {
   using Entry = OneScaleEntryOf<Rule>;
   using Scales = ScalesEntryOf<Rule>;
   const StepCall& call = step.call;
@@ -248,8 +238,9 @@ void step_one_scale_of(const Step<Rule>& step, const BlockKernels<Rule>& kernels
         set_blocks(entry, step, i);
         entry.extremes = call.extremes[i].template const_data_ptr<int64_t>();
       },
-      tables_on(step.launcher));
-  launch_by_entries<Scales>(step, Kernels<Rule>::all.write_scales, [&](Scales& entry, size_t i) {
+      tables_on<Format>(step.launcher));
+  const auto& write_scales = BlockKernels<Rule, Format>::all.write_scales;
+  launch_by_entries<Scales>(step, write_scales, [&](Scales& entry, size_t i) {
     set_addresses(entry, step, i);
     for (int s = 0; s < Rule::kStates; s++)
       entry.scales[s] = call.scales(s, i).template mutable_data_ptr<float>();
@@ -257,19 +248,45 @@ void step_one_scale_of(const Step<Rule>& step, const BlockKernels<Rule>& kernels
   });
 }
 
+// State of a format: one scale a block, or one a tensor.
+template <class Rule, class Format>
+void step_format_of(const Step<Rule>& step) {
+  const auto& all = BlockKernels<Rule, Format>::all;
+  const auto& kernels = step.rounds_params ? all.rounded : all.step[int(type_of(step))];
+  if (step.call.one_scale) {
+    step_one_scale_of<Rule, Format>(step, kernels);
+  } else {
+    step_blocks_of<Rule, Format>(step, kernels);
+  }
+}
+
+template <class Rule>
+void step_elements_of(const Step<Rule>& step) {
+  const auto& all = ElementKernels<Rule>::all;
+  if (step.rounds_params) {
+    using Entry = ElementEntryOf<Rule, true>;
+    launch_over_tables<Entry>(step, all.rounded,
+                              [&](Entry& entry, size_t i) { set_placed_elements(entry, step, i); });
+  } else {
+    using Entry = ElementEntryOf<Rule, false>;
+    launch_over_tables<Entry>(step, all.step[int(type_of(step))],
+                              [&](Entry& entry, size_t i) { set_elements(entry, step, i); });
+  }
+}
+
 // When all kernels that read the old ones have been launched.
 template <class Rule>
 void write_scalars_of(const Step<Rule>& step) {
   using Entry = ScalarsEntryOf<Rule>;
-  launch_by_entries<Entry>(step, Kernels<Rule>::all.write_scalars,
+  launch_by_entries<Entry>(step, ElementKernels<Rule>::all.write_scalars,
                            [&](Entry& entry, size_t i) { set_addresses(entry, step, i); });
 }
 
-template <class Rule>
-void find_extremes_of(const Step<Rule>& step, const ExtremesKernel<Rule>& kernel, int64_t* keys) {
+template <class Rule, class Format>
+void find_extremes_of(const Step<Rule>& step, int64_t* keys) {
   using Entry = ExtremesEntryOf<Rule>;
   launch_over_tables<Entry>(
-      step, kernel,
+      step, BlockKernels<Rule, Format>::all.extremes[int(type_of(step))],
       [&](Entry& entry, size_t i) {
         set_addresses(entry, step, i);
         set_codes(entry, step, i);
@@ -277,20 +294,29 @@ void find_extremes_of(const Step<Rule>& step, const ExtremesKernel<Rule>& kernel
         entry.count = step.call.params[i].numel();
         entry.finish(type_of(step));
       },
-      tables_on(step.launcher));
+      tables_on<Format>(step.launcher));
 }
 
-template <class Rule, bool kRounds>
-void step_all_of(const Step<Rule>& step, const StepKernels<Rule, kRounds>& kernels) {
+// Calls visit(Type<Format>()) for the format of the call's state.
+template <class Visit>
+void visit_format_of(const StepCall& call, Visit visit) {
+  visit_format(Formats(), call.state_format, visit);
+}
+
+template <class Rule>
+void step_all_of(const Step<Rule>& step) {
   if constexpr (Rule::kStates > 0) {
-    if (step.call.one_scale) return step_one_scale_of(step, kernels.blocks);
-    if (step.call.quantized) return step_blocks_of(step, kernels.blocks);
+    if (step.call.quantized) {
+      return visit_format_of(
+          step.call, [&](auto type) { step_format_of<Rule, typename decltype(type)::type>(step); });
+    }
   }
-  step_elements_of(step, kernels);
+  step_elements_of(step);
 }
 
 // See FamilyOps.
 struct CudaStep {
+  using Formats = torchao8::Formats;
   static constexpr bool kNeedsTensors = true;
   struct Guard {
     Guard() {}
@@ -306,12 +332,7 @@ struct CudaStep {
   template <class Rule>
   static void step(const StepCall& call, const Numbers<typename Rule::Options>& numbers) {
     Step<Rule> step(call, numbers);
-    const Kernels<Rule>& kernels = Kernels<Rule>::all;
-    if (step.rounds_params) {
-      step_all_of(step, kernels.rounded);
-    } else {
-      step_all_of(step, kernels.step[int(type_of(step))]);
-    }
+    step_all_of(step);
     if constexpr (kScalarsOf<Rule> > 0) write_scalars_of(step);
     for (Dense& param : step.params) param.write_back();
   }
@@ -325,7 +346,9 @@ struct CudaStep {
   static void find_extremes(const StepCall& call, const Numbers<typename Rule::Options>& numbers,
                             int64_t* keys) {
     const Step<Rule> step(call, numbers);
-    find_extremes_of(step, Kernels<Rule>::all.extremes[int(type_of(step))], keys);
+    visit_format_of(call, [&](auto type) {
+      find_extremes_of<Rule, typename decltype(type)::type>(step, keys);
+    });
   }
 };
 

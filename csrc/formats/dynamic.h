@@ -15,7 +15,7 @@ struct DynamicFormat {
     return zero_code<kSigned>();
   }
   template <bool kSigned, bool kStill>
-  static float scale_of(float extreme, float unit) {
+  static TORCHAO8_HD float scale_of(float extreme, float unit) {
     return torchao8::scale_of<kSigned>(extreme, unit);
   }
 };

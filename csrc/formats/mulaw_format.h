@@ -57,9 +57,19 @@ struct MulawScale {
   }
 };
 
-// How a block of floats is encoded to nearest, without a rule. Unsigned numbers are taken for those
-// of a state that is rounded stochastically, as all unsigned states are. Also of numbers up to the
-// largest finite one, which no step leaves.
+// How a block of floats is encoded to nearest, without a rule, by their largest magnitude: also one
+// of 2^126 or more, which no step leaves. NaN or infinite: they are not encoded. Unsigned numbers
+// are taken for those of a state that is rounded stochastically, as all unsigned states are.
+template <bool kSigned>
+TORCHAO8_HD MulawScale mulaw_scale_of_largest(float largest) {
+  const float factor = largest < kOverflow ? 1.0f : 4.0f;
+  MulawScale to = {};
+  to.set<kSigned, !kSigned>(largest / factor, 1.0f);
+  to.scale *= factor;
+  to.inverse /= factor;
+  return to;
+}
+
 template <bool kSigned>
 TORCHAO8_HD MulawScale mulaw_scale_of_block(const float* x, int n) {
   float largest = 0.0f;
@@ -68,12 +78,7 @@ TORCHAO8_HD MulawScale mulaw_scale_of_block(const float* x, int n) {
     largest = max(std::fabs(x[i]), largest);
     good = good && std::isfinite(x[i]) && (kSigned || x[i] >= 0.0f);
   }
-  const float factor = largest < kOverflow ? 1.0f : 4.0f;
-  MulawScale to = {};
-  to.set<kSigned, !kSigned>(good ? largest / factor : bits_float(0x7fc00000u), 1.0f);
-  to.scale *= factor;
-  to.inverse /= factor;
-  return to;
+  return mulaw_scale_of_largest<kSigned>(good ? largest : bits_float(0x7fc00000u));
 }
 
 }  // namespace torchao8

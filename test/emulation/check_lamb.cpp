@@ -17,7 +17,6 @@ namespace {
 
 emulation::Failures failures;
 constexpr int N = LambRule::kStates;
-const cuda::Tables kTables = cuda::make_tables();
 
 // State as after many steps; some scales of the second moment are 0 or NaN.
 TensorOf live_tensor(const Shape& shape, FloatType type, int block_size, int number,
@@ -76,8 +75,9 @@ std::vector<int64_t> cuda_sums(std::vector<TensorOf>& tensors, const AdamOptions
   if (scaled) {
     using Entry = cuda::Measured<cuda::BlockEntry<N>>;
     const auto launch = [&](const cuda::Table<LambRule, Entry>& table) {
-      emulation::launch(blocks, cuda::kThreads,
-                        [&] { cuda::measure_blocks<LambRule>(table, &kTables, sums.data()); });
+      emulation::launch(blocks, cuda::kThreads, [&] {
+        cuda::measure_blocks<LambRule, Format>(table, &kTables, sums.data());
+      });
     };
     measure<Entry>(tensors, numbers, block_size, launch, [&](Entry& e, TensorOf& t) {
       for (int s = 0; s < N; s++) {
@@ -111,7 +111,7 @@ std::vector<int64_t> cpu_sums(TensorOf& t, const AdamOptions& options, bool scal
   AdamOptions own = options;
   if (t.has_factors) own.multiply(t.factors);
   const LambRule rule = LambRule::at_step(own, int64_t(t.step) + 1, scaled);
-  const auto blocks = scalar_kernels<DynamicFormat>().measure;
+  const auto blocks = scalar_kernels<Format>().measure;
   const auto elements = scalar_elements().measure;
   const auto sum = std::make_unique<SquareSum>();
   const int64_t columns = scaled ? t.shape.columns : t.count(), rows = scaled ? t.shape.rows : 1;

@@ -28,7 +28,7 @@ namespace path = torchao8::avx2;
 #include "cpu/formats/dynamic/avx512.h"
 namespace path = torchao8::avx512;
 #else
-#include "cuda/codec.cuh"
+#include "cuda/formats/dynamic.cuh"
 #endif
 
 using namespace torchao8;
@@ -108,7 +108,7 @@ void compare(float inverse) {
   const std::vector<float> x = numbers_to_try();
   std::mt19937 random(7);
 #if !defined(PATH_AVX2) && !defined(PATH_AVX512)
-  static const cuda::Tables tables = cuda::make_tables();
+  static const cuda::dynamic::Tables tables = cuda::dynamic::make_tables();
 #else
   const path::dynamic::StochasticEncoder<true> encoder(codec_tables());
 #endif
@@ -129,7 +129,7 @@ void compare(float inverse) {
 #else
     for (float value : x) {
       const float scaled = value / inverse;
-      const int code = int(cuda::encode_stochastic<true>(tables, scaled, inverse, u));
+      const int code = int(cuda::dynamic::encode_stochastic<true>(tables, scaled, inverse, u));
       const int want = code_of(scaled, inverse, u);
       if (code != want) fail("%.9g: %d in place of %d\n", scaled, code, want);
     }

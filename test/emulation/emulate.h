@@ -217,6 +217,14 @@ inline uint32_t pack_numbers(const uint32_t* x) {
   }
   return all;
 }
+inline uint32_t pack_small_numbers(const uint32_t* x) {
+  uint32_t all = 0;
+  for (int i = 0; i < 4; i++) all |= uint32_t(std::clamp(int32_t(x[i]), -128, 127) & 255) << 8 * i;
+  return all;
+}
+inline uint32_t add_and_raise(uint32_t x, int32_t added, int32_t least) {
+  return uint32_t(std::max(int32_t(x) + added, least));
+}
 // Off by up to a unit in the last place, if the compiler's refinement, repeated here, corrects it.
 // It does for all but a few mantissas, where a GPU's approximation must be better.
 inline float approximate_inverse_root(float x) {
@@ -232,6 +240,19 @@ inline float larger(float a, float b) {
 }
 inline float smaller(float a, float b) {
   return std::fmin(a, b);
+}
+inline uint32_t larger_halves(uint32_t a, uint32_t b) {
+  return std::max(a >> 16, b >> 16) << 16 | std::max(a & 0xffff, b & 0xffff);
+}
+inline uint32_t half_less_one(uint32_t both) {
+  const auto of = [](uint32_t x) {
+    return uint32_t(to_bfloat16(std::fma(to_float(BFloat16{uint16_t(x)}), 0.5f, -1.0f)).bits);
+  };
+  return of(both >> 16) << 16 | of(both & 0xffff);
+}
+inline float larger_magnitude(float a, float b) {
+  if (std::isnan(a) || std::isnan(b)) return NAN;
+  return std::fmax(std::fabs(a), std::fabs(b));
 }
 inline uint32_t largest_of_lanes(uint32_t x, int lanes) {
   const unsigned first = emulation::thread.x % 32 / unsigned(lanes) * unsigned(lanes);

@@ -9,6 +9,7 @@
 
 #include "cuda/floats.cuh"
 #include "cuda/table.cuh"
+#include "format.h"
 
 using namespace torchao8;
 
@@ -90,11 +91,11 @@ TensorOf make_tensor(const Shape& shape, FloatType param_type, FloatType grad_ty
   std::normal_distribution<float> normal;
   for (int64_t i = 0; i < t.count(); i++)
     cuda::store_as(param_type, t.place(t.param, param_type), i, normal(random));
-  for (int s = 0; s < Rule::kStates; s++) {
-    t.codes[s].assign(n + 16, Rule::kSigned[s] ? 127 : 0);
+  cuda::for_each_state<Rule::kStates>([&](auto s) {
+    t.codes[s].assign(n + 16, Format::template zero_byte<Rule::kSigned[s]>());
     t.scales[s].assign(size_t(shape.rows * t.blocks_per_row(block_size)), 0.0f);
     t.states[s].assign(size_t(t.count()), 0.0f);
-  }
+  });
   for (float& scalar : t.scalars) scalar = 1;
   return t;
 }

@@ -1,5 +1,8 @@
 #include "rules/adam.h"
 
 #include "cuda/compile_kernels.cuh"
+#include "cuda/formats/dynamic.cuh"
 
-template struct torchao8::cuda::Kernels<torchao8::AdamRule<false, true>>;
+template struct torchao8::cuda::ElementKernels<torchao8::AdamRule<false, true>>;
+template struct torchao8::cuda::BlockKernels<torchao8::AdamRule<false, true>,
+                                             torchao8::DynamicFormat>;

@@ -2,4 +2,4 @@
 
 #include "cuda/compile_kernels.cuh"
 
-template struct torchao8::cuda::Kernels<torchao8::SgdRule<false, false>>;
+template struct torchao8::cuda::ElementKernels<torchao8::SgdRule<false, false>>;

@@ -1,0 +1,6 @@
+#include "rules/ademamix.h"
+
+#include "cuda/compile_kernels.cuh"
+#include "cuda/formats/mulaw.cuh"
+
+template struct torchao8::cuda::BlockKernels<torchao8::AdemamixRule, torchao8::MulawFormat>;

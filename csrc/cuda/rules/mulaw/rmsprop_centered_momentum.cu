@@ -1,0 +1,7 @@
+#include "rules/rmsprop.h"
+
+#include "cuda/compile_kernels.cuh"
+#include "cuda/formats/mulaw.cuh"
+
+template struct torchao8::cuda::BlockKernels<torchao8::RmspropRule<true, true>,
+                                             torchao8::MulawFormat>;

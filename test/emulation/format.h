@@ -1,0 +1,20 @@
+// The format of state that a check is of: the dynamic one, or what the compiler is told with
+// -DFORMAT.
+#pragma once
+
+#include "cuda/formats/dynamic.cuh"
+#include "cuda/formats/mulaw.cuh"
+
+#ifndef FORMAT
+#define FORMAT DynamicFormat
+#endif
+using Format = torchao8::FORMAT;
+
+constexpr torchao8::cuda::dynamic::Tables make_tables(torchao8::DynamicFormat) {
+  return torchao8::cuda::dynamic::make_tables();
+}
+constexpr torchao8::cuda::TablesOf<torchao8::MulawFormat> make_tables(torchao8::MulawFormat) {
+  return {};
+}
+// In memory, as a GPU has them.
+inline const torchao8::cuda::TablesOf<Format> kTables = make_tables(Format());
