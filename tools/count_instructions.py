@@ -3,9 +3,11 @@
     python tools/count_instructions.py nvdisasm kernel.cubin
 
 prints the instructions an element of each step kernel in the file, with stochastic rounding. It
-counts the shortest path through the kernel's loop that loads, takes roots, and converts floats to
-integers, which only stochastic rounding does. Rare cases (a bad block, a new tensor) are on longer
-paths. ``nvdisasm`` comes with the CUDA toolkit, or alone as the package nvidia-cuda-nvdisasm.
+counts the shortest path through the kernel's loop that loads, takes roots, and does what only
+stochastic rounding does: in the dynamic format it converts floats to integers, in the mu-law format
+it adds the top bits of a hash to a number that it then raises to the least code. Rare cases (a bad
+block, a new tensor) are on longer paths. ``nvdisasm`` comes with the CUDA toolkit, or alone as the
+package nvidia-cuda-nvdisasm.
 """
 
 import heapq
@@ -80,6 +82,21 @@ def eights(places: list[int]) -> set[int]:
     return {i for i in places if sum(abs(i - j) < 300 for j in places) >= PER_LANE}
 
 
+def of_stochastic_rounding(f: Function) -> list[int]:
+    """The places of instructions that only stochastic rounding of a state has."""
+    found = []
+    hashed: dict[str, int] = {}  # where a register got a sum with the top bits of another one
+    for i, code in enumerate(f.instructions):
+        operands = re.findall(r"\bR\d+\b", code)
+        if "F2I.TRUNC" in code or ("VIADDMNMX" in code and i - hashed.get(operands[1], -99) < 40):
+            found.append(i)
+        if operands:
+            hashed.pop(operands[0], None)
+            if "LEA.HI" in code:
+                hashed[operands[0]] = i
+    return found
+
+
 def loop(f: Function) -> Counter[str]:
     """How often each opcode is executed for one block."""
 
@@ -88,10 +105,7 @@ def loop(f: Function) -> Counter[str]:
 
     barrier = having("BAR.SYNC")[0]  # the tables have been copied
     load = next(i for i in having("LDG.E.128") if i > barrier)
-    roots, codes = (
-        eights(having("MUFU.RSQ")),
-        eights(having("F2I.TRUNC")),
-    )  # only stochastic rounding has F2I.TRUNC
+    roots, codes = eights(having("MUFU.RSQ")), eights(of_stochastic_rounding(f))
     total: Counter[str] = Counter()
     at = load
     for goals in (roots, codes, {load}):
