@@ -24,12 +24,13 @@ pytestmark = [
 
 # Of test_cuda.py, what takes seconds for numbers that are large or many.
 LARGE = "many_numbers or refills or several_units or many_tensors or more_tensors or every_option"
-# Those with an argument `device` that are more than a few seconds' worth. Of test_portable.py
-# nothing is here: it runs operator by operator, which takes minutes.
+# Those with tests for every device. test_portable.py runs operator by operator, which takes minutes;
+# in the others no test with an argument `device` runs on a pretended GPU.
+LEFT_OUT = {"test_portable.py", "test_new_device.py", "test_benchmark_gpu.py", "test_paging.py"}
 FILES = sorted(
     path.name
     for path in TEST.glob("test_*.py")
-    if re.search(r"\bdevice: str\b", path.read_text()) and path.name != "test_portable.py"
+    if re.search(r"\bdevice: str\b", path.read_text()) and path.name not in LEFT_OUT
 )
 
 
