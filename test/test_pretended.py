@@ -24,9 +24,11 @@ pytestmark = [
 
 # Of test_cuda.py, what takes seconds for numbers that are large or many.
 LARGE = "many_numbers or refills or several_units or many_tensors or more_tensors or every_option"
-# Those with tests for every device. test_portable.py runs operator by operator, which takes minutes;
-# in the others no test with an argument `device` runs on a pretended GPU.
-LEFT_OUT = {"test_portable.py", "test_new_device.py", "test_benchmark_gpu.py", "test_paging.py"}
+# Those with tests for every device. test_portable.py runs operator by operator, which takes minutes.
+# In the others no test with an argument `device` can pass on a pretended GPU.
+LEFT_OUT = {"test_portable.py", "test_benchmark_gpu.py", "test_compile.py", "test_new_device.py",
+            "test_paging.py", "test_scalar_state.py"}  # fmt: skip
+MINUTES = {"test_optim.py", "test_optim_contract.py"}  # what these take
 FILES = sorted(
     path.name
     for path in TEST.glob("test_*.py")
@@ -75,7 +77,9 @@ def test_portable_steps_on_a_gpu() -> None:
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(
+    "file", [pytest.param(f, marks=pytest.mark.slow) if f in MINUTES else f for f in FILES]
+)
 def test_tests_for_all_devices(file: str) -> None:
     assert_passed(run_pretended(TEST / file, "-k", "[cuda or -cuda", "-m", "not slow"))
 
