@@ -102,13 +102,17 @@ void check_norms_call(Tensor sums) {
   check_norms(sums);
 }
 
-void check_quantize(Tensor input, int64_t block_size) {
-  check_float_type({"quantize_blockwise", "input"}, input);
-  check_block_size("quantize_blockwise", block_size);
+void check_quantize(Tensor input, int64_t block_size, int64_t state_format) {
+  const char* op = "quantize_blockwise";
+  check_float_type({op, "input"}, input);
+  check_block_size(op, block_size);
+  check_state_format(op, state_format, FormatsOf<PortableChecks>::type());
 }
 
-void check_dequantize_call(Tensor codes, Tensor scale, int64_t block_size, ScalarType dtype) {
+void check_dequantize_call(Tensor codes, Tensor scale, int64_t block_size, ScalarType dtype,
+                           int64_t state_format) {
   const char* op = "dequantize_blockwise";
+  check_state_format(op, state_format, FormatsOf<PortableChecks>::type());
   check_dequantize(op, codes, scale, block_size, dtype, device_of(codes));
 }
 

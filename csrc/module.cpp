@@ -1,7 +1,7 @@
 // The Python module torchao8._C. Importing it loads the library, whose static initializers register
 // the ops (register.cpp); Python calls them as torch.ops.torchao8.*. What it holds itself is
-// FAMILIES, the names of the families' ops, states, numbers and flags, and DYNAMIC_MAPS, what the
-// codec in Python looks up (torchao8/_C.pyi).
+// FAMILIES, the names of the families' ops, states, numbers and flags, FORMATS, the formats of
+// state, and DYNAMIC_MAPS, what the codec in Python looks up (torchao8/_C.pyi).
 
 #ifndef Py_LIMITED_API
 #define Py_LIMITED_API 0x030A0000
@@ -11,6 +11,7 @@
 #include <algorithm>
 
 #include "codec/dynamic_map.h"
+#include "formats/formats.h"
 #include "op/family_ops.h"
 #include "rules/families.h"
 
@@ -100,6 +101,17 @@ PyObject* family_of() {
                        names_of(Family::Options::kFlags), rules_of<Family>());
 }
 
+// Every format of state, in the order of their numbers.
+PyObject* formats() {
+  Object formats(PyList_New(0));
+  bool good = true;
+  for_each_type(Formats(), [&](auto type) {
+    using Format = typename decltype(type)::type;
+    good = good && formats.append(Py_BuildValue("(si)", Format::kName, Format::kBits));
+  });
+  return good ? formats.as_tuple() : nullptr;
+}
+
 // Of the unsigned map, or the signed one: the codebook, then the lines of stochastic rounding.
 PyObject* dynamic_map(bool is_signed) {
   struct {
@@ -119,6 +131,12 @@ int add_constants(PyObject* module) {
   PyObject* const maps = Py_BuildValue("(NN)", dynamic_map(false), dynamic_map(true));
   const Object owner(maps);
   if (maps == nullptr || PyModule_AddObjectRef(module, "DYNAMIC_MAPS", maps) != 0) return -1;
+
+  const Object format_tuple(formats());
+  if (format_tuple.get() == nullptr ||
+      PyModule_AddObjectRef(module, "FORMATS", format_tuple.get()) != 0) {
+    return -1;
+  }
 
   Object families(PyList_New(0));
   bool good = true;

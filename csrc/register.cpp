@@ -16,6 +16,9 @@
 // numbers a parameter, or none at all: what its gradient and what the learning rate is multiplied
 // by.
 //
+// `state_format` is the number of the format of states with scales (formats/formats.h); float32
+// states are told by their dtype.
+//
 // `extremes` are given where a tensor has one scale for each state, of shape (1,), in place of one
 // for each block: int64 numbers, one a state, of what a step would make of all of the tensor. An
 // op like adam_extremes finds them, a row for each parameter; of parts of a tensor they are
@@ -34,11 +37,11 @@
 
 STABLE_TORCH_LIBRARY(torchao8, m) {
   m.def(
-      "quantize_blockwise(Tensor input, *, int block_size=256, bool signed=True) "
-      "-> (Tensor codes, Tensor scale)");
+      "quantize_blockwise(Tensor input, *, int block_size=256, bool signed=True, "
+      "int state_format=0) -> (Tensor codes, Tensor scale)");
   m.def(
       "dequantize_blockwise(Tensor codes, Tensor scale, *, int block_size=256, bool signed=True, "
-      "ScalarType dtype=float) -> Tensor");
+      "ScalarType dtype=float, int state_format=0) -> Tensor");
   torchao8::for_each_type(torchao8::Families(), [&](auto type) {
     using Family = typename decltype(type)::type;
     m.def(torchao8::step_schema<Family>().c_str());
@@ -55,10 +58,10 @@ STABLE_TORCH_LIBRARY(torchao8, m) {
   m.def("check_count_step_(Tensor[] steps, Tensor? found_inf) -> ()");
   m.def("check_sum_squares(Tensor[] tensors) -> ()");
   m.def("check_norms(Tensor sums) -> ()");
-  m.def("check_quantize_blockwise(Tensor input, int block_size) -> ()");
+  m.def("check_quantize_blockwise(Tensor input, int block_size, int state_format) -> ()");
   m.def(
-      "check_dequantize_blockwise(Tensor codes, Tensor scale, int block_size, ScalarType dtype) "
-      "-> ()");
+      "check_dequantize_blockwise(Tensor codes, Tensor scale, int block_size, ScalarType dtype, "
+      "int state_format) -> ()");
   m.def(
       "clip_factors_(Tensor(a!)[] histories, Tensor norms, Tensor[] steps, Tensor? found_inf, "
       "SymInt percentile) -> Tensor");

@@ -17,6 +17,7 @@ Call = dict[str, Any]
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 STATE_LISTS = tuple(f"{name}{part}" for name in MOMENTS for part in ("s", "_scales"))
 NUMBERS = ops.NUMBERS["adam_step_"]
+DYNAMIC, MULAW = ops.FORMAT_NUMBERS["dynamic"], ops.FORMAT_NUMBERS["mulaw"]
 CHANGED = ("params", "steps", *STATE_LISTS)
 
 # Rows around a block, a vector, rows of 17, one element, a scalar, nothing, rows of one element.
@@ -34,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "block_size": 256,
     "stochastic_rounding": True,
     "stochastic_params": False,
+    "state_format": 0,
     "seed": 0,
     "factors": [],
     "extremes": [],
@@ -85,7 +87,7 @@ def new_call(
             if state_bits == 32:
                 call[f"{name}s"].append(torch.zeros(p.shape, device=device))
                 continue
-            zero = 127 if is_signed(name) else 0
+            zero = 127 if is_signed(name) and options["state_format"] == DYNAMIC else 0
             codes = torch.full(p.shape, zero, dtype=torch.uint8, device=device)
             shape = reference.scale_shape(tuple(p.shape), options["block_size"])
             shape = (1,) if one_scale else shape
@@ -101,11 +103,15 @@ def set_moment(call: Call, name: str, index: int, value: Tensor) -> None:
         return
     signed, shape = is_signed(name), value.shape
     if call["extremes"] is None:
+        assert call["state_format"] == DYNAMIC
         codes, scale = reference.quantize(value.flatten(), max(value.numel(), 1), signed)
         codes, scale = codes.view(shape), scale if value.numel() else torch.zeros(1)
     else:
         codes, scale = torchao8.quantize_blockwise(
-            value, block_size=call["block_size"], signed=signed
+            value,
+            block_size=call["block_size"],
+            signed=signed,
+            state_format=ops.FORMATS[call["state_format"]].name,
         )
     call[f"{name}s"][index].copy_(codes)
     call[f"{name}_scales"][index].copy_(scale)
@@ -116,7 +122,12 @@ def moment(call: Call, name: str, index: int) -> Tensor:
     if not call[f"{name}_scales"]:
         return call[f"{name}s"][index].cpu().double()
     codes, scale = call[f"{name}s"][index].cpu(), call[f"{name}_scales"][index].cpu()
-    values = torchao8.dynamic_map(is_signed(name)).double()[codes.long()]
+    every_code = torch.arange(256, dtype=torch.uint8)
+    format_name = ops.FORMATS[call["state_format"]].name
+    codebook = torchao8.dequantize_blockwise(
+        every_code, torch.ones(1), signed=is_signed(name), state_format=format_name
+    )
+    values = codebook.double()[codes.long()]
     if scale.numel() == 1:
         return values * scale.double().reshape(())
     return values * reference.expand_scale(scale.double(), tuple(codes.shape), call["block_size"])
@@ -186,7 +197,7 @@ def op_arguments(call: Call) -> dict[str, Any]:
 def extremes(call: Call) -> list[Tensor]:
     """What a step with one scale a tensor must know before."""
     names = ("params", "grads", "steps", "factors", "lr", "numbers", "grad_scale", *STATE_LISTS,
-             "decoupled_weight_decay", "maximize")  # fmt: skip
+             "decoupled_weight_decay", "maximize", "state_format")  # fmt: skip
     arguments = op_arguments(call)
     found = torch.ops.torchao8.adam_extremes(**{name: arguments[name] for name in names})
     return list(found.unbind())

@@ -94,6 +94,22 @@ def adam(call: dict[str, Any], steps: int, singly: bool) -> dict[str, list[bytes
     return {name: [storage_bytes(t) for t in call[name]] for name in (*CHANGED, "grads")}
 
 
+def step(call: dict[str, Any], steps: int) -> list[bytes]:
+    """Any step op, by the arguments of :func:`torchao8.ops.step_`."""
+    from torchao8 import ops
+
+    for _ in range(steps):
+        ops.step_(*call["positional"], **call["named"])
+    _, params, _, values, scales, *_ = call["positional"]
+    return [storage_bytes(t) for tensors in (params, *values, *scales) for t in tensors]
+
+
+def lamb(arguments: list[Any], options: dict[str, Any]) -> list[bytes]:
+    from torchao8 import ops
+
+    return [storage_bytes(ops.lamb_update_sums(*arguments, **options))]
+
+
 def quantize(x: torch.Tensor, options: dict[str, Any]) -> list[bytes]:
     return [storage_bytes(t) for t in torch.ops.torchao8.quantize_blockwise(x, **options)]
 
@@ -109,6 +125,8 @@ def sums(tensors: list[torch.Tensor]) -> list[bytes]:
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "adam": adam,
+    "lamb": lamb,
+    "step": step,
     "quantize": quantize,
     "dequantize": dequantize,
     "sums": sums,

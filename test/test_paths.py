@@ -12,8 +12,10 @@ import reference
 import torch
 from adam_call import (
     CHANGED,
+    DYNAMIC,
     FLOATS,
     MOMENTS,
+    MULAW,
     STATE_LISTS,
     Call,
     assert_same_bits,
@@ -102,7 +104,7 @@ SHARES = st.sampled_from([0.0, 0.0, 0.001, 0.05])  # of special numbers
 
 
 @st.composite
-def step_calls(draw: st.DrawFn) -> Call:
+def step_calls(draw: st.DrawFn, formats: tuple[int, ...] = (DYNAMIC, MULAW)) -> Call:
     """Arguments of adam_step_ with 1 to 4 tensors, of any codes and scales."""
     rng = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     shapes = draw(st.lists(SHAPES, min_size=1, max_size=4))
@@ -129,6 +131,7 @@ def step_calls(draw: st.DrawFn) -> Call:
         stochastic_rounding=draw(st.booleans()), stochastic_params=rounds_params,
         shard_offsets=offsets, shard_row_strides=[draw(st.integers(1, 9000)) for _ in offsets],
         block_size=draw(BLOCK_SIZES),
+        state_format=DYNAMIC if state_bits == 32 else draw(st.sampled_from(formats)),
         seed=draw(st.integers(-(2**63), 2**63 - 1)),
         grad_scale=None if grad_scale is None else torch.tensor(grad_scale),
     )  # fmt: skip
@@ -150,7 +153,7 @@ def fill_moment(call: Call, name: str, exponent: int, special: float, rng: torch
             state.copy_(torch.randint(0, 256, state.shape, generator=rng, dtype=torch.uint8))
     for t in call[f"{name}_scales" if in_8bit else f"{name}s"]:
         x = floats(tuple(t.shape), size, special, rng)
-        t.copy_(x if signed else x.abs())
+        t.copy_(x if signed and call["state_format"] == DYNAMIC else x.abs())
 
 
 EXAMPLES = hypothesis.settings(
@@ -168,11 +171,14 @@ def test_steps(workers: Workers, path: str, call: Call) -> None:
 
 
 @st.composite
-def codec_inputs(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+def codec_inputs(
+    draw: st.DrawFn, formats: tuple[int, ...] = (DYNAMIC, MULAW)
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
     """A tensor to quantize; codes and scales to decode; the options of both."""
     rng = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     shape = draw(SHAPES)
-    options = {"block_size": draw(BLOCK_SIZES), "signed": draw(st.booleans())}
+    options = {"block_size": draw(BLOCK_SIZES), "signed": draw(st.booleans()),
+               "state_format": draw(st.sampled_from(formats))}  # fmt: skip
     x = floats(shape, draw(st.integers(-140, 126)), draw(SHARES), rng)
     x = laid_out(x.to(draw(st.sampled_from(FLOATS))), draw(LAYOUTS))
     codes = torch.randint(0, 256, shape, generator=rng, dtype=torch.uint8)
@@ -226,7 +232,7 @@ def one_nan(t: Tensor) -> Tensor:
 
 @on_a_gpu
 @EXAMPLES
-@hypothesis.given(call=step_calls())
+@hypothesis.given(call=step_calls((DYNAMIC,)))
 def test_steps_on_a_gpu(call: Call) -> None:
     other = moved(call, "cuda")
     for _ in range(2):
@@ -239,11 +245,12 @@ def test_steps_on_a_gpu(call: Call) -> None:
 
 @on_a_gpu
 @EXAMPLES
-@hypothesis.given(inputs=codec_inputs(), dtype=st.sampled_from(FLOATS))
+@hypothesis.given(inputs=codec_inputs((DYNAMIC,)), dtype=st.sampled_from(FLOATS))
 def test_codec_on_a_gpu(
     inputs: tuple[Tensor, Tensor, Tensor, dict[str, Any]], dtype: torch.dtype
 ) -> None:
     x, codes, scale, options = inputs
+    del options["state_format"]
     want = [*quantize_blockwise(x, **options),
             dequantize_blockwise(codes, scale, dtype=dtype, **options)]  # fmt: skip
     x, codes, scale = (moved_tensor(t, "cuda") for t in (x, codes, scale))
@@ -253,6 +260,15 @@ def test_codec_on_a_gpu(
 
 
 # -- threads, grouping, the floating-point mode ------------------------------------------------
+
+
+# What the state of a call is like.
+KINDS: list[dict[str, Any]] = [
+    {"state_bits": 8},
+    {"state_bits": 8, "one_scale": True},
+    {"state_bits": 8, "state_format": MULAW},
+    {"state_bits": 32},
+]
 
 
 def large_call(state_bits: int, **options: Any) -> Call:
@@ -272,11 +288,9 @@ def _large_call(state_bits: int, **options: Any) -> Call:
 
 
 @every_path
-@pytest.mark.parametrize(("state_bits", "one_scale"), [(8, False), (8, True), (32, False)], ids=str)
-def test_threads_and_grouping(
-    workers: Workers, path: str, state_bits: int, one_scale: bool
-) -> None:
-    call = large_call(state_bits, amsgrad=True, one_scale=one_scale)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_threads_and_grouping(workers: Workers, path: str, kind: dict[str, Any]) -> None:
+    call = large_call(amsgrad=True, **kind)
     worker = workers.get(path)
     want = worker("adam", call, 2, False, threads=1)
     for threads in (2, 3):
@@ -302,8 +316,8 @@ def test_codec_threads(workers: Workers, path: str) -> None:
 
 
 @every_path
-@pytest.mark.parametrize(("state_bits", "one_scale"), [(8, False), (8, True), (32, False)], ids=str)
-def test_flushed_denormals(workers: Workers, path: str, state_bits: int, one_scale: bool) -> None:
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_flushed_denormals(workers: Workers, path: str, kind: dict[str, Any]) -> None:
     """torch.set_flush_denormal(True) holds for the thread that called it, and so must not matter:
     neither for one call nor for a process that starts with it and builds its tables then."""
     worker, flushed = workers.get(path), workers.get(None, flush_denormal=True)
@@ -313,8 +327,7 @@ def test_flushed_denormals(workers: Workers, path: str, state_bits: int, one_sca
         params = [floats(s, -128, 0.0, rng).to(dtype) for s in shapes]
         grads = [floats(s, exponent, 0.0, rng).to(dtype) for s in shapes]
         call = new_call(
-            params, grads, state_bits=state_bits, one_scale=one_scale, lr=2.0**-100,
-            weight_decay=0.1,
+            params, grads, lr=2.0**-100, weight_decay=0.1, **kind
         )  # fmt: skip
         want = worker("adam", call, 3, False, threads=2)
         for threads in (1, 2):
@@ -323,7 +336,9 @@ def test_flushed_denormals(workers: Workers, path: str, state_bits: int, one_sca
         assert flushed("adam", call, 3, False) == want
     for exponent in (-140, -128, 127):
         x = floats((9, 300), exponent, 0.01, rng)
-        for options in ({"signed": True}, {"signed": False}):
+        for options in (
+            {"signed": s, "state_format": f} for s in (True, False) for f in (DYNAMIC, MULAW)
+        ):
             want = worker("quantize", x, options)
             assert worker("quantize", x, options, flush_denormal=True) == want
             assert flushed("quantize", x, options) == want

@@ -294,7 +294,7 @@ def test_pieces_of_a_parameter_share_it() -> None:
     """Runs of rows far from each other: the first changes the number, the others what it was."""
     states = (State(KEY, False, 1.0, is_scalar=True), State("exp_avg", True))
     device = torch.device("cpu")
-    kind = Kind(True, device, torch.float32, torch.float32, False, True, False)
+    kind = Kind("dynamic", device, torch.float32, torch.float32, False, True, False)
     calls = Calls(kind, states, block_wise=True)
     rows = (Run(0, 1, 0, 100), Run(1, 2, 900, 100))
     calls.add(0, ShardRows(rows, False, 100, 1, (2, 100), (2, 1)))

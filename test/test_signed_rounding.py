@@ -20,10 +20,14 @@ PATHS = {
 }
 # Each breaks one thing that the encoder must do.
 MUTANTS = {
-    "the sign mirrored": ("cpu/vec/scalar.h", "((magnitude ^ minus) - minus)", "magnitude"),
-    "-1.0 not avoided": ("cpu/vec/scalar.h", "most = 128 + minus", "most = 128"),
+    "the sign mirrored": (
+        "cpu/formats/dynamic/scalar.h",
+        "((magnitude ^ minus) - minus)",
+        "magnitude",
+    ),
+    "-1.0 not avoided": ("cpu/formats/dynamic/scalar.h", "most = 128 + minus", "most = 128"),
     "never rounded to zero": (
-        "cpu/vec/scalar.h",
+        "cpu/formats/dynamic/scalar.h",
         "int32_t kk = int32_t(",
         "int32_t kk = 1 | int32_t(",
     ),

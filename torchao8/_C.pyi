@@ -14,6 +14,10 @@ FAMILIES: tuple[
     ...,
 ]
 
+# Each format of state with scales, by its number, as csrc/formats names it: the fields of
+# torchao8.ops.StateFormat.
+FORMATS: tuple[tuple[str, int], ...]
+
 # What the codec looks up of the unsigned and of the signed map, float32: the codebook (256 values),
 # and the starts (16) and lines (3 times 32) of stochastic rounding, see csrc/codec/dynamic_map.h.
 DYNAMIC_MAPS: tuple[bytes, bytes]

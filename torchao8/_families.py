@@ -1,4 +1,5 @@
-"""What the extension tells of the families of update rules (csrc/rules)."""
+"""What the extension tells of the families of update rules (csrc/rules) and of the formats of state
+(csrc/formats)."""
 
 from typing import NamedTuple
 
@@ -23,3 +24,10 @@ class Family(NamedTuple):
     numbers: tuple[str, ...]  # in the order of the op's tensor of them
     flags: tuple[str, ...]
     rules: tuple[int, ...]  # the number of states of each
+
+
+class StateFormat(NamedTuple):
+    """A format of state with scales, as the extension names it (csrc/formats)."""
+
+    name: str
+    bits: int  # of a code

@@ -20,6 +20,7 @@ from torchao8 import _tables, sharding
 from torchao8.block_layout import Scales
 from torchao8.optim import classes
 from torchao8.optim._params import PARAM_DTYPES
+from torchao8.optim._state.formats import DYNAMIC, FLOAT32
 from torchao8.optim._state.spec import State, beside_states
 from torchao8.optim.contract import bare_name, states_under
 from torchao8.optim.options import clips
@@ -191,8 +192,10 @@ def _bytes(t: _Tensor, state: _StateBytes, elements: int, scales: int, ranks: in
     values = elements * t.dtype.itemsize
     if not t.trainable:
         return Bytes(values, 0, 0, 0)
-    wide = state.states * 4 * elements
-    low = state.states * (elements + 4 * scales) if state.in_8bit else wide
+    wide, low = (
+        state.states * each.nbytes(elements, scales)
+        for each in (FLOAT32, DYNAMIC if state.in_8bit else FLOAT32)
+    )
     beside = state.beside * ranks
     return Bytes(values, values, wide + beside, low + beside)
 

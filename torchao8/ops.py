@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchao8._cuda_extension import load as load_cuda
-from torchao8._families import Family, FamilyState
+from torchao8._families import Family, FamilyState, StateFormat
 from torchao8._numbers import Number, all_numbers
 from torchao8._numbers import number_dtype as number_dtype
 from torchao8.block_layout import scale_shape
@@ -44,6 +44,9 @@ FAMILIES = tuple(
     Family(name, step, find, tuple(FamilyState(*s) for s in states), numbers, flags, rules)
     for name, step, find, states, numbers, flags, rules in _C.FAMILIES
 )
+# The formats of state with scales; the ops take the number of one.
+FORMATS = tuple(StateFormat(*fields) for fields in _C.FORMATS)
+FORMAT_NUMBERS = {each.name: number for number, each in enumerate(FORMATS)}
 NUMBERS = {family.step_op: family.numbers for family in FAMILIES}
 STEP_OPS = tuple(NUMBERS)
 _STEP_OPS = {op: getattr(torch.ops.torchao8, op).default for op in STEP_OPS}
@@ -65,9 +68,9 @@ SUM_LIMBS = 18
 
 
 def quantize_blockwise(
-    input: Tensor, *, block_size: int = 256, signed: bool = True
+    input: Tensor, *, block_size: int = 256, signed: bool = True, state_format: str = "dynamic"
 ) -> tuple[Tensor, Tensor]:
-    """Quantizes a tensor to 8 bits with one scale a block, to the nearest code of the dynamic map.
+    """Quantizes a tensor to 8 bits with one scale a block, to the nearest code.
 
     Args:
         input: float32, bfloat16 or float16, any shape and strides. With ``signed=False`` it is
@@ -75,18 +78,25 @@ def quantize_blockwise(
             counts as 0.
         block_size: elements that share a scale, a power of two from 64 to 2048. Blocks lie inside
             rows, or go through the whole tensor where ``shape[1:]`` holds fewer than 16 elements.
-        signed: which of the two maps, see :func:`dynamic_map`.
+        signed: which of the format's two maps.
+        state_format: "dynamic", see :func:`dynamic_map`, or "mulaw", on the CPU. A mu-law code of
+            an unsigned number is ``16 * e + k``, of the value ``2**e * (1 + k / 16) - 1`` times the
+            scale. A signed one has its sign in the highest bit, and that below.
 
     Returns:
         ``codes``, uint8 of the shape of ``input``, and ``scale``, float32 of the shape
-        ``torchao8.block_layout.scale_shape(input.shape, block_size)``: each block's element of
-        largest magnitude with its sign, 0 where that is below the smallest normal float32, NaN
-        where the block holds an element that is not finite.
+        ``torchao8.block_layout.scale_shape(input.shape, block_size)``. It is NaN where the block
+        holds an element that is not finite, and 0 where it would be below the smallest normal
+        float32. Else it is the block's element of largest magnitude with its sign, in the dynamic
+        format. In the mu-law format it is the least number at which that element has a code,
+        rounded up: to a power of two, or, if signed, to 7 bits behind the point.
 
     Raises:
+        ValueError: there is no such format.
         RuntimeError: wrong dtype, block size or device; the message names the argument.
     """
-    codes, scale = _quantize(input, block_size=block_size, signed=signed)
+    number = _format_number("quantize_blockwise", state_format)
+    codes, scale = _quantize(input, block_size=block_size, signed=signed, state_format=number)
     return codes, scale
 
 
@@ -97,23 +107,35 @@ def dequantize_blockwise(
     block_size: int = 256,
     signed: bool = True,
     dtype: torch.dtype = torch.float32,
+    state_format: str = "dynamic",
 ) -> Tensor:
-    """The values that codes stand for: ``dynamic_map(signed)[codes]`` times the scale of the block.
+    """The values that codes stand for: those at scale 1 times the scale of the block.
 
     Args:
         codes: uint8, any shape.
         scale: float32 of the shape ``torchao8.block_layout.scale_shape(codes.shape, block_size)``.
-        block_size, signed: as given to :func:`quantize_blockwise`.
+        block_size, signed, state_format: as given to :func:`quantize_blockwise`.
         dtype: of the result: float32, bfloat16 or float16. The product is rounded to it once.
 
     Returns:
         A tensor of the shape of ``codes``.
 
     Raises:
+        ValueError: there is no such format.
         RuntimeError: wrong dtype, shape, block size or device; the message names the argument.
     """
-    result: Tensor = _dequantize(codes, scale, block_size=block_size, signed=signed, dtype=dtype)
+    number = _format_number("dequantize_blockwise", state_format)
+    result: Tensor = _dequantize(
+        codes, scale, block_size=block_size, signed=signed, dtype=dtype, state_format=number
+    )
     return result
+
+
+def _format_number(op: str, name: str) -> int:
+    if name not in FORMAT_NUMBERS:
+        names = ", ".join(map(repr, FORMAT_NUMBERS))
+        raise ValueError(f"{op}: state_format must be one of {names}, got {name!r}")
+    return FORMAT_NUMBERS[name]
 
 
 def dynamic_map(signed: bool = True) -> Tensor:
@@ -163,6 +185,7 @@ def step_(
     stochastic_rounding: bool = True,
     stochastic_params: bool = False,
     count_steps: bool = False,
+    state_format: int = 0,
     seed: int = 0,
     shard_offsets: Sequence[int] = (),
     shard_row_strides: Sequence[int] = (),
@@ -199,6 +222,8 @@ def step_(
         stochastic_rounding, stochastic_params: how states, and how bfloat16 parameters are
             rounded: stochastically, or to nearest. float32 parameters are not, and float16 ones
             are refused.
+        state_format: of state with scales, the number of its format, its place in
+            :data:`FORMATS`; 0 where state is float32.
         count_steps: adds 1 to each of ``steps`` behind the update. Else :func:`count_step_` does,
             of what is there in several entries.
         shard_offsets, shard_row_strides: of parameters that are shards, one number each: the flat
@@ -228,6 +253,7 @@ def step_(
         stochastic_rounding=stochastic_rounding,
         stochastic_params=stochastic_params,
         count_steps=count_steps,
+        state_format=state_format,
         seed=seed,
         shard_offsets=shard_offsets,
         shard_row_strides=shard_row_strides,
@@ -263,6 +289,8 @@ def extremes(
     grad_scale: Tensor | None,
     factors: list[Tensor],
     /,
+    *,
+    state_format: int = 0,
     **flags: bool,
 ) -> Tensor:
     """The element of largest magnitude of each state that a step would make, with its sign.
@@ -271,8 +299,8 @@ def extremes(
 
     Args:
         op: of :data:`STEP_OPS`.
-        params, grads, values, scales, steps, lr, numbers, grad_scale, factors, flags: as in
-            :func:`step_`; 8-bit state with scales of shape (1,).
+        params, grads, values, scales, steps, lr, numbers, grad_scale, factors, state_format, flags:
+            as in :func:`step_`; 8-bit state with scales of shape (1,).
 
     Returns:
         int64 of shape (len(params), number of states), from 0 to 2^32 - 1. Of rows of parts of a
@@ -282,7 +310,17 @@ def extremes(
         RuntimeError: an argument does not fit the others.
     """
     found: Tensor = _EXTREMES_OPS[op](
-        params, grads, *values, *scales, steps, factors, lr, numbers, grad_scale, **flags
+        params,
+        grads,
+        *values,
+        *scales,
+        steps,
+        factors,
+        lr,
+        numbers,
+        grad_scale,
+        state_format=state_format,
+        **flags,
     )
     return found
 
@@ -340,6 +378,7 @@ def lamb_update_sums(
     factors: Sequence[Tensor] = (),
     block_size: int = 256,
     block_wise: bool = True,
+    state_format: int = 0,
     maximize: bool = False,
 ) -> Tensor:
     """The exact sums of squares of the updates that LAMB would make, which is looked at only.
@@ -348,8 +387,9 @@ def lamb_update_sums(
     before they are rounded. Elements that a step would leave as they are count as absent.
 
     Args:
-        params, grads, values, scales, steps, numbers, grad_scale, factors, block_size, maximize: as
-            in :func:`step_` of "adam_step_"; of ``factors`` only those of gradients count.
+        params, grads, values, scales, steps, numbers, grad_scale, factors, block_size,
+            state_format, maximize: as in :func:`step_` of "adam_step_"; of ``factors`` only those
+            of gradients count.
         block_wise: False where 8-bit states have one scale each, of shape (1,).
 
     Returns:
@@ -369,6 +409,7 @@ def lamb_update_sums(
         grad_scale,
         block_size=block_size,
         block_wise=block_wise,
+        state_format=state_format,
         maximize=maximize,
     )
     return sums
@@ -443,7 +484,9 @@ def mark_modified(tensors: Sequence[Tensor]) -> None:
 
 
 @torch.library.register_fake("torchao8::quantize_blockwise")
-def _(input: Tensor, *, block_size: int = 256, signed: bool = True) -> tuple[Tensor, Tensor]:
+def _(
+    input: Tensor, *, block_size: int = 256, signed: bool = True, state_format: int = 0
+) -> tuple[Tensor, Tensor]:
     codes = torch.empty(input.shape, dtype=torch.uint8, device=input.device)
     scale = torch.empty(
         scale_shape(input.shape, block_size), dtype=torch.float32, device=input.device
@@ -459,6 +502,7 @@ def _(
     block_size: int = 256,
     signed: bool = True,
     dtype: torch.dtype = torch.float32,
+    state_format: int = 0,
 ) -> Tensor:
     return torch.empty(codes.shape, dtype=dtype, device=codes.device)
 

@@ -49,12 +49,12 @@ Capability cpu_capability() {
   return chosen;
 }
 
-const CodecKernels& codec_kernels() {
+const ConvertKernels& convert_kernels() {
 #if TORCHAO8_X86
-  if (cpu_capability() == Capability::kAvx512) return avx512_codec();
-  if (cpu_capability() == Capability::kAvx2) return avx2_codec();
+  if (cpu_capability() == Capability::kAvx512) return avx512_converts();
+  if (cpu_capability() == Capability::kAvx2) return avx2_converts();
 #endif
-  return scalar_codec();
+  return scalar_converts();
 }
 
 AddSquares* add_squares_kernel() {

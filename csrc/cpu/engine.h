@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "codec/block_layout.h"
+#include "cpu/codec_tables.h"
 #include "cpu/kernel_tables.h"
 #include "cpu/memory.h"
 #if TORCHAO8_X86
@@ -66,8 +67,12 @@ struct Item {
 template <class Rule>
 class Engine {
  public:
-  Engine(int64_t block_size, bool stochastic, size_t items)
-      : block_size_(block_size), stochastic_(stochastic) {
+  // state_format: its number, of 8-bit state.
+  Engine(int64_t block_size, bool stochastic, int64_t state_format, size_t items)
+      : block_size_(block_size),
+        stochastic_(stochastic),
+        format_(format_info(state_format)),
+        blocks_(block_kernels<Rule>(format_kernels(state_format))) {
     items_.reserve(items);
   }
 
@@ -109,9 +114,8 @@ class Engine {
   void write_scales() const {
     for (const Item<Rule>& item : with_one_scale_) {
       for (int s = 0; s < Rule::kStates; s++) {
-        *item.scales[s] = Rule::kSigned[s]
-                              ? scale_of<true>(item.extremes[s], item.step->rule.unit[s])
-                              : scale_of<false>(item.extremes[s], item.step->rule.unit[s]);
+        const auto scale_of = format_.scale_of[Rule::kSigned[s]][Rule::kStochastic[s]];
+        *item.scales[s] = scale_of(item.extremes[s], item.step->rule.unit[s]);
       }
     }
   }
@@ -133,6 +137,7 @@ class Engine {
   void step_blocks(const Item<Rule>& item, int64_t first, int64_t last) const {
     const bool seamless = item.row_length % block_size_ == 0 && item.row_stride == item.row_length;
     const int64_t whole = item.row_length / block_size_;
+    const int64_t row_bytes = format_.bytes(item.row_length);
     while (first < last) {
       const int64_t row = first / item.units_per_row, column = first % item.units_per_row;
       const int64_t begin = row * item.row_length + column * block_size_;
@@ -144,6 +149,7 @@ class Engine {
       float one_scale[kMaxStates][kRunOfOneScale];
       if (item.one_scale) count = std::min(count, kRunOfOneScale);
       BlockRun run = {};
+      run.tables = &tables_;
       run.blocks = count;
       run.length = int(length);
       run.stochastic = stochastic_;
@@ -151,8 +157,9 @@ class Engine {
       run.param_key = item.step->param_key;
       run.first_element = uint64_t(item.shard_offset) + uint64_t(row) * uint64_t(item.row_stride) +
                           uint64_t(column * block_size_);
+      const int64_t codes = row * row_bytes + format_.bytes(column * block_size_);
       for (int s = 0; s < Rule::kStates; s++) {
-        run.codes[s] = item.codes[s] + begin;
+        run.codes[s] = item.codes[s] + codes;
         run.scales[s] = item.scales[s] + first;
         run.keys[s] = item.step->keys[s];
         if (!item.one_scale) continue;
@@ -162,19 +169,15 @@ class Engine {
         std::fill_n(run.scales[s], count, *item.scales[s]);
       }
       if (item.one_scale) run.extremes = item.extremes;
-      if (item.direct() && length % kWidest == 0) {
+      if (item.direct() && format_.padding(int(length)) == 0) {
         run.param = item.param.at(begin);
         run.grad = item.grad.at(begin);
-        blocks_kernel(item.param.type())(item.step->rule, tables_, run);
+        blocks_.step.of(item.param.type())(item.step->rule, run);
       } else {
         step_staged(item, begin, run);
       }
       first += count;
     }
-  }
-
-  auto blocks_kernel(FloatType type) const {
-    return type == FloatType::kBFloat16 ? kernels_.blocks_bfloat16 : kernels_.blocks_float32;
   }
 
   // Blocks that the kernels cannot take from memory, because of types, strides or an odd length, go
@@ -183,7 +186,9 @@ class Engine {
     alignas(64) float param[kMaxBlock], grad[kMaxBlock];
     alignas(64) uint8_t codes[kMaxStates][kMaxBlock];
     uint8_t* home[kMaxStates];
-    const int length = run.length, padded = (length + kWidest - 1) / kWidest * kWidest;
+    const int length = run.length;
+    const int padded = length + format_.padding(length);
+    const size_t bytes = size_t(format_.bytes(length)), all = size_t(format_.bytes(padded));
     const int64_t blocks = run.blocks;
     for (int s = 0; s < Rule::kStates; s++) {
       home[s] = run.codes[s];
@@ -195,16 +200,15 @@ class Engine {
     run.length = padded;
     run.blocks = 1;
     for (int64_t block = 0; block < blocks; block++) {
-      item.param.read(codec_, begin, length, param);
-      item.grad.read(codec_, begin, length, grad);
+      item.param.read(convert_, begin, length, param);
+      item.grad.read(convert_, begin, length, grad);
       std::fill(param + length, param + padded, 0.0f);
       std::fill(grad + length, grad + padded, 0.0f);
       for (int s = 0; s < Rule::kStates; s++) {
-        std::memcpy(codes[s], home[s], size_t(length));
-        std::memset(codes[s] + length, Rule::kSigned[s] ? kZeroCodeSigned : kZeroCodeUnsigned,
-                    size_t(padded - length));
+        std::memcpy(codes[s], home[s], bytes);
+        std::memset(codes[s] + bytes, format_.zero_byte[Rule::kSigned[s]], all - bytes);
       }
-      kernels_.blocks_float32(item.step->rule, tables_, run);
+      blocks_.step.float32(item.step->rule, run);
       if (item.rounds_param) {
         BlockRandom random;
         random.start(item.step->param_key, run.first_element);
@@ -212,7 +216,7 @@ class Engine {
         for (int i = 0; i < length; i++) hashes[i] = random(uint32_t(i));
         item.param.write(hashes, param, begin, length);
       } else {
-        item.param.write(codec_, param, begin, length);
+        item.param.write(convert_, param, begin, length);
       }
       for (int s = 0; s < Rule::kStates; s++) {
         std::memcpy(home[s], codes[s], size_t(length));
@@ -248,9 +252,7 @@ class Engine {
       run.param = item.param.at(begin);
       run.grad = item.grad.at(begin);
       run.count = end - begin;
-      const auto kernel = item.param.type() == FloatType::kBFloat16 ? kernels_.elements_bfloat16
-                                                                    : kernels_.elements_float32;
-      return kernel(item.step->rule, run);
+      return elements_.step.of(item.param.type())(item.step->rule, run);
     }
     alignas(64) float param[kChunk], grad[kChunk];
     run.param = param;
@@ -258,16 +260,16 @@ class Engine {
     run.rounds_param = false;  // it is rounded below, when it is written to the tensor
     for (; begin < end; begin += run.count) {
       run.count = std::min(kChunk, end - begin);
-      item.param.read(codec_, begin, run.count, param);
-      item.grad.read(codec_, begin, run.count, grad);
-      kernels_.elements_float32(item.step->rule, run);
+      item.param.read(convert_, begin, run.count, param);
+      item.grad.read(convert_, begin, run.count, grad);
+      elements_.step.float32(item.step->rule, run);
       if (item.rounds_param) {
         ElementRandom random(item.step->param_key);
         uint32_t hashes[kChunk];
         for (int64_t i = 0; i < run.count; i++) hashes[i] = random(first_element++);
         item.param.write(hashes, param, begin, run.count);
       } else {
-        item.param.write(codec_, param, begin, run.count);
+        item.param.write(convert_, param, begin, run.count);
       }
       for (int s = 0; s < Rule::kStates; s++) run.states[s] += run.count;
     }
@@ -276,8 +278,10 @@ class Engine {
   const int64_t block_size_;
   const bool stochastic_;
   const CodecTables& tables_ = codec_tables();
-  const CodecKernels& codec_ = codec_kernels();
-  const StepKernels<Rule>& kernels_ = step_kernels<Rule>();
+  const FormatInfo& format_;
+  const BlockKernels<Rule>& blocks_;
+  const ElementKernels<Rule>& elements_ = element_kernels<Rule>(element_table());
+  const ConvertKernels& convert_ = convert_kernels();
   std::vector<Item<Rule>> items_, with_one_scale_;
   int64_t total_cost_ = 0;
 };

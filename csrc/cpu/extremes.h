@@ -13,6 +13,9 @@ namespace torchao8 {
 template <class Rule>
 class ExtremeFinder {
  public:
+  explicit ExtremeFinder(int64_t state_format)
+      : kernels_(block_kernels<Rule>(format_kernels(state_format))) {}
+
   // fill(item) makes the item. The keys, which are 0, are raised to those of what is found.
   template <class Fill>
   void add(Fill fill, int64_t* keys) {
@@ -65,10 +68,8 @@ class ExtremeFinder {
       run.param = item.param.at(begin);
       run.grad = item.grad.at(begin);
       for (int s = 0; s < Rule::kStates; s++) run.codes[s] = item.codes[s] + begin;
-      const auto kernel = item.param.type() == FloatType::kBFloat16 ? kernels_.extremes_bfloat16
-                                                                    : kernels_.extremes_float32;
       if (run.count > 0) {
-        kernel(item.step->rule, tables_, run, found);
+        kernels_.extremes.of(item.param.type())(item.step->rule, run, found);
         raise(keys, found);
       }
       begin += run.count;
@@ -84,8 +85,8 @@ class ExtremeFinder {
     alignas(64) float param[kChunk], grad[kChunk];
     alignas(64) uint8_t codes[kMaxStates][kChunk];
     const int padded = (length + kWidest - 1) / kWidest * kWidest;
-    item.param.read(codec_, begin, length, param);
-    item.grad.read(codec_, begin, length, grad);
+    item.param.read(convert_, begin, length, param);
+    item.grad.read(convert_, begin, length, grad);
     std::fill(param + length, param + padded, param[length - 1]);
     std::fill(grad + length, grad + padded, grad[length - 1]);
     for (int s = 0; s < Rule::kStates; s++) {
@@ -97,13 +98,12 @@ class ExtremeFinder {
     run.grad = grad;
     run.count = padded;
     float found[kMaxStates];
-    kernels_.extremes_float32(item.step->rule, tables_, run, found);
+    kernels_.extremes.float32(item.step->rule, run, found);
     raise(keys, found);
   }
 
-  const CodecTables& tables_ = codec_tables();
-  const CodecKernels& codec_ = codec_kernels();
-  const StepKernels<Rule>& kernels_ = step_kernels<Rule>();
+  const BlockKernels<Rule>& kernels_;
+  const ConvertKernels& convert_ = convert_kernels();
   std::vector<Part> items_;
   int64_t chunks_ = 0;
 };

@@ -1,30 +1,22 @@
-// The tables of an instruction set. An isa_*.cpp includes this behind the loops, with TORCHAO8_ISA
-// naming their namespace and the other macros the tables.
-#include "rules/lamb.h"
-
+// The tables of an instruction set but for the formats of state. An isa_*.cpp includes this behind
+// the loops, with TORCHAO8_ISA naming their namespace and the other macros what it defines.
 namespace torchao8 {
 
 namespace TORCHAO8_ISA {
 template <class... Rule>
-constexpr KernelTableOf<Types<Rule...>> make_kernel_table(Types<Rule...>) {
-  return {{make_step_kernels<Rule>()}...};
+constexpr ElementTable make_elements(Types<Rule...>) {
+  return {{ElementKernels<Rule>{{step_elements<Rule, float>, step_elements<Rule, BFloat16>}}...},
+          measure_elements<LambRule>};
 }
 }  // namespace TORCHAO8_ISA
 
-const KernelTable& TORCHAO8_KERNELS() {
-  static constexpr KernelTable table = TORCHAO8_ISA::make_kernel_table(AllRules());
+const ElementTable& TORCHAO8_ELEMENTS() {
+  static constexpr ElementTable table = TORCHAO8_ISA::make_elements(AllRules());
   return table;
 }
 
-template <class Rule>
-const MeasureKernels<Rule>& TORCHAO8_MEASURES() {
-  static constexpr MeasureKernels<Rule> kernels = TORCHAO8_ISA::make_measure_kernels<Rule>();
-  return kernels;
-}
-template const MeasureKernels<LambRule>& TORCHAO8_MEASURES<LambRule>();
-
-const CodecKernels& TORCHAO8_CODEC() {
-  static constexpr CodecKernels kernels = TORCHAO8_ISA::make_codec_kernels();
+const ConvertKernels& TORCHAO8_CONVERTS() {
+  static constexpr ConvertKernels kernels = {TORCHAO8_ISA::widen, TORCHAO8_ISA::narrow};
   return kernels;
 }
 

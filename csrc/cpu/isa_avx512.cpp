@@ -1,5 +1,4 @@
-// The AVX-512 path. Everything that is included before the target changes is either forced inline
-// or built for the baseline, so that no function of the standard library is emitted for the target.
+// The AVX-512 path but for the formats of state.
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -8,43 +7,19 @@
 #include "cpu/vec/scalar.h"
 
 #if TORCHAO8_X86
-#if defined(__GNUC__) && !defined(__clang__)
-// GCC 12 finds its own _mm512_undefined_ps() undefined.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-#include <immintrin.h>
+#include "cpu/vec/begin_avx512.inl"
 
-#if defined(__clang__)
-#pragma clang attribute push(                                                               \
-    __attribute__((                                                                         \
-        target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx2,fma,f16c"))), \
-    apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target(                                                           \
-    "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx2,fma,f16c," \
-    "prefer-vector-width=512")
-#endif
-
-#include "cpu/vec/avx512.h"
-
-#define TORCHAO8_ISA avx512
-#include "cpu/codec.inl"
+#include "cpu/convert.inl"
 #define TORCHAO8_WINDOWS 1
 #include "cpu/kernel_tables.h"
 #include "cpu/squares.inl"
-#include "cpu/step/step.inl"
+#include "cpu/step/elements.inl"
+#include "cpu/step/measure.inl"
 
-#define TORCHAO8_KERNELS avx512_kernel_table
-#define TORCHAO8_MEASURES avx512_measures
-#define TORCHAO8_CODEC avx512_codec
+#define TORCHAO8_ELEMENTS avx512_elements
+#define TORCHAO8_CONVERTS avx512_converts
 #define TORCHAO8_ADD_SQUARES avx512_add_squares
 #include "cpu/instances.inl"
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "cpu/vec/end_target.inl"
 #endif  // TORCHAO8_X86

@@ -1,4 +1,5 @@
-// The scalar path: every machine has it, and the others are compared with it.
+// The scalar path but for the formats of state: every machine has it, and the others are compared
+// with it.
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -7,14 +8,14 @@
 #include "cpu/vec/scalar.h"
 
 #define TORCHAO8_ISA scalar
-#include "cpu/codec.inl"
+#include "cpu/convert.inl"
 #define TORCHAO8_WINDOWS 0
 #include "cpu/kernel_tables.h"
 #include "cpu/squares.inl"
-#include "cpu/step/step.inl"
+#include "cpu/step/elements.inl"
+#include "cpu/step/measure.inl"
 
-#define TORCHAO8_KERNELS scalar_kernel_table
-#define TORCHAO8_MEASURES scalar_measures
-#define TORCHAO8_CODEC scalar_codec
+#define TORCHAO8_ELEMENTS scalar_elements
+#define TORCHAO8_CONVERTS scalar_converts
 #define TORCHAO8_ADD_SQUARES scalar_add_squares
 #include "cpu/instances.inl"

@@ -58,8 +58,8 @@ class Measurer {
     const int64_t begin = row * item.row_length + column;
     const int length = int(std::min(size, item.row_length - column));
     const int padded = (length + kWidest - 1) / kWidest * kWidest;
-    item.param.read(codec_, begin, length, param);
-    item.grad.read(codec_, begin, length, grad);
+    item.param.read(convert_, begin, length, param);
+    item.grad.read(convert_, begin, length, grad);
     std::fill(param + length, param + padded, 0.0f);
     std::fill(grad + length, grad + padded, 0.0f);
     if (blocks) {
@@ -76,7 +76,7 @@ class Measurer {
         std::memset(codes[s] + length, 0, size_t(padded - length));
         run.codes[s] = codes[s];
       }
-      kernels_.block(item.step->rule, tables_, run, updates);
+      measure_block_(item.step->rule, run, updates);
     } else {
       alignas(64) float states[LambRule::kStates][kChunk];
       ElementRun run = {};
@@ -90,15 +90,16 @@ class Measurer {
         std::fill(states[s] + length, states[s] + padded, 0.0f);
         run.states[s] = states[s];
       }
-      kernels_.elements(item.step->rule, run, updates);
+      measure_elements_(item.step->rule, run, updates);
     }
     add_squares_(updates, length, sum);
   }
 
   const StepCall& call_;
-  const CodecTables& tables_ = codec_tables();
-  const CodecKernels& codec_ = codec_kernels();
-  const MeasureKernels<LambRule>& kernels_ = measure_kernels<LambRule>();
+  const ConvertKernels& convert_ = convert_kernels();
+  const decltype(FormatKernels::measure) measure_block_ =
+      format_kernels(call_.state_format).measure;
+  const decltype(ElementTable::measure) measure_elements_ = element_table().measure;
   AddSquares* const add_squares_ = add_squares_kernel();
   std::vector<Item<LambRule>> items_;
   std::vector<int64_t> rows_;
@@ -133,5 +134,6 @@ Tensor lamb_update_sums_cpu(LambCall& call) {
 }  // namespace torchao8
 
 STABLE_TORCH_LIBRARY_IMPL(torchao8, CPU, m) {
-  m.impl("lamb_update_sums", &torchao8::lamb_update_sums<torchao8::lamb_update_sums_cpu>);
+  m.impl("lamb_update_sums",
+         &torchao8::lamb_update_sums<torchao8::lamb_update_sums_cpu, torchao8::Formats>);
 }

@@ -34,8 +34,8 @@ class FloatArray {
   bool dense() const { return dense_; }
   char* at(int64_t i) const { return data_ + i * size_of(type_); }  // dense only
 
-  void read(const CodecKernels& codec, int64_t begin, int64_t n, float* to) const {
-    if (dense_) return codec.widen(type_, at(begin), n, to);
+  void read(const ConvertKernels& convert, int64_t begin, int64_t n, float* to) const {
+    if (dense_) return convert.widen(type_, at(begin), n, to);
     for_each_run(begin, n, [&](int64_t offset, int64_t stride, int64_t count) {
       with_type([&](auto* x) {
         for (int64_t i = 0; i < count; i++) to[i] = scalar::load(x + offset + i * stride);
@@ -44,8 +44,8 @@ class FloatArray {
     });
   }
 
-  void write(const CodecKernels& codec, const float* from, int64_t begin, int64_t n) const {
-    if (dense_) return codec.narrow(type_, from, n, at(begin));
+  void write(const ConvertKernels& convert, const float* from, int64_t begin, int64_t n) const {
+    if (dense_) return convert.narrow(type_, from, n, at(begin));
     for_each_run(begin, n, [&](int64_t offset, int64_t stride, int64_t count) {
       with_type([&](auto* x) {
         for (int64_t i = 0; i < count; i++) scalar::store(x + offset + i * stride, from[i]);

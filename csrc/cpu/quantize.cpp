@@ -31,50 +31,52 @@ void for_each_block(const BlockLayout& layout, int64_t block_size, const Functio
       });
 }
 
-std::tuple<Tensor, Tensor> quantize_blockwise_cpu(Tensor input, int64_t block_size,
-                                                  bool is_signed) {
+std::tuple<Tensor, Tensor> quantize_blockwise_cpu(Tensor input, int64_t block_size, bool is_signed,
+                                                  int64_t state_format) {
   const char* op = "quantize_blockwise";
   check_device({op, "input"}, input, kCpu);
   const FloatType type = check_float_type({op, "input"}, input);
   check_block_size(op, block_size);
+  check_state_format(op, state_format, Formats());
   const auto sizes = input.sizes();
   const BlockLayout layout = block_layout(sizes, block_size);
   Tensor codes = new_contiguous(input, {sizes.begin(), sizes.end()}, ScalarType::Byte);
   Tensor scale = new_contiguous(input, layout.scale_shape(sizes), ScalarType::Float);
   const FloatArray values(input, type, input.const_data_ptr());
-  const CodecTables& tables = codec_tables();
-  const CodecKernels& codec = codec_kernels();
+  const ConvertKernels& convert = convert_kernels();
+  const CodecKernels& codec = format_kernels(state_format).codec;
   uint8_t* code = codes.mutable_data_ptr<uint8_t>();
   float* scales = scale.mutable_data_ptr<float>();
   for_each_block(layout, block_size, [&](int64_t block, int64_t begin, int length) {
     alignas(64) float buffer[kMaxBlock];
-    values.read(codec, begin, length, buffer);
+    values.read(convert, begin, length, buffer);
     if (!is_signed) {  // a negative number counts as zero
       for (int i = 0; i < length; i++) {
         if (buffer[i] <= 0.0f && std::isfinite(buffer[i])) buffer[i] = 0.0f;
       }
     }
-    scales[block] = codec.quantize[is_signed](tables, buffer, length, code + begin);
+    scales[block] = codec.quantize[is_signed](buffer, length, code + begin);
   });
   return {codes, scale};
 }
 
 Tensor dequantize_blockwise_cpu(Tensor codes, Tensor scale, int64_t block_size, bool is_signed,
-                                ScalarType dtype) {
+                                ScalarType dtype, int64_t state_format) {
   const char* op = "dequantize_blockwise";
+  check_state_format(op, state_format, Formats());
   const BlockLayout layout = check_dequantize(op, codes, scale, block_size, dtype, kCpu);
   const auto sizes = codes.sizes();
   Tensor result = new_contiguous(codes, {sizes.begin(), sizes.end()}, dtype);
   const FloatArray values(result, check_float_type({op, "result"}, result),
                           result.mutable_data_ptr());
-  const CodecTables& tables = codec_tables();
-  const CodecKernels& codec = codec_kernels();
+  const ConvertKernels& convert = convert_kernels();
+  const CodecKernels& codec = format_kernels(state_format).codec;
   const uint8_t* code = codes.const_data_ptr<uint8_t>();
   const float* scales = scale.const_data_ptr<float>();
   for_each_block(layout, block_size, [&](int64_t block, int64_t begin, int length) {
     alignas(64) float buffer[kMaxBlock];
-    codec.dequantize[is_signed](tables, code + begin, length, scales[block], buffer);
-    values.write(codec, buffer, begin, length);
+    codec.dequantize[is_signed](code + begin, length, scales[block], buffer);
+    values.write(convert, buffer, begin, length);
   });
   return result;
 }

@@ -122,6 +122,7 @@ class RulesOfCall {
 
 // See FamilyOps.
 struct CpuStep {
+  using Formats = torchao8::Formats;
   static constexpr bool kNeedsTensors = false;
   using Guard = DefaultFloatingPoint;
   template <class Options>
@@ -141,7 +142,8 @@ struct CpuStep {
   template <class Rule>
   static void step(const StepCall& call, const Numbers<typename Rule::Options>& numbers) {
     RulesOfCall<Rule> rules(call, numbers.options);
-    Engine<Rule> engine(call.block_size, call.stochastic_rounding, call.params.size());
+    Engine<Rule> engine(call.block_size, call.stochastic_rounding, call.state_format,
+                        call.params.size());
     for (size_t i = 0; i < call.params.size(); i++) {
       engine.add([&](Item<Rule>& item) {
         fill_item(item, call, i);
@@ -162,7 +164,7 @@ struct CpuStep {
   static void find_extremes(const StepCall& call, const Numbers<typename Rule::Options>& numbers,
                             int64_t* keys) {
     RulesOfCall<Rule> rules(call, numbers.options);
-    ExtremeFinder<Rule> finder;
+    ExtremeFinder<Rule> finder(call.state_format);
     for (size_t i = 0; i < call.params.size(); i++) {
       finder.add(
           [&](Item<Rule>& item) {

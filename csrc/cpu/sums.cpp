@@ -29,11 +29,11 @@ void add_elements(const FloatArray& values, int64_t begin, int64_t end, SquareSu
   AddSquares* const add_squares = add_squares_kernel();
   if (values.dense() && values.type() == FloatType::kFloat32)
     return add_squares(reinterpret_cast<const float*>(values.at(begin)), end - begin, sum);
-  const CodecKernels& codec = codec_kernels();
+  const ConvertKernels& convert = convert_kernels();
   alignas(64) float widened[kWidened];
   for (; begin < end; begin += kWidened) {
     const int64_t count = std::min(kWidened, end - begin);
-    values.read(codec, begin, count, widened);
+    values.read(convert, begin, count, widened);
     add_squares(widened, count, sum);
   }
 }

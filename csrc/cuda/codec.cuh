@@ -1,5 +1,5 @@
 // The codec on a GPU: every direction a look-up in shared memory. The same bits as the CPU's
-// (cpu/vec/scalar.h is the definition), from the same tables (codec/dynamic_map.h).
+// (cpu/formats/dynamic/scalar.h is the definition), from the same tables (codec/dynamic_map.h).
 #pragma once
 
 #include "codec/dynamic_map.h"

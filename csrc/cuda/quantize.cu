@@ -22,11 +22,12 @@ uint32_t count_blocks(const char* op, const BlockLayout& layout) {
   return uint32_t(blocks);
 }
 
-std::tuple<Tensor, Tensor> quantize_blockwise_cuda(Tensor input, int64_t block_size,
-                                                   bool is_signed) {
+std::tuple<Tensor, Tensor> quantize_blockwise_cuda(Tensor input, int64_t block_size, bool is_signed,
+                                                   int64_t state_format) {
   const char* op = "quantize_blockwise";
   const FloatType type = check_float_type({op, "input"}, input);
   check_block_size(op, block_size);
+  check_state_format(op, state_format, Types<DynamicFormat>());
   const auto sizes = input.sizes();
   const BlockLayout layout = block_layout(sizes, block_size);
   const Launcher launcher(op, input.get_device_index());
@@ -47,8 +48,9 @@ std::tuple<Tensor, Tensor> quantize_blockwise_cuda(Tensor input, int64_t block_s
 }
 
 Tensor dequantize_blockwise_cuda(Tensor codes, Tensor scale, int64_t block_size, bool is_signed,
-                                 ScalarType dtype) {
+                                 ScalarType dtype, int64_t state_format) {
   const char* op = "dequantize_blockwise";
+  check_state_format(op, state_format, Types<DynamicFormat>());
   const Device device = device_of({op, "codes"}, codes);
   const BlockLayout layout = check_dequantize(op, codes, scale, block_size, dtype, device);
   const auto sizes = codes.sizes();

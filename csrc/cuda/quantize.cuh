@@ -17,7 +17,8 @@ struct QuantizeArguments {
   FloatType type;
 };
 
-// As cpu/codec.inl: quantize_block(). A negative number of an unsigned state counts as zero.
+// As cpu/formats/dynamic/codec.inl: quantize_block(). A negative number of an unsigned state counts
+// as zero.
 template <bool kSigned>
 __device__ __forceinline__ void quantize_block(const QuantizeArguments& a, const Tables& tables,
                                                uint32_t block, int lane) {

@@ -7,6 +7,7 @@
 
 #include "codec/block_layout.h"
 #include "op/checks.h"
+#include "op/format_check.h"
 
 namespace torchao8 {
 

@@ -17,6 +17,7 @@ inline Tensor new_extremes(const StepCall& call) {
 }
 
 // The kernels of a family's two ops. An engine has
+//     Formats         see FormatsOf
 //     kNeedsTensors   whether a call without tensors has no device, and does nothing
 //     Guard           lives as long as the call is worked on
 //     device_of(call)
@@ -41,6 +42,7 @@ class FamilyOps {
     prepare(call);
     call.one_scale = !call.extremes.empty();
     check_block_size(call.op, call.block_size);
+    check_state_format(call, FormatsOfEngine());
     const Numbers numbers(call);
     check_call(call);
     Engine::check_values(call);
@@ -64,6 +66,7 @@ class FamilyOps {
     const typename Engine::Guard guard;
     prepare(call);
     call.one_scale = true;
+    check_state_format(call, FormatsOfEngine());
     const Numbers numbers(call);
     check_extremes_call(call);
     Engine::check_values(call);
@@ -78,6 +81,7 @@ class FamilyOps {
 
  private:
   using Numbers = typename Engine::template Numbers<typename Family::Options>;
+  using FormatsOfEngine = typename FormatsOf<Engine>::type;
 
   static void prepare(StepCall& call) {
     call.inspect();

@@ -31,6 +31,7 @@ struct LambCall : StepCall {
     visit.flag("maximize", maximize);
     visit.option("block_size", block_size);
     visit.option("block_wise", block_wise);
+    visit.option("state_format", state_format);
   }
 
   // When all arguments have been read.
@@ -46,8 +47,8 @@ struct LambCall : StepCall {
   }
 };
 
-// What torch calls: measure(call) gives the result.
-template <Tensor (*measure)(LambCall&)>
+// What torch calls: measure(call) gives the result. Those: the formats of state that it knows.
+template <Tensor (*measure)(LambCall&), class Those = Types<DynamicFormat>>
 void lamb_update_sums(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
   Held<LambCall> held(std::in_place);
   LambCall& call = *held;
@@ -55,6 +56,7 @@ void lamb_update_sums(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
   call.visit_arguments(reader);
   STD_TORCH_CHECK(reader.done() && outputs == 1, kLambOp, ": the schema is not the kernel's");
   call.prepare();
+  check_state_format(call, Those());
   stack[0] = torch::stable::detail::from(measure(call));
 }
 

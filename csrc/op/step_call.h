@@ -14,6 +14,7 @@
 #include "codec/block_scale.h"
 #include "op/arguments.h"
 #include "op/checks.h"
+#include "op/format_check.h"
 #include "op/numbers.h"
 #include "rules/rule.h"
 
@@ -59,7 +60,8 @@ struct StepCall {
   bool count_steps = false;  // adds 1 to each of steps, once the update is made
   int64_t seed = 0;
   std::vector<int64_t> shard_offsets, shard_row_strides;
-  bool one_scale = false;  // of 8-bit state: for a tensor, in place of one for each block
+  bool one_scale = false;    // of 8-bit state: for a tensor, in place of one for each block
+  int64_t state_format = 0;  // of state with scales: its number (formats/formats.h)
 
   // What follows from the lists, by find_states(): the states that the call has.
   bool has[kMaxLists] = {};
@@ -141,6 +143,7 @@ void visit_step(Visitor& visit, StepCall& call) {
   visit.option("stochastic_rounding", call.stochastic_rounding);
   visit.option("stochastic_params", call.stochastic_params);
   visit.option("count_steps", call.count_steps);
+  visit.option("state_format", call.state_format);
   visit.symbolic_option("seed", call.seed);
   visit.option("shard_offsets", call.shard_offsets);
   visit.option("shard_row_strides", call.shard_row_strides);
@@ -158,6 +161,7 @@ void visit_extremes(Visitor& visit, StepCall& call) {
   visit.optional_tensor("grad_scale", call.grad_scale);
   visit.keywords();
   visit_flags<Family>(visit, call);
+  visit.option("state_format", call.state_format);
 }
 
 // ---- the checks ---------------------------------------------------------------------------------
@@ -276,6 +280,14 @@ inline void check_call(const StepCall& call) {
       check_distinct(call.op, call.lists[s].state.name, kOfValues, call.lists[s].values);
   }
   if (call.count_steps) check_distinct(call.op, "steps", "", call.steps);
+}
+
+// The format of states with scales. Those: the formats that the engine has kernels of.
+template <class Those>
+void check_state_format(const StepCall& call, Those those) {
+  check_state_format(call.op, call.state_format, those);
+  TORCHAO8_CHECK(call.quantized || call.state_count == 0 || call.state_format == 0, call.op,
+                 ": state_format must be 0 where states are float32, got ", call.state_format);
 }
 
 // Of the op that finds extreme elements, also.

@@ -48,6 +48,12 @@ struct AdagradRule {
     return r;
   }
 
+  TORCHAO8_HD AdagradRule magnitudes() const {
+    AdagradRule r = *this;
+    r.grad_gain = std::fabs(grad_gain);
+    return r;
+  }
+
   template <bool kScaledState, class F>
   TORCHAO8_HD void moments(F p, F g, F* values) const {
     g = fma(p, F(coupled), g * F(grad_gain));

@@ -74,6 +74,12 @@ struct AdamRule {
     return r;
   }
 
+  TORCHAO8_HD AdamRule magnitudes() const {
+    AdamRule r = *this;
+    r.grad_gain = std::fabs(grad_gain);
+    return r;
+  }
+
   template <bool kScaledState, class F>
   TORCHAO8_HD void moments(F p, F g, F* state) const {
     if constexpr (!kPlainGradient) g = fma(p, F(coupled), g * F(grad_gain));

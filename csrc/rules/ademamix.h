@@ -80,6 +80,12 @@ struct AdemamixRule {
     return r;
   }
 
+  TORCHAO8_HD AdemamixRule magnitudes() const {
+    AdemamixRule r = *this;
+    r.grad_gain = std::fabs(grad_gain);
+    return r;
+  }
+
   template <bool kScaledState, class F>
   TORCHAO8_HD void moments(F, F g, F* values) const {
     g = g * F(grad_gain);

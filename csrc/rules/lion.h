@@ -50,6 +50,12 @@ struct LionRule {
     return r;
   }
 
+  TORCHAO8_HD LionRule magnitudes() const {
+    LionRule r = *this;
+    r.grad_gain = std::fabs(grad_gain);
+    return r;
+  }
+
   template <bool kScaledState, class F>
   TORCHAO8_HD void moments(F, F g, F* values) const {
     g = g * F(grad_gain);

@@ -76,6 +76,12 @@ struct NadamRule {
     return r;
   }
 
+  TORCHAO8_HD NadamRule magnitudes() const {
+    NadamRule r = *this;
+    r.grad_gain = std::fabs(grad_gain);
+    return r;
+  }
+
   template <bool kScaledState, class F>
   TORCHAO8_HD void moments(F p, F g, F* values) const {
     g = fma(p, F(coupled), g * F(grad_gain));

@@ -29,6 +29,7 @@ struct RmspropRule {
   static constexpr bool kSigned[3] = {false, true, true};
   static constexpr bool kStochastic[3] = {true, false, false};
   static constexpr bool kMomentsNeedParam = true;
+  static constexpr bool kMonotone = !kMomentum;  // the buffer adds up quotients
 
   float unit[3], decay[3], gain;
   float coupled, grad_gain;
@@ -75,6 +76,12 @@ struct RmspropRule {
       if constexpr (kScaledState) variance = max(variance, values[0] * F(0x1p-6f));
     }
     return sqrt(max(variance, F(root_floor<kScaledState>())));
+  }
+
+  TORCHAO8_HD RmspropRule magnitudes() const {
+    RmspropRule r = *this;
+    r.grad_gain = std::fabs(grad_gain);
+    return r;
   }
 
   template <bool kScaledState, class F>

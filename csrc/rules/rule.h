@@ -21,6 +21,11 @@
 //     with_scales(scale)   the same, with the states stored as multiples of these; decay[s] is then
 //                     what a stored number is multiplied by, and where that is not finite no number
 //                     is
+//     magnitudes()    the same, with the magnitude of each number that moments() takes: at the
+//     largest
+//                     magnitudes of a block it gives bounds of all new states, to the bit, as
+//                     rounding is monotone. Not of a rule whose moments divide: it says kMonotone,
+//                     false, and its bounds are not asked for
 //     is_bounded()    whether no root or reciprocal that the update takes leaves the range in which
 //                     a GPU computes it without a branch (cuda/device.cuh); true where there is
 //                     none
@@ -140,6 +145,12 @@ template <class Rule, class = void>
 constexpr int kScalarsOf = 0;
 template <class Rule>
 constexpr int kScalarsOf<Rule, std::void_t<decltype(Rule::kScalars)>> = Rule::kScalars;
+
+// Whether moments() at the largest magnitudes bounds those of every element.
+template <class Rule, class = void>
+constexpr bool kMonotoneOf = true;
+template <class Rule>
+constexpr bool kMonotoneOf<Rule, std::void_t<decltype(Rule::kMonotone)>> = Rule::kMonotone;
 
 // The rule of a tensor at its step t; its scalar states become the new ones.
 template <class Rule>

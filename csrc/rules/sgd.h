@@ -62,6 +62,13 @@ struct SgdRule {
     return r;
   }
 
+  TORCHAO8_HD SgdRule magnitudes() const {
+    SgdRule r = *this;
+    r.grad_gain = std::fabs(grad_gain);
+    r.gain = std::fabs(gain);
+    return r;
+  }
+
   template <bool kScaledState, class F>
   TORCHAO8_HD void moments(F p, F g, F* values) const {
     g = fma(p, F(coupled), g * F(grad_gain));

@@ -7,7 +7,7 @@
 #include <random>
 #include <string>
 
-#include "cpu/kernels.h"
+#include "cpu/kernel_tables.h"
 #include "cpu/vec/scalar.h"
 #include "cuda/lamb.cuh"
 #include "rules/lamb.h"
@@ -111,7 +111,8 @@ std::vector<int64_t> cpu_sums(TensorOf& t, const AdamOptions& options, bool scal
   AdamOptions own = options;
   if (t.has_factors) own.multiply(t.factors);
   const LambRule rule = LambRule::at_step(own, int64_t(t.step) + 1, scaled);
-  const auto& kernels = scalar_measures<LambRule>();
+  const auto blocks = scalar_kernels<DynamicFormat>().measure;
+  const auto elements = scalar_elements().measure;
   const auto sum = std::make_unique<SquareSum>();
   const int64_t columns = scaled ? t.shape.columns : t.count(), rows = scaled ? t.shape.rows : 1;
   const int64_t size = scaled ? block_size : 1024;
@@ -133,14 +134,14 @@ std::vector<int64_t> cpu_sums(TensorOf& t, const AdamOptions& options, bool scal
           run.codes[s] = t.code_place(s) + begin;
           run.scales[s] = &t.scales[s][one_scale ? 0 : size_t(block)];
         }
-        kernels.block(rule, codec_tables(), run, updates.data());
+        blocks(rule, run, updates.data());
       } else {
         ElementRun run = {};
         run.param = p.data();
         run.grad = g.data();
         run.count = n;
         for (int s = 0; s < N; s++) run.states[s] = t.states[s].data() + begin;
-        kernels.elements(rule, run, updates.data());
+        elements(rule, run, updates.data());
       }
       scalar_add_squares(updates.data(), n, *sum);
     }

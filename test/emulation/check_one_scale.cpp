@@ -7,6 +7,7 @@
 #include <random>
 #include <string>
 
+#include "cpu/codec_tables.h"
 #include "cpu/kernel_tables.h"
 #include "cpu/vec/scalar.h"
 #include "cuda/one_scale.cuh"
@@ -34,7 +35,7 @@ void cpu_step(TensorOf& t, const typename Rule::Options& options, const Case& c,
   constexpr int N = Rule::kStates;
   float scalars[kMaxScalars];
   const Rule rule = next_rule<Rule>(t, options, true, scalars);
-  const auto& kernels = scalar_kernels<Rule>();
+  const auto& kernels = block_kernels<Rule>(scalar_kernels<DynamicFormat>());
   unsigned char *param = t.place(t.param, t.param_type), *grad = t.place(t.grad, t.grad_type);
   std::vector<float> p(size_t(t.count())), g(p);
   for (int64_t i = 0; i < t.count(); i++) {
@@ -50,7 +51,7 @@ void cpu_step(TensorOf& t, const typename Rule::Options& options, const Case& c,
     whole.codes[s] = t.code_place(s);
     whole.scales[s] = t.scales[s][0];
   }
-  kernels.extremes_float32(rule, codec_tables(), whole, extremes);
+  kernels.extremes.float32(rule, whole, extremes);
   for (int s = 0; s < N; s++) {
     keys.push_back(Rule::kSigned[s] ? key_of_extreme<true>(extremes[s])
                                     : key_of_extreme<false>(extremes[s]));
@@ -65,6 +66,7 @@ void cpu_step(TensorOf& t, const typename Rule::Options& options, const Case& c,
     const int64_t begin = row * t.shape.columns + column;
     float scale[N];
     BlockRun run = {};
+    run.tables = &codec_tables();
     run.param = p.data() + begin;
     run.grad = g.data() + begin;
     run.blocks = 1;
@@ -78,7 +80,7 @@ void cpu_step(TensorOf& t, const typename Rule::Options& options, const Case& c,
       run.scales[s] = &scale[s];
       run.keys[s] = random_key(kSeed, uint64_t(t.step) + 1, uint64_t(s));
     }
-    kernels.blocks_float32(rule, codec_tables(), run);
+    kernels.step.float32(rule, run);
     BlockRandom random;
     random.start(param_key, run.first_element);
     for (int i = 0; i < run.length; i++) {

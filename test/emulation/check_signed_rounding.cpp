@@ -11,17 +11,21 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/formats/dynamic/scalar.h"
 #include "cpu/kernels.h"
-#include "cpu/vec/scalar.h"
 #if defined(PATH_AVX2)
 #include <immintrin.h>
 
 #include "cpu/vec/avx2.h"
+
+#include "cpu/formats/dynamic/avx2.h"
 namespace path = torchao8::avx2;
 #elif defined(PATH_AVX512)
 #include <immintrin.h>
 
 #include "cpu/vec/avx512.h"
+
+#include "cpu/formats/dynamic/avx512.h"
 namespace path = torchao8::avx512;
 #else
 #include "cuda/codec.cuh"
@@ -38,7 +42,7 @@ void fail(const char* format, Values... values) {
   if (failures++ < 20) std::printf(format, values...);
 }
 
-const scalar::StochasticEncoder<true> kEncoder(codec_tables());
+const scalar::dynamic::StochasticEncoder<true> kEncoder(codec_tables());
 
 int code_of(float x, float inverse, float one_to_two) {
   uint8_t code;
@@ -106,7 +110,7 @@ void compare(float inverse) {
 #if !defined(PATH_AVX2) && !defined(PATH_AVX512)
   static const cuda::Tables tables = cuda::make_tables();
 #else
-  const path::StochasticEncoder<true> encoder(codec_tables());
+  const path::dynamic::StochasticEncoder<true> encoder(codec_tables());
 #endif
   for (int round = 0; round < 40; round++) {
     const uint32_t r = round == 0 ? 0 : round == 1 ? kNumbers - 1 : random() % kNumbers;

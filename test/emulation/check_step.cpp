@@ -8,8 +8,9 @@
 #include <random>
 #include <string>
 
+#include "cpu/codec_tables.h"
+#include "cpu/formats/dynamic/scalar.h"
 #include "cpu/kernel_tables.h"
-#include "cpu/vec/scalar.h"
 #include "cuda/count.cuh"
 #include "cuda/quantize.cuh"
 #include "cuda/step.cuh"
@@ -29,7 +30,8 @@ void cpu_step(TensorOf& t, const typename Rule::Options& options, bool scaled, i
   float scalars[kMaxScalars];
   const Rule rule = next_rule<Rule>(t, options, scaled, scalars);
   std::copy(scalars, scalars + kMaxScalars, t.scalars);
-  const auto& kernels = scalar_kernels<Rule>();
+  const auto& blocks = block_kernels<Rule>(scalar_kernels<DynamicFormat>());
+  const auto& elements = element_kernels<Rule>(scalar_elements());
   unsigned char *param = t.place(t.param, t.param_type), *grad = t.place(t.grad, t.grad_type);
   std::vector<float> p(4096), g(4096);
   const uint64_t param_key = random_key(seed, uint64_t(step), kParamStream);
@@ -60,7 +62,7 @@ void cpu_step(TensorOf& t, const typename Rule::Options& options, bool scaled, i
         const int64_t row = (begin + i) / t.shape.columns, column = (begin + i) % t.shape.columns;
         return ElementRandom(param_key)(uint64_t(t.shape.shard_offset + row * stride + column));
       };
-      with_floats(begin, n, [&] { kernels.elements_float32(rule, run); }, hash);
+      with_floats(begin, n, [&] { elements.step.float32(rule, run); }, hash);
     }
     t.step++;
     return;
@@ -70,6 +72,7 @@ void cpu_step(TensorOf& t, const typename Rule::Options& options, bool scaled, i
     const int64_t row = block / per_row, column = block % per_row * block_size;
     const int64_t begin = row * t.shape.columns + column;
     BlockRun run = {};
+    run.tables = &codec_tables();
     run.param = p.data();
     run.grad = g.data();
     run.blocks = 1;
@@ -84,7 +87,7 @@ void cpu_step(TensorOf& t, const typename Rule::Options& options, bool scaled, i
     BlockRandom random;
     random.start(param_key, run.first_element);
     with_floats(
-        begin, run.length, [&] { kernels.blocks_float32(rule, codec_tables(), run); },
+        begin, run.length, [&] { blocks.step.float32(rule, run); },
         [&](int i) { return random(uint32_t(i)); });
   }
   t.step++;
@@ -381,10 +384,10 @@ void check_codec(int block_size) {
   for (int64_t block = 0; block < blocks; block++) {
     const int64_t column = block % per_row * block_size, begin = block / per_row * columns + column;
     const int n = int(std::min<int64_t>(block_size, columns - column));
-    want_scales[size_t(block)] =
-        scalar_codec().quantize[kSigned](codec_tables(), x.data() + begin, n, want.data() + begin);
-    scalar_codec().dequantize[kSigned](codec_tables(), want.data() + begin, n,
-                                       want_scales[size_t(block)], want_back.data() + begin);
+    const CodecKernels& codec = scalar_kernels<DynamicFormat>().codec;
+    want_scales[size_t(block)] = codec.quantize[kSigned](x.data() + begin, n, want.data() + begin);
+    codec.dequantize[kSigned](want.data() + begin, n, want_scales[size_t(block)],
+                              want_back.data() + begin);
   }
   const int64_t n =
       differences(codes, want) + differences(scales, want_scales) + differences(back, want_back);
@@ -397,8 +400,8 @@ void check_codec(int block_size) {
 
 // Every third float from 2^-32 up to the largest quotient of a value and its scale.
 void check_every_nearest_code() {
-  const scalar::NearestEncoder<true> is_signed(codec_tables());
-  const scalar::NearestEncoder<false> is_unsigned(codec_tables());
+  const scalar::dynamic::NearestEncoder<true> is_signed(codec_tables());
+  const scalar::dynamic::NearestEncoder<false> is_unsigned(codec_tables());
   int64_t wrong = 0;
   for (uint32_t u = 0x2f800000u; u < 0x3f810000u; u += 3) {
     const float y = bits_float(u);

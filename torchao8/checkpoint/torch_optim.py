@@ -11,9 +11,10 @@ from torch import Tensor
 from torchao8.block_layout import Scales
 from torchao8.checkpoint._names import check_own
 from torchao8.optim import classes
+from torchao8.optim._state.formats import format_in
 from torchao8.optim._state.layout import layout_of
 from torchao8.optim._state.moments import decoded
-from torchao8.optim._state.spec import has_state, is_8bit, is_own
+from torchao8.optim._state.spec import has_state, is_own
 from torchao8.optim.contract import bare_name
 from torchao8.optim.options import COMMON, HINTS
 
@@ -94,7 +95,7 @@ def _state(optimizer: LowPrecisionOptimizer, group: dict[str, Any], p: Tensor) -
         own = {**own, **{key: spec.empty(p) for key, spec in layout.items()}}
     states = optimizer._states_in(group, own)
     theirs = {"step": own["step"].detach().clone(), **decoded(p, states, own, Scales.of(group))}
-    if is_8bit(states, own):
+    if format_in(states, own).is_quantized:
         optimizer._mend_decoded(theirs)
     for key in ("step", *(state.name for state in states if state.is_scalar)):
         theirs[key] = theirs[key].cpu()

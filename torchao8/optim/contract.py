@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from torchao8 import ops, sharding
 from torchao8._numbers import plain_numbers
+from torchao8.optim._state.formats import holds, own_keys
 from torchao8.optim._state.spec import State, add_own_keys, has_state
 from torchao8.optim.options import (
     COMMON,
@@ -75,7 +76,7 @@ class OptimizerContract(Optimizer):
             (family,) = (family for family in ops.FAMILIES if family.step_op == cls._op)
             cls._op_states = tuple(state.name for state in family.states)
             cls._op_scaled_states = tuple(s.name for s in family.states if not s.scalar)
-            add_own_keys(cls._op_states)
+            add_own_keys(own_keys(cls._op_states))
 
     # -- options -------------------------------------------------------------------------------
 
@@ -127,7 +128,7 @@ class OptimizerContract(Optimizer):
     def _states_in(self, group: Group, state: Collection[str]) -> tuple[State, ...]:
         """The states of a parameter whose state has these keys: those under the options of its
         group, and those that rest."""
-        on = {k: 1.0 for k, n in self._resting.items() if n in state or f"{n}_codes" in state}
+        on = {k: 1.0 for k, n in self._resting.items() if holds(n, state)}
         return self._states({**group, **on} if on else group)
 
     def _states_of(self, group: Group) -> tuple[State, ...]:

@@ -5,14 +5,16 @@
 
 namespace torchao8::TORCHAO8_ISA {
 
-// The first pass alone, over a tensor with one scale: the extreme elements. An element that is not
-// usable counts with its old state, which it keeps.
-template <class Rule, class T>
-void find_extremes(const Rule& r, const CodecTables& tables, const ExtremeRun& run, float* found) {
+// An element that is not usable counts with its old state, which it keeps. Decoder: of all states
+// of the rule, in the format at hand.
+template <class Decoder, class Rule, class T>
+void find_extremes(const Rule& r, const ExtremeRun& run, float* found) {
   constexpr int N = Rule::kStates;
-  const StateDecoder<Rule> decode(tables);
+  const Decoder decode;
   const T *param = static_cast<const T*>(run.param), *grad = static_cast<const T*>(run.grad);
-  const Rule rule = r.with_scales(run.scales);
+  float scale[N];
+  for (int s = 0; s < N; s++) scale[s] = Decoder::scale(run.scales[s]);
+  const Rule rule = r.with_scales(scale);
   StateExtremes<Rule> extremes;
   NanFinder nan[N];  // of a scale that is none
   for (int64_t i = 0; i < run.count; i += kWidth) {
@@ -28,7 +30,7 @@ void find_extremes(const Rule& r, const CodecTables& tables, const ExtremeRun& r
     rule.template moments<true>(p, load(grad + i), values);
     const Mask good = all_in_range<Rule>(values);
     for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
-      const F v = select(good, values[s], old[s] * F(run.scales[s] / rule.unit[s]));
+      const F v = select(good, values[s], old[s] * F(scale[s] / rule.unit[s]));
       extremes.add(s, v);
       if constexpr (Rule::kSigned[s]) nan[s].add(v);
     });

@@ -6,15 +6,15 @@
 namespace torchao8::TORCHAO8_ISA {
 
 // The updates of one block, whose parameters and gradients are float32; 0 where an element is not
-// usable.
-template <class Rule>
-void measure_block(const Rule& r, const CodecTables& tables, const BlockRun& run, float* updates) {
+// usable. Decoder: of all states of the rule, in the format at hand.
+template <class Decoder, class Rule>
+void measure_block(const Rule& r, const BlockRun& run, float* updates) {
   constexpr int N = Rule::kStates;
-  const StateDecoder<Rule> decode(tables);
+  const Decoder decode;
   const float* param = static_cast<const float*>(run.param);
   const float* grad = static_cast<const float*>(run.grad);
   float scale[N];
-  for (int s = 0; s < N; s++) scale[s] = *run.scales[s];
+  for (int s = 0; s < N; s++) scale[s] = Decoder::scale(*run.scales[s]);
   const Rule rule = r.with_scales(scale);
   for (int i = 0; i < run.length; i += kWidth) {
     F values[Rule::kValues];
@@ -39,11 +39,6 @@ void measure_elements(const Rule& rule, const ElementRun& run, float* updates) {
     const F update = rule.template update_of<false>(p, values);
     store(updates + i, select(all_in_range<Rule>(values), update, F(0.0f)));
   }
-}
-
-template <class Rule>
-constexpr MeasureKernels<Rule> make_measure_kernels() {
-  return {measure_block<Rule>, measure_elements<Rule>};
 }
 
 }  // namespace torchao8::TORCHAO8_ISA

@@ -1,4 +1,4 @@
-// What the loops over memory do with all states of a rule: decode, judge, find extreme elements.
+// What the loops over memory do with all states of a rule: judge, find extreme elements.
 #pragma once
 
 namespace torchao8::TORCHAO8_ISA {
@@ -9,6 +9,16 @@ TORCHAO8_HD void for_each_state(Function f) {
   if constexpr (N > 0) f(std::integral_constant<int, 0>());
   if constexpr (N > 1) f(std::integral_constant<int, 1>());
   if constexpr (N > 2) f(std::integral_constant<int, 2>());
+}
+
+// One of two objects.
+template <bool kFirst, class A, class B>
+TORCHAO8_HD auto& choose(A& a, B& b) {
+  if constexpr (kFirst) {
+    return a;
+  } else {
+    return b;
+  }
 }
 
 // Where all states are usable: neither NaN nor infinite nor close to it, nor negative if unsigned.
@@ -35,26 +45,6 @@ struct NanFinder {
   TORCHAO8_HD NanFinder() : sum(0.0f) {}
   TORCHAO8_HD void add(F v) { sum = fma(v, F(0.0f), sum); }
   TORCHAO8_HD bool found() const { return !all(in_range<true>(sum)); }
-};
-
-// The stored numbers of all states.
-template <class Rule>
-struct StateDecoder {
-  Decoder<true> of_signed;
-  Decoder<false> of_unsigned;
-  TORCHAO8_HD explicit StateDecoder(const CodecTables& t) : of_signed(t), of_unsigned(t) {}
-
-  // codes: for each state where they begin; i: the first element of the vector.
-  template <class Codes>
-  TORCHAO8_HD void operator()(const Codes& codes, int64_t i, F* values) const {
-    for_each_state<Rule::kStates>([&](auto s) TORCHAO8_LAMBDA {
-      if constexpr (Rule::kSigned[s]) {
-        values[s] = of_signed(codes[s] + i);
-      } else {
-        values[s] = of_unsigned(codes[s] + i);
-      }
-    });
-  }
 };
 
 // The extreme elements of all states.
@@ -85,6 +75,8 @@ struct StateExtremes {
 // Elements ahead of the ones at work that are asked for from memory. The hardware's own prefetchers
 // stop at pages of 4 KiB, and a block spends its time in four arrays at once.
 constexpr int kAhead = 768;
+template <class T>
+constexpr int kLineOf = 64 / int(sizeof(T));  // elements in a line of the cache
 
 TORCHAO8_HD void prefetch(const void* p) {
 #if defined(__GNUC__) || defined(__clang__)

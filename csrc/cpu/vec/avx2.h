@@ -313,80 +313,6 @@ struct Extreme<false> {
   }
 };
 
-template <bool kSigned>
-struct Decoder {
-  Table8 a, b;
-  TORCHAO8_HD explicit Decoder(const CodecTables& t)
-      : a(t.decode[kSigned].a), b(t.decode[kSigned].b) {}
-
-  // As in avx512.h; the tables' period is 8.
-  TORCHAO8_HD F operator()(const uint8_t* codes) const {
-    const __m128i* p = reinterpret_cast<const __m128i*>(codes);
-    const __m128i* q = reinterpret_cast<const __m128i*>(codes + 8);
-    const I c = {_mm256_cvtepu8_epi32(_mm_loadl_epi64(p)),
-                 _mm256_cvtepu8_epi32(_mm_loadl_epi64(q))};
-    const F raw = from_bits(c | all_lanes(kSigned ? 0x4c000000 : 0x4b800000));
-    const F k = raw - F(kSigned ? 33554940.0f : 16777214.0f);
-    const I exponent = bits(k) >> 23;
-    F offset = b(exponent);
-    if constexpr (kSigned) offset = offset ^ (k & F(-0.0f));
-    return fma(a(exponent), k, offset);
-  }
-};
-
-// By the lines of codec_tables.h: a gather takes longer than all of it, the more so where it is
-// slowed down for the sake of security.
-template <bool kSigned>
-struct NearestEncoder {
-  // What lies this little above a tie, after kNearTie has been added, may belong below it. In units
-  // of what is left of z below kk, moved up by the bits of kk: the longest one but that of 1.0 has
-  // 7, unsigned 8.
-  static constexpr uint32_t kTies = (2 * kNearTie << (kSigned ? 7 : 8)) - 1;
-  const uint32_t* words;
-  Table16 decade_bits;
-  Table8 next_start, slope;
-  F floor;
-  TORCHAO8_HD explicit NearestEncoder(const CodecTables& t)
-      : words(t.nearest[kSigned]),
-        decade_bits(t.nearest_lines[kSigned].bits),
-        next_start(t.nearest_lines[kSigned].next_start),
-        slope(t.nearest_lines[kSigned].slope),
-        floor(t.nearest_lines[kSigned].floor) {}
-
-  TORCHAO8_HD I look_up(F y) const {
-    const int* const table = reinterpret_cast<const int*>(words);
-    const I cell = bits(y) >> 16;
-    const I sum = bits(y) + I{_mm256_i32gather_epi32(table, cell.low, 4),
-                              _mm256_i32gather_epi32(table, cell.high, 4)};
-    const I code = {_mm256_srai_epi32(sum.low, 16), _mm256_srai_epi32(sum.high, 16)};
-    return kSigned ? I{_mm256_abs_epi32(code.low), _mm256_abs_epi32(code.high)} : code;
-  }
-
-  TORCHAO8_HD void operator()(F x, float inverse, uint8_t* codes) const {
-    const F y = x * F(inverse);
-    const F floored = max(kSigned ? magnitude(y) : y, floor);
-    const I guess = decade_bits(bits(floored) >> 24);  // too low by at most one
-    const I length = guess - bits(compare<_CMP_GE_OQ>(floored, next_start(guess)));
-    const float ulp = 0x1p-23f;
-    F z = fma(floored, slope(length), F(float(8.0 / 9) + kNearTie * ulp));
-    z = min(z, F(2 - ulp));
-    const I significand = bits(z) & all_lanes(0xffffff);
-    const I kk = significand >> (all_lanes(24) - length);
-    I code;
-    if constexpr (kSigned) {
-      code = with_sign(kk, bits(y)) + all_lanes(kZeroCodeSigned);  // -1 is stored as 0
-    } else {
-      code = kk - all_lanes(1);
-    }
-    const I rest = (significand << length) & all_lanes(0xffffff);
-    const I near_tie = equal(min(rest, all_lanes(kTies)), rest);
-    if (__builtin_expect(any(near_tie), 0)) code = select(near_tie, look_up(y), code);
-    // Zero stays zero: where x is not zero, its bits are a number above any code it can have.
-    if constexpr (!kSigned) code = min(code, bits(x));
-    store_bytes(codes, code);
-  }
-};
-
 // The hashes of 16 neighbouring elements, two times 8, the first one's number being a multiple
 // of 8.
 struct RandomStream {
@@ -414,45 +340,120 @@ struct RandomStream {
   }
 };
 
-template <bool kSigned>
-struct StochasticEncoder {
-  F floor;
-  Table8 next_start, a, b, c;
-  TORCHAO8_HD explicit StochasticEncoder(const CodecTables& t)
-      // Signed: below it, 2^-23, all is class 0; it only keeps the guess from being negative.
-      : floor(kSigned ? 0x1p-23f : t.position[kSigned].floor),
-        next_start(t.position[kSigned].start + 1),
-        a(t.position[kSigned].a),
-        b(t.position[kSigned].b),
-        c(t.position[kSigned].c) {}
+// ---- bytes, two vectors of numbers at a time
+// -----------------------------------------------------
 
-  TORCHAO8_HD void operator()(F x, float inverse, F one_to_two, uint8_t* codes) const {
-    F y, floored;
-    if constexpr (kSigned) {
-      y = fma(magnitude(x), F(std::fabs(inverse)), F(kPositionBias));
-      floored = max(y, floor);
-    } else {
-      y = floored = max(fma(x, F(inverse), F(kPositionBias)), floor);
-    }
-    // The bits of a float are its base-2 logarithm, scaled, up to 0.086 too low. The class guessed
-    // from them is the right one or the one below.
-    const I u = bits(floored);
-    const F log2 = {_mm256_cvtepi32_ps(u.low), _mm256_cvtepi32_ps(u.high)};
-    const I guess = truncate(fma(log2, F(3.5885572e-8f), F(-31.230809f)));
-    const I d = guess - bits(compare<_CMP_GE_OQ>(y, next_start(guess)));
-    const F line = fma(y, a(d), b(d));
-    const F gap = fma(line, F(kGapSlope), c(d));
-    const I kk = truncate(min(gap, line) + one_to_two);
-    I code;
-    if constexpr (kSigned) {
-      // There is no code for -1.0: its number is -1, which is stored as 0.
-      const I sign = (bits(x) ^ all_lanes(float_bits(inverse))) | all_lanes(1);
-      code = with_sign(kk, sign) + all_lanes(kZeroCodeSigned);
-    } else {
-      // Zero stays zero: where x is not zero, its bits are a number above any code it can have.
-      code = min(kk, bits(x));
-    }
-    store_bytes(codes, code);
+using U = I;  // of unsigned numbers
+TORCHAO8_HD U lanes_of(uint32_t x) {
+  return all_lanes(x);
+}
+TORCHAO8_HD U lanes_of(Hashes hashes) {
+  return hashes;
+}
+TORCHAO8_HD U bits_of(F a) {
+  return bits(a);
+}
+TORCHAO8_HD F float_of(U a) {
+  return from_bits(a);
+}
+TORCHAO8_HD U load_bytes(const uint8_t* x) {
+  const __m128i* p = reinterpret_cast<const __m128i*>(x);
+  const __m128i* q = reinterpret_cast<const __m128i*>(x + 8);
+  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(p)), _mm256_cvtepu8_epi32(_mm_loadl_epi64(q))};
+}
+TORCHAO8_HD U load_signed_bytes(const uint8_t* x) {
+  const __m128i* p = reinterpret_cast<const __m128i*>(x);
+  const __m128i* q = reinterpret_cast<const __m128i*>(x + 8);
+  return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)), _mm256_cvtepi8_epi32(_mm_loadl_epi64(q))};
+}
+
+// 32 bytes, in the order in which packing leaves them.
+struct Bytes {
+  __m256i x;
+};
+TORCHAO8_HD Bytes all_bytes(uint8_t x) {
+  return {_mm256_set1_epi8(char(x))};
+}
+TORCHAO8_HD Bytes operator|(Bytes a, Bytes b) {
+  return {_mm256_or_si256(a.x, b.x)};
+}
+TORCHAO8_HD Bytes max(Bytes a, Bytes b) {
+  return {_mm256_max_epu8(a.x, b.x)};
+}
+// Numbers from `less` to 2^15, less that, but at most kMost: 127 or 255.
+template <int kMost>
+TORCHAO8_HD Bytes pack_less(U a, U b, uint32_t less) {
+  const __m256i all = _mm256_set1_epi16(short(less));
+  const __m256i low = _mm256_sub_epi16(_mm256_packus_epi32(a.low, a.high), all);
+  const __m256i high = _mm256_sub_epi16(_mm256_packus_epi32(b.low, b.high), all);
+  return {kMost == 127 ? _mm256_packs_epi16(low, high) : _mm256_packus_epi16(low, high)};
+}
+// The signs, in the highest bits.
+TORCHAO8_HD Bytes sign_bytes(F a, F b) {
+  const U u = bits(a), v = bits(b);
+  const __m256i signs =
+      _mm256_packs_epi16(_mm256_packs_epi32(u.low, u.high), _mm256_packs_epi32(v.low, v.high));
+  return {_mm256_and_si256(signs, _mm256_set1_epi8(char(0x80)))};
+}
+TORCHAO8_HD void store_bytes(uint8_t* to, Bytes bytes) {
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(bytes.x, order));
+}
+
+// The largest magnitude of many numbers; NaN is above all.
+TORCHAO8_HD uint32_t reduce_max_bits(__m256i v) {
+  __m128i x = _mm_max_epu32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  x = _mm_max_epu32(x, _mm_shuffle_epi32(x, 0x4e));
+  x = _mm_max_epu32(x, _mm_shuffle_epi32(x, 0xb1));
+  return uint32_t(_mm_cvtsi128_si32(x));
+}
+template <class T>
+struct LargestOf;
+template <>
+struct LargestOf<float> {
+  I largest;
+  TORCHAO8_HD LargestOf() : largest(all_lanes(0)) {}
+  TORCHAO8_HD void add(F v) { largest = max(largest, bits(v) & all_lanes(0x7fffffff)); }
+  TORCHAO8_HD void add(const float* x) {  // of 32
+    add(load(x));
+    add(load(x + kWidth));
+  }
+  TORCHAO8_HD float result() const {
+    return bits_float(reduce_max_bits(_mm256_max_epu32(largest.low, largest.high)));
+  }
+};
+template <>
+struct LargestOf<BFloat16> {
+  I largest;  // of words
+  TORCHAO8_HD LargestOf() : largest(all_lanes(0)) {}
+  TORCHAO8_HD void add(const BFloat16* x) {  // of 32
+    const I v = load_integers(x) & all_lanes(0x7fff7fff);
+    largest.low = _mm256_max_epu16(largest.low, v.low);
+    largest.high = _mm256_max_epu16(largest.high, v.high);
+  }
+  TORCHAO8_HD float result() const {
+    const __m256i v = _mm256_max_epu16(largest.low, largest.high);
+    const __m256i first = _mm256_slli_epi32(v, 16);
+    const __m256i second = _mm256_and_si256(v, _mm256_set1_epi32(int(0xffff0000u)));
+    return bits_float(reduce_max_bits(_mm256_max_epu32(first, second)));
+  }
+};
+struct LargestByte {
+  __m256i largest;
+  TORCHAO8_HD LargestByte() : largest(_mm256_setzero_si256()) {}
+  // Of 32 bytes, the bits of a mask.
+  template <uint8_t kMask>
+  TORCHAO8_HD void add(const uint8_t* x) {
+    __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    if (kMask != 255) v = _mm256_and_si256(v, _mm256_set1_epi8(char(kMask)));
+    largest = _mm256_max_epu8(largest, v);
+  }
+  TORCHAO8_HD uint32_t result() const {
+    __m128i x = _mm_max_epu8(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
+    // The least of the complements, as words of one byte each.
+    x = _mm_xor_si128(x, _mm_set1_epi32(-1));
+    x = _mm_min_epu8(x, _mm_srli_epi16(x, 8));
+    return 255 - (uint32_t(_mm_cvtsi128_si32(_mm_minpos_epu16(x))) & 255);
   }
 };
 

@@ -201,65 +201,6 @@ struct Extreme<false> {
   TORCHAO8_HD float result() const { return bits_float(_mm512_reduce_max_epu32(high)); }
 };
 
-// A look-up for each lane. The register it goes to is known to be ready; the plain intrinsics merge
-// into one that is not, and GCC sees through a zero.
-TORCHAO8_HD __m512i gather(const void* table, __m512i index) {
-  __m512i to = _mm512_setzero_si512();
-  __mmask16 all;
-  asm("kxnorw %%k0, %%k0, %1\n\tvpgatherdd (%2,%3,4), %0%{%1%}"
-      : "+&v"(to), "=&Yk"(all)
-      : "r"(table), "v"(index)
-      : "memory");
-  return to;
-}
-
-template <bool kSigned>
-struct Decoder {
-  __m512 a, b;
-  TORCHAO8_HD explicit Decoder(const CodecTables& t)
-      : a(_mm512_load_ps(t.decode[kSigned].a)), b(_mm512_load_ps(t.decode[kSigned].b)) {}
-
-  // Code c becomes the float 2^25 + 4 * c (2^24 + 2 * c) by putting its byte into the mantissa;
-  // a subtraction leaves 4 * (c - 127) (2 * (c + 1)), exactly, whose exponent is the table's index.
-  TORCHAO8_HD F operator()(const uint8_t* codes) const {
-    const __m512i four_times =
-        _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-    const __m512i spread = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i magic = all_lanes(kSigned ? 0x4c000000 : 0x4b800000);
-    const __m512 raw = _mm512_castsi512_ps(
-        _mm512_mask_shuffle_epi8(magic, 0x1111111111111111u, four_times, spread));
-    const __m512 k = _mm512_sub_ps(raw, _mm512_set1_ps(kSigned ? 33554940.0f : 16777214.0f));
-    const __m512i exponent = _mm512_srli_epi32(_mm512_castps_si512(k), 23);
-    __m512 offset = _mm512_permutexvar_ps(exponent, b);
-    if constexpr (kSigned) {  // offset ^ (k & sign)
-      offset = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(
-          _mm512_castps_si512(offset), _mm512_castps_si512(k), all_lanes(0x80000000), 0x78));
-    }
-    return _mm512_fmadd_ps(_mm512_permutexvar_ps(exponent, a), k, offset);
-  }
-};
-
-template <bool kSigned>
-struct NearestEncoder {
-  const uint32_t* words;
-  TORCHAO8_HD explicit NearestEncoder(const CodecTables& t) : words(t.nearest[kSigned]) {}
-
-  TORCHAO8_HD void operator()(F x, float inverse, uint8_t* codes) const {
-    const F y = x * F(inverse);
-    const __m512i word = gather(words, _mm512_srli_epi32(bits(y), 16));
-    const __m512i sum = _mm512_add_epi32(word, bits(y));
-    const __m512i order = load_order(kThirdBytes);
-    __m512i packed;
-    if constexpr (kSigned) {
-      packed = _mm512_permutexvar_epi8(order, _mm512_abs_epi16(sum));
-    } else {
-      const __mmask16 nonzero = _mm512_test_epi32_mask(bits(x), bits(x));
-      packed = _mm512_maskz_permutexvar_epi8(nonzero, order, sum);
-    }
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_castsi512_si128(packed));
-  }
-};
-
 // The hashes of 16 neighbouring elements, two times 8, the first one's number being a multiple
 // of 8.
 struct RandomStream {
@@ -289,53 +230,131 @@ struct RandomStream {
   }
 };
 
-// A look-up in 32 floats by the low five bits of an index.
-struct Lookup32 {
-  __m512 low, high;
-  TORCHAO8_HD explicit Lookup32(const float* table)
-      : low(_mm512_load_ps(table)), high(_mm512_load_ps(table + 16)) {}
-  TORCHAO8_HD __m512 operator()(__m512i i) const { return _mm512_permutex2var_ps(low, i, high); }
+// ---- bytes, two vectors of numbers at a time
+// -----------------------------------------------------
+
+struct U {  // of unsigned numbers
+  __m512i x;
 };
+TORCHAO8_HD U lanes_of(uint32_t x) {
+  return {all_lanes(x)};
+}
+TORCHAO8_HD U lanes_of(Hashes hashes) {
+  return {hashes};
+}
+TORCHAO8_HD U bits_of(F a) {
+  return {bits(a)};
+}
+TORCHAO8_HD F float_of(U a) {
+  return _mm512_castsi512_ps(a.x);
+}
+TORCHAO8_HD U operator+(U a, U b) {
+  return {_mm512_add_epi32(a.x, b.x)};
+}
+TORCHAO8_HD U operator&(U a, U b) {
+  return {_mm512_and_si512(a.x, b.x)};
+}
+TORCHAO8_HD U operator|(U a, U b) {
+  return {_mm512_or_si512(a.x, b.x)};
+}
+TORCHAO8_HD U operator<<(U a, int n) {
+  return {_mm512_slli_epi32(a.x, unsigned(n))};
+}
+TORCHAO8_HD U operator>>(U a, int n) {
+  return {_mm512_srli_epi32(a.x, unsigned(n))};
+}
+TORCHAO8_HD U load_bytes(const uint8_t* x) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)))};
+}
+TORCHAO8_HD U load_signed_bytes(const uint8_t* x) {
+  return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)))};
+}
 
-template <bool kSigned>
-struct StochasticEncoder {
-  __m512 cell_start;
-  Lookup32 a, b, c;
-  TORCHAO8_HD explicit StochasticEncoder(const CodecTables& t)
-      : cell_start(_mm512_load_ps(t.position[kSigned].cell_start)),
-        a(t.position[kSigned].cell_a),
-        b(t.position[kSigned].cell_b),
-        c(t.position[kSigned].cell_c) {}
+struct Bytes {  // 32
+  __m256i x;
+};
+TORCHAO8_HD Bytes all_bytes(uint8_t x) {
+  return {_mm256_set1_epi8(char(x))};
+}
+TORCHAO8_HD Bytes operator|(Bytes a, Bytes b) {
+  return {_mm256_or_si256(a.x, b.x)};
+}
+TORCHAO8_HD Bytes max(Bytes a, Bytes b) {
+  return {_mm256_max_epu8(a.x, b.x)};
+}
+// Byte number `which` of each dword of two vectors.
+constexpr ByteOrder pack_two_order(int which) {
+  ByteOrder order = {};
+  for (int i = 0; i < 32; i++) order.at[i] = uint8_t(4 * i + which);
+  return order;
+}
+constexpr ByteOrder kLowBytesOfTwo = pack_two_order(0), kHighBytesOfTwo = pack_two_order(3);
+TORCHAO8_HD __m256i pack_two(const ByteOrder& order, __m512i a, __m512i b) {
+  return _mm512_castsi512_si256(_mm512_permutex2var_epi8(a, load_order(order), b));
+}
+// Numbers from `less` to 2^31, less that, but at most kMost.
+template <int kMost>
+TORCHAO8_HD Bytes pack_less(U a, U b, uint32_t less) {
+  const __m512i most = all_lanes(less + kMost);
+  const __m256i low =
+      pack_two(kLowBytesOfTwo, _mm512_min_epu32(a.x, most), _mm512_min_epu32(b.x, most));
+  return {_mm256_sub_epi8(low, _mm256_set1_epi8(char(less)))};
+}
+// The signs, in the highest bits.
+TORCHAO8_HD Bytes sign_bytes(F a, F b) {
+  return {
+      _mm256_and_si256(pack_two(kHighBytesOfTwo, bits(a), bits(b)), _mm256_set1_epi8(char(0x80)))};
+}
+TORCHAO8_HD void store_bytes(uint8_t* to, Bytes bytes) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bytes.x);
+}
 
-  TORCHAO8_HD void operator()(F x, float inverse, F one_to_two, uint8_t* codes) const {
-    __m512 y;
-    if constexpr (kSigned) {
-      y = fma(F(_mm512_abs_ps(x.x)), F(std::fabs(inverse)), F(kPositionBias)).x;
-    } else {
-      y = fma(x, F(inverse), F(kPositionBias)).x;
-    }
-    __m512i cell = _mm512_srli_epi32(_mm512_castps_si512(y), 24);  // 48 + j
-    const __mmask16 above =
-        _mm512_cmp_ps_mask(y, _mm512_permutexvar_ps(cell, cell_start), _CMP_GE_OQ);
-    cell = _mm512_mask_add_epi32(cell, above, cell, all_lanes(16));
-    const __m512 line = _mm512_fmadd_ps(y, a(cell), b(cell));
-    const __m512 gap = _mm512_fmadd_ps(line, _mm512_set1_ps(kGapSlope), c(cell));
-    const F position = F(_mm512_min_ps(gap, line)) + one_to_two;
-    const __m512i kk = _mm512_cvttps_epi32(position.x);
-    __m512i code;
-    if constexpr (kSigned) {
-      const __m512i minus = _mm512_srai_epi32(
-          _mm512_xor_si512(bits(x), _mm512_set1_epi32(int(float_bits(inverse)))), 31);
-      const __m512i magnitude =
-          _mm512_min_epi32(kk, _mm512_add_epi32(_mm512_set1_epi32(128), minus));
-      code = _mm512_add_epi32(_mm512_set1_epi32(kZeroCodeSigned),
-                              _mm512_sub_epi32(_mm512_xor_si512(magnitude, minus), minus));
-    } else {
-      // Zero stays zero: where x is not zero, its bits are a number above any code it can have.
-      code = _mm512_min_epu32(kk, bits(x));
-    }
-    const __m512i packed = _mm512_permutexvar_epi8(load_order(kLowBytes), code);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_castsi512_si128(packed));
+// The largest magnitude of many numbers; NaN is above all.
+template <class T>
+struct LargestOf;
+template <>
+struct LargestOf<float> {
+  __m512i largest;
+  TORCHAO8_HD LargestOf() : largest(_mm512_setzero_si512()) {}
+  TORCHAO8_HD void add(F v) {
+    largest = _mm512_max_epu32(largest, _mm512_and_si512(bits(v), all_lanes(0x7fffffff)));
+  }
+  TORCHAO8_HD void add(const float* x) {  // of 32
+    add(load(x));
+    add(load(x + kWidth));
+  }
+  TORCHAO8_HD float result() const { return bits_float(_mm512_reduce_max_epu32(largest)); }
+};
+template <>
+struct LargestOf<BFloat16> {
+  __m512i largest;  // of words
+  TORCHAO8_HD LargestOf() : largest(_mm512_setzero_si512()) {}
+  TORCHAO8_HD void add(const BFloat16* x) {  // of 32
+    largest =
+        _mm512_max_epu16(largest, _mm512_and_si512(_mm512_loadu_si512(x), all_lanes(0x7fff7fff)));
+  }
+  TORCHAO8_HD float result() const {
+    const __m512i first = _mm512_slli_epi32(largest, 16);
+    const __m512i second = _mm512_and_si512(largest, all_lanes(0xffff0000u));
+    return bits_float(_mm512_reduce_max_epu32(_mm512_max_epu32(first, second)));
+  }
+};
+struct LargestByte {
+  __m256i largest;
+  TORCHAO8_HD LargestByte() : largest(_mm256_setzero_si256()) {}
+  // Of 32 bytes, the bits of a mask.
+  template <uint8_t kMask>
+  TORCHAO8_HD void add(const uint8_t* x) {
+    __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    if (kMask != 255) v = _mm256_and_si256(v, _mm256_set1_epi8(char(kMask)));
+    largest = _mm256_max_epu8(largest, v);
+  }
+  TORCHAO8_HD uint32_t result() const {
+    __m128i x = _mm_max_epu8(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
+    // The least of the complements, as words of one byte each.
+    x = _mm_xor_si128(x, _mm_set1_epi32(-1));
+    x = _mm_min_epu8(x, _mm_srli_epi16(x, 8));
+    return 255 - (uint32_t(_mm_cvtsi128_si32(_mm_minpos_epu16(x))) & 255);
   }
 };
 

@@ -1,8 +1,9 @@
-"""Which state a parameter gets: 8 or 32 bits, its keys, shapes and memory; and making it."""
+"""Which state a parameter gets: its format, its keys, shapes and memory; and making it."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,16 +15,16 @@ from torchao8._modes import normal_tensors
 from torchao8.block_layout import Scales
 from torchao8.optim._params import check_grad, check_params
 from torchao8.optim._state import paging
-from torchao8.optim._state.spec import (
-    Layout,
-    State,
-    TensorSpec,
-    beside_states,
-    format_key,
-    has_state,
-    is_8bit,
-    keys_of,
+from torchao8.optim._state.formats import (
+    DYNAMIC,
+    FLOAT32,
+    Format,
+    Place,
+    first_keys,
+    format_in,
+    holds,
 )
+from torchao8.optim._state.spec import Layout, State, beside_states, has_state
 from torchao8.optim.contract import OptimizerContract
 from torchao8.optim.options import Group, clips
 from torchao8.shard_layout import ShardRows
@@ -43,9 +44,9 @@ def why_kept(group: Group, p: Tensor) -> str | None:
     return why_32bit(tuple(p.shape), *sharding.placement_of(p), *sizes)
 
 
-def keeps_8bit(group: Group, p: Tensor) -> bool:
-    """Whether a parameter keeps 8-bit state under the options of its group."""
-    return why_kept(group, p) is None
+def format_of(group: Group, p: Tensor) -> Format:
+    """The format of the state of a parameter under the options of its group."""
+    return DYNAMIC if why_kept(group, p) is None else FLOAT32
 
 
 def rounds_param(group: Group, p: Tensor) -> bool:
@@ -68,37 +69,25 @@ def layout_of(
         ValueError: the step needs to know all of a parameter of which FSDP1 keeps a shard; the
             local tensor of a DTensor is not its shard.
     """
-    scales, in_8bit = Scales.of(group), keeps_8bit(group, p)
-    pages = paging.folder_of(group, p)
-    _check_shards(optimizer, group, p, in_8bit)
+    scales, own = Scales.of(group), format_of(group, p)
+    _check_shards(optimizer, group, p, own)
+    place = _place_of(p, scales, own, paging.folder_of(group, p))
     layout = beside_states(clips(group))
     for state in optimizer._states_of(group) if states is None else states:
-        specs = _specs_of(state, p, scales, in_8bit, pages)
-        layout.update(zip(keys_of(state, in_8bit), specs, strict=True))
+        specs = own.specs(state, tuple(p.shape), scales, place)
+        layout.update(zip(own.keys(state), specs, strict=True))
     return layout
 
 
-def _specs_of(
-    state: State, p: Tensor, scales: Scales, in_8bit: bool, pages: str | None
-) -> tuple[TensorSpec, ...]:
-    """What a state of a parameter is: values, or codes and their scales."""
-    signed, initial = state.signed, state.initial
-    if state.is_scalar:
-        return (TensorSpec(torch.float32, (), initial, signed=signed, is_scalar=True),)
-    shape = tuple(p.shape)
-    local_shape = tuple(sharding.local(p).shape) if is_dtensor(p) else None
-    if not in_8bit:
-        return (TensorSpec(torch.float32, shape, initial, local_shape, signed, pages),)
+def _place_of(p: Tensor, scales: Scales, own: Format, pages: str | None) -> Place:
+    """Where the state of a parameter lies."""
+    if not is_dtensor(p):
+        return Place(pages=pages)
     local_scale = None
-    if is_dtensor(p) and scales.block_wise:
+    if own.is_quantized and scales.block_wise:
         rows = sharding.shard_rows(p, scales.block_size)
         local_scale = None if rows is None else rows.scale_shape
-    code = 255 if initial else 127 if signed else 0  # 1.0 or 0.0, times the scale
-    of_scale = pages if scales.block_wise else None  # one number is not worth a page
-    return (
-        TensorSpec(torch.uint8, shape, code, local_shape, pages=pages),
-        TensorSpec(torch.float32, scales.shape(shape), initial, local_scale, signed, of_scale),
-    )
+    return Place(tuple(sharding.local(p).shape), local_scale, pages)
 
 
 # -- checks ----------------------------------------------------------------------------------------
@@ -114,26 +103,25 @@ def check_layout(
         states: of the parameter.
     """
     state = optimizer.state[p]
-    in_8bit = is_8bit(states, state)
-    key = format_key(states, in_8bit)
-    if key is not None and key in state:  # a missing key is told of by its name
-        check_format(optimizer, group, p, state, key, in_8bit)
+    found = format_in(states, state)
+    keys = first_keys(states, found)
+    if keys and all(key in state for key in keys):  # a missing one is told of by its name
+        check_format(optimizer, group, p, [state[key] for key in keys], found)
 
 
 def check_format(
     optimizer: OptimizerContract,
     group: Group,
     p: Tensor,
-    state: dict[str, Tensor],
-    key: str,
-    in_8bit: bool,
+    tensors: Sequence[Tensor],
+    found: Format,
 ) -> None:
     """The same for the format that the state has.
 
     Args:
-        key: that tells the format, see :func:`torchao8.optim._state.spec.format_key`.
+        tensors: of the state whose keys tell the format.
     """
-    first = state[key]
+    first, *scale = tensors
     if first.shape != p.shape:
         name = type(optimizer).__name__
         raise RuntimeError(
@@ -142,12 +130,11 @@ def check_format(
             "the first step. Build a new optimizer, or remove its state "
             "(optimizer.state.pop(parameter)), which then starts anew"
         )
-    scale = state[key.removesuffix("_codes") + "_scale"] if in_8bit else None
-    if keeps_8bit(group, p) != in_8bit or (
-        scale is not None and scale.shape != _scale_shape(p.shape, Scales.of(group))
+    if format_of(group, p) is not found or (
+        scale and scale[0].shape != _scale_shape(p.shape, Scales.of(group))
     ):
         name = type(optimizer).__name__
-        has = "32-bit state" if scale is None else f"8-bit state, scales {list(scale.shape)}"
+        has = f"{found.bits}-bit state" + (f", scales {list(scale[0].shape)}" if scale else "")
         raise RuntimeError(
             f"{name}: {with_shape(optimizer, p)} already has {has}, but its "
             f"group now says optim_bits={group['optim_bits']}, "
@@ -186,9 +173,9 @@ def rows_of(
     return rows
 
 
-def _check_shards(optimizer: OptimizerContract, group: Group, p: Tensor, in_8bit: bool) -> None:
-    if is_dtensor(p) and (in_8bit or rounds_param(group, p)):
-        rows = sharding.shard_rows(p, group["block_size"]) if in_8bit else None
+def _check_shards(optimizer: OptimizerContract, group: Group, p: Tensor, own: Format) -> None:
+    if is_dtensor(p) and (own.is_quantized or rounds_param(group, p)):
+        rows = sharding.shard_rows(p, group["block_size"]) if own.is_quantized else None
         check_shard(optimizer, p, sharding.flat_shard_rows(p) if rows is None else rows)
     one_scale = group["optim_bits"] == 8 and not group["block_wise"]
     needs_the_whole = one_scale or clips(group) or optimizer._has_trust_ratios(group)
@@ -257,7 +244,7 @@ def wake(optimizer: OptimizerContract, group: Group) -> None:
         mine = optimizer.state.get(p, {})
         if not has_state(mine):
             continue
-        missing = [s for s in states if not mine.keys() & {s.name, f"{s.name}_codes"}]
+        missing = [s for s in states if not holds(s.name, mine)]
         if not missing:
             return  # all parameters of a group have the same
         layout = layout_of(optimizer, group, p, tuple(missing))

@@ -19,6 +19,7 @@ from torchao8.interop import foreign
 from torchao8.optim._params import check_params
 from torchao8.optim._state import paging
 from torchao8.optim._state.convert import convert
+from torchao8.optim._state.formats import format_in
 from torchao8.optim._state.layout import layout_of
 from torchao8.optim._state.sealed import Kept, check_form, is_step, parts_of, seal
 from torchao8.optim._state.spec import NO_NORM, NORMS, NORMS_KEPT, Layout, State, is_own
@@ -284,15 +285,15 @@ class _Loading:
         converts = check_form(label, p, layout, states, values, saved_scales, others, added)
         scales = Scales.of(group)
         if converts:
-            was_8bit, is_8bit = (any(k.endswith("_codes") for k in ks) for ks in (values, layout))
+            was, now = (format_in(states, keys) for keys in (values, layout))
             how = (
-                "in 8 bits, and is kept in 32 from here on"
-                if not is_8bit
+                f"in {was.described}, and is kept in {now.bits} from here on"
+                if not now.is_quantized
+                else f"in {was.described}, and is rounded to {now.bits}"
+                if was is not now
                 else "with another block_size, and is rounded anew"
-                if was_8bit and saved_scales.block_wise == scales.block_wise
+                if saved_scales.block_wise == scales.block_wise
                 else "with another block_wise, and is rounded anew"
-                if was_8bit
-                else "in 32 bits, and is rounded to 8"
             )
             self.converted.setdefault(how, []).append(with_shape(self.optimizer, p))
         plan = _Plan(saved_id, label, p, layout, states, values, scales, saved_scales, converts)

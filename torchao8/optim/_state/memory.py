@@ -16,8 +16,9 @@ from torch import Tensor
 from torchao8 import _tables, sharding
 from torchao8._messages import name_in
 from torchao8.optim._state import paging
+from torchao8.optim._state.formats import Format, format_in
 from torchao8.optim._state.layout import gets_state, layout_of, why_kept
-from torchao8.optim._state.spec import NORMS, State, has_state, is_8bit, keys_of
+from torchao8.optim._state.spec import NORMS, State, has_state
 from torchao8.optim.contract import OptimizerContract
 from torchao8.optim.options import Group
 from torchao8.state_bits import OPTION
@@ -97,7 +98,7 @@ def memory_of(optimizer: OptimizerContract) -> Memory:
     return Memory(
         optimizer=type(optimizer).__name__,
         tensors=len(parts),
-        tensors_8bit=sum(part.in_8bit for part in parts),
+        tensors_8bit=sum(part.found.bits == 8 for part in parts),
         elements=sum(part.elements for part in parts),
         **{kind: kinds[kind] for kind in _KINDS},
         state_32bit=sum(part.nbytes_32bit for part in parts),
@@ -141,7 +142,7 @@ class _Part(NamedTuple):
 
     name: str
     elements: int
-    in_8bit: bool
+    found: Format
     nbytes_32bit: int
     is_pending: bool
     is_sharded: bool
@@ -177,13 +178,12 @@ def _part(
     Args:
         kept: its state or, if that is pending, the layout of it.
     """
-    here, in_8bit = sharding.local(p), is_8bit(states, kept)
+    here, found = sharding.local(p), format_in(states, kept)
     kinds = {"step": "numbers", NORMS: "norms"}
     moments = 0
     for state in states:
-        keys = keys_of(state, in_8bit)
-        of_moment = ("moments_8bit", "scales") if in_8bit else ("moments_32bit",)
-        kinds.update(zip(keys, ("numbers",) if state.is_scalar else of_moment, strict=True))
+        keys = found.keys(state)
+        kinds.update(zip(keys, found.kinds(state), strict=True))
         moments += not state.is_scalar and keys[0] in kept
     pieces = [
         _planned(kind, kept[key], here.device) if is_pending else _found(kind, kept[key])
@@ -194,11 +194,11 @@ def _part(
     return _Part(
         name,
         here.numel(),
-        in_8bit,
+        found,
         beside + moments * here.numel() * torch.float32.itemsize,
         is_pending,
         sharding.is_dtensor(p) or sharding.is_flattened(p),
-        why_kept(group, p) if moments and not in_8bit else None,
+        why_kept(group, p) if moments and not found.is_quantized else None,
         pieces,
     )
 

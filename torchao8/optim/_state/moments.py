@@ -12,7 +12,8 @@ from torchao8._messages import describe
 from torchao8._modes import normal_tensors
 from torchao8.block_layout import Scales
 from torchao8.optim._state.convert import in_32bit
-from torchao8.optim._state.spec import State, has_state, is_8bit, keys_of
+from torchao8.optim._state.formats import FLOAT32, format_in
+from torchao8.optim._state.spec import State, has_state
 from torchao8.optim.contract import OptimizerContract
 from torchao8.optim.options import Group
 
@@ -24,11 +25,12 @@ def decoded(
 
     Args:
         states: those to read, all of which are there.
-        kept: the state of the parameter, of 8 or 32 bits.
-        scales: of 8-bit state.
+        kept: the state of the parameter, in any format.
+        scales: of quantized state.
     """
     wide = in_32bit(p, states, dict(kept), scales)
-    is_new = {s.name: is_8bit(states, kept) and not s.is_scalar for s in states}
+    is_decoded = format_in(states, kept) is not FLOAT32
+    is_new = {s.name: is_decoded and not s.is_scalar for s in states}
     return {
         name: wide[name] if new else wide[name].detach().clone() for name, new in is_new.items()
     }
@@ -48,12 +50,9 @@ def moments_of(optimizer: OptimizerContract, p: Tensor) -> dict[str, Tensor]:
         raise RuntimeError(
             f"moments: expected a parameter with state, got {describe(optimizer, p)}: {why}"
         )
-    in_8bit = is_8bit(optimizer._states_in(group, kept), kept)
-    states = [
-        state
-        for state in optimizer._states_in(group, kept)
-        if not state.is_scalar and keys_of(state, in_8bit)[0] in kept
-    ]
+    every = optimizer._states_in(group, kept)
+    found = format_in(every, kept)
+    states = [s for s in every if not s.is_scalar and found.keys(s)[0] in kept]
     return decoded(p, states, kept, Scales.of(group))
 
 

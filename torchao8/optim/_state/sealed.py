@@ -12,18 +12,8 @@ from torchao8._messages import kind
 from torchao8._modes import normal_tensors
 from torchao8._numbers import plain
 from torchao8.block_layout import Scales
-from torchao8.optim._state.spec import (
-    NO_NORM,
-    NORMS,
-    Layout,
-    State,
-    TensorSpec,
-    form_of,
-    is_8bit,
-    is_own,
-    keys_of,
-    keys_of_8bit,
-)
+from torchao8.optim._state.formats import FORMATS, form_of, format_in, own_keys
+from torchao8.optim._state.spec import NO_NORM, NORMS, Layout, State, TensorSpec, is_own
 from torchao8.sharding import cut_out, is_dtensor, like, local, same_placement
 
 
@@ -98,15 +88,14 @@ def check_form(
         label: names the parameter in messages.
         layout: what the state is to be.
         saved: plain tensors of the whole, or DTensors where ``p`` is one.
-        saved_scales: of the state, if it is 8-bit state.
+        saved_scales: of the state, if it is quantized.
         others: keys that are not of this library, for messages.
         added: the states that an option adds, by the option, for messages.
 
     Raises:
         ValueError: other keys; a value that is no tensor or of another dtype or shape.
     """
-    in_8bit = is_8bit(states, saved)
-    form = form_of(layout, states, in_8bit, saved_scales)
+    form = form_of(layout, states, format_in(states, saved), saved_scales)
     if set(saved) != set(form):
         raise ValueError(
             f"state of {label}: expected the keys {list(layout)}, got {[*saved, *others]}"
@@ -159,7 +148,12 @@ def seal(label: str, layout: Layout, parts: dict[str, Tensor]) -> dict[str, Seal
 
 def _remedy(states: Sequence[State], saved: dict[str, Any], added: Mapping[str, str]) -> str:
     """What to do about a checkpoint of another kind, where it can be told."""
-    if any(all(k in saved for b in (True, False) for k in keys_of(s, b)) for s in states):
+    complete = [
+        [all(key in saved for key in each.keys(state)) for each in FORMATS.values()]
+        for state in states
+        if not state.is_scalar
+    ]
+    if any(sum(found) > 1 for found in complete):
         return (
             ". These are the keys of 8-bit and of 32-bit state: torch's set_optimizer_state_dict "
             "mixes what the checkpoint has with what the optimizer has, so that none of it can be "
@@ -168,7 +162,7 @@ def _remedy(states: Sequence[State], saved: dict[str, Any], added: Mapping[str, 
         )
     names = [state.name for state in states]
     for option, name in added.items():
-        if name not in names and saved.keys() & {name, *keys_of_8bit(name)}:
+        if name not in names and saved.keys() & set(own_keys([name])):
             return f". It was saved with {option}=True."
     return ""
 
@@ -208,7 +202,7 @@ def check_values(label: str, key: str, spec: TensorSpec, value: Tensor) -> None:
             wrong = f"norms, or {NO_NORM} for none, got {float(value[wrong_norms][0])}"
     elif not spec.signed:
         # A scale of -0.0 would give the codes a sign.
-        negative = value.signbit() if key.endswith("_scale") else value < 0
+        negative = value.signbit() if spec.is_scale else value < 0
         if bool(negative.any()):
             wrong = f"numbers >= 0, got {float(value[negative][0])}"
     if wrong:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchao8.block_layout import Scales
 from torchao8.sharding import like, local
 
 # The norms of the last gradients of a parameter, which percentile_clipping keeps: float32, one for
@@ -17,7 +16,7 @@ from torchao8.sharding import like, local
 NORMS = "grad_norms"
 NORMS_KEPT = 100
 NO_NORM = -1.0
-# The keys beside the states of a rule, in 8 and in 32 bits alike.
+# The keys beside the states of a rule, in all formats alike.
 BESIDE_STATES = ("step", NORMS)
 
 
@@ -26,14 +25,9 @@ BESIDE_STATES = ("step", NORMS)
 _own_keys = set(BESIDE_STATES)
 
 
-def add_own_keys(names: Iterable[str]) -> None:
-    """Makes known the states of a class."""
-    for name in names:
-        _own_keys.update((name, *keys_of_8bit(name)))
-
-
-def keys_of_8bit(name: str) -> tuple[str, str]:
-    return f"{name}_codes", f"{name}_scale"
+def add_own_keys(keys: Iterable[str]) -> None:
+    """Makes known the keys of the states of a class, in all formats."""
+    _own_keys.update(keys)
 
 
 def is_own(key: Any) -> bool:
@@ -47,13 +41,14 @@ def has_state(state: Mapping[str, Any] | None) -> bool:
 
 
 class State(NamedTuple):
-    """A state of a parameter: ``name`` in 32 bits, ``name_codes`` and ``name_scale`` in 8.
+    """A state of a parameter. Its format (:mod:`torchao8.optim._state.formats`) says under which
+    keys it is kept, as ``name`` in 32 bits.
 
     Attributes:
         signed: whether its numbers may be negative.
         initial: what all of them are before the first step; not negative.
         is_scalar: whether it is one number for the whole parameter, which the op of the rule
-            changes. It is then a 0-d float32 tensor ``name`` in both formats, on the device of the
+            changes. It is then a 0-d float32 tensor ``name`` in all formats, on the device of the
             parameter; it is never paged, and of a DTensor every rank has all of it, as of ``step``.
     """
 
@@ -72,6 +67,7 @@ class TensorSpec(NamedTuple):
         signed: whether its numbers may be negative.
         pages: the folder of the file behind it where it is paged, "" for the temporary one.
         is_scalar: whether it is one number for the whole parameter, whatever the shape of that.
+        is_scale: whether codes are multiplied by it.
     """
 
     dtype: torch.dtype
@@ -81,6 +77,7 @@ class TensorSpec(NamedTuple):
     signed: bool = True
     pages: str | None = None
     is_scalar: bool = False
+    is_scale: bool = False
 
     @property
     def part_shape(self) -> tuple[int, ...]:
@@ -116,38 +113,3 @@ def beside_states(clips: bool) -> Layout:
     if clips:
         layout[NORMS] = TensorSpec(torch.float32, (NORMS_KEPT,), NO_NORM)
     return layout
-
-
-def is_8bit(states: Sequence[State], keys: Collection[str]) -> bool:
-    """Whether a state with these keys is one of 8 bits."""
-    return any(f"{state.name}_codes" in keys for state in states)
-
-
-def form_of(layout: Layout, states: Sequence[State], in_8bit: bool, scales: Scales) -> Layout:
-    """The layout of the same state in 8 or 32 bits; without what this rank has of it."""
-    form = {key: layout[key] for key in BESIDE_STATES if key in layout}
-    for state in states:
-        if state.is_scalar:
-            form[state.name] = layout[state.name]
-            continue
-        shape = next(layout[key].shape for key in keys_of(state, is_8bit(states, layout)))
-        of_scales = scales.shape(shape)
-        new = (
-            (
-                TensorSpec(torch.uint8, shape),
-                TensorSpec(torch.float32, of_scales, signed=state.signed),
-            )
-            if in_8bit
-            else (TensorSpec(torch.float32, shape, signed=state.signed),)
-        )
-        form.update(zip(keys_of(state, in_8bit), new, strict=True))
-    return form
-
-
-def keys_of(state: State, in_8bit: bool) -> tuple[str, ...]:
-    return keys_of_8bit(state.name) if in_8bit and not state.is_scalar else (state.name,)
-
-
-def format_key(states: Sequence[State], in_8bit: bool) -> str | None:
-    """The key that tells the format of a parameter's state: of the first state that has two."""
-    return next((keys_of(s, in_8bit)[0] for s in states if not s.is_scalar), None)

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchao8.optim._state.spec import State, keys_of
+from torchao8.optim._state.formats import FORMATS
+from torchao8.optim._state.spec import State
 from torchao8.optim._step.bucket import Bucket
 from torchao8.shard_layout import Run, ShardRows
 
@@ -19,14 +20,14 @@ class Kind(NamedTuple):
     """What parameters that share an op call have in common.
 
     Attributes:
-        in_8bit: the format of their state.
+        state_format: the name of the format of their state.
         device, param_dtype, grad_dtype: of what lies on this rank.
         is_sharded: whether they are DTensors.
-        has_rows: whether it matters where their shards lie: in 8 bits, and for random numbers.
+        has_rows: whether it matters where their shards lie: in blocks, and for random numbers.
         is_empty: whether nothing of them lies on this rank, and no call is made.
     """
 
-    in_8bit: bool
+    state_format: str
     device: torch.device
     param_dtype: torch.dtype
     grad_dtype: torch.dtype
@@ -48,7 +49,8 @@ class Calls:
 
     def __init__(self, kind: Kind, states: Sequence[State], block_wise: bool) -> None:
         self.kind = kind
-        self.keys = {state.name: keys_of(state, kind.in_8bit) for state in states}
+        found = FORMATS[kind.state_format]
+        self.keys = {state.name: found.keys(state) for state in states}
         self.scalars = {state.name for state in states if state.is_scalar}
         self.block_wise = block_wise
         self.members: list[int] = []

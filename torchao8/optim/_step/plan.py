@@ -29,8 +29,9 @@ from torchao8._messages import describe, meta_message
 from torchao8._numbers import plain_numbers
 from torchao8.optim._params import NO_FLOAT16, check_grad, is_readable_grad
 from torchao8.optim._state import paging
+from torchao8.optim._state.formats import FLOAT32, FORMATS, Format, first_keys
 from torchao8.optim._state.layout import check_format, rounds_param, rows_of, wake
-from torchao8.optim._state.spec import NORMS, format_key, has_state, is_own, keys_of
+from torchao8.optim._state.spec import NORMS, has_state, is_own
 from torchao8.optim._step import pages
 from torchao8.optim._step.bucket import Work
 from torchao8.optim._step.place import Calls, Columns, Kind
@@ -118,7 +119,7 @@ class Entry:
         self.state = state
         self.tensors: list[Tensor] = []  # of the state, in the order of the keys
         self.is_sharded = sharding.is_dtensor(p)
-        self.in_8bit = False
+        self.found = FLOAT32  # the format of the state
         self.rows: ShardRows | None = None  # of a DTensor, where it matters where its shard lies
 
 
@@ -165,18 +166,24 @@ class GroupPlan:
         self.states = optimizer._states_of(group)
         self.has_scalars = any(state.is_scalar for state in self.states)
         self.clips = clips(group)
-        self.keys = {in_8bit: self._keys(in_8bit) for in_8bit in (False, True)}
-        self.formats = {in_8bit: format_key(self.states, in_8bit) for in_8bit in (False, True)}
+        # By the names of the formats, which can be traced.
+        self.keys = {name: self._keys(each) for name, each in FORMATS.items()}
+        self.first_keys = {name: first_keys(self.states, each) for name, each in FORMATS.items()}
+        self.told_by = [
+            (keys[0], FORMATS[name])
+            for name, keys in self.first_keys.items()
+            if keys and FORMATS[name] is not FLOAT32
+        ]
         self.options = Options(optimizer, group)
         self.layout = self.options.layout
         self.indices: list[int] = []
         self.sharded: list[int] = []
         self.calls: list[Calls] = []
 
-    def _keys(self, in_8bit: bool) -> list[str]:
+    def _keys(self, found: Format) -> list[str]:
         """Of the state of a parameter: first those beside the states, at last the scales."""
         beside = ["step", NORMS] if self.clips else ["step"]
-        parts = [keys_of(state, in_8bit) for state in self.states]
+        parts = [found.keys(state) for state in self.states]
         return [*beside, *(keys[0] for keys in parts), *(k for keys in parts for k in keys[1:])]
 
     # -- making it -----------------------------------------------------------------------------
@@ -203,8 +210,10 @@ class GroupPlan:
         if group["stochastic_rounding"] and p.dtype == torch.float16:
             name = type(optimizer).__name__
             raise ValueError(f"{name}: {describe(optimizer, p)}: {NO_FLOAT16}")
-        entry.in_8bit = self.formats[True] in state
-        keys = self.keys[entry.in_8bit]
+        for key, each in self.told_by:
+            if key in state:
+                entry.found = each
+        keys = self.keys[entry.found.name]
         try:
             entry.tensors = [state[key] for key in keys]
         except KeyError:
@@ -217,8 +226,8 @@ class GroupPlan:
             # torch.compile guards on them, and traces anew when they change.
             if group["optim_bits"] == 8 and p.numel() >= group["min_8bit_size"]:
                 pass
-        elif (key := self.formats[entry.in_8bit]) is not None:
-            check_format(optimizer, group, p, state, key, entry.in_8bit)
+        elif first := self.first_keys[entry.found.name]:
+            check_format(optimizer, group, p, [state[key] for key in first], entry.found)
 
     def place(self, optimizer: OptimizerContract, group: Group, entries: Sequence[Entry]) -> None:
         """Finds the op calls that the parameters go into."""
@@ -228,14 +237,15 @@ class GroupPlan:
         one_scale = not group["block_wise"]
         for member, entry in enumerate(entries):
             p, is_sharded = entry.param, entry.is_sharded
-            if is_sharded and (entry.in_8bit or rounds_param(group, p)):
+            in_blocks = entry.found.is_quantized
+            if is_sharded and (in_blocks or rounds_param(group, p)):
                 entry.rows = self._rows(optimizer, group, entry)
             part = sharding.local(p) if is_sharded else p
             # Every rank steps what is one number of a parameter, also where no element lies.
-            has_number = self.has_scalars or (is_sharded and entry.in_8bit and one_scale)
+            has_number = self.has_scalars or (is_sharded and in_blocks and one_scale)
             is_empty = part.numel() == 0 and not has_number
             kind = Kind(
-                entry.in_8bit,
+                entry.found.name,
                 part.device,
                 p.dtype,
                 entry.grad.dtype,
@@ -255,8 +265,9 @@ class GroupPlan:
 
     def _rows(self, optimizer: OptimizerContract, group: Group, entry: Entry) -> ShardRows | None:
         if torch.compiler.is_compiling():
-            return optimizer._shard_rows(self.number, entry.index, entry.in_8bit)
-        return rows_of(optimizer, group, cast("DTensor", entry.param), entry.in_8bit)
+            return optimizer._shard_rows(self.number, entry.index, entry.found.is_quantized)
+        param = cast("DTensor", entry.param)
+        return rows_of(optimizer, group, param, entry.found.is_quantized)
 
     def first_work(
         self, optimizer: OptimizerContract, group: Group, entries: Sequence[Entry]
@@ -266,7 +277,7 @@ class GroupPlan:
         columns: list[Columns] = []
         for calls in self.calls:
             members = [entries[i] for i in calls.members]
-            keys = self.keys[calls.kind.in_8bit]
+            keys = self.keys[calls.kind.state_format]
             lists = {key: [e.tensors[k] for e in members] for k, key in enumerate(keys)}
             if calls.kind.is_sharded:
                 lists = {key: sharding.local_tensors(tensors) for key, tensors in lists.items()}
@@ -355,14 +366,13 @@ class GroupPlan:
         self.snapshots = []
         for calls in self.calls:
             members = [entries[i] for i in calls.members]
-            first = next((s for s in self.states if not s.is_scalar), None)
             self.snapshots.append(
                 StateSnapshot(
                     [numbers[id(entry.param)] for entry in members],
                     [entry.state for entry in members],
                     len(numbers),
-                    self.keys[calls.kind.in_8bit],
-                    () if first is None else keys_of(first, calls.kind.in_8bit),
+                    self.keys[calls.kind.state_format],
+                    self.first_keys[calls.kind.state_format],
                 )
             )
 
@@ -411,8 +421,7 @@ class GroupPlan:
     ) -> None:
         """Raises RuntimeError where state has left its pages."""
         for calls, tensors in zip(self.calls, columns, strict=True):
-            key = self.formats[calls.kind.in_8bit]
-            if key is not None:
+            for key in self.first_keys[calls.kind.state_format][:1]:
                 for i, t in zip(calls.members, tensors[key], strict=True):
                     paging.check_memory(optimizer, group, params[i], t)
 

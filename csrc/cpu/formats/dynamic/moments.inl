@@ -1,10 +1,11 @@
 // The first pass over a block: its new states, and their extreme elements.
 #pragma once
 
+#include "cpu/formats/dynamic/decode.inl"
 #include "cpu/step/memory.inl"
 #include "cpu/step/states.inl"
 
-namespace torchao8::TORCHAO8_ISA {
+namespace torchao8::TORCHAO8_ISA::dynamic {
 
 // The values of two blocks, in units, that follow each other around a ring.
 template <int N>
@@ -98,4 +99,4 @@ struct Moments {
   }
 };
 
-}  // namespace torchao8::TORCHAO8_ISA
+}  // namespace torchao8::TORCHAO8_ISA::dynamic

@@ -1,7 +1,7 @@
-// The codec by itself, for every instruction set. An isa_*.cpp includes this after the vector type
-// F and the codec of its set, with TORCHAO8_ISA naming their namespace.
+// Scales of blocks, and whole blocks quantized to nearest and back.
+#pragma once
 
-namespace torchao8::TORCHAO8_ISA {
+namespace torchao8::TORCHAO8_ISA::dynamic {
 
 template <bool kSigned>
 TORCHAO8_COLD inline void clear_codes(uint8_t* codes, int length) {
@@ -22,8 +22,8 @@ TORCHAO8_HD float final_scale(float extreme, float unit, int length, uint8_t* co
 // Below, n is any length: what does not fill a vector is padded with zeros.
 
 template <bool kSigned>
-float quantize_block(const CodecTables& tables, const float* x, int n, uint8_t* codes) {
-  const NearestEncoder<kSigned> encode(tables);
+float quantize_block(const float* x, int n, uint8_t* codes) {
+  const NearestEncoder<kSigned> encode(codec_tables());
   scalar::Extreme<kSigned> extremes;
   for (int i = 0; i < n; i++) extremes.add(x[i]);
   float extreme = extremes.result(), factor = 1.0f;
@@ -47,9 +47,8 @@ float quantize_block(const CodecTables& tables, const float* x, int n, uint8_t* 
 }
 
 template <bool kSigned>
-void dequantize_block(const CodecTables& tables, const uint8_t* codes, int n, float scale,
-                      float* x) {
-  const Decoder<kSigned> decode(tables);
+void dequantize_block(const uint8_t* codes, int n, float scale, float* x) {
+  const Decoder<kSigned> decode(codec_tables());
   int i = 0;
   for (; i + kWidest <= n; i += kWidth) store(x + i, decode(codes + i) * F(scale));
   if (i < n) {
@@ -61,49 +60,4 @@ void dequantize_block(const CodecTables& tables, const uint8_t* codes, int n, fl
   }
 }
 
-template <class T>
-void widen_as(const void* from, int64_t n, float* to) {
-  const T* x = static_cast<const T*>(from);
-  int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) store(to + i, load(x + i));
-  for (; i < n; i++) to[i] = scalar::load(x + i);
-}
-
-template <class T>
-void narrow_as(const float* from, int64_t n, void* to) {
-  T* x = static_cast<T*>(to);
-  int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) store(x + i, load(from + i));
-  for (; i < n; i++) scalar::store(x + i, from[i]);
-}
-
-inline void widen(FloatType type, const void* from, int64_t n, float* to) {
-  switch (type) {
-    case FloatType::kFloat32:
-      return widen_as<float>(from, n, to);
-    case FloatType::kBFloat16:
-      return widen_as<BFloat16>(from, n, to);
-    case FloatType::kFloat16:
-      return widen_as<Half>(from, n, to);
-  }
-}
-
-inline void narrow(FloatType type, const float* from, int64_t n, void* to) {
-  switch (type) {
-    case FloatType::kFloat32:
-      return narrow_as<float>(from, n, to);
-    case FloatType::kBFloat16:
-      return narrow_as<BFloat16>(from, n, to);
-    case FloatType::kFloat16:
-      return narrow_as<Half>(from, n, to);
-  }
-}
-
-constexpr CodecKernels make_codec_kernels() {
-  return {{quantize_block<false>, quantize_block<true>},
-          {dequantize_block<false>, dequantize_block<true>},
-          widen,
-          narrow};
-}
-
-}  // namespace torchao8::TORCHAO8_ISA
+}  // namespace torchao8::TORCHAO8_ISA::dynamic

@@ -1,9 +1,10 @@
 // The second pass over a block: the update of the parameter, and the codes of the new states.
 #pragma once
 
-#include "cpu/step/moments.inl"
+#include "cpu/formats/dynamic/codec.inl"
+#include "cpu/formats/dynamic/moments.inl"
 
-namespace torchao8::TORCHAO8_ISA {
+namespace torchao8::TORCHAO8_ISA::dynamic {
 
 // The rule's two long operations, started before their results are needed: the root two vectors
 // ahead, the step one. Around the ring that goes on from block to block.
@@ -110,4 +111,4 @@ struct UpdateAndEncode {
   }
 };
 
-}  // namespace torchao8::TORCHAO8_ISA
+}  // namespace torchao8::TORCHAO8_ISA::dynamic

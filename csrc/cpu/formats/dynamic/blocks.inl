@@ -1,14 +1,14 @@
 // Runs of blocks of 8-bit state.
 #pragma once
 
-#include "cpu/step/encode.inl"
-#include "cpu/step/moments.inl"
+#include "cpu/formats/dynamic/encode.inl"
+#include "cpu/formats/dynamic/moments.inl"
+#include "cpu/kernel_tables.h"
 
-namespace torchao8::TORCHAO8_ISA {
+namespace torchao8::TORCHAO8_ISA::dynamic {
 
 template <class Rule, class T>
-TORCHAO8_COLD void scalar_block(const Rule& rule, const CodecTables& tables,
-                                const Block<Rule, T>& block, BlockRun run) {
+TORCHAO8_COLD void scalar_block(const Rule& rule, const Block<Rule, T>& block, BlockRun run) {
   run.param = block.param;
   run.grad = block.grad;
   for (int s = 0; s < Rule::kStates; s++) {
@@ -17,7 +17,8 @@ TORCHAO8_COLD void scalar_block(const Rule& rule, const CodecTables& tables,
   }
   run.blocks = 1;
   run.first_element = block.first_element;
-  scalar_kernels<Rule>().template blocks<T>()(rule, tables, run);
+  const auto& step = block_kernels<Rule>(scalar_kernels<DynamicFormat>()).step;
+  (std::is_same_v<T, float> ? step.float32 : step.bfloat16)(rule, run);
 }
 
 // The second pass of a block goes together with the first pass of the next one, vector by vector:
@@ -54,7 +55,7 @@ void step_blocks(const Rule& rule, const CodecTables& tables, const BlockRun& ru
       }
       second.finish(length);
     } else {
-      scalar_block(rule, tables, block, run);
+      scalar_block(rule, block, run);
       for (int i = 0; i < length; i += kWidth) first(i);
       pipeline.full = false;
     }
@@ -67,12 +68,13 @@ void step_blocks(const Rule& rule, const CodecTables& tables, const BlockRun& ru
     for (int i = 0; i < length; i += kWidth) second(i);
     second.finish(length);
   } else {
-    scalar_block(rule, tables, block, run);
+    scalar_block(rule, block, run);
   }
 }
 
 template <class Rule, class T>
-void step_blocks_of(const Rule& rule, const CodecTables& tables, const BlockRun& run) {
+void step_blocks_of(const Rule& rule, const BlockRun& run) {
+  const CodecTables& tables = *run.tables;
   if constexpr (std::is_same_v<T, BFloat16>) {
     if (run.rounds_param) {
       run.stochastic ? step_blocks<Rule, T, true, true>(rule, tables, run)
@@ -84,4 +86,4 @@ void step_blocks_of(const Rule& rule, const CodecTables& tables, const BlockRun&
                  : step_blocks<Rule, T, false, false>(rule, tables, run);
 }
 
-}  // namespace torchao8::TORCHAO8_ISA
+}  // namespace torchao8::TORCHAO8_ISA::dynamic

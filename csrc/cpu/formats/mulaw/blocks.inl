@@ -1,0 +1,182 @@
+// Steps of blocks in the mu-law format, in vectors.
+//
+// A look at a block's gradients, codes and, if the rule wants them, parameters bounds its new
+// states before any of them is computed, and tells whether all elements are usable: then the block
+// is decoded, stepped and encoded in one pass, without a buffer. Else nothing has been written, and
+// the scalar code takes it (scalar.inl, the definition). The look at a block comes before the pass
+// over the one in front of it, which hides how long it takes to get from maxima to scales.
+#pragma once
+
+#include "cpu/formats/mulaw/codec.inl"
+#include "cpu/step/memory.inl"
+
+namespace torchao8::TORCHAO8_ISA::mulaw {
+
+template <class Rule>
+struct Plan {
+  Rule rule;  // with the block's scales
+  MulawScale scales[Rule::kStates];
+  bool good;
+};
+
+// What the new states of a monotone rule cannot exceed.
+template <class Rule, class T>
+TORCHAO8_HD void find_bounds(const Rule& rule, const Block<Rule, T>& block, int length,
+                             float* extremes) {
+  constexpr int N = Rule::kStates;
+  LargestOf<T> grad, param;
+  LargestByte code[N];
+  for (int i = 0; i < length; i += kStep) {
+    for (int j = 0; j < kStep; j += kLineOf<T>) {
+      prefetch(block.grad + i + j + kAhead);
+      if constexpr (Rule::kMomentsNeedParam) prefetch(block.param + i + j + kAhead);
+    }
+    grad.add(block.grad + i);
+    if constexpr (Rule::kMomentsNeedParam) param.add(block.param + i);
+    for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
+      prefetch(block.codes[s] + i + kAhead);
+      code[s].template add<uint8_t(Codec<Rule::kSigned[s]>::kLast)>(block.codes[s] + i);
+    });
+  }
+  float values[N];
+  for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
+    values[s] = Codec<Rule::kSigned[s]>::decode(code[s].result());
+  });
+  mulaw_bounds(rule, param.result(), grad.result(), values, extremes);
+}
+
+// The largest magnitudes of the new states, NaN where one of them is.
+template <class Rule, class T>
+TORCHAO8_HD void find_largest(const Rule& rule, const Block<Rule, T>& block, int length,
+                              float* extremes) {
+  constexpr int N = Rule::kStates;
+  const StateDecoder<Rule> decode;
+  LargestOf<float> largest[N];
+  for (int i = 0; i < length; i += kWidth) {
+    prefetch(block.grad + i + kAhead);
+    prefetch(block.param + i + kAhead);
+    F values[Rule::kValues];
+    decode(block.codes, i, values);
+    rule.template moments<true>(load(block.param + i), load(block.grad + i), values);
+    for (int s = 0; s < N; s++) largest[s].add(values[s]);
+  }
+  for (int s = 0; s < N; s++) extremes[s] = largest[s].result();
+}
+
+template <class Rule, class T>
+TORCHAO8_HD void make_plan(Plan<Rule>& plan, const Rule& r, const Block<Rule, T>& block,
+                           const BlockRun& run) {
+  constexpr int N = Rule::kStates;
+  float scale[N], extremes[N];
+  for (int s = 0; s < N; s++) scale[s] = *block.scales[s];
+  plan.rule = r.with_scales(scale);
+  if constexpr (kMonotoneOf<Rule>) {
+    find_bounds(plan.rule, block, run.length, extremes);
+  } else {
+    find_largest(plan.rule, block, run.length, extremes);
+  }
+  plan.good = true;
+  for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
+    plan.good = plan.good && usable<false>(scale[s]) && usable<false>(extremes[s]);
+    if (run.extremes) extremes[s] = run.extremes[s];
+    plan.good = plan.good && usable<true>(extremes[s]);
+    plan.scales[s].template set<Rule::kSigned[s], Rule::kStochastic[s]>(extremes[s],
+                                                                        plan.rule.unit[s]);
+  });
+}
+
+template <class Rule, class T, bool kStochastic, bool kRounds>
+TORCHAO8_HD void run_block(const Plan<Rule>& plan, const Block<Rule, T>& block,
+                           const BlockRun& run) {
+  constexpr int N = Rule::kStates;
+  const Rule rule = plan.rule;
+  const StateDecoder<Rule> decode;
+  RandomStream stream[N];
+  float inverse[N];
+  Bytes least[N];
+  for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
+    inverse[s] = plan.scales[s].inverse;
+    least[s] = all_bytes(uint8_t(plan.scales[s].least_code));
+    *block.scales[s] = plan.scales[s].scale;
+    if constexpr (kStochastic && Rule::kStochastic[s]) {
+      BlockRandom random;
+      random.start(run.keys[s], block.first_element);
+      stream[s].start(random);
+    }
+  });
+  ParamWriter<kRounds> write;
+  write.start(block.param_key, block.first_element);
+  for (int i = 0; i < run.length; i += kStep) {
+    if constexpr (!Rule::kMomentsNeedParam) {
+      for (int j = 0; j < kStep; j += kLineOf<T>) prefetch(block.param + i + j + kAhead);
+    }
+    Encoder<true> of_signed[N];
+    Encoder<false> of_unsigned[N];
+    for_each_state<2>([&](auto half) TORCHAO8_LAMBDA {
+      const int at = i + half * kWidth;
+      F values[Rule::kValues];
+      decode(block.codes, at, values);
+      const F p = load(block.param + at);
+      rule.template moments<true>(p, load(block.grad + at), values);
+      write.quiet(block.param + at, update<true>(rule, p, values));
+      for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
+        auto& encoder = choose<Rule::kSigned[s]>(of_signed[s], of_unsigned[s]);
+        U added = encoder.half();
+        if constexpr (kStochastic && Rule::kStochastic[s])
+          added = encoder.draw(stream[s].next_hashes());
+        encoder.add(half, values[s], F(inverse[s]), added);
+      });
+    });
+    for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
+      choose<Rule::kSigned[s]>(of_signed[s], of_unsigned[s]).store(block.codes[s] + i, least[s]);
+    });
+  }
+}
+
+template <class Rule, class T>
+TORCHAO8_COLD void scalar_block(const Rule& rule, const Block<Rule, T>& block, BlockRun run) {
+  run.param = block.param;
+  run.grad = block.grad;
+  for (int s = 0; s < Rule::kStates; s++) {
+    run.codes[s] = block.codes[s];
+    run.scales[s] = block.scales[s];
+  }
+  run.blocks = 1;
+  run.first_element = block.first_element;
+  const auto& step = block_kernels<Rule>(scalar_kernels<MulawFormat>()).step;
+  (std::is_same_v<T, float> ? step.float32 : step.bfloat16)(rule, run);
+}
+
+template <class Rule, class T, bool kStochastic, bool kRounds>
+void step_blocks(const Rule& rule, const BlockRun& run) {
+  Plan<Rule> plans[2];
+  Block<Rule, T> block(run);
+  make_plan(plans[0], rule, block, run);
+  for (int64_t k = 0; k < run.blocks; k++) {
+    const int now = int(k & 1);
+    Block<Rule, T> next = block;
+    next.advance(run.length);
+    if (k + 1 < run.blocks) make_plan(plans[!now], rule, next, run);
+    if (plans[now].good) {
+      run_block<Rule, T, kStochastic, kRounds>(plans[now], block, run);
+    } else {
+      scalar_block(rule, block, run);
+    }
+    block = next;
+  }
+}
+
+template <class Rule, class T>
+void step_blocks_of(const Rule& rule, const BlockRun& run) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (run.rounds_param) {
+      run.stochastic ? step_blocks<Rule, T, true, true>(rule, run)
+                     : step_blocks<Rule, T, false, true>(rule, run);
+      return;
+    }
+  }
+  run.stochastic ? step_blocks<Rule, T, true, false>(rule, run)
+                 : step_blocks<Rule, T, false, false>(rule, run);
+}
+
+}  // namespace torchao8::TORCHAO8_ISA::mulaw

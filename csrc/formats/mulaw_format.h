@@ -1,0 +1,79 @@
+// The mu-law format: its constants, and what a step must know of a block before it decodes one.
+//
+// A block's scale follows from a bound of its new states, which one look at the gradients, the
+// parameters and the codes gives: the rule's own moments(), at the largest magnitudes of each
+// (Rule::magnitudes()). So the block is decoded, stepped and encoded in one pass.
+#pragma once
+
+#include "formats/mulaw.h"
+
+namespace torchao8 {
+
+struct MulawFormat {
+  static constexpr const char* kName = "mulaw";
+  static constexpr int kBits = 8, kStep = 32;
+  static constexpr int kMantissaBits[2] = {4, 4};  // [signed]
+
+  template <bool kSigned>
+  using Codec = MulawCodec<kSigned, kMantissaBits[kSigned]>;
+
+  template <bool kSigned>
+  static constexpr uint8_t zero_byte() {
+    return 0;
+  }
+  template <bool kSigned, bool kStill>
+  static TORCHAO8_HD float scale_of(float extreme, float unit) {
+    return Codec<kSigned>::template scale_of<kStill>(std::fabs(extreme), unit);
+  }
+};
+
+// A stored scale as steps take it: what cannot be one is NaN, and so are the new states then.
+TORCHAO8_HD float mulaw_scale(float stored) {
+  return usable<false>(stored) ? stored : bits_float(0x7fc00000u);
+}
+
+// Bounds of the magnitudes of a block's new states, in units. rule: of the block, with scales;
+// largest_values: of each state's codes.
+template <class Rule>
+TORCHAO8_HD void mulaw_bounds(const Rule& rule, float largest_param, float largest_grad,
+                              const float* largest_values, float* bounds) {
+  float values[Rule::kValues] = {};
+  for (int s = 0; s < Rule::kStates; s++) values[s] = largest_values[s];
+  rule.magnitudes().template moments<true>(largest_param, largest_grad, values);
+  for (int s = 0; s < Rule::kStates; s++) bounds[s] = values[s];
+}
+
+// How one state of a block is encoded, by what no magnitude of it exceeds, in units.
+struct MulawScale {
+  float scale, inverse;
+  uint32_t least_code;
+
+  template <bool kSigned, bool kStill>
+  TORCHAO8_HD void set(float extreme, float unit) {
+    using Codec = MulawFormat::Codec<kSigned>;
+    scale = MulawFormat::scale_of<kSigned, kStill>(extreme, unit);
+    inverse = Codec::inverse_of(scale, unit);
+    least_code = Codec::least_code(scale);
+  }
+};
+
+// How a block of floats is encoded to nearest, without a rule. Unsigned numbers are taken for those
+// of a state that is rounded stochastically, as all unsigned states are. Also of numbers up to the
+// largest finite one, which no step leaves.
+template <bool kSigned>
+TORCHAO8_HD MulawScale mulaw_scale_of_block(const float* x, int n) {
+  float largest = 0.0f;
+  bool good = true;
+  for (int i = 0; i < n; i++) {
+    largest = max(std::fabs(x[i]), largest);
+    good = good && std::isfinite(x[i]) && (kSigned || x[i] >= 0.0f);
+  }
+  const float factor = largest < kOverflow ? 1.0f : 4.0f;
+  MulawScale to = {};
+  to.set<kSigned, !kSigned>(good ? largest / factor : bits_float(0x7fc00000u), 1.0f);
+  to.scale *= factor;
+  to.inverse /= factor;
+  return to;
+}
+
+}  // namespace torchao8
