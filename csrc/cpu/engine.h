@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "codec/block_layout.h"
+#include "cpu/codec_tables.h"
 #include "cpu/kernel_tables.h"
 #include "cpu/memory.h"
 #if TORCHAO8_X86
@@ -148,6 +149,7 @@ class Engine {
       float one_scale[kMaxStates][kRunOfOneScale];
       if (item.one_scale) count = std::min(count, kRunOfOneScale);
       BlockRun run = {};
+      run.tables = &tables_;
       run.blocks = count;
       run.length = int(length);
       run.stochastic = stochastic_;
@@ -275,6 +277,7 @@ class Engine {
 
   const int64_t block_size_;
   const bool stochastic_;
+  const CodecTables& tables_ = codec_tables();
   const FormatInfo& format_;
   const BlockKernels<Rule>& blocks_;
   const ElementKernels<Rule>& elements_ = element_kernels<Rule>(element_table());

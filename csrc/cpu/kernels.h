@@ -15,8 +15,11 @@ namespace torchao8 {
 constexpr int kMaxBlock = 2048;
 constexpr int kWidest = 16;  // vector paths take lengths that are multiples of this, or more
 
+struct CodecTables;
+
 // Neighbouring blocks of one tensor, each `length` elements, contiguous in every array.
 struct BlockRun {
+  const CodecTables* tables;  // of the dynamic format: asked for once a call, not for each run
   void* param;
   const void* grad;
   uint8_t* codes[kMaxStates];

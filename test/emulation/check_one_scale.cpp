@@ -7,6 +7,7 @@
 #include <random>
 #include <string>
 
+#include "cpu/codec_tables.h"
 #include "cpu/kernel_tables.h"
 #include "cpu/vec/scalar.h"
 #include "cuda/one_scale.cuh"
@@ -73,6 +74,7 @@ void cpu_step(TensorOf& t, const typename Rule::Options& options, const Case& c,
     const int64_t begin = row * t.shape.columns + column;
     float scale[N];
     BlockRun run = {};
+    run.tables = &codec_tables();
     run.param = p.data() + begin;
     run.grad = g.data() + begin;
     run.blocks = 1;

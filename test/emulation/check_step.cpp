@@ -8,6 +8,7 @@
 #include <random>
 #include <string>
 
+#include "cpu/codec_tables.h"
 #include "cpu/formats/dynamic/scalar.h"
 #include "cpu/kernel_tables.h"
 #include "cuda/count.cuh"
@@ -71,6 +72,7 @@ void cpu_step(TensorOf& t, const typename Rule::Options& options, bool scaled, i
     const int64_t row = block / per_row, column = block % per_row * block_size;
     const int64_t begin = row * t.shape.columns + column;
     BlockRun run = {};
+    run.tables = &codec_tables();
     run.param = p.data();
     run.grad = g.data();
     run.blocks = 1;

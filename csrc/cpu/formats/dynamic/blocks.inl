@@ -74,7 +74,7 @@ void step_blocks(const Rule& rule, const CodecTables& tables, const BlockRun& ru
 
 template <class Rule, class T>
 void step_blocks_of(const Rule& rule, const BlockRun& run) {
-  const CodecTables& tables = codec_tables();
+  const CodecTables& tables = *run.tables;
   if constexpr (std::is_same_v<T, BFloat16>) {
     if (run.rounds_param) {
       run.stochastic ? step_blocks<Rule, T, true, true>(rule, tables, run)
