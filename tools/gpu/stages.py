@@ -153,7 +153,11 @@ STAGES = (
     ),
     Stage(
         11, "contract", "options, state, checkpoints and errors on the GPU", 40, 45,
-        (pytest(12, "test", "-k", ON_GPU, *(f"--ignore={path}" for path in ELSEWHERE)),),
+        # Tests of managed memory are skipped among several processes: stage 13 runs them.
+        (
+            pytest(12, "test", "-m", "not paged_cuda and not thorough and not slow", "-k", ON_GPU,
+                   *(f"--ignore={path}" for path in ELSEWHERE)),
+        ),
     ),
     Stage(
         12, "compiled", "one graph, without copies, and the bits of eager steps", 40, 45,
