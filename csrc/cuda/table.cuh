@@ -284,7 +284,7 @@ __device__ __forceinline__ void for_each_unit(const Table<Rule, Entry>& table,
       begin_of_share + share < table.units ? uint32_t(begin_of_share) + share : table.units;
   if (begin_of_share >= end_of_share) return;
   uint32_t begin = uint32_t(begin_of_share), first = find_entry(table, 0, begin);
-  while (begin < end_of_share) {
+  for (;;) {
     const uint32_t last = first + kWindow < table.count ? first + kWindow : table.count;
     const uint32_t end_of_window = end_of_entries(table, last);
     const uint32_t end = end_of_window < end_of_share ? end_of_window : end_of_share;
@@ -301,6 +301,9 @@ __device__ __forceinline__ void for_each_unit(const Table<Rule, Entry>& table,
       unit = worker(entry, window[i - first], unit - entry.first_unit, stop) + entry.first_unit;
     }
     begin = end;
+    // Not a comparison of end_of_window, which would stay in a register for it: kernels have none
+    // to spare.
+    if (last == table.count || begin == end_of_share) return;
     first = last;
   }
 }
