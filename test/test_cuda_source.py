@@ -231,8 +231,8 @@ MUTANTS = {
     ),
     "random numbers of the last tensor taken for this one": (
         "fast_block.cuh",
-        "int turn = kLanes;\n  for",
-        "int turn = 0;\n  for",
+        "&ahead.of_unit[0][kLanes - 1]",
+        "&ahead.of_unit[0][0]",
     ),
     "an extreme element that is too large": (
         "formats/dynamic.cuh",
@@ -257,8 +257,13 @@ MUTANTS = {
     "one scale without its unit": ("one_scale.cuh", "prepared.rule.unit[s]);", "1.0f);"),
     "mu-law: a second moment may be zero": (
         "formats/mulaw.cuh",
-        "int32_t(e.least_code << kShift)",
-        "0",
+        "constexpr uint32_t kLeast = !kSigned;",
+        "constexpr uint32_t kLeast = 0;",
+    ),
+    "mu-law: numbers above the last code": (
+        "formats/mulaw.cuh",
+        "kCodes * kStep<kSigned> - 1;",
+        "0x7fff;",
     ),
     "mu-law: signs lost": (
         "formats/mulaw.cuh",

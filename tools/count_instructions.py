@@ -84,17 +84,12 @@ def eights(places: list[int]) -> set[int]:
 
 def of_stochastic_rounding(f: Function) -> list[int]:
     """The places of instructions that only stochastic rounding of a state has."""
-    found = []
-    hashed: dict[str, int] = {}  # where a register got a sum with the top bits of another one
-    for i, code in enumerate(f.instructions):
-        operands = re.findall(r"\bR\d+\b", code)
-        if "F2I.TRUNC" in code or ("VIADDMNMX" in code and i - hashed.get(operands[1], -99) < 40):
-            found.append(i)
-        if operands:
-            hashed.pop(operands[0], None)
-            if "LEA.HI" in code:
-                hashed[operands[0]] = i
-    return found
+    top_bits_of_a_hash = re.compile(r"LEA\.HI R\d+, R\d+(\.reuse)?, R\d+(\.reuse)?, RZ, 0x")
+    return [
+        i
+        for i, code in enumerate(f.instructions)
+        if "F2I.TRUNC" in code or top_bits_of_a_hash.search(code)
+    ]
 
 
 def loop(f: Function) -> Counter[str]:

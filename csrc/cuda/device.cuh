@@ -63,6 +63,31 @@ __device__ __forceinline__ SharedEntry<T> entry_of_high_half(const void* base, c
   const unsigned start = unsigned(__cvta_generic_to_shared(base));
   return {base, table - first, __dp2a_lo(word, unsigned(sizeof(T)) << 8, start)};
 }
+// A place in an array in shared memory whose size is a power of two, and whose address a multiple
+// of that. It keeps 32 bits only.
+template <class T, int kCount>
+class SharedRing {
+ public:
+  __device__ __forceinline__ explicit SharedRing(const T* entry)
+      : address_(unsigned(__cvta_generic_to_shared(entry))) {}
+
+  // Goes on to the next entry; behind the last one is the first one again, and the result true.
+  __device__ __forceinline__ bool next() {
+    constexpr unsigned kBytes = kCount * unsigned(sizeof(T));
+    address_ += unsigned(sizeof(T));
+    if (address_ % kBytes != 0) return false;
+    address_ -= kBytes;
+    return true;
+  }
+  // The entry that lies so many behind this one.
+  __device__ __forceinline__ const T& operator[](int i) const {
+    return static_cast<const T*>(__cvta_shared_to_generic(address_))[i];
+  }
+
+ private:
+  unsigned address_;
+};
+
 // (x & mask) | bits: where both are constants, the compiler would take two instructions.
 __device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
   uint32_t d;
@@ -77,16 +102,11 @@ __device__ __forceinline__ uint32_t pack_numbers(const uint32_t* x) {
   asm("cvt.pack.sat.u8.s32.b32 %0, %1, %2, %3;" : "=r"(all) : "r"(x[1]), "r"(x[0]), "r"(high));
   return all;
 }
-// The same of numbers up to 127; larger ones are 127.
-__device__ __forceinline__ uint32_t pack_small_numbers(const uint32_t* x) {
-  uint32_t high, all;
-  asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;" : "=r"(high) : "r"(x[3]), "r"(x[2]), "r"(0));
-  asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;" : "=r"(all) : "r"(x[1]), "r"(x[0]), "r"(high));
-  return all;
-}
-// x + added, or `least` if that is larger: as signed numbers, one instruction from sm_90 on.
-__device__ __forceinline__ uint32_t add_and_raise(uint32_t x, int32_t added, int32_t least) {
-  return uint32_t(__viaddmax_s32(int32_t(x), added, least));
+// Of two pairs of signed 16-bit numbers: x + added, at most `most` and at least 0. One instruction
+// from sm_90 on.
+__device__ __forceinline__ uint32_t add_and_clamp_halves(uint32_t x, uint32_t added,
+                                                         uint32_t most) {
+  return __viaddmin_s16x2_relu(x, added, most);
 }
 __device__ __forceinline__ float approximate_inverse_root(float x) {
   float y;
@@ -169,8 +189,9 @@ __device__ __forceinline__ float widen_half(uint16_t bits) {
 
 }  // namespace torchao8::cuda
 
-#define TORCHAO8_SHARED(Type, name)                 \
-  extern __shared__ uint4 torchao8_shared_memory[]; \
+#define TORCHAO8_SHARED(Type, name)                                \
+  static_assert(alignof(Type) <= 512);                             \
+  extern __shared__ __align__(512) uint4 torchao8_shared_memory[]; \
   Type& name = *reinterpret_cast<Type*>(torchao8_shared_memory)
 #endif
 

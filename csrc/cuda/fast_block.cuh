@@ -131,22 +131,32 @@ struct RandomsAhead {
   struct alignas(16) Coefficients {
     uint32_t c0, c1, c2, c3;
   };
-  Coefficients of_unit[Rule::kStates + kRounds][kLanes];
+  alignas(kLanes * sizeof(Coefficients)) Coefficients of_unit[Rule::kStates + kRounds][kLanes];
+};
 
-  // turn: how many blocks have used these coefficients. first_element_of(unit): the global index of
-  // the first element of the unit's block.
+// Those of the block at hand.
+template <class Rule, bool kRounds>
+class BlockRandoms {
+  using Ahead = RandomsAhead<Rule, kRounds>;
+
+ public:
+  // At the last of them: none has been prepared.
+  __device__ __forceinline__ explicit BlockRandoms(Ahead& ahead)
+      : ahead_(ahead), of_block_(&ahead.of_unit[0][kLanes - 1]) {}
+
+  // Goes on to a block. first_element_of(unit): the global index of the first element of the unit's
+  // block.
   template <class FirstElement>
-  __device__ __forceinline__ void prepare(int& turn, const Prepared<Rule>& prepared,
+  __device__ __forceinline__ void prepare(const Prepared<Rule>& prepared,
                                           const FirstElement& first_element_of, uint32_t unit,
                                           int lane) {
-    if (++turn < kLanes) return;
-    turn = 0;
+    if (!of_block_.next()) return;
     const uint64_t first = first_element_of(unit + uint32_t(lane) * kWarps);
     warp_barrier();  // all lanes have read the earlier ones
     const auto set = [&](int s, uint64_t key) {
       BlockRandom random;
       random.start(key, first);
-      of_unit[s][lane] = {random.c0, random.c1, random.c2, random.c3};
+      ahead_.of_unit[s][lane] = {random.c0, random.c1, random.c2, random.c3};
     };
     for_each_state<Rule::kStates>([&](auto s) {
       if constexpr (Rule::kStochastic[s]) set(s, prepared.keys[s]);
@@ -154,10 +164,14 @@ struct RandomsAhead {
     if constexpr (kRounds) set(Rule::kStates, prepared.param_key);
     warp_barrier();
   }
-  TORCHAO8_HD BlockRandom get(int s, int turn) const {
-    const Coefficients c = of_unit[s][turn];
+  TORCHAO8_HD BlockRandom get(int s) const {
+    const auto c = of_block_[s * kLanes];
     return {c.c0, c.c1, c.c2, c.c3};
   }
+
+ private:
+  Ahead& ahead_;
+  SharedRing<typename Ahead::Coefficients, kLanes> of_block_;
 };
 
 // Where the 8 elements of a lane lie when a warp takes the blocks of up to kSpan elements that
@@ -194,9 +208,8 @@ struct LanePosition {
 template <class Format, class Rule, class T, bool kOneBlock, bool kRounds, class Entry>
 __device__ __forceinline__ bool step_span(const Entry& entry, const Prepared<Rule>& prepared,
                                           const TablesOf<Format>& tables,
-                                          RandomsAhead<Rule, kRounds>& randoms, int& turn,
-                                          int log_of_block, bool stochastic, uint32_t unit,
-                                          int lane) {
+                                          BlockRandoms<Rule, kRounds>& randoms, int log_of_block,
+                                          bool stochastic, uint32_t unit, int lane) {
   constexpr int N = Rule::kStates;
   const int lanes = 1 << (log_of_block - 3);
   const LanePosition position(entry, unit, lane, log_of_block);
@@ -218,15 +231,15 @@ __device__ __forceinline__ bool step_span(const Entry& entry, const Prepared<Rul
   BlockRandom of_param = {};
   if constexpr (kRounds) {
     if constexpr (kOneBlock) {
-      randoms.prepare(turn, prepared, first_element_of_block, unit, lane);
-      of_param = randoms.get(N, turn);
+      randoms.prepare(prepared, first_element_of_block, unit, lane);
+      of_param = randoms.get(N);
     } else {
       of_param.start(prepared.param_key, first_element_of_block(position.block));
     }
   }
   elements.template update<kRounds>(rule, at, of_param, position.eight_of_block);
   if (!kRounds && stochastic && kOneBlock)
-    randoms.prepare(turn, prepared, first_element_of_block, unit, lane);
+    randoms.prepare(prepared, first_element_of_block, unit, lane);
   for_each_state<N>([&](auto s) {
     constexpr bool is_stochastic = Rule::kStochastic[s];
     if (!is_stochastic || !stochastic) {
@@ -235,7 +248,7 @@ __device__ __forceinline__ bool step_span(const Entry& entry, const Prepared<Rul
     }
     BlockRandom random;
     if (kOneBlock) {
-      random = randoms.get(s, turn);
+      random = randoms.get(s);
     } else {
       random.start(prepared.keys[s], first_element_of_block(position.block));
     }
@@ -250,13 +263,13 @@ __device__ __forceinline__ bool step_span(const Entry& entry, const Prepared<Rul
 template <class Format, class Rule, class T, bool kOneBlock, bool kRounds, class Entry>
 __device__ __forceinline__ uint32_t step_spans(const Entry& entry, const Prepared<Rule>& prepared,
                                                const TablesOf<Format>& tables,
-                                               RandomsAhead<Rule, kRounds>& randoms,
-                                               int log_of_block, bool stochastic, uint32_t unit,
-                                               uint32_t end, int lane) {
+                                               RandomsAhead<Rule, kRounds>& ahead, int log_of_block,
+                                               bool stochastic, uint32_t unit, uint32_t end,
+                                               int lane) {
   if (kOneBlock) log_of_block = 8;
-  int turn = kLanes;
+  BlockRandoms<Rule, kRounds> randoms(ahead);
   for (; unit < end; unit += kWarps) {
-    if (!step_span<Format, Rule, T, kOneBlock, kRounds>(entry, prepared, tables, randoms, turn,
+    if (!step_span<Format, Rule, T, kOneBlock, kRounds>(entry, prepared, tables, randoms,
                                                         log_of_block, stochastic, unit, lane))
       break;
   }
@@ -268,7 +281,7 @@ template <class Format, class Rule, class T, bool kRounds>
 __device__ __forceinline__ bool step_long_block(const BlockEntryOf<Rule>& entry,
                                                 const Prepared<Rule>& prepared,
                                                 const TablesOf<Format>& tables,
-                                                RandomsAhead<Rule, kRounds>& randoms, int& turn,
+                                                BlockRandoms<Rule, kRounds>& randoms,
                                                 int block_size, bool stochastic, uint32_t block,
                                                 int lane) {
   constexpr int N = Rule::kStates;
@@ -294,8 +307,8 @@ __device__ __forceinline__ bool step_long_block(const BlockEntryOf<Rule>& entry,
 
   if (stochastic || kRounds) {
     randoms.prepare(
-        turn, prepared,
-        [&](uint32_t b) { return BlockPosition(entry, block_size, b).first_element; }, block, lane);
+        prepared, [&](uint32_t b) { return BlockPosition(entry, block_size, b).first_element; },
+        block, lane);
   }
   for (int span = 0; span < position.length; span += kSpan) {
     const int start = start_of_lane(span);
@@ -304,14 +317,14 @@ __device__ __forceinline__ bool step_long_block(const BlockEntryOf<Rule>& entry,
     elements.load(at, true);
     warp_barrier();  // every lane has read, the lanes past the end too, before any writes
     elements.find_moments(rule, tables);
-    const BlockRandom of_param = kRounds ? randoms.get(N, turn) : BlockRandom{};
+    const BlockRandom of_param = kRounds ? randoms.get(N) : BlockRandom{};
     elements.template update<kRounds>(rule, at, of_param, uint32_t(start) / kPerLane);
     for_each_state<N>([&](auto s) {
       constexpr bool is_stochastic = Rule::kStochastic[s];
       if (!is_stochastic || !stochastic) {
         elements.store_nearest(s, at, tables, scales.encoding(s));
       } else {
-        elements.store_stochastic(s, at, tables, scales.encoding(s), randoms.get(s, turn),
+        elements.store_stochastic(s, at, tables, scales.encoding(s), randoms.get(s),
                                   uint32_t(start) / kPerLane);
       }
     });

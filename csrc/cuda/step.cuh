@@ -26,9 +26,9 @@ struct BlockWorker {
     const uint32_t fast_units = prepared.is_bounded ? entry.fast_units : 0;
     const uint32_t end_of_fast = end < fast_units ? end : fast_units;
     if constexpr (kBlocks == Blocks::kLong) {
-      int turn = kLanes;
+      BlockRandoms<Rule, kRounds> of_blocks(randoms);
       for (; unit < end_of_fast; unit += kWarps) {
-        if (!step_long_block<Format, Rule, T, kRounds>(entry, prepared, tables, randoms, turn,
+        if (!step_long_block<Format, Rule, T, kRounds>(entry, prepared, tables, of_blocks,
                                                        block_size, stochastic, unit, lane))
           break;
       }

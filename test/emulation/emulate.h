@@ -64,7 +64,7 @@ inline jmp_buf home;
 inline Index thread, block, grid;
 inline const std::function<void()>* body;
 inline uint32_t noise = 1;
-alignas(64) inline unsigned char shared_memory[kSharedBytes];
+alignas(512) inline unsigned char shared_memory[kSharedBytes];
 
 inline void run_fiber() {
   (*body)();
@@ -206,6 +206,18 @@ template <class T>
 SharedEntry<T> entry_of_high_half(const void*, const T* table, int first, uint32_t word) {
   return {table + (int(word >> 16) - first)};
 }
+template <class T, int kCount>
+struct SharedRing {
+  const T* at;
+  explicit SharedRing(const T* entry) : at(entry) {}
+  bool next() {
+    at++;
+    if (reinterpret_cast<uintptr_t>(at) % (kCount * sizeof(T)) != 0) return false;
+    at -= kCount;
+    return true;
+  }
+  const T& operator[](int i) const { return at[i]; }
+};
 inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
   return (x & mask) | bits;
 }
@@ -217,13 +229,12 @@ inline uint32_t pack_numbers(const uint32_t* x) {
   }
   return all;
 }
-inline uint32_t pack_small_numbers(const uint32_t* x) {
-  uint32_t all = 0;
-  for (int i = 0; i < 4; i++) all |= uint32_t(std::clamp(int32_t(x[i]), -128, 127) & 255) << 8 * i;
-  return all;
-}
-inline uint32_t add_and_raise(uint32_t x, int32_t added, int32_t least) {
-  return uint32_t(std::max(int32_t(x) + added, least));
+inline uint32_t add_and_clamp_halves(uint32_t x, uint32_t added, uint32_t most) {
+  const auto of = [](uint16_t x, uint16_t added, uint16_t most) {
+    return uint32_t(std::max(std::min(int16_t(x + added), int16_t(most)), int16_t(0)));
+  };
+  return of(uint16_t(x >> 16), uint16_t(added >> 16), uint16_t(most >> 16)) << 16 |
+         of(uint16_t(x), uint16_t(added), uint16_t(most));
 }
 // Off by up to a unit in the last place, if the compiler's refinement, repeated here, corrects it.
 // It does for all but a few mantissas, where a GPU's approximation must be better.

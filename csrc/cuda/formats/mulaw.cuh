@@ -19,6 +19,19 @@ constexpr uint32_t kTwoBits = 0x40000000u;
 template <bool kSigned>
 using Code = MulawFormat::Codec<kSigned>;
 
+// Of a block that has a scale: no second moment is rounded to zero.
+template <bool kSigned>
+constexpr uint32_t kLeast = !kSigned;
+
+// From one code to the next, in the high halves of floats.
+template <bool kSigned>
+constexpr uint32_t kStep = 1u << (Code<kSigned>::kShift - 16);
+
+// The same number in both halves of a word.
+constexpr uint32_t both_halves(uint32_t x) {
+  return x << 16 | x;
+}
+
 // 2 a / b of a in [2^-53, 1] and b in [2^-126, 2^118), a / b rounded to nearest: the quotient's
 // residue is exact, and the reciprocal rounded to nearest (Markstein, "Computation of elementary
 // functions on the IBM RISC System/6000 processor", 1990).
@@ -34,7 +47,7 @@ TORCHAO8_HD float twice_quotient(float a, float b) {
 template <bool kMayExceed>
 struct Encoding {
   float scale, twice_inverse;
-  uint32_t least_code;
+  uint32_t least_codes, less_least;  // see codes_of_four()
 
   // As MulawScale, of an extreme in units that is usable. There are no branches.
   template <bool kSigned, bool kStill>
@@ -46,7 +59,11 @@ struct Encoding {
     const float quotient = twice_quotient<kStill>(unit, rounded);
     scale = has_scale ? rounded : 0.0f;
     twice_inverse = has_scale ? quotient : 0.0f;
-    least_code = !kSigned && has_scale;
+    constexpr uint32_t kLow = kLeast<kSigned> * kStep<kSigned>, kZero = kTwoBits >> 16;
+    constexpr uint32_t kLessLow = both_halves(0x10000 - kZero - kLow),
+                       kLessZero = both_halves(0x10000 - kZero);
+    least_codes = has_scale ? both_halves(kLeast<kSigned> << 8) : 0;
+    less_least = has_scale ? kLessLow : kLessZero;
   }
 };
 
@@ -68,20 +85,6 @@ __device__ __forceinline__ uint32_t magnitudes_of(uint32_t word) {
   return half_less_one(and_or(kOdd ? word >> (8 - kUp) : word << kUp, kBits, kTwos));
 }
 
-// The code of a number, without its sign, as far as an addition can be too large for one: the
-// packing of bytes saturates. added: less than 2^kShift.
-template <bool kSigned, bool kMayExceed>
-__device__ __forceinline__ uint32_t code_of(float x, const Encoding<kMayExceed>& e,
-                                            uint32_t added) {
-  constexpr int kShift = Code<kSigned>::kShift;
-  const float size = kSigned ? std::fabs(x) : x;
-  const float twice = fma(Real(size), Real(e.twice_inverse), Real(2.0f)).x;
-  if constexpr (kSigned) return (float_bits(twice) + added - kTwoBits) >> kShift;
-  return add_and_raise(float_bits(twice) + added, -int32_t(kTwoBits),
-                       int32_t(e.least_code << kShift)) >>
-         kShift;
-}
-
 // The signs of four numbers in the highest bits of four bytes, with other bits around them.
 __device__ __forceinline__ uint32_t signs_of(const float* x) {
   uint32_t y[4];
@@ -91,26 +94,59 @@ __device__ __forceinline__ uint32_t signs_of(const float* x) {
                        0x5410);
 }
 
-template <bool kSigned>
-__device__ __forceinline__ uint32_t pack_codes(const uint32_t* code, const float* x) {
-  if constexpr (!kSigned) return pack_numbers(code);
-  return and_or(signs_of(x), 0x80808080u, pack_small_numbers(code));
+// A number in the form that encoding adds to, without its sign.
+template <bool kSigned, class Encoding>
+__device__ __forceinline__ uint32_t twice_of(float x, const Encoding& e) {
+  return float_bits(fma(Real(kSigned ? std::fabs(x) : x), Real(e.twice_inverse), Real(2.0f)).x);
 }
 
-// The codes of four signed numbers, to nearest. The high halves of floats have all bits that this
-// takes, so that two of them are rounded and shifted at a time. No code is too large: the tolerance
-// of the scale is less than half a step.
-__device__ __forceinline__ uint32_t encode_nearest_four(const float* x, const Encoding<false>& e) {
-  constexpr int kUp = 24 - Code<true>::kShift;
-  constexpr uint32_t kHalves = (Code<true>::kHalf >> 16) * 0x10001u << kUp;
+// The codes of four such numbers; x: with their signs. The high halves have all bits of a code, so
+// that two of them are raised to the least code, kept from exceeding the last one, and shifted at a
+// time. kAdded: to the high halves.
+template <bool kSigned, uint32_t kAdded, class Encoding>
+__device__ __forceinline__ uint32_t codes_of_four(const uint32_t* twice, const float* x,
+                                                  const Encoding& e) {
+  constexpr uint32_t kCodes = Code<kSigned>::kLast + 1 - kLeast<kSigned>;
+  constexpr uint32_t kMost = kCodes * kStep<kSigned> - 1;
+  const auto two = [&](uint32_t low, uint32_t high) {
+    const uint32_t above = add_and_clamp_halves(
+        permute_bytes(low, high, 0x7632), e.less_least + both_halves(kAdded), both_halves(kMost));
+    return (above << (24 - Code<kSigned>::kShift)) + e.least_codes;
+  };
+  const uint32_t codes =  // in the higher bytes of the halves
+      permute_bytes(two(twice[0], twice[2]), two(twice[1], twice[3]), 0x7351);
+  return kSigned ? and_or(signs_of(x), 0x80808080u, codes) : codes;
+}
+
+// The codes of four numbers, to nearest.
+template <bool kSigned, bool kMayExceed>
+__device__ __forceinline__ uint32_t encode_nearest_four(const float* x,
+                                                        const Encoding<kMayExceed>& e) {
+  constexpr uint32_t kHalf = Code<kSigned>::kHalf >> 16;
   uint32_t twice[4];
 #pragma unroll
-  for (int i = 0; i < 4; i++)
-    twice[i] = float_bits(fma(Real(std::fabs(x[i])), Real(e.twice_inverse), Real(2.0f)).x);
-  const uint32_t even = (permute_bytes(twice[0], twice[2], 0x7632) << kUp) + kHalves;
-  const uint32_t odd = (permute_bytes(twice[1], twice[3], 0x7632) << kUp) + kHalves;
-  const uint32_t codes = permute_bytes(even, odd, 0x7351);  // in the higher bytes of the halves
-  return and_or(signs_of(x), 0x80808080u, codes);
+  for (int i = 0; i < 4; i++) twice[i] = twice_of<kSigned>(x[i], e);
+  if constexpr (kSigned && !kMayExceed) {
+    // No code is too large: the tolerance of the scale is less than half a step.
+    constexpr int kUp = 24 - Code<true>::kShift;
+    const uint32_t even =
+        (permute_bytes(twice[0], twice[2], 0x7632) << kUp) + both_halves(kHalf << kUp);
+    const uint32_t odd =
+        (permute_bytes(twice[1], twice[3], 0x7632) << kUp) + both_halves(kHalf << kUp);
+    return and_or(signs_of(x), 0x80808080u, permute_bytes(even, odd, 0x7351));
+  } else {
+    return codes_of_four<kSigned, kHalf>(twice, x, e);
+  }
+}
+
+template <bool kSigned, bool kMayExceed>
+__device__ __forceinline__ uint32_t encode_stochastic_four(const float* x,
+                                                           const Encoding<kMayExceed>& e,
+                                                           const uint32_t* hash) {
+  uint32_t sum[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) sum[i] = twice_of<kSigned>(x[i], e) + Code<kSigned>::draw(hash[i]);
+  return codes_of_four<kSigned, 0>(sum, x, e);
 }
 
 }  // namespace mulaw
@@ -150,26 +186,14 @@ struct CodecOf<MulawFormat> {
   template <bool kSigned, bool kMayExceed>
   static __device__ __forceinline__ uint2
   encode_eight_nearest(const Tables&, const float* x, const mulaw::Encoding<kMayExceed>& e) {
-    if constexpr (kSigned && !kMayExceed) {
-      return make_uint2(mulaw::encode_nearest_four(x, e), mulaw::encode_nearest_four(x + 4, e));
-    } else {
-      uint32_t code[kPerLane];
-#pragma unroll
-      for (int i = 0; i < kPerLane; i++)
-        code[i] = mulaw::code_of<kSigned>(x[i], e, mulaw::Code<kSigned>::kHalf);
-      return make_uint2(mulaw::pack_codes<kSigned>(code, x),
-                        mulaw::pack_codes<kSigned>(code + 4, x + 4));
-    }
+    return make_uint2(mulaw::encode_nearest_four<kSigned>(x, e),
+                      mulaw::encode_nearest_four<kSigned>(x + 4, e));
   }
   template <bool kSigned, bool kMayExceed>
   static __device__ __forceinline__ uint2 encode_eight_stochastic(
       const Tables&, const float* x, const mulaw::Encoding<kMayExceed>& e, const uint32_t* hash) {
-    uint32_t code[kPerLane];
-#pragma unroll
-    for (int i = 0; i < kPerLane; i++)
-      code[i] = mulaw::code_of<kSigned>(x[i], e, mulaw::Code<kSigned>::draw(hash[i]));
-    return make_uint2(mulaw::pack_codes<kSigned>(code, x),
-                      mulaw::pack_codes<kSigned>(code + 4, x + 4));
+    return make_uint2(mulaw::encode_stochastic_four<kSigned>(x, e, hash),
+                      mulaw::encode_stochastic_four<kSigned>(x + 4, e, hash + 4));
   }
 };
 
