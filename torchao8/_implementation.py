@@ -34,6 +34,16 @@ def set_up(families: Sequence[Family], has_cuda_kernels: bool) -> None:
             choose_portable(device_type)
         elif value and device_type == "cuda":
             raise ImportError(f"{variable} must be portable, or not be set, got {value}")
+        elif value:
+            _check_cpu_path()
+
+
+def _check_cpu_path() -> None:
+    """Raises ImportError where TORCHAO8_CPU names no code of this processor."""
+    try:
+        torch.ops.torchao8.cpu_capability.default()
+    except RuntimeError as error:
+        raise ImportError(str(error).partition("\n")[0]) from None
 
 
 _families: list[Family] = []
