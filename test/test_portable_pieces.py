@@ -17,8 +17,9 @@ import torchao8
 from torchao8 import ops
 from torchao8.optim._state.spec import NORMS_KEPT
 from torchao8.optim._step import clipping
-from torchao8.portable import codec, pieces
+from torchao8.portable import pieces
 from torchao8.portable import step as portable_step
+from torchao8.portable.formats import dynamic
 
 pytestmark = needs_kernels
 
@@ -186,7 +187,7 @@ def test_fake_tensors_leave_no_table_behind(monkeypatch: pytest.MonkeyPatch) -> 
         set_grads(params, 0)
         step_portably(torchao8.AdamW8bit(params, min_8bit_size=SMALL, stochastic_rounding=True))
 
-    codec.Tables.of.cache_clear()
+    dynamic.Tables.of.cache_clear()
     for mode in (FakeTensorMode, nullcontext, FakeTensorMode, nullcontext):
         with mode():
             step()

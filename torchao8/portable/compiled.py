@@ -85,7 +85,7 @@ def _give_up(device: torch.device, error: Exception) -> None:
 
 
 def _leading(x: Any) -> list[Tensor]:
-    draws = [t for pair in x.draws for t in pair]
+    draws = [t for parts in x.draws for t in parts]
     hashes = [] if x.hashes is None else [x.hashes]
     return [x.param, x.grad, *x.values, *x.scales, *draws, *hashes]
 
@@ -103,7 +103,7 @@ def _flattened(x: Any) -> Any:
         grad=flat(x.grad),
         values=[flat(t) for t in x.values],
         scales=[flat(t) for t in x.scales],
-        draws=[(flat(a), flat(b)) for a, b in x.draws],
+        draws=[tuple(map(flat, parts)) for parts in x.draws],
         hashes=None if x.hashes is None else flat(x.hashes),
     )
 
