@@ -135,7 +135,8 @@ test-clients: $(call tools,test clients) $(EXTENSION_READY)
 gpu: export GPU_ARGS = $(ARGS)
 gpu: export GPU_BENCH_ARGS = $(BENCH_ARGS)
 gpu:
-	@$(PYTHON) tools/gpu/run.py $(if $(OUT),--out '$(OUT)') $(if $(STAGES),--stages '$(STAGES)') \
+	@$(PYTHON) tools/gpu/run.py $(if $(filter-out python3,$(PYTHON)),--python '$(PYTHON)') \
+		$(if $(OUT),--out '$(OUT)') $(if $(STAGES),--stages '$(STAGES)') \
 		$(if $(LIMIT),--limit '$(LIMIT)') --args="$$GPU_ARGS" --bench-args="$$GPU_BENCH_ARGS"
 
 bench: $(call tools,bench) $(EXTENSION_READY)

@@ -282,9 +282,14 @@ def labelled_version(toolkit: Toolkit) -> type[egg_info]:
     """With TORCHAO8_LABEL=1, the version ends in the CUDA that torch must have for the kernels."""
     import torch
 
+    choice = os.environ.get("TORCHAO8_LABEL", "")
+    if choice not in ("", "0", "1"):
+        raise SystemExit(f"torchao8: TORCHAO8_LABEL must be 0 or 1, got {choice}")
+    labels = choice == "1"
+
     class LabelledVersion(egg_info):
         def finalize_options(self) -> None:
-            if os.environ.get("TORCHAO8_LABEL") == "1":
+            if labels:
                 version = torch.version.cuda or toolkit.version
                 self.tag_build = "+cu" + version.replace(".", "")
             super().finalize_options()

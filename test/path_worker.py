@@ -161,7 +161,7 @@ def main() -> None:
         from torchao8 import ops
 
         greeting: Greeting = {"path": ops.cpu_capability(), "flushes": flushes, "error": None}
-    except RuntimeError as error:
+    except (ImportError, RuntimeError) as error:
         greeting = {"path": None, "flushes": flushes, "error": str(error).split("\n")[0]}
     send(answers, greeting)
     serve(sys.stdin.buffer, answers)

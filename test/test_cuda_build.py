@@ -127,6 +127,12 @@ def test_what_is_missing_is_said(
         setup.toolkit_to_build_with()
 
 
+def test_a_label_is_asked_for_or_not(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHAO8_LABEL", "yes")
+    with pytest.raises(SystemExit, match="TORCHAO8_LABEL must be 0 or 1, got yes"):
+        setup.labelled_version(None)
+
+
 def build_wheel(folder: Path) -> Path:
     """Builds a wheel of the CUDA kernels alone, for one GPU; the library that is in it."""
     chosen = {"TORCHAO8_BUILD_CUDA": "only", "TORCHAO8_LABEL": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -210,6 +211,14 @@ def test_what_needs_the_extension_is_not_begun_without_it(tmp_path: Path) -> Non
     assert verdicts(tmp_path) == {0: "failed", 1: "not begun", 2: "passed"}
 
 
+def test_without_a_gpu_nothing_else_is_begun(tmp_path: Path) -> None:
+    stages = [stub(0, f"exit {real.NO_GPU}"), stub(1, "echo no", more="needs_kernels=False")]
+    status, printed = finish(start(tmp_path, f"[{', '.join(stages)}]"))
+    assert status == 1
+    assert verdicts(tmp_path) == {0: "failed", 1: "not begun"}
+    assert "1 stage1 not begun there is no GPU" in " ".join(printed.split())
+
+
 def test_some_stages_and_arguments(tmp_path: Path) -> None:
     shows = "Stage(2, 'args', 'shows them', 1, 9, (('printf', '[%s]', '{args}', '{bench_args}'),))"
     stages = f"[{stub(0, 'exit 1')}, {stub(1, 'exit 1')}, {shows}]"
@@ -219,6 +228,17 @@ def test_some_stages_and_arguments(tmp_path: Path) -> None:
     assert status == 0
     assert verdicts(tmp_path) == {2: "passed"}
     assert "[-k][a or b][--rounds][5]" in printed
+
+
+def test_the_command_that_goes_on(tmp_path: Path) -> None:
+    """It has what `make gpu` was given."""
+    given = ("--python", sys.executable, "--limit", "90.0", "--args=-k 'a or b'")
+    _, printed = finish(start(tmp_path, f"[{stub(0, 'exit 1')}]", *given))
+    (line,) = [line for line in printed.splitlines() if line.startswith("go on with")]
+    words = shlex.split(line.removeprefix("go on with"))
+    assert words == [
+        "make", "gpu", "STAGES=0", f"PYTHON={sys.executable}", "LIMIT=90", "ARGS=-k 'a or b'",
+    ]  # fmt: skip
 
 
 def test_results_are_not_written_over(tmp_path: Path) -> None:
@@ -379,7 +399,7 @@ SLOW = (124, "no answer within 45 s")
     ("has_gpu", "answers", "built", "status", "last"),
     [
         pytest.param(True, [SLOW], 0, 1, SLOW[1], id="no answer"),
-        pytest.param(False, [], 0, 1, "finds no GPU", id="no GPU"),
+        pytest.param(False, [], 0, real.NO_GPU, "finds no GPU", id="no GPU"),
         pytest.param(True, [LOADED], 0, 0, "loaded torchao8/_C_cuda.abi3.so", id="carried"),
         pytest.param(True, [BROKEN, LOADED], 0, 0, "loaded torchao8/_C", id="built"),
         pytest.param(True, [BROKEN, BROKEN], 0, 1, BROKEN[1], id="built in vain"),

@@ -1,7 +1,7 @@
 """The implementation in plain PyTorch operators on a GPU, against the kernels of the same GPU.
 
-test_portable.py has the bounds, and on a GPU runs its comparison of single operators there. Here
-are tensors of many blocks, run operator by operator and compiled.
+portable_steps.py has the bounds, and test_portable.py steps operator by operator on a GPU, too.
+Here are tensors of many blocks, run operator by operator and compiled.
 """
 
 import warnings
@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import DEVICES, make_params, set_grads
 from optim_table import OF_8_BITS, OptimizerCase, Options, every_8bit
-from test_portable import Differences, copy_state, portable
+from portable_steps import Differences, copy_state, portable
 
 import torchao8
 from torchao8 import ops

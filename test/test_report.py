@@ -168,6 +168,6 @@ def test_a_path_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHAO8_CPU", "sse")
     result = run_python("-m", "torchao8", path=PACKAGE.parent)
     assert result.returncode == 1
-    assert "CPU path      " in result.stdout
+    assert "extension     NOT LOADED" in result.stdout
     assert "TORCHAO8_CPU must be avx512, avx2, scalar or portable, got sse" in result.stdout
     assert result.stderr == ""

@@ -23,17 +23,32 @@ _chosen: dict[str, torch.library.Library] = {}
 
 
 def set_up(families: Sequence[Family], has_cuda_kernels: bool) -> None:
-    """Registers the portable ops, when the kernels have been loaded."""
+    """Registers the portable ops, when the kernels have been loaded.
+
+    Raises:
+        ImportError: a variable has another value than those that it takes; nothing is registered.
+    """
+    chosen = [device_type for device_type in _VARIABLES if _asks_for_portable(device_type)]
     _families[:] = families
     if has_cuda_kernels:
         _kernels.add("cuda")
     implement(_everywhere, families, "CompositeExplicitAutograd")
-    for device_type, variable in _VARIABLES.items():
-        value = os.environ.get(variable, "")
-        if value == "portable":
-            choose_portable(device_type)
-        elif value and device_type == "cuda":
-            raise ImportError(f"{variable} must be portable, or not be set, got {value}")
+    for device_type in chosen:
+        choose_portable(device_type)
+
+
+def _asks_for_portable(device_type: str) -> bool:
+    variable = _VARIABLES[device_type]
+    value = os.environ.get(variable, "")
+    if value in ("", "portable"):
+        return value == "portable"
+    if device_type == "cuda":
+        raise ImportError(f"{variable} must be portable, or not be set, got {value}")
+    try:
+        torch.ops.torchao8.cpu_capability.default()  # the kernels for the CPU know the other values
+    except RuntimeError as error:
+        raise ImportError(str(error).partition("\n")[0]) from None
+    return False
 
 
 _families: list[Family] = []

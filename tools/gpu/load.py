@@ -1,7 +1,7 @@
 """Stage 0 of `make gpu`: says the versions, and sees to it that the extension loads.
 
 A carried torchao8/_C_cuda.abi3.so that runs on this GPU is taken as it is; else one is built in
-place, for this GPU alone. Exits with 1 where neither works.
+place, for this GPU alone. Exits with 1 where neither works, and with 3 where there is no GPU.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from stages import NO_GPU
 
 ROOT = Path(__file__).resolve().parents[2]
 # Seconds. The first import of torch reads gigabytes from the disk.
@@ -103,7 +105,7 @@ def main() -> int:
 
     if not torch.cuda.is_available():
         print(f"torch {torch.__version__} finds no GPU")
-        return 1
+        return NO_GPU
     found = versions()
     for name, version in found.items():
         print(f"{name:<18}{version}")

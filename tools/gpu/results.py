@@ -130,8 +130,9 @@ def printable(text: str) -> str:
 # -- the end -------------------------------------------------------------------------------------
 
 
-def summary(stages: Sequence[Stage], results: Sequence[Result]) -> str:
-    """Which stages passed, which did not, what would come next, and the command that goes on."""
+def summary(stages: Sequence[Stage], results: Sequence[Result], variables: Sequence[str]) -> str:
+    """Which stages passed, which did not, what would come next, and the command that goes on, which
+    gets the variables of this one."""
     lines = []
     for verdict in ("passed", "failed", "cut", "interrupted", "skipped"):
         if titles := [r.title for r in results if r.verdict == verdict]:
@@ -142,5 +143,6 @@ def summary(stages: Sequence[Stage], results: Sequence[Result]) -> str:
             lines.append(f"{'next':<12}{s.number} {s.name}: {s.proves}, about {s.expected:.0f} s")
     good = {r.stage.number for r in results if r.is_good}
     if again := [str(s.number) for s in stages if s.number not in good]:
-        lines.append(f'{"go on with":<12}make gpu STAGES="{" ".join(again)}"')
+        words = " ".join(["", *variables])
+        lines.append(f'{"go on with":<12}make gpu STAGES="{" ".join(again)}"{words}')
     return "\n".join(lines)

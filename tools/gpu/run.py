@@ -48,6 +48,7 @@ class Run:
         self.figures.mkdir()
         self.end = time.monotonic() + args.limit
         self.results: list[Result] = []
+        self.has_gpu = True
 
     def all(self, chosen: Sequence[Stage]) -> None:
         for stage in chosen:
@@ -63,6 +64,8 @@ class Run:
     def reason_not_to_begin(self, stage: Stage) -> Result | None:
         if any(r.verdict == "interrupted" for r in self.results):
             return Result(stage, "not begun", detail="the run was interrupted")
+        if not self.has_gpu:
+            return Result(stage, "not begun", detail="there is no GPU")
         loaded = all(r.is_good for r in self.results if r.stage.number == 0)
         if stage.needs_kernels and not loaded:
             return Result(stage, "not begun", detail="the extension does not load")
@@ -83,8 +86,11 @@ class Run:
         tests = self.scratch / f"tests-{stage.number}.jsonl"
         for command in stage.commands:
             try:
-                if self.command(command, tests, end - time.monotonic()) != 0:
+                status = self.command(command, tests, end - time.monotonic())
+                if status != 0:
                     verdict = "failed"
+                if stage.number == 0 and status == real.NO_GPU:
+                    self.has_gpu = False
             except subprocess.TimeoutExpired:
                 verdict = "cut"
             except KeyboardInterrupt:
@@ -133,7 +139,7 @@ class Run:
         """The command with the words of stages.py replaced."""
         many = {real.ARGS: self.args.args, real.BENCH_ARGS: self.args.bench_args}
         one = {
-            real.PYTHON: self.args.python,
+            real.PYTHON: self.args.python or sys.executable,
             real.OUT: str(self.args.out),
             real.SCRATCH: str(self.scratch),
             real.FIGURES: str(self.figures),
@@ -182,7 +188,7 @@ def parse(
     add("--out", type=Path, help="a folder without results (runs/gpu-<date>-<time>)")
     add("--stages", default="", help="numbers of stages (all)")
     add("--limit", type=float, default=math.inf, help="seconds of the whole run (no limit)")
-    add("--python", default=sys.executable, help="the interpreter that has torch (this one)")
+    add("--python", help="the interpreter that has torch (this one)")
     add("--args", default="", help="more arguments for pytest")
     add("--bench-args", default="", help="more arguments for benchmarks.step")
     args = parser.parse_args(argv)
@@ -197,6 +203,15 @@ def parse(
     return args, [s for s in stages if str(s.number) in asked]
 
 
+def variables_of(args: argparse.Namespace) -> list[str]:
+    """What `make gpu` was given, but for stages and folder: words for a shell."""
+    limit = "" if args.limit == math.inf else f"{args.limit:g}"
+    given = {
+        "PYTHON": args.python, "LIMIT": limit, "ARGS": args.args, "BENCH_ARGS": args.bench_args,
+    }  # fmt: skip
+    return [f"{name}={shlex.quote(value)}" for name, value in given.items() if value]
+
+
 def main(argv: Sequence[str] | None = None, stages: Sequence[Stage] = real.STAGES) -> int:
     """Exits with 0 where no stage failed, was cut or was left out for want of time."""
     args, chosen = parse(argv, stages)
@@ -208,7 +223,7 @@ def main(argv: Sequence[str] | None = None, stages: Sequence[Stage] = real.STAGE
     with tempfile.TemporaryDirectory() as scratch, open(args.out / "log.txt", "a") as log:
         run = Run(args, Path(scratch), log)
         run.all(chosen)
-        summary = report.summary(stages, run.results)
+        summary = report.summary(stages, run.results, variables_of(args))
         run.say(summary)
     print(f"{summary}\n{'results':<12}{args.out}")
     return 0 if all(result.is_good for result in run.results) else 1

@@ -21,6 +21,7 @@ FIGURES = "{figures}"  # a folder: each JSON file in it becomes a part of figure
 
 ARGS = "{args}"  # more arguments for pytest: any number of words
 BENCH_ARGS = "{bench_args}"  # and for benchmarks.step
+NO_GPU = 3  # the exit status of stage 0 where torch finds no GPU
 BUILD = 240  # seconds for it at most, where no carried extension loads
 
 Command = tuple[str, ...]

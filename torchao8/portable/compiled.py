@@ -1,6 +1,6 @@
 """The code of a form: compiled once where torch.compile works, else run operator by operator.
 
-TORCHAO8_COMPILE=0 in the environment says never to compile.
+TORCHAO8_COMPILE=0 in the environment says never to compile; 1 and no value are the same.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_choice = os.environ.get("TORCHAO8_COMPILE", "")
+if _choice not in ("", "0", "1"):
+    raise ImportError(f"TORCHAO8_COMPILE must be 0 or 1, or not be set, got {_choice}")
 # Devices that inductor generates code for; those that it failed on are taken out.
-devices = set() if os.environ.get("TORCHAO8_COMPILE") == "0" else {"cpu", "cuda", "xpu"}
+devices = set() if _choice == "0" else {"cpu", "cuda", "xpu"}
 _compiled: dict[Hashable, Callable[[Any], None]] = {}
 
 
@@ -33,12 +36,12 @@ def run(function: Callable[[Any, Any], None], form: Hashable, x: Any) -> None:
     kind = (bool(x.extremes), x.skip is None, x.hashes is None, x.param.dtype, x.grad.dtype)
     width = x.param.dim() > 1 and x.param.shape[-1]
     key = (form, *kind, x.param.dim(), width, x.param.device)
-    _mark_dynamic(x)
     if key in _compiled:
         return _run_again(key, function, form, x)
     # What fails in its first run may have written some of its tensors already.
     before = [(t, t.clone()) for t in (x.param, *x.values, *x.scales)]
     try:
+        _mark_dynamic(x)  # it imports the compiler, which may fail
         _compiled[key] = _compile(function, form, f"step_{len(_compiled)}")
         _compiled[key](x)
     except Exception as error:
@@ -54,6 +57,7 @@ def _run_again(key: Hashable, function: Callable[[Any, Any], None], form: Hashab
     """It may be compiled once more, as for other strides, and that may fail before it runs."""
     from torch._dynamo.exc import TorchDynamoException
 
+    _mark_dynamic(x)
     try:
         _compiled[key](x)
     except TorchDynamoException as error:
@@ -81,7 +85,7 @@ def _give_up(device: torch.device, error: Exception) -> None:
 
 
 def _leading(x: Any) -> list[Tensor]:
-    draws = [t for pair in x.draws for t in pair]
+    draws = [t for parts in x.draws for t in parts]
     hashes = [] if x.hashes is None else [x.hashes]
     return [x.param, x.grad, *x.values, *x.scales, *draws, *hashes]
 
@@ -99,7 +103,7 @@ def _flattened(x: Any) -> Any:
         grad=flat(x.grad),
         values=[flat(t) for t in x.values],
         scales=[flat(t) for t in x.scales],
-        draws=[(flat(a), flat(b)) for a, b in x.draws],
+        draws=[tuple(map(flat, parts)) for parts in x.draws],
         hashes=None if x.hashes is None else flat(x.hashes),
     )
 

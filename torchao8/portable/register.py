@@ -47,7 +47,6 @@ def _run(op: str, function: Callable[..., Any], *positional: Any, **named: Any) 
     arguments.update(zip(arguments, positional, strict=False))
     arguments.update(named)
     _check(op, arguments)
-    arguments.pop("state_format", None)  # 0: the check refuses all formats but the dynamic one
     if arguments.get("params", True) == []:
         return None
     # In inference mode the tensors that were made in it may be written to, as the kernels do.

@@ -56,6 +56,10 @@ class Old(NamedTuple):
     def times(self, factor: Tensor) -> Tensor:
         return self.value * (factor if self.scale is None else factor * self.scale)
 
+    def kept(self, unit: Tensor) -> Tensor:
+        """In units, by a step that leaves it."""
+        return self.value if self.scale is None else self.value * (self.scale / unit)
+
 
 Olds = dict[str, Old]
 Step = tuple[Tensor, dict[str, Tensor]]
@@ -292,11 +296,14 @@ def adagrad(p: Tensor, g: Tensor, old: Olds, c: Numbers) -> Step:
 
 
 class Rule(NamedTuple):
-    """A rule: its two functions, and which of its numbers are decay rates."""
+    """A rule: its two functions, which of its numbers are decay rates, and the state, if there is
+    one, that adds up quotients: update() at the largest magnitudes does not bound its new values.
+    """
 
     numbers: Callable[[Numbers, Tensor, bool], Numbers]
     update: Callable[[Tensor, Tensor, Olds, Numbers], Step]
     rates: tuple[str, ...] = ()
+    quotients: str | None = None
 
 
 RULES = {
@@ -305,6 +312,6 @@ RULES = {
     "ademamix": Rule(ademamix_numbers, ademamix, ("beta1", "beta2", "beta3")),
     "lion": Rule(lion_numbers, lion, ("beta1", "beta2")),
     "nadam": Rule(nadam_numbers, nadam, ("beta1", "beta2")),
-    "rmsprop": Rule(rmsprop_numbers, rmsprop, ("alpha",)),
+    "rmsprop": Rule(rmsprop_numbers, rmsprop, ("alpha",), "momentum_buffer"),
     "sgd": Rule(sgd_numbers, sgd),
 }

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchao8._families import Family
 from torchao8.portable import codec, compiled
+from torchao8.portable.form import Form, FormState, Made, Tensors
+from torchao8.portable.formats import FORMATS, name_of
 from torchao8.portable.pieces import Entry, Piece, block_pieces, element_pieces, shards, slices
 from torchao8.portable.rules import RULES, Numbers, Old, Rate
 from torchao8.portable.sums import sum_rows
@@ -22,82 +24,24 @@ LEAST_SHARE = 2.0**-6  # of a variance in 8 bits, in the mean square
 Arguments = Mapping[str, Any]
 
 
-class FormState(NamedTuple):
-    name: str
-    signed: bool
-    stochastic: bool
-
-
-class Form(NamedTuple):
-    """What pieces that are stepped by the same code have in common.
-
-    Attributes:
-        rule: of RULES.
-        states: those that there are.
-        numbers: the names of the rule's numbers.
-        in_8bit: their format.
-    """
-
-    rule: str
-    states: tuple[FormState, ...]
-    numbers: tuple[str, ...]
-    in_8bit: bool
-
-
-class Tensors(NamedTuple):
-    """A piece with the numbers of its step, as the code of a form takes it.
-
-    Attributes:
-        numbers: those that the form names.
-        tables: of each state in 8 bits.
-        draws: of each state that is rounded stochastically, what its random numbers are made of.
-        hashes: of the parameter, where it is.
-        extremes: of each state, where a whole tensor shares a scale.
-        skip: whether nothing is to change, where there is a found_inf.
-    """
-
-    param: Tensor
-    grad: Tensor
-    values: list[Tensor]
-    scales: list[Tensor]
-    numbers: Tensor
-    tables: list[codec.Tables]
-    draws: Sequence[tuple[Tensor, Tensor]] = ()
-    hashes: Tensor | None = None
-    extremes: Sequence[Tensor] = ()
-    skip: Tensor | None = None
-
-
 # -- one piece -----------------------------------------------------------------------------------
-
-
-class Made(NamedTuple):
-    """What a step would make of a piece: how far it moves parameters down, and the new states in
-    their units; where an element is usable."""
-
-    step: Tensor
-    new: list[Tensor]
-    good: Tensor
 
 
 def make_step(form: Form, x: Tensors, c: Numbers) -> Made:
     p, g = x.param.to(torch.float32), x.grad.to(torch.float32)
-    old, kept = {}, []
-    for i, state in enumerate(form.states):
-        if form.in_8bit:
-            value = codec.decode(x.values[i], x.tables[i])
-            old[state.name] = Old(value, x.scales[i])
-            kept.append(value * (x.scales[i] / c[f"{state.name}.unit"]))
-        else:
-            old[state.name] = Old(x.values[i])
-            kept.append(x.values[i])
-    step, new = RULES[form.rule].update(p, g, old, c)
+    if form.format is None:
+        old = [Old(value) for value in x.values]
+    else:
+        old = FORMATS[form.format].decode(form, x)
+    olds = {state.name: o for state, o in zip(form.states, old, strict=True)}
+    step, new = RULES[form.rule].update(p, g, olds, c)
     judged = [codec.in_range(new[s.name], s.signed) for s in form.states]
     good = judged[0] if judged else codec.in_range(step, True)
     for other in judged[1:]:
         good = good & other
+    kept = [olds[s.name].kept(c[f"{s.name}.unit"]) for s in form.states]
     states = [torch.where(good, new[s.name], k) for s, k in zip(form.states, kept, strict=True)]
-    return Made(step, states, good)
+    return Made(step, states, good, old)
 
 
 def step_piece_(form: Form, x: Tensors) -> None:
@@ -112,27 +56,15 @@ def step_piece_(form: Form, x: Tensors) -> None:
     # An infinite parameter stays, too: its decay by a factor of 0 would be NaN.
     moves = made.good & x.param.isfinite()
     changes = [(x.param, torch.where(moves, rounded, x.param), x.skip)]
-    draws = iter(x.draws)
-    for i, state in enumerate(form.states):
-        new, stays = made.new[i], x.skip
+    if form.format is None:
+        stored = [[pair] for pair in zip(x.values, made.new, strict=True)]
+    else:
+        stored = FORMATS[form.format].encode(form, x, c, made)
+    for state, pairs in zip(form.states, stored, strict=True):
+        stays = x.skip
         if (rests := c.get(f"{state.name}.rests")) is not None:
             stays = rests != 0 if stays is None else stays | (rests != 0)
-        if not form.in_8bit:
-            changes.append((x.values[i], new, stays))
-            continue
-        signed, unit, t = state.signed, c[f"{state.name}.unit"], x.tables[i]
-        extreme = x.extremes[i] if x.extremes else codec.extreme_of(new, signed)
-        inverse = codec.inverse_of(extreme, signed)
-        if state.stochastic:
-            between = codec.one_to_two(*next(draws), new.shape[-1])
-            codes = codec.encode_stochastic(new, inverse, between, signed, t)
-        else:
-            codes = codec.encode_nearest(new, inverse, signed, t)
-        valid = codec.has_scale(extreme, unit, signed)
-        codes = codec.with_extremes(codes, new, extreme, valid, signed)
-        changes.append((x.values[i], codes, stays))
-        if not x.extremes:
-            changes.append((x.scales[i], codec.scale_of(extreme, unit, signed), stays))
+        changes += [(tensor, value, stays) for tensor, value in pairs]
     for tensor, value, stays in changes:
         tensor.copy_(value if stays is None else torch.where(stays, tensor, value))
 
@@ -172,7 +104,9 @@ class Call:
         present = [s for s in family.states if arguments.get(f"{s.name}s")]
         rounds = arguments.get("stochastic_rounding", False)
         states = tuple(
-            FormState(s.name, s.signed, s.stochastic and rounds) for s in present if not s.scalar
+            FormState(s.name, s.signed, s.stochastic, s.stochastic and rounds)
+            for s in present
+            if not s.scalar
         )
         self.values = [arguments[f"{s.name}s"] for s in states]
         self.scales = [lists for s in states if (lists := arguments[f"{s.name}_scales"])]
@@ -183,8 +117,10 @@ class Call:
         self.numbers = self._numbers(in_8bit)
         columns = [v if isinstance(v, Tensor) else self._full(v) for v in self.numbers.values()]
         self.rows = torch.stack([v.to(torch.float32).expand_as(self.t) for v in columns], 1)
-        self.form = Form(family.name, states, tuple(self.numbers), in_8bit)
-        self.tables = [codec.Tables.of(s.signed, self.t.device) for s in states if in_8bit]
+        name = name_of(arguments["state_format"]) if self.scales else None
+        self.form = Form(family.name, states, tuple(self.numbers), name)
+        self.format = None if name is None else FORMATS[name]
+        self.tables = [self.format.tables(s.signed, self.t.device) for s in states if self.format]
 
     def _full(self, value: float) -> Tensor:
         return self.t.new_full((), value)
@@ -244,7 +180,7 @@ def step_(family: Family, **arguments: Any) -> None:
     ]
     for i, piece, x in call.pieces(bool(extremes)):
         rounds = arguments["stochastic_params"] and x.param.dtype == torch.bfloat16
-        draws, hashes = _random(form, piece, [key[i] for key in keys], rounds)
+        draws, hashes = _random(call, piece, [key[i] for key in keys], rounds)
         x = x._replace(draws=draws, hashes=hashes, extremes=known[i] if known else (), skip=skip)
         compiled.run(step_piece_, form, x)
     if extremes:
@@ -257,27 +193,28 @@ def step_(family: Family, **arguments: Any) -> None:
 
 
 def _random(
-    form: Form, piece: Piece, keys: list[Tensor], rounds: bool
-) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+    call: Call, piece: Piece, keys: list[Tensor], rounds: bool
+) -> tuple[list[tuple[Tensor, ...]], Tensor | None]:
     """What the random numbers of a piece are made of: its states', and those of its parameter."""
     draws = [
-        codec.state_draws(keys[i], piece.first)
-        for i, state in enumerate(form.states)
-        if form.in_8bit and state.stochastic
+        call.format.draws(keys[i], piece.first)
+        for i, state in enumerate(call.form.states)
+        if call.format and state.stochastic
     ]
     if not rounds:
         return draws, None
-    if form.in_8bit:
+    if call.format:
         return draws, codec.param_hashes(keys[-1], piece.first, piece.param.shape[-1])
     return draws, codec.element_hashes(keys[-1], piece.first)
 
 
 def _write_scales(call: Call, extremes: Sequence[Tensor], skip: Tensor | None) -> None:
     """Of tensors with one scale, when all of their blocks have been stepped with the old one."""
+    assert call.format is not None  # there are no extremes without
     for s, (state, tensors) in enumerate(zip(call.form.states, call.scales, strict=True)):
         unit = call.column(f"{state.name}.unit")
         extreme = codec.extreme_of_key(torch.stack([row[s] for row in extremes]), state.signed)
-        new = codec.scale_of(extreme, unit, state.signed)
+        new = call.format.scale_of(extreme, unit, state)
         rests = f"{state.name}.rests"
         stays = call.column(rests) != 0 if rests in call.numbers else torch.zeros_like(new).bool()
         stays = stays if skip is None else stays | skip
