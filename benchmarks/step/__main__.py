@@ -25,8 +25,10 @@ from benchmarks import reporting
 from benchmarks.step.contenders import (
     BASELINE,
     CONTENDERS,
+    CPU_PATHS,
     MEMORY,
     QUICK,
+    STATE_FORMATS,
     Contender,
     rivals,
     rule,
@@ -60,6 +62,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--contenders-path", nargs="+", type=Path, default=[], metavar="FOLDER", help=paths)
     rules = "in place of AdamW's contenders: these rules, each against its forms in torch (all)"
     add("--family", nargs="*", choices=rule_names(), metavar="RULE", help=rules)
+    of_state = "with --family: the format of 8-bit state (%(default)s)"
+    add("--state-format", choices=STATE_FORMATS, default="dynamic", help=of_state)
+    path = "with --family on a CPU: the path that torchao8 takes (the one that it chooses)"
+    add("--cpu-path", choices=CPU_PATHS, help=path)
     positive = reporting.at_least(float, 1e-9)
     budget = "seconds of steps per row; who needs more for 3 rounds is skipped (60; 10 on a GPU)"
     add("--budget", type=positive, help=budget)
@@ -85,6 +91,11 @@ def parse(argv: Iterable[str] | None) -> tuple[argparse.Namespace, Cpu]:
         parser.error(f"--list: on {device.kind} {error}")
     if args.family is not None and args.contenders is not None:
         parser.error("--family: expected no --contenders with it")
+    if args.family is None and (args.state_format != "dynamic" or args.cpu_path):
+        option = "--cpu-path" if args.cpu_path else "--state-format"
+        parser.error(f"{option}: expected --family with it; AdamW has a contender for each")
+    if args.cpu_path and device.kind != "cpu":
+        parser.error(f"--cpu-path: expected --device cpu, got {args.device}")
     for name in args.contenders or ():
         if device.kind not in CONTENDERS[name].devices:
             parser.error(f"--contenders: {name} does not run on {device.kind}")
@@ -96,6 +107,8 @@ def parse(argv: Iterable[str] | None) -> tuple[argparse.Namespace, Cpu]:
     if args.name is None:
         lists = [] if args.list in (["all"], [*QUICK]) else args.list
         kinds = ["quick"] * args.quick + ["family"] * (args.family is not None)
+        kinds += [args.state_format] * (args.state_format != "dynamic")
+        kinds += [args.cpu_path] * (args.cpu_path is not None)
         args.name = "-".join([device.result_name, *lists, *kinds])
     return args, device
 
@@ -151,7 +164,8 @@ def measure(
         tensors = tensor_lists()[list_name]
         chosen, theirs = _chosen(args, device.kind, list_name), [CONTENDERS[BASELINE]]
         if name is not None:
-            chosen, theirs = [rule(name)[0]], rivals(name, device.kind, dtype)
+            ours, _ = rule(name, args.state_format, args.cpu_path)
+            chosen, theirs = [ours], rivals(name, device.kind, dtype)
         rows = bench.measure(chosen, [*MEMORY, *theirs], tensors, dtype)
         cases.append(Case(list_name, tensors, dtype, theirs, name, rows))
         if name is not None:

@@ -66,6 +66,7 @@ def _ours(name: str, label: str, bits: str = "8bit", **about: Any) -> Contender:
 
 
 _NEAREST = {"state_rounding": "nearest"}
+_MULAW = {"state_format": "mulaw"}
 _FEW_SHAPES = ("gpt2", "block", "small", "huge", "one")
 _GRAPHS = ("gpt2", "block", "small", "huge", "resnet101")
 _ADAMW = [
@@ -75,6 +76,9 @@ _ADAMW = [
     _ours("8bit-one-scale", "torchao8.AdamW8bit(block_wise=False)",
           options={"block_wise": False}, lists=()),
     _ours("8bit-avx2", "torchao8.AdamW8bit, AVX2", devices=("cpu",), cpu_path="avx2"),
+    _ours("8bit-mulaw", 'torchao8.AdamW8bit(state_format="mulaw")', options=_MULAW),
+    _ours("8bit-mulaw-avx2", 'torchao8.AdamW8bit(state_format="mulaw"), AVX2',
+          options=_MULAW, devices=("cpu",), cpu_path="avx2"),
     _ours("8bit-scalar", "torchao8.AdamW8bit, plain C++",
           lists=("block",), devices=("cpu",), cpu_path="scalar"),
     _ours("8bit-portable", "torchao8.AdamW8bit, PyTorch operators",
@@ -150,11 +154,18 @@ def rule_names() -> list[str]:
     return sorted((n for n in eight if not n.startswith("Paged")), key=str.lower)
 
 
-def rule(name: str) -> tuple[Contender, dict[str, Contender]]:
+STATE_FORMATS = ("dynamic", "mulaw")  # of 8-bit state
+CPU_PATHS = ("avx512", "avx2", "scalar")
+
+
+def rule(
+    name: str, state_format: str = "dynamic", cpu_path: str | None = None
+) -> tuple[Contender, dict[str, Contender]]:
     """A rule of the library with 8-bit state, and the forms in which torch has it.
 
     All get the same options: those that both sides know. `torch_rules` stands in for what
-    torch.optim does not have.
+    torch.optim does not have. Only the rule of the library has a `state_format`, and a path that it
+    is told to take.
     """
     import torchao8
 
@@ -174,8 +185,14 @@ def rule(name: str) -> tuple[Contender, dict[str, Contender]]:
                         {**options, **hint}, state_bytes=20.0)
         for form, hint in FORMS.items() if hint.keys() <= known
     }  # fmt: skip
-    label = f"torchao8.{name}8bit"
-    return Contender(f"{name.lower()}-8bit", label, label, options, state_bytes=3.0), forms
+    where, ours = f"torchao8.{name}8bit", f"{name.lower()}-8bit"
+    label = where
+    if state_format != "dynamic":
+        options = {**options, "state_format": state_format}
+        ours, label = f"{ours}-{state_format}", f'{label}(state_format="{state_format}")'
+    if cpu_path is not None:
+        ours, label = f"{ours}-{cpu_path}", f"{label}, {cpu_path}"
+    return Contender(ours, label, where, options, state_bytes=3.0, cpu_path=cpu_path), forms
 
 
 def rivals(name: str, device: str, dtype: str) -> list[Contender]:
