@@ -9,6 +9,7 @@
 #if TORCHAO8_X86
 #include "cpu/vec/begin_avx2.inl"
 
+#include "cpu/formats/four_bit/avx2.h"
 #include "cpu/formats/four_bit/blocks.inl"
 
 #define TORCHAO8_FORMAT FourBitFormat

@@ -21,10 +21,10 @@ inline Tensor new_contiguous(const Tensor& like, const std::vector<int64_t>& sha
 // last byte is empty: it counts as an element.
 inline std::vector<int64_t> sizes_of_codes(const char* op, const Tensor& codes, int bits) {
   const auto sizes = codes.sizes();
+  TORCHAO8_CHECK(bits == 8 || sizes.size() > 0, op,
+                 ": codes of 4 bits must have the shape of rows, got []");
   std::vector<int64_t> elements(sizes.begin(), sizes.end());
-  if (bits == 8) return elements;
-  TORCHAO8_CHECK(!elements.empty(), op, ": codes of 4 bits must have the shape of rows, got []");
-  elements.back() *= 2;
+  if (bits == 4) elements[sizes.size() - 1] *= 2;
   return elements;
 }
 
