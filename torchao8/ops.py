@@ -217,11 +217,11 @@ def step_(
     """One step of an update rule, in place, on tensors of one device and one state format.
 
     The i-th entries of all lists belong together. The dtype of the first state chooses the format:
-    float32 values, with empty lists of scales, or uint8 codes with float32 scales of the shapes
-    that :func:`quantize_blockwise` gives. Squares are unsigned, all other states signed. In 4 bits a
-    signed state is divided by the root of the stored second moment first, where the rule has one;
-    if the scale of that is 0, by 1. Fresh state has scales of 0 and codes of 0; signed ones are 127
-    in the dynamic format, and bytes of 119 in 4 bits.
+    float32 values, with empty lists of scales, or uint8 codes with float32 scales, of the shapes
+    that :func:`quantize_blockwise` gives. Squares are unsigned, all other states signed. Fresh
+    state has scales of 0 and codes of 0; signed codes are 127 in the dynamic format, and bytes of
+    119 in 4 bits. There a signed state is stored divided by the root of the stored second moment,
+    or by 1 where the scale of that is 0, or the rule has none.
 
     Args:
         op: of :data:`STEP_OPS`; its rule, in csrc/rules, names the states and the flags.
