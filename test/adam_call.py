@@ -4,6 +4,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import format_reference as formats
 import reference
 import torch
 from helpers import bits
@@ -17,7 +18,9 @@ Call = dict[str, Any]
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 STATE_LISTS = tuple(f"{name}{part}" for name in MOMENTS for part in ("s", "_scales"))
 NUMBERS = ops.NUMBERS["adam_step_"]
-DYNAMIC, MULAW = ops.FORMAT_NUMBERS["dynamic"], ops.FORMAT_NUMBERS["mulaw"]
+DYNAMIC, MULAW, FOUR_BIT = (ops.FORMAT_NUMBERS[name] for name in ("dynamic", "mulaw", "4bit"))
+# A byte of codes of zero in fresh state, by the format: of signed states, and of unsigned ones.
+ZEROS = {DYNAMIC: (127, 0), MULAW: (0, 0), FOUR_BIT: (0x77, 0)}
 CHANGED = ("params", "steps", *STATE_LISTS)
 
 # Rows around a block, a vector, rows of 17, one element, a scalar, nothing, rows of one element.
@@ -87,8 +90,13 @@ def new_call(
             if state_bits == 32:
                 call[f"{name}s"].append(torch.zeros(p.shape, device=device))
                 continue
-            zero = 127 if is_signed(name) and options["state_format"] == DYNAMIC else 0
-            codes = torch.full(p.shape, zero, dtype=torch.uint8, device=device)
+            zero = ZEROS[options["state_format"]][0 if is_signed(name) else 1]
+            shape = tuple(p.shape)
+            if options["state_format"] == FOUR_BIT:
+                shape = formats.packed_shape(
+                    shape, reference.row_dims(shape, options["block_size"])
+                )
+            codes = torch.full(shape, zero, dtype=torch.uint8, device=device)
             shape = reference.scale_shape(tuple(p.shape), options["block_size"])
             shape = (1,) if one_scale else shape
             call[f"{name}s"].append(codes)
@@ -97,7 +105,8 @@ def new_call(
 
 
 def set_moment(call: Call, name: str, index: int, value: Tensor) -> None:
-    """Stores a moment, given on the CPU, in the format of the call."""
+    """Stores a moment, given on the CPU, in the format of the call. In 4 bits exp_avg is divided by
+    the root of the exp_avg_sq that is there."""
     if not call[f"{name}_scales"]:
         call[f"{name}s"][index].copy_(value)
         return
@@ -107,6 +116,8 @@ def set_moment(call: Call, name: str, index: int, value: Tensor) -> None:
         codes, scale = reference.quantize(value.flatten(), max(value.numel(), 1), signed)
         codes, scale = codes.view(shape), scale if value.numel() else torch.zeros(1)
     else:
+        if call["state_format"] == FOUR_BIT and signed:
+            value = (value / roots(call, index)).float()
         codes, scale = torchao8.quantize_blockwise(
             value,
             block_size=call["block_size"],
@@ -122,6 +133,8 @@ def moment(call: Call, name: str, index: int) -> Tensor:
     if not call[f"{name}_scales"]:
         return call[f"{name}s"][index].cpu().double()
     codes, scale = call[f"{name}s"][index].cpu(), call[f"{name}_scales"][index].cpu()
+    if call["state_format"] == FOUR_BIT:
+        return _moment_of_4bit(call, name, index)
     every_code = torch.arange(256, dtype=torch.uint8)
     format_name = ops.FORMATS[call["state_format"]].name
     codebook = torchao8.dequantize_blockwise(
@@ -133,13 +146,42 @@ def moment(call: Call, name: str, index: int) -> Tensor:
     return values * reference.expand_scale(scale.double(), tuple(codes.shape), call["block_size"])
 
 
+def nibbles(call: Call, name: str, index: int) -> Tensor:
+    """The codes of a moment in 4 bits, one an element."""
+    shape = tuple(call["params"][index].shape)
+    codes = call[f"{name}s"][index].cpu()
+    return formats.unpack(codes, shape, reference.row_dims(shape, call["block_size"]))
+
+
+def scale_of_each(call: Call, name: str, index: int) -> Tensor:
+    """The scale of each element, in float64 on the CPU."""
+    shape = tuple(call["params"][index].shape)
+    scale = call[f"{name}_scales"][index].cpu().double()
+    return reference.expand_scale(scale, shape, call["block_size"])
+
+
+def roots(call: Call, index: int) -> Tensor:
+    """What exp_avg in 4 bits is divided by."""
+    scale = scale_of_each(call, "exp_avg_sq", index)
+    values = formats.squares_of_4bit()[nibbles(call, "exp_avg_sq", index).long()] * scale
+    return torch.where(scale > 0, values.sqrt().float().double(), 1.0)
+
+
+def _moment_of_4bit(call: Call, name: str, index: int) -> Tensor:
+    codes, scale = nibbles(call, name, index).long(), scale_of_each(call, name, index)
+    if is_signed(name):
+        return formats.levels_of_4bit()[codes] * scale * roots(call, index)
+    return formats.squares_of_4bit()[codes] * scale
+
+
 def live_state(call: Call, seed: int = 0) -> Call:
     """Gives a call the moments of a run that has lasted: v of many magnitudes, |m| < sqrt(v)."""
     generator = torch.Generator().manual_seed(seed)
     for i, p in enumerate(call["params"]):
         root = 10.0 ** (-3 * torch.rand(p.shape, generator=generator))
-        set_moment(call, "exp_avg", i, root * (2 * torch.rand(p.shape, generator=generator) - 1))
+        momentum = root * (2 * torch.rand(p.shape, generator=generator) - 1)
         set_moment(call, "exp_avg_sq", i, root**2)
+        set_moment(call, "exp_avg", i, momentum)
         if call["max_exp_avg_sqs"]:
             larger = root**2 * (0.5 + torch.rand(p.shape, generator=generator))
             set_moment(call, "max_exp_avg_sq", i, larger)

@@ -2,6 +2,7 @@
 
 import math
 
+import format_reference
 import pytest
 import reference
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchao8 import quantize_blockwise
-from torchao8.block_layout import row_length, scale_shape
+from torchao8.block_layout import codes_shape, row_length, row_start, scale_shape
 from torchao8.state_bits import TOO_SMALL, why_32bit
 
 # Sizes around a block, and around what makes a row long enough; the product is kept small.
@@ -52,6 +53,38 @@ def test_three_layouts_agree(shape: tuple[int, ...], block_size: int) -> None:
     assert tuple(scale.shape) == expected
     rows = math.prod(expected[:-1])
     assert row_length(shape, block_size) * rows == math.prod(shape) or rows == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((3072, 768), (3072, 384)),
+        ((64, 64, 3, 3), (64, 288)),  # 3 * 3 elements fill no block, 64 * 3 * 3 do
+        ((8, 1024, 4096), (8, 1024, 2048)),
+        ((10, 7, 5), (10, 18)),
+        ((300, 15), (2250,)),
+        ((5, 3), (8,)),
+        ((300, 17), (300, 9)),
+        ((4097,), (2049,)),
+        ((3, 0), (3, 0)),
+        ((0, 5), (0,)),
+        ((0, 17), (0, 9)),
+        ((), (1,)),
+    ],
+)
+def test_published_shapes_of_packed_codes(
+    shape: tuple[int, ...], expected: tuple[int, ...]
+) -> None:
+    assert codes_shape(shape, 64, bits=4) == expected
+    assert codes_shape(shape, 64) == shape
+
+
+@given(shape=SHAPES, block_size=BLOCK_SIZES)
+def test_packed_codes_are_those_of_the_oracle(shape: tuple[int, ...], block_size: int) -> None:
+    """And one a row for each of its scales, so that both are cut alike along other dimensions."""
+    packed, k = codes_shape(shape, block_size, bits=4), row_start(shape, block_size)
+    assert packed == format_reference.packed_shape(shape, k)
+    assert packed[:-1] == scale_shape(shape, block_size)[:-1]
 
 
 @given(shape=SHAPES, block_size=BLOCK_SIZES, data=st.data())

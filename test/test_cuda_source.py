@@ -393,7 +393,13 @@ def oracle() -> list[Path]:
     """The CPU's plain C++ path, compiled."""
     return [
         built(f"{name}.o", cpp_command(CSRC, "-O1", "-c", CSRC / f"cpu/{name}.cpp"), [CSRC])
-        for name in ("isa_scalar", "isa_scalar_dynamic", "isa_scalar_mulaw", "codec_tables")
+        for name in (
+            "isa_scalar",
+            "isa_scalar_dynamic",
+            "isa_scalar_mulaw",
+            "isa_scalar_4bit",
+            "codec_tables",
+        )
     ]
 
 

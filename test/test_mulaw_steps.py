@@ -9,7 +9,18 @@ from typing import Any
 import format_reference as formats
 import pytest
 import torch
-from adam_call import DYNAMIC, MULAW, Call, copy_call, live_state, moment, new_call, run, tensors
+from adam_call import (
+    DYNAMIC,
+    FOUR_BIT,
+    MULAW,
+    Call,
+    copy_call,
+    live_state,
+    moment,
+    new_call,
+    run,
+    tensors,
+)
 from cpu_paths import Workers, every_path
 from helpers import bits
 from torch import Tensor
@@ -21,8 +32,13 @@ both_kinds = pytest.mark.parametrize("signed", [True, False], ids=["signed", "un
 
 
 def test_the_list_of_formats() -> None:
-    assert [(each.name, each.bits) for each in ops.FORMATS] == [("dynamic", 8), ("mulaw", 8)]
-    assert ops.FORMAT_NUMBERS == {"dynamic": DYNAMIC, "mulaw": MULAW} == {"dynamic": 0, "mulaw": 1}
+    assert [(each.name, each.bits) for each in ops.FORMATS] == [
+        ("dynamic", 8),
+        ("mulaw", 8),
+        ("4bit", 4),
+    ]
+    assert ops.FORMAT_NUMBERS == {"dynamic": DYNAMIC, "mulaw": MULAW, "4bit": FOUR_BIT}
+    assert (DYNAMIC, MULAW, FOUR_BIT) == (0, 1, 2)
 
 
 # -- the codec's ops -------------------------------------------------------------------------------
@@ -107,13 +123,13 @@ def refused(call: Call, message: str) -> None:
     assert all(bits(p) == bits(q) for p, q in zip(call["params"], before["params"], strict=True))
 
 
-@pytest.mark.parametrize("number", [-1, 2, 2**40])
+@pytest.mark.parametrize("number", [-1, 3, 2**40])
 def test_a_number_of_no_format_is_refused(number: int) -> None:
     call = new_call([torch.ones(64)], [torch.ones(64)])
     refused(
         {**call, "state_format": number},
         "adam_step_: state_format must be the number of a format of state: 0 (dynamic), "
-        f"1 (mulaw); got {number}",
+        f"1 (mulaw), 2 (4bit); got {number}",
     )
 
 
@@ -124,7 +140,9 @@ def test_a_format_of_float32_state_is_refused() -> None:
 
 
 def test_an_unknown_name_is_refused() -> None:
-    message = "quantize_blockwise: state_format must be one of 'dynamic', 'mulaw', got 'log'"
+    message = (
+        "quantize_blockwise: state_format must be one of 'dynamic', 'mulaw', '4bit', got 'log'"
+    )
     with pytest.raises(ValueError, match=message):
         quantize_blockwise(torch.ones(64), state_format="log")
     codes, scale = quantize_blockwise(torch.ones(64))

@@ -5,6 +5,7 @@ import math
 import platform
 from typing import Any
 
+import format_reference
 import hypothesis
 import hypothesis.strategies as st
 import pytest
@@ -14,6 +15,7 @@ from adam_call import (
     CHANGED,
     DYNAMIC,
     FLOATS,
+    FOUR_BIT,
     MOMENTS,
     MULAW,
     STATE_LISTS,
@@ -101,15 +103,17 @@ LAYOUTS = st.sampled_from(["contiguous", "odd offset", "transposed", "gaps"])
 BETAS = st.sampled_from([0.0, 0.5, 0.9, 0.95, 0.999, 1 - 2.0**-24])
 BLOCK_SIZES = st.sampled_from([64, 128, 256, 512, 1024, 2048])
 SHARES = st.sampled_from([0.0, 0.0, 0.001, 0.05])  # of special numbers
+ALL_FORMATS = (DYNAMIC, MULAW, FOUR_BIT)
 
 
 @st.composite
-def step_calls(draw: st.DrawFn, formats: tuple[int, ...] = (DYNAMIC, MULAW)) -> Call:
+def step_calls(draw: st.DrawFn, formats: tuple[int, ...] = ALL_FORMATS) -> Call:
     """Arguments of adam_step_ with 1 to 4 tensors, of any codes and scales."""
     rng = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     shapes = draw(st.lists(SHAPES, min_size=1, max_size=4))
     exponent, special = draw(st.integers(-70, 40)), draw(SHARES)
     state_bits = draw(st.sampled_from([8, 8, 32]))
+    state_format = DYNAMIC if state_bits == 32 else draw(st.sampled_from(formats))
     rounds_params = draw(st.booleans())
     params, grads = [], []
     for shape in shapes:
@@ -122,7 +126,7 @@ def step_calls(draw: st.DrawFn, formats: tuple[int, ...] = (DYNAMIC, MULAW)) -> 
     offsets = [draw(st.integers(0, 2**40)) for _ in shapes] if draw(st.booleans()) else []
     call = new_call(
         params, grads, state_bits=state_bits, amsgrad=draw(st.booleans()),
-        one_scale=draw(st.booleans()),
+        one_scale=draw(st.booleans()) and state_format != FOUR_BIT,
         step=[draw(st.sampled_from([0, 1, 10, 12345])) for _ in shapes],
         lr=draw(st.sampled_from([0.0, 1e-3, 0.3])), beta1=draw(BETAS), beta2=draw(BETAS),
         eps=draw(st.sampled_from([0.0, 1e-8, 0.1])),
@@ -131,7 +135,7 @@ def step_calls(draw: st.DrawFn, formats: tuple[int, ...] = (DYNAMIC, MULAW)) -> 
         stochastic_rounding=draw(st.booleans()), stochastic_params=rounds_params,
         shard_offsets=offsets, shard_row_strides=[draw(st.integers(1, 9000)) for _ in offsets],
         block_size=draw(BLOCK_SIZES),
-        state_format=DYNAMIC if state_bits == 32 else draw(st.sampled_from(formats)),
+        state_format=state_format,
         seed=draw(st.integers(-(2**63), 2**63 - 1)),
         grad_scale=None if grad_scale is None else torch.tensor(grad_scale),
     )  # fmt: skip
@@ -153,7 +157,7 @@ def fill_moment(call: Call, name: str, exponent: int, special: float, rng: torch
             state.copy_(torch.randint(0, 256, state.shape, generator=rng, dtype=torch.uint8))
     for t in call[f"{name}_scales" if in_8bit else f"{name}s"]:
         x = floats(tuple(t.shape), size, special, rng)
-        t.copy_(x if signed and call["state_format"] == DYNAMIC else x.abs())
+        t.copy_(x if signed and call["state_format"] != MULAW else x.abs())
 
 
 EXAMPLES = hypothesis.settings(
@@ -172,7 +176,7 @@ def test_steps(workers: Workers, path: str, call: Call) -> None:
 
 @st.composite
 def codec_inputs(
-    draw: st.DrawFn, formats: tuple[int, ...] = (DYNAMIC, MULAW)
+    draw: st.DrawFn, formats: tuple[int, ...] = ALL_FORMATS
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
     """A tensor to quantize; codes and scales to decode; the options of both."""
     rng = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
@@ -181,7 +185,11 @@ def codec_inputs(
                "state_format": draw(st.sampled_from(formats))}  # fmt: skip
     x = floats(shape, draw(st.integers(-140, 126)), draw(SHARES), rng)
     x = laid_out(x.to(draw(st.sampled_from(FLOATS))), draw(LAYOUTS))
-    codes = torch.randint(0, 256, shape, generator=rng, dtype=torch.uint8)
+    codes_shape = shape
+    if options["state_format"] == FOUR_BIT:
+        row_dims = reference.row_dims(shape, options["block_size"])
+        codes_shape = format_reference.packed_shape(shape, row_dims)
+    codes = torch.randint(0, 256, codes_shape, generator=rng, dtype=torch.uint8)
     scale_shape = reference.scale_shape(shape, options["block_size"])
     scale = floats(scale_shape, draw(st.integers(-140, 126)), draw(SHARES), rng)
     return x, codes, scale, options
@@ -267,6 +275,7 @@ KINDS: list[dict[str, Any]] = [
     {"state_bits": 8},
     {"state_bits": 8, "one_scale": True},
     {"state_bits": 8, "state_format": MULAW},
+    {"state_bits": 8, "state_format": FOUR_BIT, "block_size": 64},
     {"state_bits": 32},
 ]
 
@@ -337,7 +346,7 @@ def test_flushed_denormals(workers: Workers, path: str, kind: dict[str, Any]) ->
     for exponent in (-140, -128, 127):
         x = floats((9, 300), exponent, 0.01, rng)
         for options in (
-            {"signed": s, "state_format": f} for s in (True, False) for f in (DYNAMIC, MULAW)
+            {"signed": s, "state_format": f} for s in (True, False) for f in ALL_FORMATS
         ):
             want = worker("quantize", x, options)
             assert worker("quantize", x, options, flush_denormal=True) == want

@@ -62,6 +62,20 @@ def scale_shape(shape: Sequence[int], block_size: int) -> tuple[int, ...]:
     return (*shape[: row_start(shape, block_size)], blocks)
 
 
+def codes_shape(shape: Sequence[int], block_size: int, bits: int = 8) -> tuple[int, ...]:
+    """The shape of the codes: that of the tensor or, of 4 bits, two elements to a byte of a row.
+
+    Element 2i of a row is the low half of byte i. A byte holds elements of one row: in a row of odd
+    length the high half of the last byte is empty.
+
+    >>> codes_shape((64, 3, 3, 3), 64), codes_shape((64, 3, 3, 3), 64, bits=4)
+    ((64, 3, 3, 3), (64, 14))
+    """
+    if bits == 8:
+        return tuple(shape)
+    return (*shape[: row_start(shape, block_size)], -(-row_length(shape, block_size) // 2))
+
+
 class Scales(NamedTuple):
     """Which elements share a scale: those of a block or, not ``block_wise``, of a whole tensor."""
 

@@ -1,0 +1,252 @@
+"""The 4-bit codec of csrc/formats gives the codes, values, scales and roots of its oracle.
+
+It is compiled as a library of its own.
+"""
+
+import ctypes
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import format_reference as formats
+import pytest
+import torch
+from test_cuda_source import CSRC, EMULATION, built, cpp_command
+from torch import Tensor
+
+LAST_DRAW = 2**22 - 1
+
+
+class Codec:
+    """The compiled codec; of a changed copy of the sources, in a folder of its own."""
+
+    def __init__(self, copy: Path | None = None) -> None:
+        command = cpp_command(
+            copy or CSRC, "-O2", "-shared", "-fPIC", EMULATION / "four_bit_codec.cpp"
+        )
+        if copy is None:
+            library = built("four_bit_codec.so", command, [CSRC, EMULATION])
+        else:
+            library = copy / "four_bit_codec.so"
+            subprocess.run([*command, library], check=True)
+        self.library = ctypes.CDLL(str(library))
+
+    def values(self, signed: bool) -> Tensor:
+        codes, values = torch.arange(16, dtype=torch.uint8), torch.empty(16)
+        decode = self.library.decode_levels if signed else self.library.decode_squares
+        decode(_at(codes), ctypes.c_int64(16), _at(values))
+        return values
+
+    def squares(self, x: Tensor, draws: Tensor | None = None, inverse: float = 1.0) -> Tensor:
+        """Codes, rounded to nearest or by draws of 22 bits."""
+        codes = torch.empty(x.shape, dtype=torch.uint8)
+        hashes = None if draws is None else (draws << 10).to(torch.uint32)
+        where = None if hashes is None else _at(hashes)
+        numbers = ctypes.c_int64(x.numel()), ctypes.c_float(inverse)
+        self.library.encode_squares(_at(x), where, *numbers, _at(codes))
+        return codes
+
+    def levels(self, x: Tensor, inverse: float) -> Tensor:
+        codes = torch.empty(x.shape, dtype=torch.uint8)
+        numbers = ctypes.c_int64(x.numel()), ctypes.c_float(inverse)
+        self.library.encode_levels(_at(x), *numbers, _at(codes))
+        return codes
+
+    def scales(self, extremes: Tensor, unit: float, signed: bool) -> tuple[Tensor, Tensor]:
+        scale, inverse = torch.empty(extremes.shape), torch.empty(extremes.shape)
+        function = self.library.scales_of_levels if signed else self.library.scales_of_squares
+        numbers = ctypes.c_int64(len(extremes)), ctypes.c_float(unit)
+        function(_at(extremes), *numbers, _at(scale), _at(inverse))
+        return scale, inverse
+
+    def roots(self, scale: float) -> tuple[Tensor, Tensor]:
+        root, reciprocal = torch.empty(16), torch.empty(16)
+        self.library.roots(ctypes.c_float(scale), _at(root), _at(reciprocal))
+        return root, reciprocal
+
+
+def _at(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+@pytest.fixture
+def codec() -> Codec:
+    return Codec()
+
+
+def midpoints(values: Tensor) -> Tensor:
+    return (values[1:] + values[:-1]) / 2
+
+
+def around(x: Tensor) -> Tensor:
+    """Float32 numbers, and 40 floats on each side of them."""
+    bits = x.float().view(torch.int32)
+    return (bits[:, None] + torch.arange(-40, 41, dtype=torch.int32)).flatten().view(torch.float32)
+
+
+def some_squares() -> Tensor:
+    """Every value and midpoint, 40 floats on each side of them, and floats from 0 to 1.5."""
+    values = formats.squares_of_4bit()
+    top = int(torch.tensor(1.5).view(torch.int32))
+    spread = torch.arange(0, top + 1, 9_973, dtype=torch.int32).view(torch.float32)
+    return torch.cat((around(torch.cat((values, midpoints(values)))), spread)).clamp_max(1.5)
+
+
+def test_values(codec: Codec) -> None:
+    assert codec.values(False).tolist() == formats.squares_of_4bit().tolist()
+    assert codec.values(True).tolist() == formats.levels_of_4bit().tolist()
+
+
+def test_nearest_squares(codec: Codec) -> None:
+    x = some_squares()
+    assert torch.equal(codec.squares(x), formats.nearest_square(x))
+
+
+def test_drawn_squares(codec: Codec) -> None:
+    """Around the draw at which each number is rounded up, and at the first and the last one."""
+    x, values = some_squares(), formats.squares_of_4bit()
+    below = (x.double()[:, None] >= values).sum(1).sub(1).clamp_min(0)
+    gap = (values[(below + 1).clamp_max(15)] - values[below]).clamp_min(2.0**-126)
+    turn = (2**22 - ((x.double() - values[below]) / gap * 2**22)).long()
+    for draws in (turn - 1, turn, torch.zeros_like(turn), torch.full_like(turn, LAST_DRAW)):
+        draws = draws.clamp(0, LAST_DRAW)
+        assert torch.equal(codec.squares(x, draws), formats.drawn_square(x, draws))
+
+
+def test_levels(codec: Codec) -> None:
+    """Around each tie, and all over the range, for scales of both signs."""
+    levels = formats.levels_of_4bit()
+    positive = torch.arange(0, int(torch.tensor(1.0).view(torch.int32)) + 1, 9_973)
+    spread = positive.to(torch.int32).view(torch.float32)
+    x = torch.cat((around(midpoints(levels)), around(levels[levels != 0]), spread, -spread))
+    x = torch.cat((x.clamp(-1, 1), torch.tensor([0.0, -0.0, 2.0**-149])))
+    for extreme in (1.0, -1.0, 0.25):
+        inverse = 8 / extreme
+        want = formats.nearest_level(x * extreme, extreme)
+        assert torch.equal(codec.levels(x * extreme, inverse), want)
+    assert (codec.levels(x, 0.0) == 7).all()
+
+
+def test_an_extreme_is_exact(codec: Codec) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(5000, generator=generator).mul(248).sub(123).exp2()
+    for extremes in (x, -x):
+        scale, inverse = codec.scales(extremes, 1.0, signed=True)
+        assert torch.equal(scale, extremes)
+        for each, factor in zip(extremes.split(1), inverse.tolist(), strict=True):
+            assert codec.levels(torch.cat((each, 0 * each)), factor).tolist() == [15, 7]
+
+
+def test_scales_of_levels(codec: Codec) -> None:
+    tiny, nan = 2.0**-123, math.nan
+    given = [1.0, -3.0, tiny, -tiny, tiny / 2, 0.0, 2.0**126, math.inf, nan]
+    scale, inverse = codec.scales(torch.tensor(given), 0.5, signed=True)
+    assert scale[:6].tolist() == [0.5, -1.5, tiny / 2, -tiny / 2, 0, 0]
+    assert scale[6:].isnan().all()
+    assert inverse.isfinite().all()
+    assert (inverse[4:] == 0).all()
+    assert codec.scales(torch.tensor([tiny, 1e30]), 1e-3, signed=True)[0].tolist() == [
+        0.0,
+        formats.float32(formats.float32(1e30) * formats.float32(1e-3)),
+    ]
+
+
+@pytest.mark.parametrize("unit", [1.0, 0.1, 1 - 0.999])
+def test_scales_of_squares(codec: Codec, unit: float) -> None:
+    generator = torch.Generator().manual_seed(2)
+    some = torch.rand(2000, generator=generator).mul(160).sub(80).exp2()
+    borders = torch.tensor([2.0**k * 1.5 / unit for k in range(-100, 100)])
+    near = borders.view(torch.int32)[:, None] + torch.tensor([-300, -64, 0, 60, 70, 3000])
+    near = near.to(torch.int32).flatten().view(torch.float32)
+    extremes = torch.cat((some, near, torch.tensor([0.0, 1e-45, 1e-38])))
+    scale, inverse = codec.scales(extremes, unit, signed=False)
+    for x, s, i in zip(extremes.tolist(), scale.tolist(), inverse.tolist(), strict=True):
+        assert s == formats.scale_of_squares(formats.float32(x * formats.float32(unit)))
+        assert i == (formats.float32(unit) / s if s else 0.0)
+    broken = torch.tensor([math.nan, math.inf, 2.0**126, -1.0])
+    assert codec.scales(broken, unit, signed=False)[0].isnan().all()
+    largest = torch.tensor([2.0**126]).view(torch.int32).sub(1).view(torch.float32)
+    assert codec.scales(largest, 1.0, signed=False)[0].tolist() == [2.0**125]
+
+
+def test_an_extreme_square_gets_the_last_codes(codec: Codec) -> None:
+    """It has a code, also where the tolerance of the scale has left it above the last value."""
+    extremes = torch.tensor([0.76, 1.0, 1.5, 1.5 * (1 + 2.0**-18), 1.5 * (1 + 2.0**-23)])
+    scale, _ = codec.scales(extremes, 1.0, signed=False)
+    assert (scale == 1).all()
+    for draws in (None, torch.full((5,), LAST_DRAW)):
+        codes = codec.squares(extremes, draws)
+        assert codes[2:].tolist() == [15] * 3
+        assert (codes >= 13).all()
+
+
+def test_roots(codec: Codec) -> None:
+    nibbles = torch.arange(16, dtype=torch.uint8)
+    for exponent in range(-126, 126):
+        root, reciprocal = codec.roots(2.0**exponent)
+        assert root.double().tolist() == formats.roots(nibbles, 2.0**exponent).tolist()
+        assert reciprocal.tolist() == (1 / root).tolist()
+    assert float(codec.roots(0.0)[0][0]) == float(codec.roots(0.0)[1][0]) == 1.0
+
+
+@pytest.mark.slow
+def test_every_float(codec: Codec) -> None:
+    values, levels = formats.squares_of_4bit(), formats.levels_of_4bit()
+    ties = midpoints(levels).float()
+    for first in range(0, int(torch.tensor(1.5).view(torch.int32)) + 1, 1 << 24):
+        x = torch.arange(first, first + (1 << 24), dtype=torch.int32).view(torch.float32)
+        x = x[x <= 1.5]
+        want = torch.bucketize(x.double(), midpoints(values), right=True).to(torch.uint8)
+        assert torch.equal(codec.squares(x), want)
+        for y in (x[x <= 1], -x[x <= 1]):
+            want = torch.bucketize(y, ties).to(torch.uint8)  # a tie gets the lower one,
+            is_tie = y == ties[want.long().clamp_max(14)]
+            want += (is_tie & (want % 2 == 0)).to(torch.uint8)  # but an even number of steps
+            assert torch.equal(codec.levels(y, 8.0), want)
+
+
+# Each breaks one thing that the codec must do.
+MUTANTS = {
+    "truncated": ("kHalf = 1u << (kShift - 1)", "kHalf = 0"),
+    "rarely rounded up": ("hash >> (32 - kShift)", "hash >> (33 - kShift)"),
+    "no last code": ("rounded > kLast ? kLast : rounded", "rounded"),
+    "no first code": ("rounded < kFirst ? kFirst :", ""),
+    "units forgotten": ("unit / scale", "1.0f / scale"),
+    "a scale of any size": ("exact < 0x1p125f ? round_up_to_bits<0>(exact) : 0x1p125f",
+                            "round_up_to_bits<0>(exact)"),
+    "a scale that is no power of two": ("round_up_to_bits<0>", "round_up_to_bits<7>"),
+    "minus eight": ("steps < -7 ? 0u : ", ""),
+    "an infinite inverse": ("kLeast = 0x1p-123f", "kLeast = 0x1p-126f"),
+    "a wrong root": ("0x401cc471u", "0x401cc470u"),
+    "a rounded reciprocal of the exact root": ("0x3ed105ebu", "0x3ed105ecu"),
+    "no root without a scale": ("127 + 7", "127"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(MUTANTS))
+def test_the_tests_fail_for_a_mutant(name: str, tmp_path: Path) -> None:
+    old, new = MUTANTS[name]
+    csrc = tmp_path / "csrc"
+    for folder in ("formats", "codec", "rules"):
+        shutil.copytree(CSRC / folder, csrc / folder)
+    shutil.copy(CSRC / "macros.h", csrc)
+    header = csrc / "formats/four_bit.h"
+    text = header.read_text()
+    assert old in text, f"{name}: the source has changed"
+    header.write_text(text.replace(old, new))
+    codec = Codec(csrc)
+    with pytest.raises(AssertionError):
+        check_all(codec)
+
+
+def check_all(codec: Codec) -> None:
+    test_values(codec)
+    test_nearest_squares(codec)
+    test_drawn_squares(codec)
+    test_levels(codec)
+    test_an_extreme_is_exact(codec)
+    test_scales_of_levels(codec)
+    test_scales_of_squares(codec, 0.1)
+    test_an_extreme_square_gets_the_last_codes(codec)
+    test_roots(codec)
