@@ -151,7 +151,7 @@ def dequantize_blockwise(
     )
     if shape is None or result.shape == tuple(shape):
         return result
-    return result[..., : row_length(shape, block_size)].reshape(tuple(shape))
+    return result[..., : row_length(shape, block_size)].reshape(tuple(shape)).contiguous()
 
 
 def _format_number(op: str, name: str) -> int:
