@@ -45,8 +45,8 @@ struct RootEighths : Roots {
   static constexpr uint32_t kTable[4] = {
       FourBitRoots::kRoots[0] - kLess, FourBitRoots::kRoots[1] - kLess,
       FourBitRoots::kRoots[2] - kLess, FourBitRoots::kRoots[3] - kLess};
-  Table4 table{kTable};
-  using Roots::Roots;
+  Table4 table;
+  TORCHAO8_HD explicit RootEighths(float scale) : Roots(scale), table(kTable) {}
   TORCHAO8_HD F operator()(U codes) const {
     const U i = index(codes);
     return float_of(table(i) + shift(i));
@@ -57,8 +57,8 @@ struct RootReciprocals : Roots {
   static constexpr uint32_t kTable[4] = {
       FourBitRoots::kReciprocals[0] + kMore, FourBitRoots::kReciprocals[1] + kMore,
       FourBitRoots::kReciprocals[2] + kMore, FourBitRoots::kReciprocals[3] + kMore};
-  Table4 table{kTable};
-  using Roots::Roots;
+  Table4 table;
+  TORCHAO8_HD explicit RootReciprocals(float scale) : Roots(scale), table(kTable) {}
   TORCHAO8_HD F operator()(U codes) const {
     const U i = index(codes);
     return float_of(table(i) - shift(i));
