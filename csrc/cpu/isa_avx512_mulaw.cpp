@@ -9,8 +9,9 @@
 #if TORCHAO8_X86
 #include "cpu/vec/begin_avx512.inl"
 
+#include "cpu/formats/mulaw/avx512.h"
+
 #include "cpu/formats/mulaw/blocks.inl"
-#include "cpu/formats/mulaw/codec.inl"
 
 #define TORCHAO8_FORMAT MulawFormat
 #define TORCHAO8_LOOPS mulaw

@@ -85,13 +85,54 @@ TORCHAO8_HD void make_plan(Plan<Rule>& plan, const Rule& r, const Block<Rule, T>
   });
 }
 
+// An encoder for each state of a rule, of its own type.
+template <class Rule, class T, bool kStochastic, int s>
+struct NumberedEncoder : EncoderOf<Rule::kSigned[s], kStochastic && Rule::kStochastic[s], T> {
+  TORCHAO8_HD NumberedEncoder() {}
+};
+
+template <class Rule, class T, bool kStochastic,
+          class States = std::make_integer_sequence<int, Rule::kStates>>
+struct Encoders;
+template <class Rule, class T, bool kStochastic, int... s>
+struct Encoders<Rule, T, kStochastic, std::integer_sequence<int, s...>>
+    : NumberedEncoder<Rule, T, kStochastic, s>... {
+  TORCHAO8_HD Encoders() {}
+  template <class State>
+  TORCHAO8_HD NumberedEncoder<Rule, T, kStochastic, State::value>& of(State) {
+    return *this;
+  }
+};
+
+// As ParamWriter, in an order of T's.
+template <class T, bool kRounds>
+struct QuietWriter {
+  typename Lanes<T>::Stream stream;
+
+  TORCHAO8_HD void start(uint64_t key, uint64_t first_element) {
+    if constexpr (kRounds) {
+      BlockRandom random;
+      random.start(key, first_element);
+      stream.start(random);
+    }
+  }
+  TORCHAO8_HD void operator()(T* x, F v) {
+    if constexpr (kRounds) {
+      Lanes<T>::store_quiet(x, v, stream.next_hashes());
+    } else {
+      Lanes<T>::store_quiet(x, v);
+    }
+  }
+};
+
 template <class Rule, class T, bool kStochastic, bool kRounds>
 TORCHAO8_HD void run_block(const Plan<Rule>& plan, const Block<Rule, T>& block,
                            const BlockRun& run) {
   constexpr int N = Rule::kStates;
   const Rule rule = plan.rule;
-  const StateDecoder<Rule> decode;
-  RandomStream stream[N];
+  const int length = run.length;
+  const StateDecoder<Rule, T> decode;
+  typename Lanes<T>::Stream stream[N];
   float inverse[N];
   Bytes least[N];
   for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
@@ -104,32 +145,31 @@ TORCHAO8_HD void run_block(const Plan<Rule>& plan, const Block<Rule, T>& block,
       stream[s].start(random);
     }
   });
-  ParamWriter<kRounds> write;
+  QuietWriter<T, kRounds> write;
   write.start(block.param_key, block.first_element);
-  for (int i = 0; i < run.length; i += kStep) {
+  for (int i = 0; i < length; i += kStep) {
     if constexpr (!Rule::kMomentsNeedParam) {
       for (int j = 0; j < kStep; j += kLineOf<T>) prefetch(block.param + i + j + kAhead);
     }
-    Encoder<true> of_signed[N];
-    Encoder<false> of_unsigned[N];
+    Encoders<Rule, T, kStochastic> encoders;
     for_each_state<2>([&](auto half) TORCHAO8_LAMBDA {
       const int at = i + half * kWidth;
       F values[Rule::kValues];
       decode(block.codes, at, values);
-      const F p = load(block.param + at);
-      rule.template moments<true>(p, load(block.grad + at), values);
-      write.quiet(block.param + at, update<true>(rule, p, values));
+      const F p = Lanes<T>::load(block.param + at);
+      rule.template moments<true>(p, Lanes<T>::load(block.grad + at), values);
+      write(block.param + at, update<true>(rule, p, values));
       for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
-        auto& encoder = choose<Rule::kSigned[s]>(of_signed[s], of_unsigned[s]);
-        U added = encoder.half();
-        if constexpr (kStochastic && Rule::kStochastic[s])
-          added = encoder.draw(stream[s].next_hashes());
-        encoder.add(half, values[s], F(inverse[s]), added);
+        auto& encoder = encoders.of(s);
+        if constexpr (kStochastic && Rule::kStochastic[s]) {
+          encoder.add(half, values[s], F(inverse[s]), stream[s].next_hashes());
+        } else {
+          encoder.add(half, values[s], F(inverse[s]));
+        }
       });
     });
-    for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
-      choose<Rule::kSigned[s]>(of_signed[s], of_unsigned[s]).store(block.codes[s] + i, least[s]);
-    });
+    for_each_state<N>([&](auto s)
+                          TORCHAO8_LAMBDA { encoders.of(s).store(block.codes[s] + i, least[s]); });
   }
 }
 
