@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import DEVICES, make_params, set_grads
 from optim_table import OF_8_BITS, OptimizerCase, Options, every_8bit
-from portable_steps import Differences, copy_state, portable
+from portable_steps import Differences, add_mulaw_states, copy_state, portable
 
 import torchao8
 from torchao8 import ops
@@ -57,8 +57,9 @@ def compare_ten_steps(
                 other = ours.state[q][key]
                 if key.endswith("_codes"):
                     differences.add(value, other)
-                else:
+                elif "_mulaw" not in key:
                     torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-30)
+            add_mulaw_states(case, (theirs.state[p], ours.state[q]), differences)
         copy_state(theirs, ours)
     assert differences.codes >= 10 * 500_000
     differences.check()
@@ -66,8 +67,10 @@ def compare_ten_steps(
 
 @every_8bit()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_operator_by_operator(case: OptimizerCase, dtype: torch.dtype) -> None:
-    compare_ten_steps(case, {"stochastic_rounding": dtype != torch.float32}, dtype, False)
+@pytest.mark.parametrize("state_format", ["dynamic", "mulaw"])
+def test_operator_by_operator(case: OptimizerCase, dtype: torch.dtype, state_format: str) -> None:
+    options = {"stochastic_rounding": dtype != torch.float32, "state_format": state_format}
+    compare_ten_steps(case, options, dtype, False)
 
 
 @pytest.mark.parametrize(
@@ -79,17 +82,22 @@ def test_with_every_state(case: OptimizerCase) -> None:
     compare_ten_steps(case, {**case.full, "eps": 1e-2}, torch.float32, False)
 
 
-COMPILED = [(case, torch.float32) for case in OF_8_BITS]
-COMPILED += [(case, torch.bfloat16) for case in OF_8_BITS if case.cls is torchao8.AdamW8bit]
+ADAMW = next(case for case in OF_8_BITS if case.cls is torchao8.AdamW8bit)
+COMPILED = [(case, torch.float32, "dynamic") for case in OF_8_BITS]
+COMPILED += [(ADAMW, torch.bfloat16, "dynamic"), (ADAMW, torch.bfloat16, "mulaw")]
 
 
 @pytest.mark.parametrize(
-    ("case", "dtype"), [pytest.param(c, d, id=f"{c.cls.__name__}-{d}") for c, d in COMPILED]
+    ("case", "dtype", "state_format"),
+    [pytest.param(c, d, s, id=f"{c.cls.__name__}-{d}-{s}") for c, d, s in COMPILED],
 )
-def test_compiled(case: OptimizerCase, dtype: torch.dtype, fresh_compiler: None) -> None:
+def test_compiled(
+    case: OptimizerCase, dtype: torch.dtype, state_format: str, fresh_compiler: None
+) -> None:
     """Really compiled: where that fails, the step warns, and runs operator by operator."""
     compiled._compiled.clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="torchao8")
-        compare_ten_steps(case, {"stochastic_rounding": dtype != torch.float32}, dtype, True)
+        options = {"stochastic_rounding": dtype != torch.float32, "state_format": state_format}
+        compare_ten_steps(case, options, dtype, True)
     assert compiled._compiled

@@ -40,7 +40,7 @@ class NoFloat64(TorchDispatchMode):
 def test_nothing_waits_for_the_device(case: OptimizerCase) -> None:
     """On the device meta, which has no numbers to wait for. Nothing there is float64, either."""
 
-    def step(in_8bit: bool, one_scale: bool) -> None:
+    def step(in_8bit: bool, one_scale: bool, state_format: int = 0) -> None:
         (family,) = [f for f in ops.FAMILIES if f.step_op == case.cls._op]
         p = torch.empty(40, 700, device="meta")
         grad, count = torch.empty_like(p), torch.empty((), device="meta")
@@ -53,11 +53,11 @@ def test_nothing_waits_for_the_device(case: OptimizerCase) -> None:
             if not s.scalar
         ]
         numbers = torch.full((len(family.numbers),), 0.5, dtype=torch.float64)
-        flags = dict.fromkeys(family.flags, False)
+        options: Options = {**dict.fromkeys(family.flags, False), "state_format": state_format}
         shared = ([p], [grad], values, scales, [count], torch.tensor(0.1, dtype=torch.float64),
                   numbers, count, [torch.empty(2, device="meta")])  # fmt: skip
-        found = list(ops.extremes(family.step_op, *shared, **flags)) if one_scale else []
-        ops.step_(family.step_op, *shared, found, count, **flags)
+        found = list(ops.extremes(family.step_op, *shared, **options)) if one_scale else []
+        ops.step_(family.step_op, *shared, found, count, **options)
         ops.count_step_([count], count)
 
     def factors() -> None:
@@ -75,6 +75,8 @@ def test_nothing_waits_for_the_device(case: OptimizerCase) -> None:
     with portable("meta"), NoFloat64():
         for in_8bit, one_scale in ((True, False), (True, True), (False, False)):
             step(in_8bit, one_scale)
+        for one_scale in (False, True):
+            step(True, one_scale, ops.FORMAT_NUMBERS["mulaw"])
         factors()
 
 
@@ -109,7 +111,10 @@ class Peak(TorchDispatchMode):
         self.now -= size
 
 
-@pytest.mark.parametrize("optim_bits", [8, 32])
+KINDS = [{"optim_bits": 8}, {"optim_bits": 32}, {"state_format": "mulaw"}]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize(
     "make",
     [
@@ -120,11 +125,11 @@ class Peak(TorchDispatchMode):
     ],
 )
 def test_temporaries_do_not_grow_with_the_model(
-    make: Any, optim_bits: int, monkeypatch: pytest.MonkeyPatch
+    make: Any, kind: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """64 MB at most, of a parameter of 20 MB or more with its gradient; three of them."""
     params = [torch.nn.Parameter(make()) for _ in range(3)]
-    options: Options = {"optim_bits": optim_bits, "stochastic_rounding": True, "amsgrad": True}
+    options: Options = {**kind, "stochastic_rounding": True, "amsgrad": True}
     optimizer = torchao8.AdamW8bit(
         [p.bfloat16().detach().requires_grad_() for p in params], **options
     )
@@ -151,15 +156,14 @@ def test_pieces_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
         if other:
             for p in params:
                 p.data = p.data.t().contiguous().t() if p.dim() == 2 else p.data
-        for optim_bits in (8, 32):
-            options = {"optim_bits": optim_bits, "stochastic_rounding": True}
+        for kind in KINDS:
+            options = {**kind, "stochastic_rounding": True}
             optimizer = torchao8.AdamW8bit(params, min_8bit_size=SMALL, **options)
             for seed in range(2):
                 set_grads(params, seed)
                 step_portably(optimizer)
             results.append(all_bits(optimizer))
-    assert results[0] == results[2] == results[4]
-    assert results[1] == results[3] == results[5]
+    assert results[:3] == results[3:6] == results[6:]
 
 
 @pytest.mark.parametrize("optim_bits", [8, 32])

@@ -3,6 +3,8 @@
 import copy
 import itertools
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -176,11 +178,16 @@ def test_a_pickle_without_the_option_is_dynamic() -> None:
 # -- devices that lack a format ------------------------------------------------------------------
 
 
-@pytest.fixture
-def portable_cpu() -> Any:
+@contextmanager
+def lacks_mulaw() -> Iterator[None]:
+    """A device whose steps are portable, and made by an older library, say."""
     _implementation.choose_portable("cpu")
-    yield
-    _implementation.choose_portable("cpu", False)
+    asked, ops._takes_format = ops._takes_format, lambda *arguments: False
+    try:
+        yield
+    finally:
+        ops._takes_format = asked
+        _implementation.choose_portable("cpu", False)
 
 
 NOT_THERE = (
@@ -189,22 +196,26 @@ NOT_THERE = (
 )
 
 
-def test_ops_are_asked_for_the_format(portable_cpu: Any) -> None:
+@pytest.mark.parametrize("portable", [False, True])
+def test_ops_are_asked_for_the_format(portable: bool) -> None:
     cpu = torch.device("cpu")
-    for op in ops.STEP_OPS:
-        assert ops.takes_format(op, "dynamic", cpu)
+    try:
+        _implementation.choose_portable("cpu", portable)
+        for op in ops.STEP_OPS:
+            assert ops.takes_format(op, "dynamic", cpu)
+            assert ops.takes_format(op, "mulaw", cpu)
+    finally:
+        _implementation.choose_portable("cpu", False)
+    with lacks_mulaw():
         assert not ops.takes_format(op, "mulaw", cpu)
-    _implementation.choose_portable("cpu", False)
-    for op in ops.STEP_OPS:
-        assert ops.takes_format(op, "mulaw", cpu)
 
 
-def test_a_device_without_the_format_makes_no_state(portable_cpu: Any) -> None:
+def test_a_device_without_the_format_makes_no_state() -> None:
     params = make_params()
     optimizer = adamw(params, state_format="mulaw")
     set_grads(params, 0)
     before = all_bits(optimizer)
-    with pytest.raises(NotImplementedError) as error:
+    with lacks_mulaw(), pytest.raises(NotImplementedError) as error:
         optimizer.step()
     assert str(error.value) == NOT_THERE
     assert all_bits(optimizer) == before
@@ -220,23 +231,18 @@ def test_a_device_without_the_format_steps_none_of_it() -> None:
     again.load_state_dict(optimizer.state_dict())
     set_grads(params, 2)
     before = all_bits(again)
-    _implementation.choose_portable("cpu")
-    try:
-        with pytest.raises(NotImplementedError, match="parameter 1: state_format='mulaw' is not"):
-            again.step()
-    finally:
-        _implementation.choose_portable("cpu", False)
+    message = "parameter 1: state_format='mulaw' is not"
+    with lacks_mulaw(), pytest.raises(NotImplementedError, match=message):
+        again.step()
     assert all_bits(again) == before
     again.step()
 
 
-def test_a_device_without_the_format_loads_none_of_it(portable_cpu: Any) -> None:
-    _implementation.choose_portable("cpu", False)
+def test_a_device_without_the_format_loads_none_of_it() -> None:
     saved = trained(state_format="mulaw").state_dict()
-    _implementation.choose_portable("cpu")
     optimizer = adamw(make_params(), state_format="mulaw")
     before = all_bits(optimizer)
-    with pytest.raises(NotImplementedError) as error:
+    with lacks_mulaw(), pytest.raises(NotImplementedError) as error:
         optimizer.load_state_dict(saved)
     assert str(error.value) == NOT_THERE
     assert all_bits(optimizer) == before

@@ -80,8 +80,8 @@ class CommonOptions(KeywordOptions, total=False):
         block_size: how many neighbouring elements, a block, share a scale in 8-bit state. A power
             of two from 64 to 2048.
         state_format: what the codes of 8-bit state stand for. "dynamic" is the map of bitsandbytes.
-            "mulaw" codes are the leading bits of a float, which takes less arithmetic; only the
-            kernels for the CPU have it, other devices refuse it. 32-bit state has no codes.
+            "mulaw" codes are the leading bits of a float, which takes less arithmetic. 32-bit state
+            has no codes.
         state_rounding: how averages and sums of squares are rounded to 8 bits, "stochastic" or
             "nearest". Averages of gradients are rounded to nearest.
         stochastic_rounding: round bfloat16 parameters stochastically. Rounding to nearest loses
