@@ -305,6 +305,86 @@ MUTANTS = {
         "        if (bad) {",
         "        if (bad && false) {",
     ),
+    "4 bits: codes that wrap": (
+        "formats/four_bit.cuh",
+        "both_halves(16 * kStep - 1));",
+        "both_halves(0x7fff));",
+    ),
+    "4 bits: a level of -8": (
+        "formats/four_bit.cuh",
+        "both_halves(Levels::kZero), both_halves(15));",
+        "both_halves(Levels::kZero + 1), both_halves(16)) - both_halves(1);",
+    ),
+    "4 bits: the roots of the old scale": (
+        "formats/four_bit.cuh",
+        "roots(tables, scales.new_scale[kRoot]);",
+        "roots(tables, scales.scale[kRoot]);",
+    ),
+    "4 bits: the roots of the new scale": (
+        "formats/four_bit.cuh",
+        "roots(tables, scale[kRoot]);",
+        "roots(tables, 2.0f * scale[kRoot]);",
+    ),
+    "4 bits: roots of one parity": (
+        "formats/four_bit.cuh",
+        "first = ahead & 3;",
+        "first = 0;",
+    ),
+    "4 bits: quotients of another element's root": (
+        "formats/four_bit.cuh",
+        "roots.reciprocal(codes[kRoot], i)",
+        "roots.reciprocal(codes[kRoot], i ^ 1)",
+    ),
+    "4 bits: the extreme quotient of one lane": (
+        "formats/four_bit.cuh",
+        "scales.finish_levels(extremes, lanes);",
+        "scales.finish_levels(extremes, 1);",
+    ),
+    "4 bits: the extreme quotient of one span": (
+        "fast_block.cuh",
+        "elements.add_to(quotients);",
+        "if (span == 0) elements.add_to(quotients);",
+    ),
+    "4 bits: a negative scale": (
+        "formats/four_bit.cuh",
+        "good = good & usable<Rule::kSigned[s]>(scale[s]);",
+        "",
+    ),
+    "4 bits: momentum that is not usable": (
+        "formats/four_bit.cuh",
+        "bool good = l.magnitude < kMostOfLevels;",
+        "bool good = true;",
+    ),
+    "4 bits: a scale that counts as zero": (
+        "formats/four_bit.cuh",
+        "new_scale[s] = has_scale ? rounded : 0.0f;",
+        "new_scale[s] = rounded;",
+    ),
+    "4 bits: an approximate root": (
+        "formats/four_bit.cuh",
+        "to.roots[i] = float_bits(FourBitRoots(1.0f).root(i));",
+        "to.roots[i] = float_bits(FourBitRoots(1.0f).root(i)) + (i == 9);",
+    ),
+    "4 bits: the last code of an odd row": (
+        "formats/four_bit.cuh",
+        "code[s] = FourBitFormat::zero_byte<Rule::kSigned[s]>() & 15;",
+        "code[s] = 1;",
+    ),
+    "4 bits: rows of half bytes": (
+        "formats/four_bit.cuh",
+        "row * ((entry.row_length + 1) / 2) + column / 2;",
+        "(row * entry.row_length + column) / 2;",
+    ),
+    "4 bits: the slow path's codes not random": (
+        "formats/four_bit.cuh",
+        "if (stochastic) added = Squares::draw",
+        "if (stochastic && false) added = Squares::draw",
+    ),
+    "4 bits: states of a block without a scale that is a number": (
+        "formats/four_bit.cuh",
+        "std::isnan(new_scale[s]) ? Levels::kZero",
+        "false ? Levels::kZero",
+    ),
     "limbs that are not canonical": ("warp_sum.cuh", "make_canonical(sums + row * kLimbs)", ""),
     "the update of an element that is not usable, in the trust ratio": (
         "lamb.cuh",
@@ -343,6 +423,7 @@ COMMON_MUTANTS = (
     "extremes of the first tensor",
     "the scale of the first block, in the trust ratio",
     "mu-law: gradients that are NaN",
+    "4 bits: the extreme quotient of one lane",
 )
 # Without optimization they compile in a second or two; each check then tries less (see there).
 QUICK = ("-O0", "-DQUICK", "-fsanitize=alignment", "-fno-sanitize-recover")
@@ -415,6 +496,8 @@ def outcome(path: Path) -> str:
 
 
 MULAW = "-DFORMAT=MulawFormat"  # in place of the dynamic format; see emulation/format.h
+FOUR_BIT = "-DFORMAT=FourBitFormat"
+FORMAT_FLAGS = {"mulaw": MULAW, "4 bits": FOUR_BIT}  # by a part of a mutant's file or name
 
 
 @pytest.mark.parametrize(
@@ -422,6 +505,7 @@ MULAW = "-DFORMAT=MulawFormat"  # in place of the dynamic format; see emulation/
     [
         *((f"check_{name}.cpp", ()) for name in ("lamb", "one_scale", "step", "sums")),
         *((f"check_{name}.cpp", (MULAW,)) for name in ("lamb", "one_scale", "step")),
+        ("check_step.cpp", (FOUR_BIT,)),
     ],
 )
 @pytest.mark.parametrize(
@@ -456,7 +540,7 @@ def test_the_check_fails_for_a_mutant(name: str, tmp_path: Path) -> None:
     assert old in text, f"{name}: the source has changed"
     (csrc / "cuda" / file).write_text(text.replace(old, new))
     check = EMULATION / CHECKS.get(file, "check_step.cpp")
-    flags = (*QUICK, MULAW) if "mulaw" in file else QUICK
+    flags = (*QUICK, *(flag for part, flag in FORMAT_FLAGS.items() if part in file + name))
     command = [*cpp_command(csrc, *flags, check, *oracle()), tmp_path / "mutant"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -473,7 +557,13 @@ SOURCES = sorted(path.relative_to(CUDA).as_posix() for path in CUDA.rglob("*.cu"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 LINKED = "sm_90"  # what the extension is linked from
 # In the common run: a rule, which has every kind of kernel, and what is quick.
-COMMON_SOURCES = ("count.cu", "quantize.cu", "rules/lion.cu", "rules/mulaw/lion.cu")
+COMMON_SOURCES = (
+    "count.cu",
+    "quantize.cu",
+    "rules/lion.cu",
+    "rules/mulaw/lion.cu",
+    "rules/4bit/lion.cu",
+)
 
 
 WITHOUT_KERNELS = ("device_codec.cu", "pages.cu", "steps.cu")
@@ -506,19 +596,31 @@ def text_of(source: str) -> str:
     return (CUDA / source).read_text()
 
 
-def in_mulaw(source: str) -> bool:
-    """Whether a source has the kernels of the mu-law format; else it has those of the dynamic one,
-    and of 32-bit state."""
-    return source.startswith("rules/mulaw/")
+FORMATS = {"": "DynamicFormat", "mulaw": "MulawFormat", "4bit": "FourBitFormat"}  # by folder
+
+
+def format_of(source: str) -> str:
+    """The format of whose state a rule's source has the kernels. That of the dynamic format has
+    those of 32-bit state too."""
+    return FORMATS[source.split("/")[1] if source.count("/") == 2 else ""]
 
 
 def test_each_rule_has_a_source_for_each_format() -> None:
-    found = [(rule, in_mulaw(source)) for source in SOURCES if (rule := rule_of(source))]
+    found = [(rule, format_of(source)) for source in SOURCES if (rule := rule_of(source))]
     states = states_of_rules()
-    mulaw = [(rule, True) for rule, count in states.items() if count > 0]
-    assert sorted(found) == sorted([*((rule, False) for rule in states), *mulaw])
+    of_four_bits = re.compile("Adam|Lion|Sgd")  # each names its roots, kRootOf
+    expected = [(rule, "DynamicFormat") for rule in states]
+    for rule, count in states.items():
+        if count > 0:
+            expected.append((rule, "MulawFormat"))
+        if count > 0 and of_four_bits.match(rule):
+            expected.append((rule, "FourBitFormat"))
+    assert sorted(found) == sorted(expected)
     for source in SOURCES:
-        assert ("MulawFormat" in text_of(source)) == in_mulaw(source)
+        if rule_of(source):
+            others = set(FORMATS.values()) - {format_of(source)}
+            assert format_of(source) in text_of(source)
+            assert not any(other in text_of(source) for other in others)
 
 
 def nvcc(source: str, *flags: str) -> Path:
@@ -581,14 +683,15 @@ def test_the_kernels_compile_and_take_no_stack(source: str, arch: str) -> None:
     found = list(resources(report))
     assert found or source in WITHOUT_KERNELS
     rule = rule_of(source)
-    with_elements = int(rule is not None and not in_mulaw(source))
+    with_elements = int(rule is not None and format_of(source) == "DynamicFormat")
     with_state = int(rule is not None and states_of_rules()[rule] > 0)
+    with_one_scale = with_state * int(format_of(source) != "FourBitFormat")
     count = {
         kernel: sum(kernel in name for name, _ in found)
         for kernel in ("11step_blocks", "13step_elements", "14step_one_scale")
     }
     # Three dtypes and bfloat16 rounded stochastically, and three ways for blocks to lie.
-    assert list(count.values()) == [with_state * 4 * 3, with_elements * 4, with_state * 4]
+    assert list(count.values()) == [with_state * 4 * 3, with_elements * 4, with_one_scale * 4]
     assert [(name, numbers) for name, numbers in found if any(numbers)] == []
 
 
@@ -616,7 +719,8 @@ def _nvidia_packages() -> list[str]:
     [
         # What is counted today may grow by 2% before somebody has to look.
         ("rules/adam_plain.cu", (58.5, 60.7, 68.5)),
-        ("rules/mulaw/adam_plain.cu", (46.8, 48.4, 56.9)),
+        ("rules/mulaw/adam_plain.cu", (45.8, 48.1, 53.2)),
+        ("rules/4bit/adam_plain.cu", (59.1, 61.1, 67.7)),
     ],
 )
 def test_instructions_an_element(

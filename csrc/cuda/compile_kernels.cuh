@@ -13,23 +13,37 @@ static_assert(int(FloatType::kFloat32) == 0 && int(FloatType::kBFloat16) == 1 &&
 template <class Rule, class Format, class T, bool kRounds>
 constexpr typename BlockKernels<Rule, Format>::Step block_step_kernels() {
   constexpr size_t kShared = sizeof(SharedOfBlocks<Format, Rule, kRounds>);
-  return {{step_blocks<Rule, T, Blocks::kShort, kRounds, Format>, kShared},
-          {step_blocks<Rule, T, Blocks::kSpan, kRounds, Format>, kShared},
-          {step_blocks<Rule, T, Blocks::kLong, kRounds, Format>, kShared},
-          {step_one_scale<Rule, T, kRounds, Format>, kShared}};
+  typename BlockKernels<Rule, Format>::Step k = {
+      {step_blocks<Rule, T, Blocks::kShort, kRounds, Format>, kShared},
+      {step_blocks<Rule, T, Blocks::kSpan, kRounds, Format>, kShared},
+      {step_blocks<Rule, T, Blocks::kLong, kRounds, Format>, kShared},
+      {}};
+  if constexpr (!Format::kBlocksOnly)
+    k.one_scale = {step_one_scale<Rule, T, kRounds, Format>, kShared};
+  return k;
+}
+
+template <class Rule, class T, class Format>
+constexpr auto find_extremes_kernel() {
+  return Kernel<Table<Rule, ExtremesEntryOf<Rule>>, const TablesOf<Format>*>{
+      find_extremes<Rule, T, Format>, sizeof(SharedOfExtremes<Format, Rule>)};
 }
 
 template <class Rule, class Format>
 constexpr BlockKernels<Rule, Format> block_kernels() {
-  constexpr size_t kShared = sizeof(SharedOfExtremes<Format, Rule>);
-  return {{block_step_kernels<Rule, Format, float, false>(),
-           block_step_kernels<Rule, Format, BFloat16, false>(),
-           block_step_kernels<Rule, Format, Half, false>()},
-          block_step_kernels<Rule, Format, BFloat16, true>(),
-          {{find_extremes<Rule, float, Format>, kShared},
-           {find_extremes<Rule, BFloat16, Format>, kShared},
-           {find_extremes<Rule, Half, Format>, kShared}},
-          {write_scales<Rule, Format>, 0}};
+  BlockKernels<Rule, Format> k = {{block_step_kernels<Rule, Format, float, false>(),
+                                   block_step_kernels<Rule, Format, BFloat16, false>(),
+                                   block_step_kernels<Rule, Format, Half, false>()},
+                                  block_step_kernels<Rule, Format, BFloat16, true>(),
+                                  {},
+                                  {}};
+  if constexpr (!Format::kBlocksOnly) {
+    k.extremes[0] = find_extremes_kernel<Rule, float, Format>();
+    k.extremes[1] = find_extremes_kernel<Rule, BFloat16, Format>();
+    k.extremes[2] = find_extremes_kernel<Rule, Half, Format>();
+    k.write_scales = {write_scales<Rule, Format>, 0};
+  }
+  return k;
 }
 
 template <class Rule>

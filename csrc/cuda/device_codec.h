@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/formats/dynamic.cuh"
+#include "cuda/formats/four_bit.cuh"
 #include "cuda/formats/mulaw.cuh"
 #include "cuda/launch.h"
 
@@ -9,14 +10,13 @@ namespace torchao8::cuda {
 
 const dynamic::Tables* dynamic_tables_on(const Launcher& launcher);
 
-// On the launcher's device, which is the current one. Null where a format has none.
+// On the launcher's device, which is the current one. Null where a format does not copy any.
 template <class Format>
 const TablesOf<Format>* tables_on(const Launcher& launcher) {
-  if constexpr (std::is_empty_v<TablesOf<Format>>) {
-    return nullptr;
-  } else {
-    static_assert(std::is_same_v<Format, DynamicFormat>);
+  if constexpr (std::is_same_v<Format, DynamicFormat>) {
     return dynamic_tables_on(launcher);
+  } else {
+    return nullptr;
   }
 }
 

@@ -10,7 +10,7 @@ namespace torchao8::cuda {
 
 // Where a lane's eight elements lie, number `eight` of the tensor's eights, and the scales of their
 // block.
-template <class Rule, class T>
+template <class Format, class Rule, class T>
 struct LaneAddresses {
   static constexpr int N = Rule::kStates;
   T* param;
@@ -24,62 +24,41 @@ struct LaneAddresses {
     param = static_cast<T*>(entry.param) + at;
     grad = static_cast<const T*>(entry.grad) + at;
     for_each_state<N>([&](auto s) {
-      codes[s] = entry.codes[s] + at;
+      codes[s] = entry.codes[s] + int64_t(eight) * (kPerLane * Format::kBits / 8);
       scales[s] = entry.scales[s] + (Entry::kOneScale ? 0 : block);
     });
   }
 };
 
-// Eight neighbouring elements of one lane.
-template <class Format, class Rule, class T>
-struct LaneElements {
-  static constexpr int N = Rule::kStates;
-  using Codec = CodecOf<Format>;
-  using Tables = TablesOf<Format>;
+// The hashes of eight neighbouring elements, number `eight` of their block's eights.
+TORCHAO8_HD void hash_eight(const BlockRandom& random, uint32_t eight, uint32_t* hash) {
+  const uint32_t start = random.c0 + random.c2 * eight, slope = random.c1 + random.c3 * eight;
+#pragma unroll
+  for (int i = 0; i < kPerLane; i++) hash[i] = start + slope * lane_factor(uint32_t(i));
+}
+
+// Eight neighbouring elements of one lane, decoded.
+template <class Rule, class T>
+struct LaneValues {
   Several<T, kPerLane> param, grad;
-  uint2 codes[N];
   float values[Rule::kValues][kPerLane];
 
-  __device__ __forceinline__ void load(const LaneAddresses<Rule, T>& at, bool with_param) {
-    for_each_state<N>([&](auto s) { codes[s] = *reinterpret_cast<const uint2*>(at.codes[s]); });
-    grad.load(at.grad);
-    if (with_param) param.load(at.param);
-  }
-
-  // The stored numbers, as multiples of the block's scales.
-  __device__ __forceinline__ void decode(const Tables& tables) {
-    for_each_state<N>([&](auto s) {
-      Codec::template decode_four<Rule::kSigned[s]>(tables, codes[s].x, values[s]);
-      Codec::template decode_four<Rule::kSigned[s]>(tables, codes[s].y, values[s] + 4);
-    });
-  }
-
-  // `rule` already has the block's scales.
-  __device__ __forceinline__ void find_moments(const Rule& rule, const Tables& tables) {
-    decode(tables);
-    moments_of_decoded(rule);
-  }
+  // From the stored numbers, as multiples of the scales that `rule` already has, to the new ones.
   __device__ __forceinline__ void moments_of_decoded(const Rule& rule) {
 #pragma unroll
     for (int i = 0; i < kPerLane; i++) {
       Real new_values[Rule::kValues], p(0.0f);
-      for_each_state<N>([&](auto s) { new_values[s] = Real(values[s][i]); });
+      for_each_state<Rule::kStates>([&](auto s) { new_values[s] = Real(values[s][i]); });
       if constexpr (Rule::kMomentsNeedParam) p = Real(param.get(i));
       rule.template moments<true>(p, Real(grad.get(i)), new_values);
       for_each_value<Rule>([&](auto v) { values[v][i] = new_values[v].x; });
     }
   }
 
-  __device__ __forceinline__ void add_to(Extremes<Rule>& extremes) const {
-#pragma unroll
-    for (int i = 0; i < kPerLane; i++)
-      for_each_state<N>([&](auto s) { extremes.add(s, values[s][i]); });
-  }
-
-  // kRounds: stochastically, by these numbers; `eight` as in store_stochastic.
+  // kRounds: stochastically, by these numbers; `eight` as in hash_eight().
   template <bool kRounds>
-  __device__ __forceinline__ void update(const Rule& rule, const LaneAddresses<Rule, T>& at,
-                                         const BlockRandom& random, uint32_t eight) {
+  __device__ __forceinline__ void update(const Rule& rule, T* to, const BlockRandom& random,
+                                         uint32_t eight) {
 #pragma unroll
     for (int i = 0; i < kPerLane; i += 2) {
       float updated[2];
@@ -97,30 +76,65 @@ struct LaneElements {
         param.set_pair(i / 2, updated[0], updated[1]);
       }
     }
-    param.store(at.param);
+    param.store(to);
+  }
+};
+
+// The same with their codes.
+template <class Format, class Rule, class T>
+struct LaneElements : LaneValues<Rule, T> {
+  static constexpr int N = Rule::kStates;
+  using Codec = CodecOf<Format>;
+  using Tables = TablesOf<Format>;
+  using Addresses = LaneAddresses<Format, Rule, T>;
+  uint2 codes[N];
+
+  __device__ __forceinline__ void load(const Addresses& at, bool with_param) {
+    for_each_state<N>([&](auto s) { codes[s] = *reinterpret_cast<const uint2*>(at.codes[s]); });
+    this->grad.load(at.grad);
+    if (with_param) this->param.load(at.param);
   }
 
-  template <class S, class Encoding>
-  __device__ __forceinline__ void store_nearest(S s, const LaneAddresses<Rule, T>& at,
-                                                const Tables& tables,
-                                                const Encoding& encoding) const {
-    *reinterpret_cast<uint2*>(at.codes[s]) =
-        Codec::template encode_eight_nearest<Rule::kSigned[s]>(tables, values[s], encoding);
+  // The stored numbers, as multiples of the block's scales.
+  __device__ __forceinline__ void decode(const Tables& tables) {
+    for_each_state<N>([&](auto s) {
+      Codec::template decode_four<Rule::kSigned[s]>(tables, codes[s].x, this->values[s]);
+      Codec::template decode_four<Rule::kSigned[s]>(tables, codes[s].y, this->values[s] + 4);
+    });
   }
 
-  // eight: number of these elements among the block's eights.
-  template <class S, class Encoding>
-  __device__ __forceinline__ void store_stochastic(S s, const LaneAddresses<Rule, T>& at,
-                                                   const Tables& tables, const Encoding& encoding,
-                                                   const BlockRandom& random,
-                                                   uint32_t eight) const {
-    const uint32_t start = random.c0 + random.c2 * eight, slope = random.c1 + random.c3 * eight;
-    uint32_t hash[kPerLane];
+  // `rule` already has the block's scales, for which the third argument is.
+  __device__ __forceinline__ void find_moments(const Rule& rule, const Tables& tables,
+                                               const float*) {
+    decode(tables);
+    this->moments_of_decoded(rule);
+  }
+
+  __device__ __forceinline__ void add_to(Extremes<Rule>& extremes) const {
 #pragma unroll
-    for (int i = 0; i < kPerLane; i++) hash[i] = start + slope * lane_factor(uint32_t(i));
-    *reinterpret_cast<uint2*>(at.codes[s]) =
-        Codec::template encode_eight_stochastic<Rule::kSigned[s]>(tables, values[s], encoding,
-                                                                  hash);
+    for (int i = 0; i < kPerLane; i++)
+      for_each_state<N>([&](auto s) { extremes.add(s, this->values[s][i]); });
+  }
+
+  // Writes the codes of the new states. random_of(s): the random numbers of the block, of a state
+  // that is rounded stochastically; eight: number of these elements among the block's eights.
+  template <bool, class Scales, class RandomOf>
+  __device__ __forceinline__ void store_states(const Addresses& at, const Tables& tables,
+                                               const Scales& scales, int, bool stochastic,
+                                               const RandomOf& random_of, uint32_t eight) const {
+    for_each_state<N>([&](auto s) {
+      uint2* const to = reinterpret_cast<uint2*>(at.codes[s]);
+      const auto& encoding = scales.encoding(s);
+      if (!Rule::kStochastic[s] || !stochastic) {
+        *to = Codec::template encode_eight_nearest<Rule::kSigned[s]>(tables, this->values[s],
+                                                                     encoding);
+        return;
+      }
+      uint32_t hash[kPerLane];
+      hash_eight(random_of(s), eight, hash);
+      *to = Codec::template encode_eight_stochastic<Rule::kSigned[s]>(tables, this->values[s],
+                                                                      encoding, hash);
+    });
   }
 };
 
@@ -213,7 +227,7 @@ __device__ __forceinline__ bool step_span(const Entry& entry, const Prepared<Rul
   constexpr int N = Rule::kStates;
   const int lanes = 1 << (log_of_block - 3);
   const LanePosition position(entry, unit, lane, log_of_block);
-  const LaneAddresses<Rule, T> at(entry, position.eight, position.block);
+  const LaneAddresses<Format, Rule, T> at(entry, position.eight, position.block);
   const auto first_element_of_block = [&](uint32_t b) {
     return BlockPosition(entry, 1 << log_of_block, b).first_element;
   };
@@ -224,7 +238,7 @@ __device__ __forceinline__ bool step_span(const Entry& entry, const Prepared<Rul
   elements.load(at, true);
   warp_barrier();  // every lane has read before any writes; the compiler keeps the loads above
   const Rule rule = prepared.rule.with_scales(scales.scale);
-  const auto look = Scales::look(rule, elements, tables);
+  const auto look = scales.look(rule, elements, tables);
   if (!scales.finish(rule, look, lanes)) return false;
   if constexpr (!Scales::kLooksAtMoments) elements.moments_of_decoded(rule);
 
@@ -237,23 +251,17 @@ __device__ __forceinline__ bool step_span(const Entry& entry, const Prepared<Rul
       of_param.start(prepared.param_key, first_element_of_block(position.block));
     }
   }
-  elements.template update<kRounds>(rule, at, of_param, position.eight_of_block);
+  elements.template update<kRounds>(rule, at.param, of_param, position.eight_of_block);
   if (!kRounds && stochastic && kOneBlock)
     randoms.prepare(prepared, first_element_of_block, unit, lane);
-  for_each_state<N>([&](auto s) {
-    constexpr bool is_stochastic = Rule::kStochastic[s];
-    if (!is_stochastic || !stochastic) {
-      elements.store_nearest(s, at, tables, scales.encoding(s));
-      return;
-    }
+  const auto random_of = [&](int s) {
+    if (kOneBlock) return randoms.get(s);
     BlockRandom random;
-    if (kOneBlock) {
-      random = randoms.get(s);
-    } else {
-      random.start(prepared.keys[s], first_element_of_block(position.block));
-    }
-    elements.store_stochastic(s, at, tables, scales.encoding(s), random, position.eight_of_block);
-  });
+    random.start(prepared.keys[s], first_element_of_block(position.block));
+    return random;
+  };
+  elements.template store_states<true>(at, tables, scales, lanes, stochastic, random_of,
+                                       position.eight_of_block);
   if (lane % lanes == 0) scales.store(at);
   return true;
 }
@@ -276,7 +284,8 @@ __device__ __forceinline__ uint32_t step_spans(const Entry& entry, const Prepare
   return unit;
 }
 
-// A block of more than kSpan elements: twice over its spans, the second time from the cache.
+// A block of more than kSpan elements: twice over its spans, the second time from the cache, or
+// three times.
 template <class Format, class Rule, class T, bool kRounds>
 __device__ __forceinline__ bool step_long_block(const BlockEntryOf<Rule>& entry,
                                                 const Prepared<Rule>& prepared,
@@ -287,7 +296,8 @@ __device__ __forceinline__ bool step_long_block(const BlockEntryOf<Rule>& entry,
   constexpr int N = Rule::kStates;
   const BlockPosition position(entry, block_size, block);
   const auto at_of_lane = [&](int start) {
-    return LaneAddresses<Rule, T>(entry, uint32_t((position.begin + start) / kPerLane), block);
+    return LaneAddresses<Format, Rule, T>(entry, uint32_t((position.begin + start) / kPerLane),
+                                          block);
   };
   using Scales = FastScales<Format, Rule, BlockEntryOf<Rule>>;
   Scales scales;
@@ -301,7 +311,7 @@ __device__ __forceinline__ bool step_long_block(const BlockEntryOf<Rule>& entry,
   for (int span = 0; span < position.length; span += kSpan) {
     LaneElements<Format, Rule, T> elements;
     elements.load(at_of_lane(start_of_lane(span)), Rule::kMomentsNeedParam);
-    look.add_all_of(Scales::look(rule, elements, tables));
+    look.add_all_of(scales.look(rule, elements, tables));
   }
   if (!scales.finish(rule, look, kLanes)) return false;
 
@@ -310,24 +320,30 @@ __device__ __forceinline__ bool step_long_block(const BlockEntryOf<Rule>& entry,
         prepared, [&](uint32_t b) { return BlockPosition(entry, block_size, b).first_element; },
         block, lane);
   }
+  const auto random_of = [&](int s) { return randoms.get(s); };
+  if constexpr (Scales::kLooksAgain) {
+    Extremes<Rule> quotients;
+    for (int span = 0; span < position.length; span += kSpan) {
+      const int start = start_of_lane(span);
+      LaneElements<Format, Rule, T> elements;
+      elements.load(at_of_lane(start), Rule::kMomentsNeedParam);
+      elements.find_moments(rule, tables, scales.scale);
+      elements.find_quotients(tables, scales, stochastic, random_of, uint32_t(start) / kPerLane);
+      elements.add_to(quotients);
+    }
+    scales.finish_levels(quotients, kLanes);
+  }
   for (int span = 0; span < position.length; span += kSpan) {
     const int start = start_of_lane(span);
-    const LaneAddresses<Rule, T> at = at_of_lane(start);
+    const LaneAddresses<Format, Rule, T> at = at_of_lane(start);
     LaneElements<Format, Rule, T> elements;
     elements.load(at, true);
     warp_barrier();  // every lane has read, the lanes past the end too, before any writes
-    elements.find_moments(rule, tables);
+    elements.find_moments(rule, tables, scales.scale);
     const BlockRandom of_param = kRounds ? randoms.get(N) : BlockRandom{};
-    elements.template update<kRounds>(rule, at, of_param, uint32_t(start) / kPerLane);
-    for_each_state<N>([&](auto s) {
-      constexpr bool is_stochastic = Rule::kStochastic[s];
-      if (!is_stochastic || !stochastic) {
-        elements.store_nearest(s, at, tables, scales.encoding(s));
-      } else {
-        elements.store_stochastic(s, at, tables, scales.encoding(s), randoms.get(s),
-                                  uint32_t(start) / kPerLane);
-      }
-    });
+    elements.template update<kRounds>(rule, at.param, of_param, uint32_t(start) / kPerLane);
+    elements.template store_states<false>(at, tables, scales, kLanes, stochastic, random_of,
+                                          uint32_t(start) / kPerLane);
   }
   if (lane == 0) scales.store(at_of_lane(0));
   return true;

@@ -16,7 +16,8 @@ struct Kernel {
   size_t shared_bytes;
 };
 
-// Those of state in a format. Rules without states have none.
+// Those of state in a format. Rules without states have none. A format that has only blocks with
+// scales of their own lacks the kernels of one scale.
 template <class Rule, class Format>
 struct BlockKernels {
   using Tables = const TablesOf<Format>*;

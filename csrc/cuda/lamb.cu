@@ -52,8 +52,8 @@ Tensor lamb_update_sums_cuda(LambCall& call) {
   Tensor sums = new_sums(call.params);
   int64_t* const limbs = sums.mutable_data_ptr<int64_t>();
   if (call.quantized) {
-    visit_format_of(
-        call, [&](auto type) { measure_blocks_of<typename decltype(type)::type>(step, limbs); });
+    visit_format(MeasuredFormats(), call.state_format,
+                 [&](auto type) { measure_blocks_of<typename decltype(type)::type>(step, limbs); });
   } else {
     measure_elements_of(step, limbs);
   }
@@ -66,7 +66,6 @@ Tensor lamb_update_sums_cuda(LambCall& call) {
 }  // namespace torchao8::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(torchao8, CUDA, m) {
-  m.impl(
-      "lamb_update_sums",
-      &torchao8::lamb_update_sums<torchao8::cuda::lamb_update_sums_cuda, torchao8::cuda::Formats>);
+  m.impl("lamb_update_sums", &torchao8::lamb_update_sums<torchao8::cuda::lamb_update_sums_cuda,
+                                                         torchao8::MeasuredFormats>);
 }

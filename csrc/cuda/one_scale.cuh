@@ -67,9 +67,9 @@ struct ExtremesFinder {
 #pragma unroll 1
       for (int64_t at = begin + lane * kPerLane; at < end; at += kSpan) {
         LaneElements<Format, Rule, T> elements;
-        elements.load(LaneAddresses<Rule, T>(entry, uint32_t(at / kPerLane), 0),
+        elements.load(LaneAddresses<Format, Rule, T>(entry, uint32_t(at / kPerLane), 0),
                       Rule::kMomentsNeedParam);
-        elements.find_moments(rule, tables);
+        elements.find_moments(rule, tables, scale);
         elements.add_to(extremes);
       }
       bool good = true;

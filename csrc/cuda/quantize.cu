@@ -32,7 +32,8 @@ std::tuple<Tensor, Tensor> quantize_blockwise_cuda(Tensor input, int64_t block_s
   const BlockLayout layout = block_layout(sizes, block_size);
   const Launcher launcher(op, input.get_device_index());
   const Tensor dense = input.is_contiguous() ? input : torch::stable::contiguous(input);
-  Tensor codes = new_contiguous(input, {sizes.begin(), sizes.end()}, ScalarType::Byte);
+  const int bits = format_info(state_format).bits;
+  Tensor codes = new_contiguous(input, layout.codes_shape(sizes, bits), ScalarType::Byte);
   Tensor scale = new_contiguous(input, layout.scale_shape(sizes), ScalarType::Float);
   const QuantizeArguments arguments = {dense.const_data_ptr(),
                                        codes.mutable_data_ptr<uint8_t>(),

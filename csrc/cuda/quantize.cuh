@@ -3,6 +3,7 @@
 
 #include "cuda/floats.cuh"
 #include "cuda/formats/dynamic.cuh"
+#include "cuda/formats/four_bit.cuh"
 #include "cuda/formats/mulaw.cuh"
 
 namespace torchao8::cuda {
@@ -23,9 +24,12 @@ struct BlockInput {
   const QuantizeArguments& a;
   BlockPosition position;
 
+  uint32_t row;
+
   TORCHAO8_HD BlockInput(const QuantizeArguments& arguments, uint32_t block)
       : a(arguments),
-        position(a.row_length, a.blocks_per_row, a.block_size, block, 0, a.row_length) {}
+        position(a.row_length, a.blocks_per_row, a.block_size, block, 0, a.row_length),
+        row(block / a.blocks_per_row) {}
 
   TORCHAO8_HD float operator()(int i) const {
     const float x = load_as(a.type, a.input, position.begin + i);
@@ -33,6 +37,11 @@ struct BlockInput {
   }
   TORCHAO8_HD void write(int i, uint32_t code) const {
     a.codes[position.begin + i] = uint8_t(code);
+  }
+  // Codes of 4 bits, of elements 2 i and 2 i + 1.
+  TORCHAO8_HD void write_two(int i, uint32_t codes) const {
+    const int64_t column = position.begin - row * a.row_length;
+    a.codes[row * ((a.row_length + 1) / 2) + column / 2 + i] = uint8_t(codes);
   }
 };
 
@@ -76,6 +85,26 @@ __device__ __forceinline__ float quantize_block(const BlockInput<kSigned>& x,
   return to.scale;
 }
 
+// As cpu/formats/four_bit/scalar.inl: quantize_block(), by four_bit_scale_of_block().
+template <bool kSigned>
+__device__ __forceinline__ float quantize_block(const BlockInput<kSigned>& x,
+                                                const TablesOf<FourBitFormat>&, int lane) {
+  const int length = x.position.length;
+  Extreme<kSigned> of_lane;
+  for (int i = lane; i < length; i += kLanes) of_lane.add(x(i));
+  const float extreme = of_lane.result(kLanes);
+  const FourBitScale to = four_bit_scale_of_extreme<kSigned>(
+      std::isfinite(extreme) ? extreme : bits_float(0x7fc00000u));
+  const auto code = [&](int i) -> uint32_t {
+    if (i >= length || std::isnan(to.scale)) return FourBitFormat::zero_byte<kSigned>() & 15;
+    if constexpr (kSigned) return FourBitLevels::encode(x(i), to.inverse);
+    return FourBitSquares::encode(x(i), to.inverse, FourBitSquares::kHalf);
+  };
+  for (int i = lane; 2 * i < length; i += kLanes)
+    x.write_two(i, code(2 * i) | code(2 * i + 1) << 4);
+  return to.scale;
+}
+
 template <bool kSigned, class Format>
 __global__ void __launch_bounds__(kThreads)
     quantize(const QuantizeArguments a, const TablesOf<Format>* source) {
@@ -113,8 +142,15 @@ __global__ void __launch_bounds__(kThreads)
                                  a.row_length);
     const Real scale(a.scales[block]);
     for (int i = lane; i < position.length; i += kLanes) {
-      const Real x(CodecOf<Format>::template decode<kSigned>(tables, a.codes[position.begin + i]));
-      store_as(a.type, a.output, position.begin + i, (x * scale).x);
+      const int64_t at = position.begin + i;
+      uint32_t code;
+      if constexpr (Format::kBits == 8) {
+        code = a.codes[at];
+      } else {
+        code = four_bit_code(a.codes, at);  // rows of whole bytes
+      }
+      store_as(a.type, a.output, at,
+               (Real(CodecOf<Format>::template decode<kSigned>(tables, code)) * scale).x);
     }
   }
 }

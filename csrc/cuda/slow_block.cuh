@@ -9,18 +9,14 @@
 
 namespace torchao8::cuda {
 
-// An element of a block. scale: of the block, as steps take it; `rule` has it already.
-template <class Format, class Rule, class Entry>
-__device__ __forceinline__ SlowElement<Rule> slow_element(const Entry& entry, const Rule& rule,
-                                                          const TablesOf<Format>& tables,
-                                                          const float* scale, int64_t at) {
+// Sets the new values of an element by its old ones. scale: of the block, as steps take it; `rule`
+// has it already.
+template <class Rule, class Entry>
+__device__ __forceinline__ void find_new_values(SlowElement<Rule>& e, const Entry& entry,
+                                                const Rule& rule, const float* scale, int64_t at) {
   constexpr int N = Rule::kStates;
-  SlowElement<Rule> e;
   Real x[Rule::kValues];
-  for_each_state<N>([&](auto s) {
-    e.old[s] = CodecOf<Format>::template decode<Rule::kSigned[s]>(tables, entry.codes[s][at]);
-    x[s] = Real(e.old[s]);
-  });
+  for_each_state<N>([&](auto s) { x[s] = Real(e.old[s]); });
   e.param = 0.0f;
   if constexpr (Rule::kMomentsNeedParam) e.param = load_as(entry.param_type, entry.param, at);
   e.grad = load_as(entry.grad_type, entry.grad, at);
@@ -32,16 +28,50 @@ __device__ __forceinline__ SlowElement<Rule> slow_element(const Entry& entry, co
     for_each_state<N>(
         [&](auto s) { e.values[s] = (Real(e.old[s]) * Real(scale[s] / rule.unit[s])).x; });
   }
+}
+
+// An element of a block whose codes are bytes.
+template <class Format, class Rule, class Entry>
+__device__ __forceinline__ SlowElement<Rule> slow_element(const Entry& entry, const Rule& rule,
+                                                          const TablesOf<Format>& tables,
+                                                          const float* scale, int64_t at) {
+  SlowElement<Rule> e;
+  for_each_state<Rule::kStates>([&](auto s) {
+    e.old[s] = CodecOf<Format>::template decode<Rule::kSigned[s]>(tables, entry.codes[s][at]);
+  });
+  find_new_values(e, entry, rule, scale, at);
   return e;
 }
 
-// Any block; kRounds: with bfloat16 parameters rounded stochastically. A lane takes every 32nd
-// element, computes the moments once for the scales and again to use them; only the lane itself
-// reads what it writes.
+// Writes the parameter of an element, number i of its block, whose new values are usable. kRounds:
+// rounded stochastically if it is a bfloat16, by these numbers.
+template <bool kRounds, class Rule, class Entry>
+__device__ __forceinline__ void store_updated(const Entry& entry, const Rule& rule,
+                                              const SlowElement<Rule>& e, int64_t at,
+                                              const BlockRandom& of_param, uint32_t i) {
+  Real x[Rule::kValues];
+  for_each_value<Rule>([&](auto v) { x[v] = Real(e.values[v]); });
+  const Real p(load_as(entry.param_type, entry.param, at));
+  const float updated = update<true>(rule, p, x).x;
+  if constexpr (kRounds) {
+    store_as(entry.param_type, entry.param, at, updated, of_param(i));
+  } else {
+    store_as(entry.param_type, entry.param, at, updated);
+  }
+}
+
+// A block whose codes share bytes, in three parts: find_scales(lane); write(lane, param_key),
+// behind a barrier; store_scales(block).
 template <class Format, class Rule, bool kRounds, class Entry>
-__device__ __noinline__ void slow_block(const Entry& entry, const Prepared<Rule>& prepared,
-                                        const TablesOf<Format>& tables, int block_size,
-                                        bool stochastic, uint32_t block, int lane) {
+struct SlowPackedBlock;
+
+// Any block whose codes are bytes; kRounds: with bfloat16 parameters rounded stochastically. A lane
+// takes every 32nd element, computes the moments once for the scales and again to use them; only
+// the lane itself reads what it writes.
+template <class Format, class Rule, bool kRounds, class Entry>
+__device__ __forceinline__ void slow_bytes(const Entry& entry, const Prepared<Rule>& prepared,
+                                           const TablesOf<Format>& tables, int block_size,
+                                           bool stochastic, uint32_t block, int lane) {
   constexpr int N = Rule::kStates;
   const BlockPosition position(entry, block_size, block);
   float scale[N];
@@ -67,17 +97,7 @@ __device__ __noinline__ void slow_block(const Entry& entry, const Prepared<Rule>
   for (int i = lane; i < position.length; i += kLanes) {
     const int64_t at = position.begin + i;
     const SlowElement<Rule> e = element(i);
-    if (e.good) {
-      Real x[Rule::kValues];
-      for_each_value<Rule>([&](auto v) { x[v] = Real(e.values[v]); });
-      const Real p(load_as(entry.param_type, entry.param, at));
-      const float updated = update<true>(rule, p, x).x;
-      if constexpr (kRounds) {
-        store_as(entry.param_type, entry.param, at, updated, of_param(uint32_t(i)));
-      } else {
-        store_as(entry.param_type, entry.param, at, updated);
-      }
-    }
+    if (e.good) store_updated<kRounds>(entry, rule, e, at, of_param, uint32_t(i));
     for_each_state<N>([&](auto s) {
       constexpr bool is_stochastic = Rule::kStochastic[s];
       uint32_t code;
@@ -90,6 +110,22 @@ __device__ __noinline__ void slow_block(const Entry& entry, const Prepared<Rule>
     });
   }
   if (!Entry::kOneScale && lane == 0) scales.store(entry, block);
+}
+
+template <class Format, class Rule, bool kRounds, class Entry>
+__device__ __noinline__ void slow_block(const Entry& entry, const Prepared<Rule>& prepared,
+                                        const TablesOf<Format>& tables, int block_size,
+                                        bool stochastic, uint32_t block, int lane) {
+  if constexpr (Format::kBits == 8) {
+    slow_bytes<Format, Rule, kRounds>(entry, prepared, tables, block_size, stochastic, block, lane);
+  } else {
+    SlowPackedBlock<Format, Rule, kRounds, Entry> packed(entry, prepared, block_size, stochastic,
+                                                         block);
+    packed.find_scales(lane);
+    warp_barrier();  // every lane has read the scales
+    packed.write(lane, prepared.param_key);
+    if (lane == 0) packed.store_scales(block);
+  }
 }
 
 // The blocks of a unit of up to kSpan elements, or one longer block.

@@ -253,11 +253,10 @@ template <class Rule, class Format>
 void step_format_of(const Step<Rule>& step) {
   const auto& all = BlockKernels<Rule, Format>::all;
   const auto& kernels = step.rounds_params ? all.rounded : all.step[int(type_of(step))];
-  if (step.call.one_scale) {
-    step_one_scale_of<Rule, Format>(step, kernels);
-  } else {
-    step_blocks_of<Rule, Format>(step, kernels);
+  if constexpr (!Format::kBlocksOnly) {
+    if (step.call.one_scale) return step_one_scale_of<Rule, Format>(step, kernels);
   }
+  step_blocks_of<Rule, Format>(step, kernels);
 }
 
 template <class Rule>
@@ -297,7 +296,7 @@ void find_extremes_of(const Step<Rule>& step, int64_t* keys) {
       tables_on<Format>(step.launcher));
 }
 
-// Calls visit(Type<Format>()) for the format of the call's state.
+// Calls visit(Type<Format>()) for the format of the call's state, which the op has checked.
 template <class Visit>
 void visit_format_of(const StepCall& call, Visit visit) {
   visit_format(Formats(), call.state_format, visit);
@@ -307,8 +306,10 @@ template <class Rule>
 void step_all_of(const Step<Rule>& step) {
   if constexpr (Rule::kStates > 0) {
     if (step.call.quantized) {
-      return visit_format_of(
-          step.call, [&](auto type) { step_format_of<Rule, typename decltype(type)::type>(step); });
+      return visit_format_of(step.call, [&](auto type) {
+        using Format = typename decltype(type)::type;
+        if constexpr (Format::template kTakes<Rule>) step_format_of<Rule, Format>(step);
+      });
     }
   }
   step_elements_of(step);
@@ -347,7 +348,8 @@ struct CudaStep {
                             int64_t* keys) {
     const Step<Rule> step(call, numbers);
     visit_format_of(call, [&](auto type) {
-      find_extremes_of<Rule, typename decltype(type)::type>(step, keys);
+      using Format = typename decltype(type)::type;
+      if constexpr (!Format::kBlocksOnly) find_extremes_of<Rule, Format>(step, keys);
     });
   }
 };

@@ -113,16 +113,19 @@ struct FourBitRoots {
   }
 
   TORCHAO8_HD float root(uint32_t code) const {
-    return bits_float(pick(kRoots, base + code) + shift(code));
+    return bits_float(pick<kRoots[0], kRoots[1], kRoots[2], kRoots[3]>(base + code) + shift(code));
   }
   TORCHAO8_HD float reciprocal_of_root(uint32_t code) const {
-    return bits_float(pick(kReciprocals, base + code) - shift(code));
+    return bits_float(
+        pick<kReciprocals[0], kReciprocals[1], kReciprocals[2], kReciprocals[3]>(base + code) -
+        shift(code));
   }
 
  private:
-  // Selections, so that a GPU needs no memory to look one up.
-  static TORCHAO8_HD uint32_t pick(const uint32_t (&of)[4], uint32_t i) {
-    const uint32_t low = i & 1 ? of[1] : of[0], high = i & 1 ? of[3] : of[2];
+  // The one of number i modulo 4. By selections, so that a GPU needs no memory to look one up.
+  template <uint32_t k0, uint32_t k1, uint32_t k2, uint32_t k3>
+  static TORCHAO8_HD uint32_t pick(uint32_t i) {
+    const uint32_t low = i & 1 ? k1 : k0, high = i & 1 ? k3 : k2;
     return i & 2 ? high : low;
   }
 };

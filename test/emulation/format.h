@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/formats/dynamic.cuh"
+#include "cuda/formats/four_bit.cuh"
 #include "cuda/formats/mulaw.cuh"
 
 #ifndef FORMAT
@@ -13,7 +14,8 @@ using Format = torchao8::FORMAT;
 constexpr torchao8::cuda::dynamic::Tables make_tables(torchao8::DynamicFormat) {
   return torchao8::cuda::dynamic::make_tables();
 }
-constexpr torchao8::cuda::TablesOf<torchao8::MulawFormat> make_tables(torchao8::MulawFormat) {
+template <class Other>  // these copy nothing from memory
+constexpr torchao8::cuda::TablesOf<Other> make_tables(Other) {
   return {};
 }
 // In memory, as a GPU has them.

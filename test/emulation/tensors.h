@@ -72,9 +72,13 @@ struct TensorOf {
     const size_t misfit = reinterpret_cast<uintptr_t>(of.data()) % 16;
     return of.data() + (16 - misfit) % 16 + size_t(shape.shift) * cuda::bytes_of(type);
   }
-  uint8_t* code_place(int s) {
+  static constexpr int64_t code_bytes(int64_t elements) {  // of a row, or of its beginning
+    return (elements * Format::kBits + 7) / 8;
+  }
+  uint8_t* code_place(int s, int64_t row = 0, int64_t column = 0) {
     const size_t misfit = reinterpret_cast<uintptr_t>(codes[s].data()) % 16;
-    return codes[s].data() + (16 - misfit) % 16 + shape.shift;
+    return codes[s].data() + (16 - misfit) % 16 + shape.shift + row * code_bytes(shape.columns) +
+           code_bytes(column);
   }
 };
 
@@ -92,7 +96,8 @@ TensorOf make_tensor(const Shape& shape, FloatType param_type, FloatType grad_ty
   for (int64_t i = 0; i < t.count(); i++)
     cuda::store_as(param_type, t.place(t.param, param_type), i, normal(random));
   cuda::for_each_state<Rule::kStates>([&](auto s) {
-    t.codes[s].assign(n + 16, Format::template zero_byte<Rule::kSigned[s]>());
+    t.codes[s].assign(size_t(shape.rows * t.code_bytes(shape.columns)) + size_t(shape.shift) + 16,
+                      Format::template zero_byte<Rule::kSigned[s]>());
     t.scales[s].assign(size_t(shape.rows * t.blocks_per_row(block_size)), 0.0f);
     t.states[s].assign(size_t(t.count()), 0.0f);
   });

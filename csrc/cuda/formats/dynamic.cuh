@@ -182,7 +182,7 @@ struct CodecOf<DynamicFormat> {
 template <class Rule, class Entry>
 struct FastScales<DynamicFormat, Rule, Entry> {
   static constexpr int N = Rule::kStates;
-  static constexpr bool kLooksAtMoments = true;
+  static constexpr bool kLooksAtMoments = true, kLooksAgain = false;
   using Look = Extremes<Rule>;
   float scale[N], extreme[N], inverse[N], new_scale[N];
 
@@ -197,7 +197,7 @@ struct FastScales<DynamicFormat, Rule, Entry> {
   static __device__ __forceinline__ Look look(const Rule& rule, Elements& elements,
                                               const dynamic::Tables& tables) {
     Look extremes;
-    elements.find_moments(rule, tables);
+    elements.find_moments(rule, tables, nullptr);
     elements.add_to(extremes);
     return extremes;
   }

@@ -8,7 +8,7 @@
 namespace torchao8::cuda {
 
 // The formats that there are kernels of.
-using Formats = Types<DynamicFormat, MulawFormat>;
+using Formats = Types<DynamicFormat, MulawFormat, FourBitFormat>;
 
 // The codec of a format. It has
 //     Tables          what a thread block keeps in shared memory; an empty class where there is
@@ -27,6 +27,9 @@ template <class Format>
 using TablesOf = typename CodecOf<Format>::Tables;
 
 // What the fast path must know of a block before it writes anything. It has
+//     kLooksAgain     whether a long block is looked at a second time, when its random numbers are
+//                     known. Its elements then have find_quotients(), which encodes some states and
+//                     prepares the others, and finish_levels() finds the scales of those
 //     Look            what a lane finds in its elements; look(rule, elements, tables) looks at
 //                     eight of them, add_all_of(other) adds them to others. A look leaves in
 //                     elements.values the new values (kLooksAtMoments), or the decoded ones

@@ -202,7 +202,7 @@ struct CodecOf<MulawFormat> {
 template <class Rule, class Entry>
 struct FastScales<MulawFormat, Rule, Entry> {
   static constexpr int N = Rule::kStates;
-  static constexpr bool kLooksAtMoments = !kMonotoneOf<Rule>;
+  static constexpr bool kLooksAtMoments = !kMonotoneOf<Rule>, kLooksAgain = false;
   using Tables = TablesOf<MulawFormat>;
   float scale[N], extreme[N];
   using Encoding = mulaw::Encoding<Entry::kOneScale>;
@@ -231,7 +231,7 @@ struct FastScales<MulawFormat, Rule, Entry> {
                                               const Tables& tables) {
     Look l;
     if constexpr (kLooksAtMoments) {
-      elements.find_moments(rule, tables);
+      elements.find_moments(rule, tables, nullptr);
       for_each_state<N>([&](auto s) {
         l.states[s] = largest_of_eight([&](int i) { return elements.values[s][i]; });
       });

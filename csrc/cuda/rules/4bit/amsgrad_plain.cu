@@ -1,0 +1,7 @@
+#include "rules/adam.h"
+
+#include "cuda/compile_kernels.cuh"
+#include "cuda/formats/four_bit.cuh"
+
+template struct torchao8::cuda::BlockKernels<torchao8::AdamRule<true, true>,
+                                             torchao8::FourBitFormat>;
