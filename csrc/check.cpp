@@ -113,7 +113,9 @@ void check_dequantize_call(Tensor codes, Tensor scale, int64_t block_size, Scala
                            int64_t state_format) {
   const char* op = "dequantize_blockwise";
   check_state_format(op, state_format, FormatsOf<PortableChecks>::type());
-  check_dequantize(op, codes, scale, block_size, dtype, device_of(codes));
+  const int bits = format_info(state_format).bits;
+  check_dequantize(op, codes, scale, sizes_of_codes(op, codes, bits), block_size, dtype,
+                   device_of(codes));
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ from torchao8._cuda_extension import load as load_cuda
 from torchao8._families import Family, FamilyState, StateFormat
 from torchao8._numbers import Number, all_numbers
 from torchao8._numbers import number_dtype as number_dtype
-from torchao8.block_layout import scale_shape
+from torchao8.block_layout import codes_shape, row_length, scale_shape
 
 try:
     import torchao8._C as _C
@@ -71,7 +71,7 @@ SUM_LIMBS = 18
 def quantize_blockwise(
     input: Tensor, *, block_size: int = 256, signed: bool = True, state_format: str = "dynamic"
 ) -> tuple[Tensor, Tensor]:
-    """Quantizes a tensor to 8 bits with one scale a block, to the nearest code.
+    """Quantizes a tensor to 8 or 4 bits with one scale a block, to the nearest code.
 
     Args:
         input: float32, bfloat16 or float16, any shape and strides. With ``signed=False`` it is
@@ -80,17 +80,26 @@ def quantize_blockwise(
         block_size: elements that share a scale, a power of two from 64 to 2048. Blocks lie inside
             rows, or go through the whole tensor where ``shape[1:]`` holds fewer than 16 elements.
         signed: which of the format's two maps.
-        state_format: "dynamic", see :func:`dynamic_map`, or "mulaw". A mu-law code of
+        state_format: "dynamic", see :func:`dynamic_map`, "mulaw" or "4bit". A mu-law code of
             an unsigned number is ``16 * e + k``, of the value ``2**e * (1 + k / 16) - 1`` times the
-            scale. A signed one has its sign in the highest bit, and that below.
+            scale. A signed one has its sign in the highest bit, and that below. A 4-bit code of an
+            unsigned number is ``2 * e + k``, of the value ``2**(e - 7) * (1 + k / 2)`` times the
+            scale: there is no 0. A signed one, ``n``, has the value ``(n - 7) / 8`` times the
+            scale.
 
     Returns:
-        ``codes``, uint8 of the shape of ``input``, and ``scale``, float32 of the shape
-        ``torchao8.block_layout.scale_shape(input.shape, block_size)``. It is NaN where the block
-        holds an element that is not finite, and 0 where it would be below the smallest normal
-        float32. Else it is the block's element of largest magnitude with its sign, in the dynamic
-        format. In the mu-law format it is the least number at which that element has a code,
-        rounded up: to a power of two, or, if signed, to 7 bits behind the point.
+        ``codes``, uint8, and ``scale``, float32 of the shape
+        ``torchao8.block_layout.scale_shape(input.shape, block_size)``. Codes of 8 bits have the
+        shape of ``input``. Codes of 4 bits have the shape
+        ``torchao8.block_layout.codes_shape(input.shape, block_size, 4)``: two elements of a row
+        share a byte, the first one in the low half.
+
+        The scale is NaN where the block holds an element that is not finite, and 0 where it would
+        be below the smallest normal float32. Else it is the block's element of largest magnitude
+        with its sign, in the dynamic format and in signed codes of 4 bits. In the mu-law format it
+        is the least number at which that element has a code, rounded up: to a power of two, or, if
+        signed, to 7 bits behind the point. In unsigned codes of 4 bits it is the least power of two
+        of which that element is at most 1.5 times.
 
     Raises:
         ValueError: there is no such format.
@@ -109,27 +118,40 @@ def dequantize_blockwise(
     signed: bool = True,
     dtype: torch.dtype = torch.float32,
     state_format: str = "dynamic",
+    shape: Sequence[int] | None = None,
 ) -> Tensor:
     """The values that codes stand for: those at scale 1 times the scale of the block.
 
     Args:
-        codes: uint8, any shape.
-        scale: float32 of the shape ``torchao8.block_layout.scale_shape(codes.shape, block_size)``.
+        codes, scale: as :func:`quantize_blockwise` gives them.
         block_size, signed, state_format: as given to :func:`quantize_blockwise`.
         dtype: of the result: float32, bfloat16 or float16. The product is rounded to it once.
+        shape: of the tensor that was quantized. Needed for codes of 4 bits alone: they do not tell
+            it.
 
     Returns:
-        A tensor of the shape of ``codes``.
+        A tensor of that shape; without it, of the shape of ``codes``, whose last dimension is twice
+        as long for codes of 4 bits.
 
     Raises:
-        ValueError: there is no such format.
+        ValueError: there is no such format, or the codes are not those of the shape.
         RuntimeError: wrong dtype, shape, block size or device; the message names the argument.
     """
-    number = _format_number("dequantize_blockwise", state_format)
+    op = "dequantize_blockwise"
+    number = _format_number(op, state_format)
+    if shape is not None:
+        expected = codes_shape(shape, block_size, FORMATS[number].bits)
+        if tuple(codes.shape) != expected:
+            raise ValueError(
+                f"{op}: codes must have shape {list(expected)} where shape is {list(shape)}, "
+                f"got {list(codes.shape)}"
+            )
     result: Tensor = _dequantize(
         codes, scale, block_size=block_size, signed=signed, dtype=dtype, state_format=number
     )
-    return result
+    if shape is None or result.shape == tuple(shape):
+        return result
+    return result[..., : row_length(shape, block_size)].reshape(tuple(shape))
 
 
 def _format_number(op: str, name: str) -> int:
@@ -195,10 +217,11 @@ def step_(
     """One step of an update rule, in place, on tensors of one device and one state format.
 
     The i-th entries of all lists belong together. The dtype of the first state chooses the format:
-    float32 values, with empty lists of scales, or uint8 codes of the shape of the parameter with
-    float32 scales of the shape ``torchao8.block_layout.scale_shape(p.shape, block_size)``. Squares
-    are of the unsigned map, all other states of the signed one (:func:`dynamic_map`); fresh 8-bit
-    state has scales of 0, and codes of 0 or 127.
+    float32 values, with empty lists of scales, or uint8 codes with float32 scales of the shapes
+    that :func:`quantize_blockwise` gives. Squares are unsigned, all other states signed. In 4 bits a
+    signed state is divided by the root of the stored second moment first, where the rule has one;
+    if the scale of that is 0, by 1. Fresh state has scales of 0 and codes of 0; signed ones are 127
+    in the dynamic format, and bytes of 119 in 4 bits.
 
     Args:
         op: of :data:`STEP_OPS`; its rule, in csrc/rules, names the states and the flags.
@@ -342,7 +365,7 @@ def takes_format(op: str, name: str, device: torch.device) -> bool:
 @functools.cache
 def _takes_format(op: str, number: int, device_type: str, portable: bool) -> bool:
     """Asks the op that only looks, with a parameter of no elements: the format is the first thing
-    that an op refuses."""
+    that an op refuses. (What it may refuse next is one scale for a tensor.)"""
     (family,) = (family for family in FAMILIES if family.step_op == op)
     number_of = torch.ones((), dtype=torch.float32, device=device_type)
     scale = number_of.reshape(1)
@@ -531,7 +554,8 @@ def mark_modified(tensors: Sequence[Tensor]) -> None:
 def _(
     input: Tensor, *, block_size: int = 256, signed: bool = True, state_format: int = 0
 ) -> tuple[Tensor, Tensor]:
-    codes = torch.empty(input.shape, dtype=torch.uint8, device=input.device)
+    shape = codes_shape(input.shape, block_size, FORMATS[state_format].bits)
+    codes = torch.empty(shape, dtype=torch.uint8, device=input.device)
     scale = torch.empty(
         scale_shape(input.shape, block_size), dtype=torch.float32, device=input.device
     )
@@ -548,7 +572,10 @@ def _(
     dtype: torch.dtype = torch.float32,
     state_format: int = 0,
 ) -> Tensor:
-    return torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    shape = list(codes.shape)
+    if FORMATS[state_format].bits == 4:
+        shape[-1] *= 2
+    return torch.empty(shape, dtype=dtype, device=codes.device)
 
 
 def _fake_step(op: str) -> None:

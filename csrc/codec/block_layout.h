@@ -17,6 +17,15 @@ struct BlockLayout {
   int64_t blocks_per_row = 1;
   int64_t leading_dims = 0;  // those that count the rows
 
+  // The shape of the codes of a tensor of these sizes, of 8 bits or of 4: then two elements share
+  // a byte of a row, the first one in its low half. In a row of odd length the last half is empty.
+  template <class Shape>
+  std::vector<int64_t> codes_shape(const Shape& sizes, int bits) const {
+    if (bits == 8) return {sizes.begin(), sizes.end()};
+    std::vector<int64_t> shape(sizes.begin(), sizes.begin() + leading_dims);
+    shape.push_back((row_length + 1) / 2);
+    return shape;
+  }
   // The shape of the scales of a tensor of these sizes.
   template <class Shape>
   std::vector<int64_t> scale_shape(const Shape& sizes) const {

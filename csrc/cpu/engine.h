@@ -205,8 +205,10 @@ class Engine {
       std::fill(param + length, param + padded, 0.0f);
       std::fill(grad + length, grad + padded, 0.0f);
       for (int s = 0; s < Rule::kStates; s++) {
+        const uint8_t zero = format_.zero_byte[Rule::kSigned[s]];
         std::memcpy(codes[s], home[s], bytes);
-        std::memset(codes[s] + bytes, format_.zero_byte[Rule::kSigned[s]], all - bytes);
+        std::memset(codes[s] + bytes, zero, all - bytes);
+        format_.clear_after(length, codes[s], zero);
       }
       blocks_.step.float32(item.step->rule, run);
       if (item.rounds_param) {
@@ -219,8 +221,9 @@ class Engine {
         item.param.write(convert_, param, begin, length);
       }
       for (int s = 0; s < Rule::kStates; s++) {
-        std::memcpy(home[s], codes[s], size_t(length));
-        home[s] += length;
+        format_.clear_after(length, codes[s], format_.zero_byte[Rule::kSigned[s]]);
+        std::memcpy(home[s], codes[s], bytes);
+        home[s] += bytes;
         run.scales[s]++;
       }
       begin += length;

@@ -135,5 +135,5 @@ Tensor lamb_update_sums_cpu(LambCall& call) {
 
 STABLE_TORCH_LIBRARY_IMPL(torchao8, CPU, m) {
   m.impl("lamb_update_sums",
-         &torchao8::lamb_update_sums<torchao8::lamb_update_sums_cpu, torchao8::Formats>);
+         &torchao8::lamb_update_sums<torchao8::lamb_update_sums_cpu, torchao8::MeasuredFormats>);
 }

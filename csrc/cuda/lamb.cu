@@ -66,6 +66,7 @@ Tensor lamb_update_sums_cuda(LambCall& call) {
 }  // namespace torchao8::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(torchao8, CUDA, m) {
-  m.impl("lamb_update_sums",
-         &torchao8::lamb_update_sums<torchao8::cuda::lamb_update_sums_cuda, torchao8::Formats>);
+  m.impl(
+      "lamb_update_sums",
+      &torchao8::lamb_update_sums<torchao8::cuda::lamb_update_sums_cuda, torchao8::cuda::Formats>);
 }

@@ -56,9 +56,9 @@ Tensor dequantize_blockwise_cuda(Tensor codes, Tensor scale, int64_t block_size,
   const char* op = "dequantize_blockwise";
   check_state_format(op, state_format, Formats());
   const Device device = device_of({op, "codes"}, codes);
-  const BlockLayout layout = check_dequantize(op, codes, scale, block_size, dtype, device);
-  const auto sizes = codes.sizes();
-  Tensor result = new_contiguous(codes, {sizes.begin(), sizes.end()}, dtype);
+  const std::vector<int64_t> sizes = sizes_of_codes(op, codes, format_info(state_format).bits);
+  const BlockLayout layout = check_dequantize(op, codes, scale, sizes, block_size, dtype, device);
+  Tensor result = new_contiguous(codes, sizes, dtype);
   const Launcher launcher(op, device.index);
   const DequantizeArguments arguments = {codes.const_data_ptr<uint8_t>(),
                                          scale.const_data_ptr<float>(),

@@ -316,7 +316,7 @@ void step_all_of(const Step<Rule>& step) {
 
 // See FamilyOps.
 struct CudaStep {
-  using Formats = torchao8::Formats;
+  using Formats = cuda::Formats;
   static constexpr bool kNeedsTensors = true;
   struct Guard {
     Guard() {}

@@ -9,6 +9,9 @@ namespace torchao8 {
 struct DynamicFormat {
   static constexpr const char* kName = "dynamic";
   static constexpr int kBits = 8, kStep = 16;
+  static constexpr bool kBlocksOnly = false;
+  template <class Rule>
+  static constexpr bool kTakes = true;
 
   template <bool kSigned>
   static constexpr uint8_t zero_byte() {

@@ -4,11 +4,15 @@
 
 #include "formats/dynamic.h"
 #include "formats/format.h"
+#include "formats/four_bit_format.h"
 #include "formats/mulaw_format.h"
 
 namespace torchao8 {
 
-using Formats = Types<DynamicFormat, MulawFormat>;
+using Formats = Types<DynamicFormat, MulawFormat, FourBitFormat>;
+
+// Those in which LAMB's updates are measured.
+using MeasuredFormats = Types<DynamicFormat, MulawFormat>;
 
 template <class... Format>
 constexpr int64_t count_formats(Types<Format...>) {

@@ -12,6 +12,9 @@ namespace torchao8 {
 struct MulawFormat {
   static constexpr const char* kName = "mulaw";
   static constexpr int kBits = 8, kStep = 32;
+  static constexpr bool kBlocksOnly = false;
+  template <class Rule>
+  static constexpr bool kTakes = true;
   static constexpr int kMantissaBits[2] = {4, 4};  // [signed]
 
   template <bool kSigned>

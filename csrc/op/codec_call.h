@@ -17,9 +17,21 @@ inline Tensor new_contiguous(const Tensor& like, const std::vector<int64_t>& sha
       like, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()), dtype);
 }
 
-// The arguments of dequantize_blockwise; returns where the blocks lie.
+// The sizes of what codes stand for. Codes of 4 bits do not tell whether the last half of a row's
+// last byte is empty: it counts as an element.
+inline std::vector<int64_t> sizes_of_codes(const char* op, const Tensor& codes, int bits) {
+  const auto sizes = codes.sizes();
+  std::vector<int64_t> elements(sizes.begin(), sizes.end());
+  if (bits == 8) return elements;
+  TORCHAO8_CHECK(!elements.empty(), op, ": codes of 4 bits must have the shape of rows, got []");
+  elements.back() *= 2;
+  return elements;
+}
+
+// The arguments of dequantize_blockwise; returns where the blocks lie. elements: as above.
 inline BlockLayout check_dequantize(const char* op, const Tensor& codes, const Tensor& scale,
-                                    int64_t block_size, ScalarType dtype, const Device& device) {
+                                    const std::vector<int64_t>& elements, int64_t block_size,
+                                    ScalarType dtype, const Device& device) {
   check_device({op, "codes"}, codes, device);
   check_device({op, "scale"}, scale, device);
   check_dtype({op, "codes"}, codes, ScalarType::Byte);
@@ -27,8 +39,8 @@ inline BlockLayout check_dequantize(const char* op, const Tensor& codes, const T
   check_block_size(op, block_size);
   check_contiguous({op, "codes"}, codes);
   check_contiguous({op, "scale"}, scale);
-  const BlockLayout layout = block_layout(codes.sizes(), block_size);
-  check_shape({op, "scale"}, scale, layout.scale_shape(codes.sizes()),
+  const BlockLayout layout = block_layout(elements, block_size);
+  check_shape({op, "scale"}, scale, layout.scale_shape(elements),
               "one scale per block of a row of codes");
   TORCHAO8_CHECK(
       dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op,

@@ -7,8 +7,39 @@
 #include <utility>
 
 #include "op/step_call.h"
+#include "rules/families.h"
 
 namespace torchao8 {
+
+// Whether there are kernels of a format for all rules of a family that have states.
+template <class Format, class... Rule>
+constexpr bool takes_rules(Types<Rule...>) {
+  return ((Rule::kStates == 0 || Format::template kTakes<Rule>) && ...);
+}
+
+// The format of a call of this family.
+template <class Family>
+void check_family(const StepCall& call) {
+  visit_format(Formats(), call.state_format, [&](auto type) {
+    using Format = typename decltype(type)::type;
+    if (takes_rules<Format>(typename Family::Rules())) return;
+    std::string names;
+    for_each_type(Families(), [&](auto other) {
+      using Other = typename decltype(other)::type;
+      if (!takes_rules<Format>(typename Other::Rules())) return;
+      names += (names.empty() ? "" : ", ") + std::string(Other::kName);
+    });
+    refuse(call.op, ": state_format ", call.state_format, " (", Format::kName,
+           ") has no kernels for ", Family::kName, "; it has them for ", names);
+  });
+}
+
+// Of a call whose tensors have one scale for each state.
+inline void check_one_scale(const StepCall& call) {
+  const FormatInfo& format = format_info(call.state_format);
+  TORCHAO8_CHECK(!format.blocks_only, call.op, ": a state in the format ", format.name,
+                 " has a scale for each block, and cannot have one for the tensor");
+}
 
 // Of the device of the call; rows of zeros.
 inline Tensor new_extremes(const StepCall& call) {
@@ -43,6 +74,8 @@ class FamilyOps {
     call.one_scale = !call.extremes.empty();
     check_block_size(call.op, call.block_size);
     check_state_format(call, FormatsOfEngine());
+    check_family<Family>(call);
+    if (call.one_scale) check_one_scale(call);
     const Numbers numbers(call);
     check_call(call);
     Engine::check_values(call);
@@ -67,6 +100,8 @@ class FamilyOps {
     prepare(call);
     call.one_scale = true;
     check_state_format(call, FormatsOfEngine());
+    check_family<Family>(call);
+    check_one_scale(call);
     const Numbers numbers(call);
     check_extremes_call(call);
     Engine::check_values(call);

@@ -208,14 +208,19 @@ inline void check_lengths(const StepCall& call) {
   if (!call.shard_offsets.empty()) check("shard_offsets", "", call.shard_offsets.size(), n, any);
 }
 
+// code_bits: of codes; those of 8 have the shape of the parameter, as float32 values do.
 inline void check_state(const StepCall& call, const StateLists& lists, size_t i,
-                        const BlockLayout& layout) {
+                        const BlockLayout& layout, int code_bits) {
   const Sizes sizes = call.params[i].sizes();
   const Argument values{call.op, lists.state.name, int64_t(i), kOfValues};
   const TensorView& t = lists.values[i];
   check_device(values, t, call.device);
   check_dtype(values, t, call.quantized ? ScalarType::Byte : ScalarType::Float);
-  check_shape(values, t, sizes, "that of the parameter");
+  if (call.quantized && code_bits != 8) {
+    check_shape(values, t, layout.codes_shape(sizes, code_bits), "two elements a byte of a row");
+  } else {
+    check_shape(values, t, sizes, "that of the parameter");
+  }
   check_contiguous(values, t);
   if (!call.quantized) return;
   const Argument scale{call.op, lists.state.name, int64_t(i), kOfScales};
@@ -247,7 +252,7 @@ inline void check_extremes(const StepCall& call, size_t i) {
   check_contiguous(extremes, call.extremes[i]);
 }
 
-inline void check_parameter(const StepCall& call, size_t i) {
+inline void check_parameter(const StepCall& call, size_t i, int code_bits) {
   const int64_t index = int64_t(i);
   const Argument param{call.op, "params", index}, grad{call.op, "grads", index};
   const TensorView &p = call.params[i], &g = call.grads[i];
@@ -266,14 +271,16 @@ inline void check_parameter(const StepCall& call, size_t i) {
   if (!call.extremes.empty()) check_extremes(call, i);
   BlockLayout layout;
   if (call.quantized) layout = block_layout(p.sizes(), call.block_size);
-  for (int s = 0; s < call.state_count; s++) check_state(call, *call.states[s], i, layout);
+  for (int s = 0; s < call.state_count; s++)
+    check_state(call, *call.states[s], i, layout, code_bits);
   for (int s = 0; s < call.scalar_count; s++) check_scalar(call, *call.scalars[s], i);
 }
 
 // All that can be told without reading a number.
 inline void check_call(const StepCall& call) {
   check_lengths(call);
-  for (size_t i = 0; i < call.params.size(); i++) check_parameter(call, i);
+  const int code_bits = format_info(call.state_format).bits;
+  for (size_t i = 0; i < call.params.size(); i++) check_parameter(call, i, code_bits);
   check_distinct(call.op, "params", "", call.params);
   for (int s = 0; s < call.list_count; s++) {
     if (call.has[s])

@@ -30,6 +30,7 @@ struct AdamRule {
   static constexpr int kStates = kAmsgrad ? 3 : 2, kValues = kStates;
   static constexpr bool kSigned[3] = {true, false, false};
   static constexpr bool kStochastic[3] = {false, true, true};
+  static constexpr int kRootOf[3] = {1, -1, -1};
   static constexpr bool kMomentsNeedParam = !kPlainGradient;
 
   // Moments of 8-bit state are computed divided by this, 1 - beta; for 32-bit state it is 1.

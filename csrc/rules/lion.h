@@ -23,6 +23,7 @@ struct LionRule {
   static constexpr int kStates = 1, kValues = 2;  // the momentum; the interpolation
   static constexpr bool kSigned[2] = {true, true};
   static constexpr bool kStochastic[1] = {false};
+  static constexpr int kRootOf[1] = {-1};
   static constexpr bool kMomentsNeedParam = false;
 
   float unit[1], decay[1], gain;

@@ -11,6 +11,9 @@
 //                     stochastically (if the caller says so)
 //     kValues         numbers that moments() leaves for the update: the new states, then any others
 //     kMomentsNeedParam   whether moments() reads the parameter
+//     kRootOf[s]      the state whose root a signed state is about as large as, so that their
+//                     quotient has few magnitudes; -1: none. A rule that does not say is not kept
+//                     in 4 bits
 //     at_step(options, t, scaled_state)   the rule of one tensor at its step t, counted from 1. A
 //                     rule with scalar states says how many, kScalars, and takes a fourth argument,
 //                     `float* scalars`: the stored ones on entry, the new ones when it returns
@@ -151,6 +154,12 @@ template <class Rule, class = void>
 constexpr bool kMonotoneOf = true;
 template <class Rule>
 constexpr bool kMonotoneOf<Rule, std::void_t<decltype(Rule::kMonotone)>> = Rule::kMonotone;
+
+// Whether a rule names the states whose roots others are about as large as.
+template <class Rule, class = void>
+constexpr bool kNamesRoots = false;
+template <class Rule>
+constexpr bool kNamesRoots<Rule, std::void_t<decltype(Rule::kRootOf)>> = true;
 
 // The rule of a tensor at its step t; its scalar states become the new ones.
 template <class Rule>

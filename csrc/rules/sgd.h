@@ -35,6 +35,7 @@ struct SgdRule {
   static constexpr int kValues = kStates + (kKeepsGradient ? 1 : 0);
   static constexpr bool kSigned[2] = {true, true};
   static constexpr bool kStochastic[1] = {false};
+  static constexpr int kRootOf[1] = {-1};
   static constexpr bool kMomentsNeedParam = true;
 
   float unit[1], decay[1], gain;

@@ -1,7 +1,7 @@
 // The table of a format for an instruction set. An isa_*_*.cpp includes this behind the format's
-// loops: step_blocks_of, StateDecoder, quantize_block and dequantize_block, which are in the
-// namespace TORCHAO8_ISA::TORCHAO8_LOOPS. TORCHAO8_KERNELS is the function that gives the table of
-// TORCHAO8_FORMAT.
+// loops, which are in the namespace TORCHAO8_ISA::TORCHAO8_LOOPS: step_blocks_of, quantize_block,
+// dequantize_block and StateDecoder (which a format that has blocks only need not define).
+// TORCHAO8_KERNELS is the function that gives the table of TORCHAO8_FORMAT.
 #include "cpu/step/extremes.inl"
 #include "cpu/step/measure.inl"
 
@@ -11,8 +11,10 @@ namespace TORCHAO8_ISA::TORCHAO8_LOOPS {
 
 template <class Rule>
 constexpr BlockKernels<Rule> make_block_kernels() {
-  if constexpr (Rule::kStates == 0) {
+  if constexpr (Rule::kStates == 0 || !TORCHAO8_FORMAT::template kTakes<Rule>) {
     return {};
+  } else if constexpr (TORCHAO8_FORMAT::kBlocksOnly) {
+    return {{step_blocks_of<Rule, float>, step_blocks_of<Rule, BFloat16>}, {}};
   } else {
     using Decoder = StateDecoder<Rule>;
     return {{step_blocks_of<Rule, float>, step_blocks_of<Rule, BFloat16>},
@@ -20,10 +22,19 @@ constexpr BlockKernels<Rule> make_block_kernels() {
   }
 }
 
+template <class Rule>
+constexpr decltype(FormatKernels::measure) make_measure() {
+  if constexpr (TORCHAO8_FORMAT::kBlocksOnly) {
+    return nullptr;
+  } else {
+    return measure_block<StateDecoder<Rule>, Rule>;
+  }
+}
+
 template <class... Rule>
 constexpr FormatKernels make_kernels(Types<Rule...>) {
   return {{make_block_kernels<Rule>()...},
-          measure_block<StateDecoder<LambRule>, LambRule>,
+          make_measure<LambRule>(),
           {{quantize_block<false>, quantize_block<true>},
            {dequantize_block<false>, dequantize_block<true>}}};
 }

@@ -3,8 +3,8 @@
 
 namespace torchao8::TORCHAO8_ISA {
 
-// Where one block lies in memory.
-template <class Rule, class T>
+// Where one block lies in memory. kBits: of a code.
+template <class Rule, class T, int kBits = 8>
 struct Block {
   T* param;
   const T* grad;
@@ -26,7 +26,7 @@ struct Block {
     param += length;
     grad += length;
     for (int s = 0; s < Rule::kStates; s++) {
-      codes[s] += length;
+      codes[s] += length * kBits / 8;
       scales[s]++;
     }
     first_element += uint64_t(length);

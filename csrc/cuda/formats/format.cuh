@@ -3,8 +3,12 @@
 #pragma once
 
 #include "cuda/block.cuh"
+#include "formats/formats.h"
 
 namespace torchao8::cuda {
+
+// The formats that there are kernels of.
+using Formats = Types<DynamicFormat, MulawFormat>;
 
 // The codec of a format. It has
 //     Tables          what a thread block keeps in shared memory; an empty class where there is

@@ -1,0 +1,130 @@
+// The 4-bit format of state, as arithmetic for host and device. Two numbers share a byte, the first
+// one in its low half. Neither direction needs a table.
+//
+// An unsigned state, an average of squares, is a float of three exponent bits and one mantissa bit.
+// With code n = 2 e + k,
+//     value = scale * 2^(e - 7) (1 + k / 2),
+// from 1/128 to 1.5, the scale being a power of two. There is no zero, so no second moment becomes
+// one; where the scale is 0 all codes are. Encoding adds bits to those of the float in units of the
+// scale and drops the lowest 22: random bits, or one half to round to nearest. The bits of a float
+// are linear in its value between two powers of two, so a random number rounds up with a chance
+// that is linear in the distance between codes, everywhere.
+//
+// A signed state is a number of steps of an eighth of its scale, -7 .. 8, rounded to nearest:
+//     value = root * scale * (n - 7) / 8.
+// The root is that of the element's stored second moment, where the rule has one (kRootOf), else 1:
+// m / sqrt(v) is of one magnitude in a block of which m is not. The scale is the quotient of
+// largest magnitude, with its sign. So this quotient and zero are exact.
+#pragma once
+
+#include "codec/block_scale.h"
+#include "formats/mulaw.h"
+
+namespace torchao8 {
+
+// Of an unsigned state.
+struct FourBitSquares {
+  static constexpr int kShift = 22;                          // bits of the float that are dropped
+  static constexpr uint32_t kFirst = 240, kLast = 240 + 15;  // the rest of the first and last codes
+  static constexpr float kTop = 1.5f;
+
+  // The value of a code at scale 1.
+  static TORCHAO8_HD float decode(uint32_t code) { return bits_float((kFirst + code) << kShift); }
+
+  // What is added before the lowest bits are dropped.
+  static constexpr uint32_t kHalf = 1u << (kShift - 1);  // to nearest, ties up
+  static TORCHAO8_HD uint32_t draw(uint32_t hash) { return hash >> (32 - kShift); }
+
+  // The code of x, which is not negative. What is below the first value gets its code, and what the
+  // tolerance of the scale has left above the last one gets that code.
+  static TORCHAO8_HD uint32_t encode(float x, float inverse, uint32_t added) {
+    const uint32_t rounded = (float_bits(x * inverse) + added) >> kShift;
+    return (rounded < kFirst ? kFirst : rounded > kLast ? kLast : rounded) - kFirst;
+  }
+
+  // The scale for the largest number, in these units: 0 where it would be below the smallest normal
+  // float, NaN where the number is none. It is below 2^126, as all scales are, which is less than
+  // needed only where a number is almost 2^126 itself and its unit almost 1.
+  static TORCHAO8_HD float scale_of(float largest, float unit) {
+    if (!usable<false>(largest)) return bits_float(0x7fc00000u);
+    const float exact = largest * unit * (1.0f / kTop);
+    if (exact < kMinScale) return 0.0f;
+    return exact < 0x1p125f ? round_up_to_bits<0>(exact) : 0x1p125f;
+  }
+
+  // What numbers in these units are multiplied by before encoding, exact as the scale is a power of
+  // two. Also of a scale that is NaN: the block is then not encoded, its codes are 0.
+  static TORCHAO8_HD float inverse_of(float scale, float unit) {
+    return scale > 0.0f ? unit / scale : 0.0f;
+  }
+};
+
+// Of a signed state.
+struct FourBitLevels {
+  static constexpr uint32_t kZero = 7;
+  // To this float integers of a few bits are added exactly, and all else is rounded to nearest, a
+  // tie to an even number. The integer is then in its lowest bits.
+  static constexpr float kRound = 0x1.8p23f;
+  static constexpr float kLeast = 0x1p-123f;  // the inverse of anything smaller may be infinite
+
+  // The value of a code at scale 1 and root 1, exactly.
+  static TORCHAO8_HD float decode(uint32_t code) { return float(int32_t(code) - 7) * 0.125f; }
+
+  // The code of a quotient. There is no -8.
+  static TORCHAO8_HD uint32_t encode(float quotient, float inverse) {
+    const float rounded = fma(quotient, inverse, kRound);
+    const int32_t steps = int32_t(float_bits(rounded) - float_bits(kRound));
+    return steps < -7 ? 0u : uint32_t(steps + 7);
+  }
+
+  // The scale for the quotient of largest magnitude, with its sign, in units: 0 where it counts as
+  // zero, NaN where it is none.
+  static TORCHAO8_HD float scale_of(float extreme, float unit) {
+    const float scale = extreme * unit;
+    if (!usable<true>(extreme) || !usable<true>(scale)) return bits_float(0x7fc00000u);
+    return std::fabs(extreme) < kLeast || std::fabs(scale) < kMinScale ? 0.0f : scale;
+  }
+
+  // What quotients are multiplied by before encoding. Of a scale that is 0 or NaN: 0.
+  static TORCHAO8_HD float inverse_of(float extreme, float scale) {
+    return std::fabs(scale) > 0.0f ? 8.0f / extreme : 0.0f;
+  }
+};
+
+// The roots of a block's second moments by their codes, each rounded once. A scale times a value is
+// 2^(e / 2) with e = code + 2 * (exponent of the scale) - 14, if a half code counts as a factor of
+// 1.5: so four mantissas and a power of two make all of them.
+struct FourBitRoots {
+  uint32_t base;  // what is added to a code
+
+  // sqrt(2), sqrt(3), 2 and sqrt(6), and the reciprocals of these floats.
+  static constexpr uint32_t kRoots[4] = {0x3fb504f3u, 0x3fddb3d7u, 0x40000000u, 0x401cc471u};
+  static constexpr uint32_t kReciprocals[4] = {0x3f3504f3u, 0x3f13cd3au, 0x3f000000u, 0x3ed105ebu};
+
+  // Of a stored scale. Without one all codes are 0, and the root of this is 1.
+  TORCHAO8_HD explicit FourBitRoots(float scale) {
+    const uint32_t exponent = scale >= kMinScale ? float_bits(scale) >> 23 : 127 + 7;
+    base = 2 * exponent + 2;
+  }
+
+  // What an exponent field goes up by for the root of this code, modulo 2^32.
+  TORCHAO8_HD uint32_t shift(uint32_t code) const {
+    return ((base + code) >> 2 << 23) - (68u << 23);
+  }
+
+  TORCHAO8_HD float root(uint32_t code) const {
+    return bits_float(pick(kRoots, base + code) + shift(code));
+  }
+  TORCHAO8_HD float reciprocal_of_root(uint32_t code) const {
+    return bits_float(pick(kReciprocals, base + code) - shift(code));
+  }
+
+ private:
+  // Selections, so that a GPU needs no memory to look one up.
+  static TORCHAO8_HD uint32_t pick(const uint32_t (&of)[4], uint32_t i) {
+    const uint32_t low = i & 1 ? of[1] : of[0], high = i & 1 ? of[3] : of[2];
+    return i & 2 ? high : low;
+  }
+};
+
+}  // namespace torchao8

@@ -1,0 +1,70 @@
+// The 4-bit format: which rules it takes, how two codes share a byte, and how a block of floats is
+// encoded without a rule.
+#pragma once
+
+#include "formats/four_bit.h"
+#include "rules/rule.h"
+
+namespace torchao8 {
+
+struct FourBitFormat {
+  static constexpr const char* kName = "4bit";
+  static constexpr int kBits = 4, kStep = 32;
+  static constexpr bool kBlocksOnly = true;
+  // What a signed state is divided by must be known.
+  template <class Rule>
+  static constexpr bool kTakes = kNamesRoots<Rule>;
+
+  template <bool kSigned>
+  static constexpr uint8_t zero_byte() {
+    return kSigned ? FourBitLevels::kZero * 17 : 0;
+  }
+};
+
+// The code of element i of a row, or of a part that begins with a whole byte.
+TORCHAO8_HD uint32_t four_bit_code(const uint8_t* bytes, int64_t i) {
+  return bytes[i >> 1] >> (i & 1) * 4 & 15;
+}
+
+// Stored scales as steps take them: what cannot be one is NaN, and so are the new states then.
+template <bool kSigned>
+TORCHAO8_HD float four_bit_scale(float stored) {
+  return usable<kSigned>(stored) ? stored : bits_float(0x7fc00000u);
+}
+
+// How a block of floats is encoded to nearest, without a rule: signed ones with roots of 1.
+struct FourBitScale {
+  float scale, inverse;
+};
+
+// By the number of largest magnitude, with its sign: also one of 2^126 or more, which no step
+// leaves. NaN or infinite: they are not encoded.
+template <bool kSigned>
+TORCHAO8_HD FourBitScale four_bit_scale_of_extreme(float extreme) {
+  const float factor = std::fabs(extreme) < kOverflow ? 1.0f : 4.0f;
+  FourBitScale to;
+  if constexpr (kSigned) {
+    to.scale = FourBitLevels::scale_of(extreme / factor, 1.0f);
+    to.inverse = FourBitLevels::inverse_of(extreme / factor, to.scale);
+  } else {
+    to.scale = FourBitSquares::scale_of(extreme / factor, 1.0f);
+    to.inverse = FourBitSquares::inverse_of(to.scale, 1.0f);
+  }
+  to.scale *= factor;
+  to.inverse /= factor;
+  return to;
+}
+
+template <bool kSigned>
+TORCHAO8_HD FourBitScale four_bit_scale_of_block(const float* x, int n) {
+  float largest = 0.0f;
+  bool good = true;
+  for (int i = 0; i < n; i++) {
+    const float magnitude = std::fabs(x[i]), before = std::fabs(largest);
+    if (magnitude > before || (magnitude == before && x[i] > 0.0f)) largest = x[i];
+    good = good && std::isfinite(x[i]) && (kSigned || x[i] >= 0.0f);
+  }
+  return four_bit_scale_of_extreme<kSigned>(good ? largest : bits_float(0x7fc00000u));
+}
+
+}  // namespace torchao8
