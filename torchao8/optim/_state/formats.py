@@ -276,8 +276,9 @@ class _FourBit(_Codes):
     """Two numbers a byte, and scales (csrc/formats/four_bit.h).
 
     An average of squares is one of 16 powers of two and their halves between, none of them 0. An
-    average of gradients is an eighth of its scale, from -7 to 8 of them, times the root of the
-    stored average of its squares where the rule has one. A block has its own scales always.
+    average of gradients is some eighths of its scale, from -7 to 8 of them, times the root of the
+    stored average of its squares where the rule has one; without a scale of those, this root is 1.
+    A block has its own scales always.
     """
 
     name = "4bit"
@@ -307,7 +308,7 @@ class _FourBit(_Codes):
             codes, scale = (values[key] for key in self.keys(state))
             moment = blocks.dequantize_packed(portion, codes, scale, state.signed, self.name)
             if state.squares:
-                moment *= moments[state.squares].sqrt()
+                moment *= _roots(moments[state.squares])
             moments[state.name] = moment
         return {state.name: moments[state.name] for state in states}
 
@@ -321,8 +322,7 @@ class _FourBit(_Codes):
                 stored = blocks.dequantize_packed(
                     portion, *made[state.squares], signed=False, state_format=self.name
                 )
-                root = stored.sqrt_()
-                moment = torch.where(root > 0, moment / root, 0.0).clamp(-_LARGEST, _LARGEST)
+                moment = (moment * (1 / _roots(stored))).clamp(-_LARGEST, _LARGEST)
             made[state.name] = blocks.quantize_packed(portion, moment, state.signed, self.name)
         return {
             key: value
@@ -350,6 +350,10 @@ class _FourBit(_Codes):
 
 # What a scale may be: a larger one counts as not finite.
 _LARGEST = 2.0**125
+
+
+def _roots(squares: Tensor) -> Tensor:
+    return torch.where(squares > 0, squares.sqrt(), 1.0)
 
 
 def _squares_first(states: Sequence[State]) -> list[State]:
