@@ -161,6 +161,5 @@ def moment(
     if form.bits == 4 and signed and case.rule == "adam":
         squares, _ = moment(case, form, state, "exp_avg_sq", shape)
         roots = torch.where(squares > 0, squares.sqrt().float().double(), 1.0)
-        # The product with the root is rounded, in units and times the scale.
-        return value * roots, scales * roots
+        return value.float().double() * roots, scales * roots  # each product is rounded
     return value, scales

@@ -41,6 +41,7 @@ KINDS: dict[str, Options] = {
     "float32": {"optim_bits": 32},
     "dynamic": {"state_format": "dynamic"},
     "mulaw": {"state_format": "mulaw"},
+    "4bit": {"optim_bits": 4},
 }
 
 
@@ -251,20 +252,46 @@ HOW = {
     ("mulaw", "float32"): "in 8 bits (mulaw), and is kept in 32 from here on",
     ("dynamic", "mulaw"): "with state_format='dynamic', and is rounded to 'mulaw'",
     ("mulaw", "dynamic"): "with state_format='mulaw', and is rounded to 'dynamic'",
+    ("float32", "4bit"): "in 32 bits, and is rounded to 4",
+    ("dynamic", "4bit"): "in 8 bits, and is rounded to 4",
+    ("mulaw", "4bit"): "in 8 bits (mulaw), and is rounded to 4",
+    ("4bit", "float32"): "in 4 bits, and is kept in 32 from here on",
+    ("4bit", "dynamic"): "in 4 bits, and is rounded to 8",
+    ("4bit", "mulaw"): "in 4 bits, and is rounded to 8 (mulaw)",
 }
 
 
-def rounded(value: Tensor, kind: str, signed: bool) -> Tensor:
-    """What a tensor becomes in a format, in blocks."""
+def rounded(value: Tensor, kind: str, signed: bool, squares: Tensor | None = None) -> Tensor:
+    """What a tensor becomes in a format, in blocks.
+
+    Args:
+        squares: the second moments of a first one, which 4 bits of it are relative to.
+    """
     if kind == "float32":
         return value
     options: Any = {"signed": signed, "state_format": kind}
-    return ops.dequantize_blockwise(*ops.quantize_blockwise(value, **options), **options)
+    if kind == "4bit" and squares is not None:
+        stored = rounded(squares, kind, False)
+        roots = torch.where(stored > 0, stored.sqrt(), 1.0)
+        return rounded(value * (1 / roots), kind, True) * roots
+    codes, scale = ops.quantize_blockwise(value, **options)
+    return ops.dequantize_blockwise(codes, scale, **options, shape=value.shape)
 
 
-@pytest.mark.parametrize("block_wise", [True, False], ids=["blocks", "one-scale"])
-@pytest.mark.parametrize(("was", "now"), list(itertools.permutations(KINDS, 2)))
-@pytest.mark.parametrize("case", OF_8_BITS, ids=lambda case: case.cls.__name__)
+def conversions() -> list[Any]:
+    """Each format to each other, for the optimizers and the kinds of scales that both have."""
+    return [
+        pytest.param(
+            case, was, now, each, id=f"{case.cls.__name__}-{was}-{now}-{'one-scale' * (not each)}"
+        )
+        for was, now in itertools.permutations(KINDS, 2)
+        for case in OF_8_BITS
+        for each in (True, False)
+        if "4bit" not in (was, now) or (each and case.cls._has_4bit)
+    ]
+
+
+@pytest.mark.parametrize(("case", "was", "now", "block_wise"), conversions())
 def test_every_format_becomes_every_other(
     case: OptimizerCase, was: str, now: str, block_wise: bool
 ) -> None:
@@ -290,7 +317,8 @@ def test_every_format_becomes_every_other(
             if p.numel() < SMALL or (now == "float32" and not mends):
                 assert bits(ours[name]) == bits(value)
             elif block_wise and not mends:
-                assert bits(ours[name]) == bits(rounded(value, now, case.is_signed(name)))
+                squares = theirs.get("exp_avg_sq") if name == "exp_avg" else None
+                assert bits(ours[name]) == bits(rounded(value, now, case.is_signed(name), squares))
             elif not mends:
                 largest = float(value.abs().max())
                 assert ((ours[name] - value).abs() <= 0.07 * value.abs() + 0.01 * largest).all()
@@ -305,8 +333,9 @@ def test_every_format_becomes_every_other(
         assert all(bits(v) == bits(again.state[q][k]) for k, v in target.state[p].items())
 
 
+@pytest.mark.parametrize("kind", ["mulaw", "4bit"])
 @pytest.mark.parametrize("writer", ["bitsandbytes", "torchao"])
-def test_other_libraries(writer: str) -> None:
+def test_other_libraries(writer: str, kind: str) -> None:
     """What they saved in 8 bits is read as dynamic state, then rounded to the format here."""
     parameters = load(writer)
     saved = {
@@ -316,17 +345,19 @@ def test_other_libraries(writer: str) -> None:
     shapes = [each["shape"] for each in parameters]
     wide, there = (
         AdamW8bit(make_params(shapes=shapes), min_8bit_size=SMALL, **options)
-        for options in (KINDS["float32"], KINDS["mulaw"])
+        for options in (KINDS["float32"], KINDS[kind])
     )
     loaded(wide, saved)
     told = loaded(there, saved)
     # One warning for what was read in 8 bits, and one for what was read in 32.
-    assert sum("and is rounded to 'mulaw'" in text for text in told) == 1
-    assert sum("and is rounded to 8 (mulaw)" in text for text in told) <= 1
+    assert sum(HOW["dynamic", kind] in text for text in told) == 1
+    assert sum(HOW["float32", kind] in text for text in told) <= 1
     for p, q in zip(params_of(wide), params_of(there), strict=True):
-        for name, value in wide.moments(p).items():
+        moments = wide.moments(p)
+        for name, value in moments.items():
+            squares = moments["exp_avg_sq"] if name == "exp_avg" else None
             small = p.numel() < SMALL
-            want = value if small else rounded(value, "mulaw", name == "exp_avg")
+            want = value if small else rounded(value, kind, name == "exp_avg", squares)
             assert bits(there.moments(q)[name]) == bits(want)
 
 
@@ -348,7 +379,7 @@ def test_moments_are_the_numbers_of_the_oracle(case: OptimizerCase, form: Any) -
     train(optimizer, params, range(2))
     for p in params:
         for name, value in optimizer.moments(p).items():
-            want, _ = decoded(case, form, optimizer.state[p], name)
+            want, _ = decoded(case, form, optimizer.state[p], name, tuple(p.shape))
             assert bits(value) == bits(want.float())
 
 
