@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,16 @@ import pytest
 import torch
 from format_table import FORMAT_CASES, LAW, every_pair
 from format_table import moment as decoded
-from helpers import SMALL, all_bits, assert_same_training, bits, make_params, set_grads, train
+from helpers import (
+    SHAPES,
+    SMALL,
+    all_bits,
+    assert_same_training,
+    bits,
+    make_params,
+    set_grads,
+    train,
+)
 from optim_table import OF_8_BITS, OptimizerCase, Options
 from ranks import run_ranks
 from sharded import fsdp_weights as weights
@@ -49,8 +59,8 @@ def adamw(params: Any, **options: Any) -> AdamW8bit:
     return AdamW8bit(params, **{"lr": 0.01, "min_8bit_size": SMALL, "seed": 3, **options})
 
 
-def trained(steps: int = 3, **options: Any) -> AdamW8bit:
-    params = make_params()
+def trained(steps: int = 3, shapes: Any = SHAPES, **options: Any) -> AdamW8bit:
+    params = make_params(shapes=shapes)
     optimizer = adamw(params, **options)
     train(optimizer, params, range(steps))
     return optimizer
@@ -361,14 +371,15 @@ def test_other_libraries(writer: str, kind: str) -> None:
             assert bits(there.moments(q)[name]) == bits(want)
 
 
-def test_torch_goes_on_from_it() -> None:
-    ours = trained(state_format="mulaw")
+@pytest.mark.parametrize("kind", ["mulaw", "4bit"])
+def test_torch_goes_on_from_it(kind: str) -> None:
+    ours = trained(**KINDS[kind])
     theirs = torch.optim.AdamW(make_params())
     theirs.load_state_dict(to_torch(ours))
     for p, q in zip(params_of(ours), params_of(theirs), strict=True):
         for name, value in ours.moments(p).items():
             assert bits(theirs.state[q][name]) == bits(value)
-    back = adamw(make_params(), state_format="mulaw")
+    back = adamw(make_params(), **KINDS[kind])
     assert len(loaded(back, theirs.state_dict())) == 1
 
 
@@ -410,33 +421,34 @@ def test_a_resting_momentum_wakes_in_its_format() -> None:
 # -- files ---------------------------------------------------------------------------------------
 
 
-def test_safetensors(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["mulaw", "4bit"])
+def test_safetensors(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("safetensors")
     pytest.importorskip("numpy")
-    optimizer = trained(state_format="mulaw")
+    optimizer = trained(**KINDS[kind])
     save_safetensors(optimizer, tmp_path / "state")
-    same, other = adamw(make_params(), state_format="mulaw"), adamw(make_params())
+    same, other = adamw(make_params(), **KINDS[kind]), adamw(make_params())
     load_safetensors(same, tmp_path / "state")
     assert all_bits(same)["states"] == all_bits(optimizer)["states"]
-    with pytest.warns(UserWarning, match="state_format='mulaw', and is rounded to 'dynamic'"):
+    with pytest.warns(UserWarning, match=re.escape(HOW[kind, "dynamic"])):
         load_safetensors(other, tmp_path / "state")
 
 
-def _through_dcp(rank: int, world_size: int, folder: Path) -> None:
+def _through_dcp(rank: int, world_size: int, written: str, folder: Path) -> None:
     """Saved in one format, by load_dcp read as each of them; and torch's own way mixes nothing."""
     import torch.distributed.checkpoint as dcp
 
     model = weights(init_device_mesh("cpu", (world_size,)))
-    source = adamw(groups_of(model.parameters(), True), state_format="mulaw")
+    source = adamw(groups_of(model.parameters(), True), **KINDS[written])
     step_with(source, range(2))
     saved = get_optimizer_state_dict(model, source)
     dcp.save({"optimizer": saved}, checkpoint_id=folder)
     for kind, options in KINDS.items():
         target = adamw(groups_of(model.parameters(), True), **options)
         with warnings.catch_warnings():
-            warnings.simplefilter("error" if kind == "mulaw" else "ignore")
+            warnings.simplefilter("error" if kind == written else "ignore")
             load_dcp(model, target, folder)
-        if kind == "mulaw":
+        if kind == written:
             assert gathered(target) == gathered(source)
         for p in params_of(target):
             assert list(target.state[p])[1] in FORMATS[kind].keys_of("exp_avg") or (
@@ -449,18 +461,25 @@ def _through_dcp(rank: int, world_size: int, folder: Path) -> None:
     assert "exp_avg_codes" in other.state[params_of(other)[0]]
 
 
-def test_folders_of_distributed_checkpoint(tmp_path: Path) -> None:
-    run_ranks(2, _through_dcp, tmp_path)
+@pytest.mark.parametrize("kind", ["mulaw", "4bit"])
+def test_folders_of_distributed_checkpoint(kind: str, tmp_path: Path) -> None:
+    run_ranks(2, _through_dcp, kind, tmp_path)
 
 
 def _fsdp1(rank: int, world_size: int) -> None:
+    """In every format that it rounds anew."""
+    for kind, gap in (("mulaw", 2.0**-4), ("4bit", 2.0**-18)):
+        _through_fsdp1(kind, gap)
+
+
+def _through_fsdp1(kind: str, gap: float) -> None:
     fsdp = FullyShardedDataParallel
     model = _model()
-    optimizer = adamw(model.parameters(), state_format="mulaw")
+    optimizer = adamw(model.parameters(), **KINDS[kind])
     _step(model, optimizer, 0)
     saved = fsdp.optim_state_dict(model, optimizer)
     assert set(saved["state"]["0.weight"]) == {"step", "exp_avg", "exp_avg_sq"}
-    again = adamw(model.parameters(), state_format="mulaw")
+    again = adamw(model.parameters(), **KINDS[kind])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         again.load_state_dict(fsdp.optim_state_dict_to_load(model, again, saved))
@@ -471,7 +490,7 @@ def _fsdp1(rank: int, world_size: int) -> None:
         for name, value in optimizer.moments(p).items():
             off = (again.moments(p)[name] - value).abs()
             largest = value.abs().max()
-            assert (off <= 2.0**-4 * (value.abs() + largest / 128)).all()
+            assert (off <= gap * (value.abs() + largest / 128)).all()
 
 
 def test_fsdp1() -> None:
@@ -482,8 +501,9 @@ def test_fsdp1() -> None:
 
 
 def damaged(key: str, change: Any) -> dict[str, Any]:
-    saved = copy.deepcopy(trained(state_format="mulaw").state_dict())
-    change(saved["state"][1][key])
+    kind = "4bit" if "4bit" in key else "mulaw"
+    saved = copy.deepcopy(trained(shapes=DAMAGED, **KINDS[kind]).state_dict())
+    change(saved["state"][2 if kind == "4bit" else 1][key])
     return saved
 
 
@@ -494,6 +514,8 @@ def fill(place: Any, value: float) -> Any:
     return change
 
 
+# The third one has rows of odd length.
+DAMAGED = ((3, 300), (40, 70), (4, 131))
 POWERS = "expected powers of two, as steps leave them, got"
 DAMAGE = {
     "nan": ("exp_avg_mulaw_scale", fill((3, 0), float("nan")), "expected finite numbers"),
@@ -515,6 +537,27 @@ DAMAGE = {
         fill((3, 0), 0.0),
         "expected codes of 0 in all blocks of scale 0 and in no others, got some that are not so",
     ),
+    "4 bits, no power": ("exp_avg_sq_4bit_scale", fill((3, 0), 0.75), f"{POWERS} 0.75"),
+    "4 bits, negative": (
+        "exp_avg_sq_4bit_scale",
+        fill((3, 0), -1.0),
+        "expected numbers >= 0, got -1.0",
+    ),
+    "4 bits, infinite": (
+        "exp_avg_4bit_scale",
+        fill((3, 0), float("inf")),
+        "expected finite numbers",
+    ),
+    "4 bits, behind a row": (
+        "exp_avg_4bit",
+        fill((2, -1), 0x87),
+        "expected the half byte 7 behind each row, which is of no element, got another one",
+    ),
+    "4 bits, behind a row of squares": (
+        "exp_avg_sq_4bit",
+        fill((2, -1), 0x13),
+        "expected the half byte 0 behind each row, which is of no element, got another one",
+    ),
 }
 
 
@@ -523,12 +566,13 @@ DAMAGE = {
 def test_a_damaged_checkpoint_is_refused(name: str, kind: str) -> None:
     """As it is, and where it would be converted."""
     key, change, message = DAMAGE[name]
-    optimizer = trained(**KINDS[kind])
+    optimizer = trained(shapes=DAMAGED, **KINDS[kind])
     before = all_bits(optimizer)
     with pytest.raises(ValueError) as error:
         loaded(optimizer, damaged(key, change))
     told = "exp_avg_sq_mulaw" if name == "zero scale" else key
-    assert str(error.value).startswith(f"{told} of parameter 1: {message}")
+    which = 2 if "4bit" in key else 1
+    assert str(error.value).startswith(f"{told} of parameter {which}: {message}")
     assert all_bits(optimizer) == before
 
 
@@ -561,6 +605,24 @@ def test_it_takes_what_was_estimated(block_wise: bool) -> None:
     assert memory.moments_8bit == 2 * sum(p.numel() for p in params[:3])
     with pytest.raises(ValueError, match="state_format: expected 'dynamic' or 'mulaw', got 'log'"):
         torchao8.estimate(shapes, state_format="log")
+
+
+def test_4_bits_take_what_was_estimated() -> None:
+    """Rows of even and of odd length, a flat tensor; at most 1.13 bytes a parameter for Adam."""
+    shapes = [(300, 333), (512, 1024), (64, 3, 7, 7), (100_001,), (5,)]
+    params = make_params(shapes=shapes)
+    optimizer = torchao8.AdamW4bit(params)
+    estimated = torchao8.estimate(shapes)
+    assert optimizer.memory().total == estimated.state_4bit == estimated.checkpoint_4bit
+    train(optimizer, params, [0])
+    memory = optimizer.memory()
+    assert memory.total == estimated.state_4bit
+    assert (memory.tensors_4bit, memory.tensors_8bit, memory.pending) == (4, 0, 0)
+    assert memory.moments_4bit == 2 * (300 * 167 + 512 * 512 + 64 * 74 + 50_001)
+    assert "4-bit moments" in str(memory)
+    assert torchao8.estimate([(4096, 4096)]).state_4bit <= 1.13 * 4096**2
+    assert torchao8.estimate(shapes, optimizer="RMSprop").state_4bit is None
+    assert torchao8.estimate(shapes, block_wise=False).state_4bit is None
 
 
 def test_the_constants_are_those_of_the_kernels() -> None:
