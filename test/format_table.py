@@ -11,8 +11,10 @@ import format_reference as formats
 import pytest
 import reference
 import torch
-from optim_table import OF_8_BITS, OptimizerCase, Options
+from optim_table import OF_4_BITS, OF_8_BITS, OptimizerCase, Options
 from torch import Tensor
+
+from torchao8.block_layout import row_start
 
 LAW = formats.MuLaw(signed=4, unsigned=4)
 
@@ -22,30 +24,37 @@ class FormatCase:
     """A format.
 
     Attributes:
-        name: the option ``state_format``.
+        name: of its record.
+        cases: the optimizers that have it.
+        options: with which they do.
         suffixes: of the keys of its codes and of their scales.
-        codebook: of signed or of unsigned numbers, the value of each byte at scale 1, float64.
-        gap: between the codes around a value at scale 1, at most.
+        codebook: of signed or of unsigned numbers, the value of each code at scale 1, float64.
+        smallest: what a number above 0 is at least, at scale 1, in an unsigned state.
+        gap: between the codes around a value at scale 1, at most; signed or not.
+        bits: of a code.
+        block_wise: the values of the option that it takes.
     """
 
     name: str
+    cases: tuple[OptimizerCase, ...]
+    options: Options
     suffixes: tuple[str, str]
     codebook: Callable[[bool], Tensor]
-    gap: Callable[[Tensor], Tensor]
-
-    @property
-    def options(self) -> Options:
-        return {"state_format": self.name}
+    smallest: float
+    gap: Callable[[Tensor, bool], Tensor]
+    bits: int = 8
+    block_wise: tuple[bool, ...] = (True, False)
 
     def keys(self, state: str) -> tuple[str, str]:
         codes, scale = self.suffixes
         return state + codes, state + scale
 
     def decode(
-        self, codes: Tensor, scale: Tensor, signed: bool, block_size: int = 256
+        self, codes: Tensor, scale: Tensor, signed: bool, shape: tuple[int, ...], block_size: int
     ) -> tuple[Tensor, Tensor]:
         """The numbers, and the scale of each of them, in float64."""
-        shape = tuple(codes.shape)
+        if self.bits == 4:
+            codes = formats.unpack(codes, shape, row_start(shape, block_size))
         if scale.shape == (1,) != reference.scale_shape(shape, block_size):
             scales = scale.double().expand(shape)
         else:
@@ -53,28 +62,62 @@ class FormatCase:
         return self.codebook(signed)[codes.long()] * scales, scales
 
 
+def gap_in_4_bits(values: Tensor, signed: bool) -> Tensor:
+    """Of a first moment in eighths, the least of which is -7 of them."""
+    if signed:
+        return torch.where(values < -7 / 8, 1 / 4, 1 / 8)
+    return torch.ldexp(torch.ones_like(values), torch.frexp(values)[1] - 2)
+
+
 MULAW = FormatCase(
     "mulaw",
+    OF_8_BITS,
+    {"state_format": "mulaw"},
     ("_mulaw", "_mulaw_scale"),
     lambda signed: formats.codebook(LAW, signed),
-    lambda values: 2.0**-4 * (values.abs() + 1),
+    2.0**-4,
+    lambda values, signed: 2.0**-4 * (values.abs() + 1),
 )
-FORMAT_CASES = (MULAW,)
+FOUR_BIT = FormatCase(
+    "4bit",
+    OF_4_BITS,
+    {},
+    ("_4bit", "_4bit_scale"),
+    lambda signed: formats.levels_of_4bit() if signed else formats.squares_of_4bit(),
+    2.0**-7,
+    gap_in_4_bits,
+    bits=4,
+    block_wise=(True,),
+)
+FORMAT_CASES = (MULAW, FOUR_BIT)
 
 
-def pairs_with(
-    cases: tuple[OptimizerCase, ...] = OF_8_BITS,
-) -> Iterator[tuple[OptimizerCase, FormatCase]]:
-    return ((case, each) for each in FORMAT_CASES for case in cases)
+def pairs_with() -> Iterator[tuple[OptimizerCase, FormatCase]]:
+    return ((case, each) for each in FORMAT_CASES for case in each.cases)
 
 
-def every_pair(cases: tuple[OptimizerCase, ...] = OF_8_BITS) -> pytest.MarkDecorator:
+def every_pair() -> pytest.MarkDecorator:
     """Runs a test over the optimizers and the formats: ``case`` and ``form``."""
     rows = [
         pytest.param(case, form, id=f"{case.cls.__name__}-{form.name}")
-        for case, form in pairs_with(cases)
+        for case, form in pairs_with()
     ]
     return pytest.mark.parametrize(("case", "form"), rows)
+
+
+def every_pair_and_scales() -> pytest.MarkDecorator:
+    """The same with a scale for each block, and one for a tensor: ``block_wise``."""
+    rows = [
+        pytest.param(
+            case,
+            form,
+            block_wise,
+            id=f"{'blocks' if block_wise else 'one-scale'}-{case.cls.__name__}-{form.name}",
+        )
+        for case, form in pairs_with()
+        for block_wise in form.block_wise
+    ]
+    return pytest.mark.parametrize(("case", "form", "block_wise"), rows)
 
 
 def every_pair_and_options() -> pytest.MarkDecorator:
@@ -99,10 +142,24 @@ def has_blocks(state: dict[str, Tensor], form: FormatCase, name: str) -> bool:
 
 
 def moment(
-    case: OptimizerCase, form: FormatCase, state: dict[str, Tensor], name: str
+    case: OptimizerCase,
+    form: FormatCase,
+    state: dict[str, Tensor],
+    name: str,
+    shape: tuple[int, ...],
 ) -> tuple[Tensor, Tensor]:
-    """A state in float64, and what the scale of each number is: 0 where it is float32."""
+    """A state in float64, and what the scale of each number is: 0 where it is float32.
+
+    A first moment of 4 bits is in units of the root of the stored second one, if that has a scale.
+    """
     if not has_blocks(state, form, name):
         return state[name].double(), torch.zeros_like(state[name], dtype=torch.float64)
     codes, scale = (state[key] for key in form.keys(name))
-    return form.decode(codes, scale, case.is_signed(name))
+    block_size = 64 if form.bits == 4 else 256
+    signed = case.is_signed(name)
+    value, scales = form.decode(codes, scale, signed, shape, block_size)
+    if form.bits == 4 and signed and case.rule == "adam":
+        squares, _ = moment(case, form, state, "exp_avg_sq", shape)
+        roots = torch.where(squares > 0, squares.sqrt().float().double(), 1.0)
+        return value.float().double() * roots, scales * roots  # each product is rounded
+    return value, scales

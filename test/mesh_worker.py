@@ -114,7 +114,7 @@ def facts(p: Any, state: dict[str, Any]) -> dict[str, Any]:
         "state": {key: [str(t.dtype), t.shape] for key, t in state.items()},
     }
     if sharding.is_dtensor(p):
-        place = sharding.shard_rows(p, 256)
+        place = sharding.shard_rows(p, 256, 8)
         known["local"] = sharding.local(p).shape
         known["local_state"] = {key: sharding.local(t).shape for key, t in state.items()}
         known["place"] = None if place is None else place._asdict()

@@ -1,7 +1,7 @@
 """Every optimizer of the library, with what the tests, which run over this table, must know."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -58,6 +58,8 @@ class OptimizerCase:
         names = [name for name, _ in self.states] + list(extra)
         if bits == 8:
             names = [f"{name}_{part}" for name in names for part in ("codes", "scale")]
+        if bits == 4:
+            names = [f"{name}_{part}" for name in names for part in ("4bit", "4bit_scale")]
         return ["step", *names, *self.scalars]
 
     def is_signed(self, state: str) -> bool:
@@ -140,10 +142,18 @@ RMSPROP: dict[str, Any] = {
 }
 
 
+BOTH = (("", 32), ("8bit", 8))
+
+
 def family(
-    name: str, torch_cls: Any, states: tuple[tuple[str, bool], ...], options: Any, **others: Any
+    name: str,
+    torch_cls: Any,
+    states: tuple[tuple[str, bool], ...],
+    options: Any,
+    kinds: Any = BOTH,
+    **others: Any,
 ) -> list[OptimizerCase]:
-    """The classes of a rule: with 32-bit and with 8-bit state."""
+    """The classes of a rule: with 32-bit and with 8-bit state, or of other kinds."""
     return [
         OptimizerCase(
             getattr(torchao8, name + suffix),
@@ -154,7 +164,7 @@ def family(
             options,
             **others,
         )
-        for suffix, bits in (("", 32), ("8bit", 8))
+        for suffix, bits in kinds
     ]
 
 
@@ -206,6 +216,24 @@ OPTIMIZERS = (
 )
 
 OF_8_BITS = tuple(case for case in OPTIMIZERS if case.optim_bits == 8)
+# Not among the others: what they share with these, tests of formats run over them.
+FOUR: dict[str, Any] = {"kinds": (("4bit", 4),)}
+OF_4_BITS = (
+    *(
+        replace(case, cls=getattr(torchao8, f"{case.cls.__name__}4bit"), optim_bits=4)
+        for case in ADAMS
+        if case.optim_bits == 32
+    ),
+    *family("Lion", None, (("exp_avg", True),), LION_OPTIONS, **FOUR),
+    *family(
+        "SGD",
+        torch.optim.SGD,
+        (("momentum_buffer", True),),
+        SGD_OPTIONS,
+        base={"momentum": 0.9},
+        **FOUR,
+    ),
+)
 
 # Options that every optimizer refuses, with the type of the error.
 BAD_OPTIONS: tuple[tuple[Options, type[Exception]], ...] = (
@@ -214,7 +242,9 @@ BAD_OPTIONS: tuple[tuple[Options, type[Exception]], ...] = (
     ({"lr": "fast"}, ValueError),
     ({"lr": torch.tensor([1e-3, 1e-3])}, ValueError),
     ({"lr": torch.tensor(-1.0)}, ValueError),
-    ({"optim_bits": 4}, ValueError),
+    ({"optim_bits": 16}, ValueError),
+    ({"optim_bits": 4, "state_format": "mulaw"}, ValueError),
+    ({"optim_bits": 4, "block_wise": False}, ValueError),
     ({"min_8bit_size": -1}, ValueError),
     ({"min_8bit_size": 4096.0}, ValueError),
     ({"block_size": 32}, ValueError),

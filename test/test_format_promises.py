@@ -12,10 +12,17 @@ import pytest
 import reference_rules
 import torch
 import torch.distributed.checkpoint as dcp
-from format_table import FORMAT_CASES, FormatCase, every_pair, every_pair_and_options, has_blocks
+from format_table import (
+    FORMAT_CASES,
+    FormatCase,
+    every_pair,
+    every_pair_and_options,
+    every_pair_and_scales,
+    has_blocks,
+)
 from format_table import moment as decoded
-from helpers import SMALL, assert_same_training, bits, make_params, set_grads, train
-from optim_table import OF_8_BITS, OptimizerCase, Options
+from helpers import SHAPES, SMALL, assert_same_training, bits, make_params, set_grads, train
+from optim_table import OptimizerCase, Options
 from paged import SHAPES as PAGED_SHAPES
 from paged import assert_paged, paged
 from ranks import run_ranks
@@ -42,7 +49,7 @@ def oracle_step(
     return reference_rules.RULES[case.rule](
         p.detach().double(),
         p.grad.double(),
-        {name: decoded(case, form, state, name)[0] for name in names},
+        {name: decoded(case, form, state, name, tuple(p.shape))[0] for name in names},
         int(state["step"]) + 1,
         group,
         any(has_blocks(state, form, name) for name in names),
@@ -59,14 +66,15 @@ def check_stored(
     nearest: bool,
 ) -> None:
     """A stored state is the oracle's, but for float32 rounding and that of its format."""
-    found, scale = decoded(case, form, state, name)
-    gap = torch.where(scale > 0, form.gap(want / scale) * scale, 0.0)
+    found, scale = decoded(case, form, state, name, tuple(want.shape))
+    signed = case.is_signed(name)
+    gap = torch.where(scale != 0, form.gap(want / scale, signed) * scale.abs(), 0.0)
     share = 0.5 if nearest else 1.0
     off = (found - want).abs()
     # The rounding of the scaled number to float32 is of the order of 2^-24 of it.
     limit = share * gap * (1 + 2.0**-10) + 2 * error + 1e-37
-    if not case.is_signed(name) and has_blocks(state, form, name):
-        smallest = form.codebook(False)[1] * scale
+    if not signed and has_blocks(state, form, name):
+        smallest = form.smallest * scale
         assert (found[(want > 0) & (scale > 0)] > 0).all()  # never zero
         limit = torch.where(found == smallest, torch.maximum(limit, smallest), limit)
     assert (off <= limit).all(), name
@@ -78,7 +86,7 @@ def test_each_step_is_that_of_the_oracle(
     case: OptimizerCase, form: FormatCase, options: Options, dtype: torch.dtype
 ) -> None:
     """Each step is repeated in float64 from the state before it, so that no error adds up."""
-    params = make_params(dtype)
+    params = make_params(dtype, (*SHAPES, (5, 131)))  # the last one of rows of odd length
     rounding = "nearest" if options.get("amsgrad") else "stochastic"
     optimizer = case.make(
         params, **options, **form.options, min_8bit_size=SMALL, state_rounding=rounding
@@ -103,9 +111,8 @@ def test_each_step_is_that_of_the_oracle(
 # -- a bad gradient stays where it is --------------------------------------------------------------
 
 
-@every_pair()
+@every_pair_and_scales()
 @pytest.mark.parametrize("bad", [math.nan, -math.inf], ids=str)
-@pytest.mark.parametrize("block_wise", [True, False], ids=["blocks", "one-scale"])
 def test_a_bad_gradient_stays_alone(
     case: OptimizerCase, form: FormatCase, bad: float, block_wise: bool
 ) -> None:
@@ -124,8 +131,9 @@ def test_a_bad_gradient_stays_alone(
         if value is bad:
             assert float(p[place]) == before
             for name, moment in optimizer.moments(params[0]).items():
-                scale = decoded(case, form, optimizer.state[params[0]], name)[1][place]
-                gap = float(form.gap(old[name][place] / scale) * scale)
+                scales = decoded(case, form, optimizer.state[params[0]], name, (3, 300))[1]
+                scale, signed = scales[place], case.is_signed(name)
+                gap = float(form.gap(old[name][place].double() / scale, signed) * scale.abs())
                 assert abs(float(moment[place] - old[name][place])) <= gap * (1 + 2.0**-10)
         p[place] = 0.0
         ends.append(bits(p))
@@ -153,22 +161,24 @@ def sharded_run(
 
 
 def _against_unsharded(
-    rank: int, world_size: int, runs: list[tuple[int, Options, bytes]], folder: Path
+    rank: int, world_size: int, f: int, runs: list[tuple[int, Options, bytes]], folder: Path
 ) -> None:
     saved = {}
     for number, (i, options, ends) in enumerate(runs):
-        model, optimizer = sharded_run(world_size, OF_8_BITS[i], options)
+        case = FORMAT_CASES[f].cases[i]
+        model, optimizer = sharded_run(world_size, case, options)
         step_with(optimizer, range(3))
-        assert_shards_of(optimizer, ends, (OF_8_BITS[i].cls, options))
+        assert_shards_of(optimizer, ends, (case.cls, options))
         weights, state = get_state_dict(model, optimizer)
         saved[str(number)] = {"model": weights, "optimizer": state}
     dcp.save(saved, checkpoint_id=folder)
 
 
 def _loaded(
-    rank: int, world_size: int, runs: list[tuple[int, Options, bytes, bytes]], folder: Path
+    rank: int, world_size: int, f: int, runs: list[tuple[int, Options, bytes, bytes]], folder: Path
 ) -> None:
-    made = [sharded_run(world_size, OF_8_BITS[i], options) for i, options, *_ in runs]
+    cases = FORMAT_CASES[f].cases
+    made = [sharded_run(world_size, cases[i], options) for i, options, *_ in runs]
     saved = {}
     for number, pair in enumerate(made):
         weights, state = get_state_dict(*pair)
@@ -187,20 +197,26 @@ def _loaded(
         assert_shards_of(optimizer, later, (type(optimizer), options, "two more steps"))
 
 
-@pytest.mark.parametrize("block_wise", [True, False], ids=["blocks", "one-scale"])
-@pytest.mark.parametrize("form", FORMAT_CASES, ids=lambda form: form.name)
+@pytest.mark.parametrize(
+    ("form", "block_wise"),
+    [
+        pytest.param(form, each, id=f"{form.name}-{'blocks' if each else 'one-scale'}")
+        for form in FORMAT_CASES
+        for each in form.block_wise
+    ],
+)
 def test_two_ranks_have_the_bits_of_one_and_three_load_them(
     form: FormatCase, block_wise: bool, tmp_path: Path
 ) -> None:
     """All classes in one run of processes, with all states that they have."""
-    sets = [sharded_options(case, form, block_wise) for case in OF_8_BITS]
+    sets = [sharded_options(case, form, block_wise) for case in form.cases]
     then, later = (
-        [unsharded(case, options, steps) for case, options in zip(OF_8_BITS, sets, strict=True)]
+        [unsharded(case, options, steps) for case, options in zip(form.cases, sets, strict=True)]
         for steps in (3, 5)
     )
-    numbers = range(len(OF_8_BITS))
-    run_ranks(2, _against_unsharded, list(zip(numbers, sets, then, strict=True)), tmp_path)
-    run_ranks(3, _loaded, list(zip(numbers, sets, then, later, strict=True)), tmp_path)
+    numbers, f = range(len(sets)), FORMAT_CASES.index(form)
+    run_ranks(2, _against_unsharded, f, list(zip(numbers, sets, then, strict=True)), tmp_path)
+    run_ranks(3, _loaded, f, list(zip(numbers, sets, then, later, strict=True)), tmp_path)
 
 
 # -- traced once -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,16 @@ import pytest
 import torch
 from format_table import FORMAT_CASES, LAW, every_pair
 from format_table import moment as decoded
-from helpers import SMALL, all_bits, assert_same_training, bits, make_params, set_grads, train
+from helpers import (
+    SHAPES,
+    SMALL,
+    all_bits,
+    assert_same_training,
+    bits,
+    make_params,
+    set_grads,
+    train,
+)
 from optim_table import OF_8_BITS, OptimizerCase, Options
 from ranks import run_ranks
 from sharded import fsdp_weights as weights
@@ -43,6 +53,7 @@ KINDS: dict[str, Options] = {
     "float32": {"optim_bits": 32},
     "dynamic": {"state_format": "dynamic"},
     "mulaw": {"state_format": "mulaw"},
+    "4bit": {"optim_bits": 4},
 }
 
 
@@ -50,8 +61,8 @@ def adamw(params: Any, **options: Any) -> AdamW8bit:
     return AdamW8bit(params, **{"lr": 0.01, "min_8bit_size": SMALL, "seed": 3, **options})
 
 
-def trained(steps: int = 3, **options: Any) -> AdamW8bit:
-    params = make_params()
+def trained(steps: int = 3, shapes: Any = SHAPES, **options: Any) -> AdamW8bit:
+    params = make_params(shapes=shapes)
     optimizer = adamw(params, **options)
     train(optimizer, params, range(steps))
     return optimizer
@@ -257,20 +268,46 @@ HOW = {
     ("mulaw", "float32"): "in 8 bits (mulaw), and is kept in 32 from here on",
     ("dynamic", "mulaw"): "with state_format='dynamic', and is rounded to 'mulaw'",
     ("mulaw", "dynamic"): "with state_format='mulaw', and is rounded to 'dynamic'",
+    ("float32", "4bit"): "in 32 bits, and is rounded to 4",
+    ("dynamic", "4bit"): "in 8 bits, and is rounded to 4",
+    ("mulaw", "4bit"): "in 8 bits (mulaw), and is rounded to 4",
+    ("4bit", "float32"): "in 4 bits, and is kept in 32 from here on",
+    ("4bit", "dynamic"): "in 4 bits, and is rounded to 8",
+    ("4bit", "mulaw"): "in 4 bits, and is rounded to 8 (mulaw)",
 }
 
 
-def rounded(value: Tensor, kind: str, signed: bool) -> Tensor:
-    """What a tensor becomes in a format, in blocks."""
+def rounded(value: Tensor, kind: str, signed: bool, squares: Tensor | None = None) -> Tensor:
+    """What a tensor becomes in a format, in blocks.
+
+    Args:
+        squares: the second moments of a first one, which 4 bits of it are relative to.
+    """
     if kind == "float32":
         return value
     options: Any = {"signed": signed, "state_format": kind}
-    return ops.dequantize_blockwise(*ops.quantize_blockwise(value, **options), **options)
+    if kind == "4bit" and squares is not None:
+        stored = rounded(squares, kind, False)
+        roots = torch.where(stored > 0, stored.sqrt(), 1.0)
+        return rounded(value * (1 / roots), kind, True) * roots
+    codes, scale = ops.quantize_blockwise(value, **options)
+    return ops.dequantize_blockwise(codes, scale, **options, shape=value.shape)
 
 
-@pytest.mark.parametrize("block_wise", [True, False], ids=["blocks", "one-scale"])
-@pytest.mark.parametrize(("was", "now"), list(itertools.permutations(KINDS, 2)))
-@pytest.mark.parametrize("case", OF_8_BITS, ids=lambda case: case.cls.__name__)
+def conversions() -> list[Any]:
+    """Each format to each other, for the optimizers and the kinds of scales that both have."""
+    return [
+        pytest.param(
+            case, was, now, each, id=f"{case.cls.__name__}-{was}-{now}-{'one-scale' * (not each)}"
+        )
+        for was, now in itertools.permutations(KINDS, 2)
+        for case in OF_8_BITS
+        for each in (True, False)
+        if "4bit" not in (was, now) or (each and case.cls._has_4bit)
+    ]
+
+
+@pytest.mark.parametrize(("case", "was", "now", "block_wise"), conversions())
 def test_every_format_becomes_every_other(
     case: OptimizerCase, was: str, now: str, block_wise: bool
 ) -> None:
@@ -296,7 +333,8 @@ def test_every_format_becomes_every_other(
             if p.numel() < SMALL or (now == "float32" and not mends):
                 assert bits(ours[name]) == bits(value)
             elif block_wise and not mends:
-                assert bits(ours[name]) == bits(rounded(value, now, case.is_signed(name)))
+                squares = theirs.get("exp_avg_sq") if name == "exp_avg" else None
+                assert bits(ours[name]) == bits(rounded(value, now, case.is_signed(name), squares))
             elif not mends:
                 largest = float(value.abs().max())
                 assert ((ours[name] - value).abs() <= 0.07 * value.abs() + 0.01 * largest).all()
@@ -311,8 +349,9 @@ def test_every_format_becomes_every_other(
         assert all(bits(v) == bits(again.state[q][k]) for k, v in target.state[p].items())
 
 
+@pytest.mark.parametrize("kind", ["mulaw", "4bit"])
 @pytest.mark.parametrize("writer", ["bitsandbytes", "torchao"])
-def test_other_libraries(writer: str) -> None:
+def test_other_libraries(writer: str, kind: str) -> None:
     """What they saved in 8 bits is read as dynamic state, then rounded to the format here."""
     parameters = load(writer)
     saved = {
@@ -322,28 +361,31 @@ def test_other_libraries(writer: str) -> None:
     shapes = [each["shape"] for each in parameters]
     wide, there = (
         AdamW8bit(make_params(shapes=shapes), min_8bit_size=SMALL, **options)
-        for options in (KINDS["float32"], KINDS["mulaw"])
+        for options in (KINDS["float32"], KINDS[kind])
     )
     loaded(wide, saved)
     told = loaded(there, saved)
     # One warning for what was read in 8 bits, and one for what was read in 32.
-    assert sum("and is rounded to 'mulaw'" in text for text in told) == 1
-    assert sum("and is rounded to 8 (mulaw)" in text for text in told) <= 1
+    assert sum(HOW["dynamic", kind] in text for text in told) == 1
+    assert sum(HOW["float32", kind] in text for text in told) <= 1
     for p, q in zip(params_of(wide), params_of(there), strict=True):
-        for name, value in wide.moments(p).items():
+        moments = wide.moments(p)
+        for name, value in moments.items():
+            squares = moments["exp_avg_sq"] if name == "exp_avg" else None
             small = p.numel() < SMALL
-            want = value if small else rounded(value, "mulaw", name == "exp_avg")
+            want = value if small else rounded(value, kind, name == "exp_avg", squares)
             assert bits(there.moments(q)[name]) == bits(want)
 
 
-def test_torch_goes_on_from_it() -> None:
-    ours = trained(state_format="mulaw")
+@pytest.mark.parametrize("kind", ["mulaw", "4bit"])
+def test_torch_goes_on_from_it(kind: str) -> None:
+    ours = trained(**KINDS[kind])
     theirs = torch.optim.AdamW(make_params())
     theirs.load_state_dict(to_torch(ours))
     for p, q in zip(params_of(ours), params_of(theirs), strict=True):
         for name, value in ours.moments(p).items():
             assert bits(theirs.state[q][name]) == bits(value)
-    back = adamw(make_params(), state_format="mulaw")
+    back = adamw(make_params(), **KINDS[kind])
     assert len(loaded(back, theirs.state_dict())) == 1
 
 
@@ -354,7 +396,7 @@ def test_moments_are_the_numbers_of_the_oracle(case: OptimizerCase, form: Any) -
     train(optimizer, params, range(2))
     for p in params:
         for name, value in optimizer.moments(p).items():
-            want, _ = decoded(case, form, optimizer.state[p], name)
+            want, _ = decoded(case, form, optimizer.state[p], name, tuple(p.shape))
             assert bits(value) == bits(want.float())
 
 
@@ -385,33 +427,34 @@ def test_a_resting_momentum_wakes_in_its_format() -> None:
 # -- files ---------------------------------------------------------------------------------------
 
 
-def test_safetensors(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["mulaw", "4bit"])
+def test_safetensors(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("safetensors")
     pytest.importorskip("numpy")
-    optimizer = trained(state_format="mulaw")
+    optimizer = trained(**KINDS[kind])
     save_safetensors(optimizer, tmp_path / "state")
-    same, other = adamw(make_params(), state_format="mulaw"), adamw(make_params())
+    same, other = adamw(make_params(), **KINDS[kind]), adamw(make_params())
     load_safetensors(same, tmp_path / "state")
     assert all_bits(same)["states"] == all_bits(optimizer)["states"]
-    with pytest.warns(UserWarning, match="state_format='mulaw', and is rounded to 'dynamic'"):
+    with pytest.warns(UserWarning, match=re.escape(HOW[kind, "dynamic"])):
         load_safetensors(other, tmp_path / "state")
 
 
-def _through_dcp(rank: int, world_size: int, folder: Path) -> None:
+def _through_dcp(rank: int, world_size: int, written: str, folder: Path) -> None:
     """Saved in one format, by load_dcp read as each of them; and torch's own way mixes nothing."""
     import torch.distributed.checkpoint as dcp
 
     model = weights(init_device_mesh("cpu", (world_size,)))
-    source = adamw(groups_of(model.parameters(), True), state_format="mulaw")
+    source = adamw(groups_of(model.parameters(), True), **KINDS[written])
     step_with(source, range(2))
     saved = get_optimizer_state_dict(model, source)
     dcp.save({"optimizer": saved}, checkpoint_id=folder)
     for kind, options in KINDS.items():
         target = adamw(groups_of(model.parameters(), True), **options)
         with warnings.catch_warnings():
-            warnings.simplefilter("error" if kind == "mulaw" else "ignore")
+            warnings.simplefilter("error" if kind == written else "ignore")
             load_dcp(model, target, folder)
-        if kind == "mulaw":
+        if kind == written:
             assert gathered(target) == gathered(source)
         for p in params_of(target):
             assert list(target.state[p])[1] in FORMATS[kind].keys_of("exp_avg") or (
@@ -424,18 +467,25 @@ def _through_dcp(rank: int, world_size: int, folder: Path) -> None:
     assert "exp_avg_codes" in other.state[params_of(other)[0]]
 
 
-def test_folders_of_distributed_checkpoint(tmp_path: Path) -> None:
-    run_ranks(2, _through_dcp, tmp_path)
+@pytest.mark.parametrize("kind", ["mulaw", "4bit"])
+def test_folders_of_distributed_checkpoint(kind: str, tmp_path: Path) -> None:
+    run_ranks(2, _through_dcp, kind, tmp_path)
 
 
 def _fsdp1(rank: int, world_size: int) -> None:
+    """In every format that it rounds anew."""
+    for kind, gap in (("mulaw", 2.0**-4), ("4bit", 2.0**-18)):
+        _through_fsdp1(kind, gap)
+
+
+def _through_fsdp1(kind: str, gap: float) -> None:
     fsdp = FullyShardedDataParallel
     model = _model()
-    optimizer = adamw(model.parameters(), state_format="mulaw")
+    optimizer = adamw(model.parameters(), **KINDS[kind])
     _step(model, optimizer, 0)
     saved = fsdp.optim_state_dict(model, optimizer)
     assert set(saved["state"]["0.weight"]) == {"step", "exp_avg", "exp_avg_sq"}
-    again = adamw(model.parameters(), state_format="mulaw")
+    again = adamw(model.parameters(), **KINDS[kind])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         again.load_state_dict(fsdp.optim_state_dict_to_load(model, again, saved))
@@ -446,7 +496,7 @@ def _fsdp1(rank: int, world_size: int) -> None:
         for name, value in optimizer.moments(p).items():
             off = (again.moments(p)[name] - value).abs()
             largest = value.abs().max()
-            assert (off <= 2.0**-4 * (value.abs() + largest / 128)).all()
+            assert (off <= gap * (value.abs() + largest / 128)).all()
 
 
 def test_fsdp1() -> None:
@@ -457,8 +507,9 @@ def test_fsdp1() -> None:
 
 
 def damaged(key: str, change: Any) -> dict[str, Any]:
-    saved = copy.deepcopy(trained(state_format="mulaw").state_dict())
-    change(saved["state"][1][key])
+    kind = "4bit" if "4bit" in key else "mulaw"
+    saved = copy.deepcopy(trained(shapes=DAMAGED, **KINDS[kind]).state_dict())
+    change(saved["state"][2 if kind == "4bit" else 1][key])
     return saved
 
 
@@ -469,6 +520,8 @@ def fill(place: Any, value: float) -> Any:
     return change
 
 
+# The third one has rows of odd length.
+DAMAGED = ((3, 300), (40, 70), (4, 131))
 POWERS = "expected powers of two, as steps leave them, got"
 DAMAGE = {
     "nan": ("exp_avg_mulaw_scale", fill((3, 0), float("nan")), "expected finite numbers"),
@@ -490,6 +543,27 @@ DAMAGE = {
         fill((3, 0), 0.0),
         "expected codes of 0 in all blocks of scale 0 and in no others, got some that are not so",
     ),
+    "4 bits, no power": ("exp_avg_sq_4bit_scale", fill((3, 0), 0.75), f"{POWERS} 0.75"),
+    "4 bits, negative": (
+        "exp_avg_sq_4bit_scale",
+        fill((3, 0), -1.0),
+        "expected numbers >= 0, got -1.0",
+    ),
+    "4 bits, infinite": (
+        "exp_avg_4bit_scale",
+        fill((3, 0), float("inf")),
+        "expected finite numbers",
+    ),
+    "4 bits, behind a row": (
+        "exp_avg_4bit",
+        fill((2, -1), 0x87),
+        "expected the half byte 7 behind each row, which is of no element, got another one",
+    ),
+    "4 bits, behind a row of squares": (
+        "exp_avg_sq_4bit",
+        fill((2, -1), 0x13),
+        "expected the half byte 0 behind each row, which is of no element, got another one",
+    ),
 }
 
 
@@ -498,12 +572,13 @@ DAMAGE = {
 def test_a_damaged_checkpoint_is_refused(name: str, kind: str) -> None:
     """As it is, and where it would be converted."""
     key, change, message = DAMAGE[name]
-    optimizer = trained(**KINDS[kind])
+    optimizer = trained(shapes=DAMAGED, **KINDS[kind])
     before = all_bits(optimizer)
     with pytest.raises(ValueError) as error:
         loaded(optimizer, damaged(key, change))
     told = "exp_avg_sq_mulaw" if name == "zero scale" else key
-    assert str(error.value).startswith(f"{told} of parameter 1: {message}")
+    which = 2 if "4bit" in key else 1
+    assert str(error.value).startswith(f"{told} of parameter {which}: {message}")
     assert all_bits(optimizer) == before
 
 
@@ -536,6 +611,24 @@ def test_it_takes_what_was_estimated(block_wise: bool) -> None:
     assert memory.moments_8bit == 2 * sum(p.numel() for p in params[:3])
     with pytest.raises(ValueError, match="state_format: expected 'dynamic' or 'mulaw', got 'log'"):
         torchao8.estimate(shapes, state_format="log")
+
+
+def test_4_bits_take_what_was_estimated() -> None:
+    """Rows of even and of odd length, a flat tensor; at most 1.13 bytes a parameter for Adam."""
+    shapes = [(300, 333), (512, 1024), (64, 3, 7, 7), (100_001,), (5,)]
+    params = make_params(shapes=shapes)
+    optimizer = torchao8.AdamW4bit(params)
+    estimated = torchao8.estimate(shapes)
+    assert optimizer.memory().total == estimated.state_4bit == estimated.checkpoint_4bit
+    train(optimizer, params, [0])
+    memory = optimizer.memory()
+    assert memory.total == estimated.state_4bit
+    assert (memory.tensors_4bit, memory.tensors_8bit, memory.pending) == (4, 0, 0)
+    assert memory.moments_4bit == 2 * (300 * 167 + 512 * 512 + 64 * 74 + 50_001)
+    assert "4-bit moments" in str(memory)
+    assert torchao8.estimate([(4096, 4096)]).state_4bit <= 1.13 * 4096**2
+    assert torchao8.estimate(shapes, optimizer="RMSprop").state_4bit is None
+    assert torchao8.estimate(shapes, block_wise=False).state_4bit is None
 
 
 def test_the_constants_are_those_of_the_kernels() -> None:

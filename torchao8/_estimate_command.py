@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torchao8.block_layout import check_block_size
 from torchao8.estimate import class_names, estimate
+from torchao8.ops import FORMATS
 from torchao8.optim._params import PARAM_DTYPES
 from torchao8.optim.contract import bare_name
 
@@ -23,7 +24,7 @@ def command(arguments: Sequence[str]) -> int:
     """Prints the tables that the arguments ask for."""
     parser = argparse.ArgumentParser(
         prog="python -m torchao8 estimate",
-        description="The memory of parameters, gradients and optimizer state in 32 and in 8 bits,\n"
+        description="The memory of parameters, gradients and optimizer state in 32, 8 and 4 bits,\n"
         "on the rank that holds most and on all. Activations are not counted.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -66,8 +67,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--block-size",
         type=_block_size,
-        default=256,
-        help="elements that share a scale (%(default)s)",
+        help="elements that share a scale (256 with 8 bits, 64 with 4)",
+    )
+    parser.add_argument(
+        "--state-format",
+        choices=[each.name for each in FORMATS if each.bits == 8],
+        default="dynamic",
+        help="what 8-bit codes stand for; all take the same memory (%(default)s)",
     )
     parser.add_argument(
         "--block-wise",
@@ -80,7 +86,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         type=bare_name,
         choices=class_names(),
         default="AdamW",
-        help="with 32 and with 8 bits (%(default)s)",
+        help="with 32 bits, with 8 and, if it has them, with 4 (%(default)s)",
     )
     for option in ("amsgrad", "centered"):
         what_it_is = "of the optimizer, if it has it: one more state"
@@ -102,7 +108,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _tables(arguments: argparse.Namespace) -> str:
     shapes = arguments.shapes if arguments.model is None else MODELS[arguments.model]
-    layout = ("min_8bit_size", "block_size", "block_wise")
+    layout = ("min_8bit_size", "block_size", "state_format", "block_wise")
     of_rule = ("optimizer", "amsgrad", "centered", "momentum", "percentile_clipping")
     options = {name: getattr(arguments, name) for name in (*layout, *of_rule)}
     tables = []

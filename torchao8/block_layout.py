@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 MIN_BLOCK_SIZE = 64
 MAX_BLOCK_SIZE = 2048
+BLOCK_SIZES = tuple(MIN_BLOCK_SIZE << i for i in range(6))  # up to MAX_BLOCK_SIZE
 # With a scale for each shorter row, the scales would cost what the codes save.
 MIN_ROW_LENGTH = 16
 

@@ -1,15 +1,17 @@
-"""How much memory training takes, from shapes alone: 32-bit state against 8-bit state.
+"""How much memory training takes, from shapes alone: state of 32 bits against 8 and 4.
 
 Nothing is allocated and no process group is needed. The optimizer classes tell which states there
-are, :mod:`torchao8.state_bits` which of them have 8 bits, and :mod:`torchao8.shard_layout` how much
-of them lies on a rank. An optimizer asks the same functions, so that both have the same answers.
+are, :mod:`torchao8.state_bits` which of them keep 32 bits, and :mod:`torchao8.shard_layout` how
+much of them lies on a rank. An optimizer asks the same functions, so that both have the same
+answers.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -20,9 +22,9 @@ from torchao8 import _tables, sharding
 from torchao8.block_layout import Scales
 from torchao8.optim import classes
 from torchao8.optim._params import PARAM_DTYPES
-from torchao8.optim._state.formats import FLOAT32, FORMATS, Format
+from torchao8.optim._state.formats import FLOAT32, FORMATS, FOUR_BIT, Format
 from torchao8.optim._state.spec import State, beside_states
-from torchao8.optim.contract import bare_name, states_under
+from torchao8.optim.contract import OptimizerContract, bare_name, defaults_of, states_under
 from torchao8.optim.options import clips
 from torchao8.shard_layout import block_rows, shard_indices, split_dim
 from torchao8.state_bits import why_32bit
@@ -43,6 +45,7 @@ class Bytes:
     gradients: int
     state_32bit: int
     state_8bit: int
+    state_4bit: int | None
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,7 +63,10 @@ class Estimate:
         state_8bit: of the class with 8-bit state, as :class:`torchao8.AdamW8bit`, on that rank.
             Paged state has as many bytes, but for the rest of each tensor's last page, and they may
             be elsewhere.
-        checkpoint_32bit, checkpoint_8bit: the optimizer's state dict, every element once.
+        state_4bit: of the class with 4-bit state, as :class:`torchao8.AdamW4bit`; None where the
+            optimizer has none, and with ``block_wise=False``, which 4 bits do without.
+        checkpoint_32bit, checkpoint_8bit, checkpoint_4bit: the optimizer's state dict, every
+            element once.
         total: summed over all ranks, replicas included.
         kept_32bit: the names of parameters that keep 32-bit state in an 8-bit optimizer, by reason.
     """
@@ -73,8 +79,10 @@ class Estimate:
     gradients: int
     state_32bit: int
     state_8bit: int
+    state_4bit: int | None
     checkpoint_32bit: int
     checkpoint_8bit: int
+    checkpoint_4bit: int | None
     total: Bytes
     kept_32bit: dict[str, tuple[str, ...]]
 
@@ -92,13 +100,13 @@ def estimate(
     dtype: torch.dtype | None = None,
     optimizer: str = "AdamW",
     min_8bit_size: int = 4096,
-    block_size: int = 256,
+    block_size: int | None = None,
     state_format: str = "dynamic",
     block_wise: bool = True,
     percentile_clipping: int = 100,
     **rule_options: Any,
 ) -> Estimate:
-    """The memory of parameters, gradients and the state of an optimizer, in 32 and in 8 bits.
+    """The memory of parameters, gradients and the state of an optimizer, in 32, 8 and 4 bits.
 
     >>> print(torchao8.estimate(model, mesh=(8, 64)))
     >>> print(torchao8.estimate(model, optimizer="SGD", momentum=0.9))
@@ -116,9 +124,10 @@ def estimate(
             which FSDP2 does not take, counts as whole on every rank. None: nothing is sharded.
         dtype: float32, bfloat16 or float16, in place of the dtype of every floating-point
             parameter; shapes are float32 unless it is given.
-        optimizer: the name of a class of this library. With 8bit at its end or without, both are
-            told; and with Paged before it, the same.
-        min_8bit_size, block_size, state_format, block_wise, percentile_clipping: as in
+        optimizer: the name of a class of this library. With 8bit or 4bit at its end or without, all
+            of them are told; and with Paged before it, the same.
+        block_size: of 8-bit and of 4-bit state; None for the defaults of the classes, 256 and 64.
+        min_8bit_size, state_format, block_wise, percentile_clipping: as in
             :class:`torchao8.AdamW8bit`.
         rule_options: of the optimizer, where they add states: ``amsgrad``, ``centered``,
             ``momentum``.
@@ -136,72 +145,80 @@ def estimate(
         )
     common = {
         "min_8bit_size": min_8bit_size,
-        "block_size": block_size,
+        "block_size": _BLOCK_SIZES[8] if block_size is None else block_size,
         "state_format": state_format,
         "block_wise": block_wise,
         "percentile_clipping": percentile_clipping,
     }
-    name, all_states = _states(optimizer, common, rule_options)
+    cls, all_states = _states(optimizer, common, rule_options)
     states = sum(not state.is_scalar for state in all_states)
-    scales_of = Scales(block_size, block_wise)
-    per_tensor = sum(spec.nbytes for spec in beside_states(clips(common)).values())
-    per_tensor += torch.float32.itemsize * (len(all_states) - states)
+    beside = sum(spec.nbytes for spec in beside_states(clips(common)).values())
+    beside += torch.float32.itemsize * (len(all_states) - states)
+    formats = {32: FLOAT32, 8: FORMATS[state_format]}
+    if cls._has_4bit and block_wise:
+        formats[4] = FOUR_BIT
     tensors = list(_tensors(model_or_shapes, _mesh_shape(mesh), dtype))
     ranks = max([1, *(math.prod(t.mesh_shape) for t in tensors)])
-    on_rank, once, on_all = [], [], []
+    # What lies on the rank that holds most, of everything once, and on all ranks.
+    views: tuple[Counter[str], ...] = (Counter(), Counter(), Counter())
     kept: dict[str, list[str]] = {}
     for t in tensors:
-        reason = why_32bit(t.shape, t.mesh_shape, t.placements, block_size, min_8bit_size)
-        found = FORMATS[state_format] if reason is None else FLOAT32
-        elements, scales = math.prod(t.shape), math.prod(scales_of.shape(t.shape))
-        local_scales = _local_scales(t, scales_of) if found.is_quantized else 0
-        state = _StateBytes(states, found, per_tensor)
-        on_rank.append(_bytes(t, state, _local(t), local_scales))
-        once.append(_bytes(t, state, elements, scales))
-        # The ranks share each copy, but the step of a tensor, and its one scale, lie on all.
-        shards = _shards(t)
-        copies = (elements * ranks // shards, scales * ranks // (shards if block_wise else 1))
-        on_all.append(_bytes(t, state, *copies, ranks=ranks))
-        if reason is not None and t.trainable and states:
-            kept.setdefault(reason, []).append(t.name)
-    rank, checkpoint = _sum(on_rank), _sum(once)
+        for view, elements in zip(views, _elements(t, ranks), strict=True):
+            view["parameters"] += elements * t.dtype.itemsize
+            view["gradients"] += elements * t.dtype.itemsize * t.trainable
+        for bits, own in formats.items() if t.trainable else ():
+            scales = Scales(block_size or _BLOCK_SIZES[bits], block_wise)
+            where = (t.shape, t.mesh_shape, t.placements, scales.block_size, min_8bit_size, bits)
+            reason = why_32bit(*where) if bits < 32 else None
+            found = own if reason is None else FLOAT32
+            for view, nbytes in zip(views, _state_bytes(t, found, scales, ranks), strict=True):
+                view[f"state_{bits}bit"] += states * nbytes
+            for view, copies in zip(views, (1, 1, ranks), strict=True):
+                view[f"state_{bits}bit"] += beside * copies
+            if bits == 8 and reason is not None and states:
+                kept.setdefault(reason, []).append(t.name)
+    rank, once, total = (_bytes(view, formats) for view in views)
     return Estimate(
-        optimizer=name,
+        optimizer=cls.__name__,
         ranks=ranks,
         tensors=len(tensors),
         elements=sum(math.prod(t.shape) for t in tensors),
-        parameters=rank.parameters,
-        gradients=rank.gradients,
-        state_32bit=rank.state_32bit,
-        state_8bit=rank.state_8bit,
-        checkpoint_32bit=checkpoint.state_32bit,
-        checkpoint_8bit=checkpoint.state_8bit,
-        total=_sum(on_all),
+        **vars(rank),
+        checkpoint_32bit=once.state_32bit,
+        checkpoint_8bit=once.state_8bit,
+        checkpoint_4bit=once.state_4bit,
+        total=total,
         kept_32bit={reason: tuple(names) for reason, names in kept.items()},
     )
 
 
-class _StateBytes(NamedTuple):
-    """What the state of a tensor is made of: ``beside`` are bytes that lie on every rank."""
-
-    states: int
-    found: Format
-    beside: int
+# The defaults of the classes.
+_BLOCK_SIZES = {bits: defaults_of(bits)["block_size"] for bits in (32, 8, 4)}
 
 
-def _bytes(t: _Tensor, state: _StateBytes, elements: int, scales: int, ranks: int = 1) -> Bytes:
-    """Of so many elements, scales of one state, and ranks that have a tensor."""
-    values = elements * t.dtype.itemsize
-    if not t.trainable:
-        return Bytes(values, 0, 0, 0)
-    wide, low = (state.states * each.nbytes(elements, scales) for each in (FLOAT32, state.found))
-    beside = state.beside * ranks
-    return Bytes(values, values, wide + beside, low + beside)
+def _elements(t: _Tensor, ranks: int) -> tuple[int, int, int]:
+    """Of a tensor: on the first rank, once, and on all ranks."""
+    whole = math.prod(t.shape)
+    return _local(t), whole, whole * ranks // _shards(t)
 
 
-def _sum(parts: Iterable[Bytes]) -> Bytes:
-    totals = [sum(column) for column in zip(*(vars(part).values() for part in parts), strict=True)]
-    return Bytes(*(totals or (0, 0, 0, 0)))
+def _state_bytes(t: _Tensor, found: Format, scales: Scales, ranks: int) -> tuple[int, int, int]:
+    """Of a state that is no scalar: on the first rank, once, and on all ranks."""
+    shards = _shards(t)
+    whole = found.codes_shape(t.shape, scales.block_size), scales.shape(t.shape)
+    codes, count = map(math.prod, whole)
+    # The ranks share each copy, but the one scale of a tensor lies on all.
+    copies = codes * ranks // shards, count * ranks // (shards if scales.block_wise else 1)
+    sizes = (_local_state(t, found, scales), (codes, count), copies)
+    rank, once, on_all = (found.nbytes(*size) for size in sizes)
+    return rank, once, on_all
+
+
+def _bytes(view: Mapping[str, int], formats: Collection[int]) -> Bytes:
+    """Without 4 bits where they are not among the formats."""
+    names = ("parameters", "gradients", "state_32bit", "state_8bit")
+    state_4bit = view["state_4bit"] if 4 in formats else None
+    return Bytes(**{name: view[name] for name in names}, state_4bit=state_4bit)
 
 
 # -- the parameters --------------------------------------------------------------------------------
@@ -307,8 +324,8 @@ def class_names() -> list[str]:
 
 def _states(
     optimizer: Any, common: dict[str, Any], rule_options: Mapping[str, Any]
-) -> tuple[str, tuple[State, ...]]:
-    """The name of the class with 32-bit state, and the states that it says it has."""
+) -> tuple[type[OptimizerContract], tuple[State, ...]]:
+    """The class with 32-bit state, and the states that it says it has."""
     names = class_names()
     name = bare_name(optimizer) if isinstance(optimizer, str) else ""
     if name not in names:
@@ -322,7 +339,7 @@ def _states(
             raise TypeError(f"estimate() got an unexpected keyword argument {option!r}")
         elif value:
             raise ValueError(f"{option}: {name} has no such option, leave it out")
-    return name, states_under(cls, options)
+    return cls, states_under(cls, options)
 
 
 # -- what of them lies where -----------------------------------------------------------------------
@@ -343,14 +360,20 @@ def _local(t: _Tensor) -> int:
     )
 
 
-def _local_scales(t: _Tensor, scales: Scales) -> int:
-    """Scales on the first rank, of a tensor that keeps its blocks."""
-    if not t.mesh_shape or not scales.block_wise:
-        return math.prod(scales.shape(t.shape))
+def _local_state(t: _Tensor, found: Format, scales: Scales) -> tuple[int, int]:
+    """Codes, or numbers of 32 bits, and scales on the first rank, of a tensor that keeps its
+    blocks."""
+    whole = found.codes_shape(t.shape, scales.block_size), scales.shape(t.shape)
+    if not t.mesh_shape:
+        return math.prod(whole[0]), math.prod(whole[1])
+    if not found.is_quantized:
+        return _local(t), 0
     first = (0,) * len(t.mesh_shape)
-    rows = block_rows(t.shape, t.mesh_shape, first, t.placements, scales.block_size)
+    sizes = scales.block_size, found.bits
+    rows = block_rows(t.shape, t.mesh_shape, first, t.placements, *sizes)
     assert rows is not None
-    return math.prod(rows.scale_shape)
+    count = rows.scale_shape if scales.block_wise else whole[1]
+    return math.prod(rows.codes_shape(found.bits)), math.prod(count)
 
 
 # -- the table -------------------------------------------------------------------------------------
@@ -362,11 +385,14 @@ def _heading(e: Estimate) -> str:
 
 
 def _table(e: Estimate) -> list[str]:
-    """Bytes of the largest rank, and of all of them, in 32 and in 8 bits."""
-    rows: list[tuple[str, ...]] = [("", "32-bit", "8-bit")]
+    """Bytes of the largest rank, and of all of them, in 32, 8 and 4 bits."""
+    every_bits = (32, 8) if e.state_4bit is None else (32, 8, 4)
+    names_of = [f"{bits}-bit" for bits in every_bits]
+    rows: list[tuple[str, ...]] = [("", *names_of)]
     columns: list[Estimate | Bytes] = [e]
     if e.ranks > 1:
-        rows = [("", "a rank: 32-bit", "8-bit", "all ranks: 32-bit", "8-bit")]
+        rows = [("", f"a rank: {names_of[0]}", *names_of[1:], f"all ranks: {names_of[0]}")]
+        rows[0] += tuple(names_of[1:])
         columns.append(e.total)
     for label, names in (
         ("parameters", ("parameters",)),
@@ -374,10 +400,11 @@ def _table(e: Estimate) -> list[str]:
         ("optimizer state", ("state",)),
         ("together", ("parameters", "gradients", "state")),
     ):
-        cells = [_tables.size(_together(c, names, bits)) for c in columns for bits in (32, 8)]
+        cells = [_tables.size(_together(c, names, bits)) for c in columns for bits in every_bits]
         rows.append((label, *cells))
-    checkpoints = (_tables.size(e.checkpoint_32bit), _tables.size(e.checkpoint_8bit))
-    rows.append(("optimizer checkpoint", *[""] * (2 * len(columns) - 2), *checkpoints))
+    checkpoints = [_tables.size(getattr(e, f"checkpoint_{bits}bit")) for bits in every_bits]
+    blank = [""] * (len(every_bits) * (len(columns) - 1))
+    rows.append(("optimizer checkpoint", *blank, *checkpoints))
     return _tables.columns(rows)
 
 

@@ -1,4 +1,4 @@
-"""Where a shard lies in its global tensor, and whether it holds whole blocks of 8-bit state.
+"""Where a shard lies in its global tensor, and whether it holds whole blocks of quantized state.
 
 All of this follows from shapes and placements alone, as :mod:`torchao8.block_layout` from shapes:
 no tensor, process group or device is looked at.
@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from torchao8.block_layout import MIN_ROW_LENGTH, row_start, scale_shape
+from torchao8.block_layout import MIN_ROW_LENGTH, codes_shape, row_start, scale_shape
 
 if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
@@ -24,8 +24,9 @@ def keeps_blocks(
     mesh_shape: tuple[int, ...],
     placements: tuple[Placement, ...],
     block_size: int,
+    bits: int = 8,
 ) -> bool:
-    """Whether every rank holds whole blocks of a DTensor of this global shape.
+    """Whether every rank holds whole blocks of a DTensor of this global shape, in so many bits.
 
     (64, 768) in blocks of 256, ``Shard(1)``: 3 ranks hold 256 columns each, whole blocks; 2 ranks
     hold 384 each, which cuts the second block of every row.
@@ -38,34 +39,38 @@ def keeps_blocks(
         return False
     if k not in dims:
         return True
-    # Along the row: every border must be one of blocks, for the scales as well, which DTensor
-    # splits by its own rule.
+    # Along the row: every border must be one of blocks, for the scales as well, and of bytes for
+    # packed codes. DTensor splits each of these tensors by its own rule.
     inner = math.prod(shape[k + 1 :])
-    scales = scale_shape(shape, block_size)
+    others = [(scale_shape(shape, block_size), block_size)]
+    if bits == 4:
+        others.append((codes_shape(shape, block_size, bits), 2))
     sizes = [size if d == k else 1 for size, d in zip(mesh_shape, dims, strict=True)]
     for coordinate in itertools.product(*(range(size) for size in sizes)):
         index = shard_indices(shape, mesh_shape, coordinate, placements, k)
-        blocks = shard_indices(scales, mesh_shape, coordinate, placements, k)
-        if not _covers(index, blocks, inner, shape[k], block_size):
-            return False
+        for other, length in others:
+            pieces = shard_indices(other, mesh_shape, coordinate, placements, k)
+            if not _covers(index, pieces, inner, shape[k], length):
+                return False
         if index and len(index) * inner < MIN_ROW_LENGTH:  # the op would see one row in all
             return False
     return True
 
 
 def _covers(
-    index: Sequence[int], blocks: Sequence[int], inner: int, size: int, block_size: int
+    index: Sequence[int], pieces: Sequence[int], inner: int, size: int, length: int
 ) -> bool:
-    """Whether these indices of the dimension that starts a row hold just these blocks."""
-    if not index or not blocks:
-        return not index and not blocks
+    """Whether these indices of the dimension that starts a row hold just these pieces of so many
+    elements, blocks or bytes."""
+    if not index or not pieces:
+        return not index and not pieces
     first, last = index[0], index[-1] + 1
     return (
         last - first == len(index)
-        and blocks[-1] + 1 - blocks[0] == len(blocks)
-        and first * inner == blocks[0] * block_size
-        and (last == size or last * inner % block_size == 0)
-        and -(-last * inner // block_size) == blocks[-1] + 1
+        and pieces[-1] + 1 - pieces[0] == len(pieces)
+        and first * inner == pieces[0] * length
+        and (last == size or last * inner % length == 0)
+        and -(-last * inner // length) == pieces[-1] + 1
     )
 
 
@@ -103,6 +108,10 @@ class ShardRows(NamedTuple):
     shape: tuple[int, ...]
     scale_shape: tuple[int, ...]
 
+    def codes_shape(self, bits: int) -> tuple[int, ...]:
+        """Of the local codes, see :func:`torchao8.block_layout.codes_shape`."""
+        return self.shape if bits == 8 else (*self.scale_shape[:-1], -(-self.row // 2))
+
 
 @functools.cache
 def block_rows(
@@ -111,16 +120,18 @@ def block_rows(
     coordinate: tuple[int, ...] | None,
     placements: tuple[Placement, ...],
     block_size: int,
+    bits: int = 8,
 ) -> ShardRows | None:
-    """Where a rank's shard lies, in rows of 8-bit state; None where shards cut blocks.
+    """Where a rank's shard lies, in rows of quantized state; None where shards cut blocks.
 
     (64, 768) in blocks of 256, ``Shard(1)`` over 3 ranks, the second one: 64 rows of 256 elements,
     the first at flat index 256 of the global tensor, the next 768 further: Run(0, 64, 256, 768).
 
     Args:
         coordinate: of the rank in the mesh; None if it has no part in it.
+        bits: of the state: shards that keep the blocks of 8 bits may cut bytes of 4.
     """
-    if not keeps_blocks(shape, mesh_shape, placements, block_size):
+    if not keeps_blocks(shape, mesh_shape, placements, block_size, bits):
         return None
     k = row_start(shape, block_size)
     inner = math.prod(shape[k + 1 :])

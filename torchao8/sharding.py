@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from torchao8 import shard_layout
-from torchao8.block_layout import MIN_ROW_LENGTH, row_length
+from torchao8.block_layout import MIN_ROW_LENGTH, row_length, row_start
 from torchao8.shard_layout import ShardRows
 
 if TYPE_CHECKING:
@@ -54,11 +54,21 @@ def placement_of(tensor: Tensor) -> tuple[tuple[int, ...], tuple[Placement, ...]
 
 
 def cut_row_message(p: DTensor, block_size: int) -> str:
-    """What to tell a person whose matrix keeps 32-bit state as its shards cut blocks."""
+    """What to tell a person whose matrix keeps 32-bit state as its shards cut blocks, or bytes of
+    packed codes."""
     row = row_length(p.shape, block_size)
-    return (
+    placed = (
         f"of shape {list(p.shape)} is placed as {p.placements} on a mesh of shape "
-        f"{list(p.device_mesh.shape)}, which cuts its blocks of {block_size} (rows of {row} "
+        f"{list(p.device_mesh.shape)}, which cuts its"
+    )
+    if shard_rows(p, block_size, 8) is not None:  # in 8 bits it would do
+        return (
+            f"{placed} 4-bit codes, two elements to a byte, elsewhere than its elements (rows of "
+            f"{row}), so that it keeps 32-bit state. Shard it along dimension 0, or over a number "
+            f"of ranks that divides dimension {row_start(p.shape, block_size)}."
+        )
+    return (
+        f"{placed} blocks of {block_size} (rows of {row} "
         "elements), so that it keeps 32-bit state. Shard it along dimension 0, or choose a split "
         "of the row, or a smaller block_size, with shards that are multiples of the block (a last "
         f"one may be short, of {MIN_ROW_LENGTH} elements or more)."
@@ -68,12 +78,13 @@ def cut_row_message(p: DTensor, block_size: int) -> str:
 # -- where a shard lies ------------------------------------------------------------------------
 
 
-def shard_rows(p: DTensor, block_size: int) -> ShardRows | None:
-    """Where the shard of this rank lies; None for a parameter whose shards cut blocks."""
+def shard_rows(p: DTensor, block_size: int, bits: int) -> ShardRows | None:
+    """Where the shard of this rank lies, of a parameter with state of so many bits; None for one
+    whose shards cut blocks, or bytes of two elements."""
     mesh = p.device_mesh
     coordinate = mesh.get_coordinate()
     where = None if coordinate is None else tuple(coordinate)
-    return _shard_rows_on(mesh, p.shape, where, p.placements, block_size)
+    return _shard_rows_on(mesh, p.shape, where, p.placements, block_size, bits)
 
 
 def flat_shard_rows(p: DTensor) -> ShardRows:
@@ -112,8 +123,10 @@ def _shard_rows_on(  # the shape of a mesh takes longer than the rest of it
     where: tuple[int, ...] | None,
     placements: tuple[Placement, ...],
     block_size: int,
+    bits: int,
 ) -> ShardRows | None:
-    return shard_layout.block_rows(tuple(shape), tuple(mesh.shape), where, placements, block_size)
+    sizes = block_size, bits
+    return shard_layout.block_rows(tuple(shape), tuple(mesh.shape), where, placements, *sizes)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
-"""Whether the state of a parameter has 8 or 32 bits in an optimizer of 8 bits.
+"""Whether the state of a parameter has 32 bits in an optimizer of 8 or of 4 bits.
 
-This follows from the parameter's global shape, from its placements if it is a DTensor, and from two
-options. Layout of state, estimates and warnings all ask here, so that they cannot disagree.
+This follows from the parameter's global shape, from its placements if it is a DTensor, and from
+three options. Layout of state, estimates and warnings all ask here, so that they cannot disagree.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ def why_32bit(
     placements: tuple[Placement, ...],
     block_size: int,
     min_8bit_size: int,
+    bits: int = 8,
 ) -> str | None:
-    """Why the state of a parameter keeps 32 bits; None where it has 8.
+    """Why the state of a parameter keeps 32 bits; None where it has ``bits``.
 
     >>> why_32bit((768,), (), (), 256, 4096)
     'too small'
@@ -48,7 +49,7 @@ def why_32bit(
     )
     if not large_enough:
         return TOO_SMALL
-    if not mesh_shape or keeps_blocks(shape, mesh_shape, placements, block_size):
+    if not mesh_shape or keeps_blocks(shape, mesh_shape, placements, block_size, bits):
         return None
     if len(shape) == 1:
         return SHARDED_VECTOR

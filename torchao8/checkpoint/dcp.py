@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchao8 import sharding
 from torchao8._modes import normal_tensors
-from torchao8.block_layout import scale_shape
+from torchao8.block_layout import codes_shape, scale_shape
 from torchao8.checkpoint._names import check_own, names_of
 from torchao8.optim._state import paging
 from torchao8.optim._state.load import all_or_none
@@ -245,11 +245,16 @@ def _room(p: Tensor, entry: Any, block_size: int | None) -> Tensor | None:
         return None if room is None else room.to(p.device)
     size, dtype, part = tuple(room.shape), room.dtype, sharding.local(p)
     shape: tuple[int, ...] | None = None
-    where = sharding.shard_rows(p, block_size) if block_size is not None else None
-    if size == tuple(p.shape) and (dtype.is_floating_point or where is not None):
+    whole = tuple(p.shape)
+    if size == whole and dtype.is_floating_point:
         shape = tuple(part.shape)
-    elif where is not None and block_size and size == scale_shape(tuple(p.shape), block_size):
-        shape = where.scale_shape
+    elif block_size is not None:
+        bits = 4 if dtype == torch.uint8 and size != whole else 8
+        where = sharding.shard_rows(p, block_size, bits)
+        if where is not None and dtype == torch.uint8:
+            shape = {codes_shape(whole, block_size, bits): where.codes_shape(bits)}.get(size)
+        elif where is not None:
+            shape = {scale_shape(whole, block_size): where.scale_shape}.get(size)
     if shape is None or not size:
         return room.to(part.device)
     return sharding.like(p, torch.empty(shape, dtype=dtype, device=part.device), size)

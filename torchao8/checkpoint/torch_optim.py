@@ -80,7 +80,7 @@ def _torch_class(optimizer: LowPrecisionOptimizer) -> Any:
     known = [n for n, cls in vars(classes).items() if getattr(cls, "_torch_class", None)]
     *names, last = [n for n in known if n == bare_name(n)]
     raise NotImplementedError(
-        f"to_torch: expected {', '.join(names)} or {last}, in 8 or 32 bits, got {name}; "
+        f"to_torch: expected {', '.join(names)} or {last}, in 4, 8 or 32 bits, got {name}; "
         f"torch.optim has no {bare_name(name)}"
     )
 

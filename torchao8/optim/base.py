@@ -187,9 +187,9 @@ class LowPrecisionOptimizer(OptimizerContract):
         if init_states(self):
             log_new_state(self)
 
-    def _shard_rows(self, group: int, param: int, in_blocks: bool) -> sharding.ShardRows | None:
+    def _shard_rows(self, group: int, param: int, bits: int) -> sharding.ShardRows | None:
         options = self.param_groups[group]
-        return rows_of(self, options, options["params"][param], in_blocks)
+        return rows_of(self, options, options["params"][param], bits)
 
     def _shard_groups(self, numbers: tuple[Number, ...]) -> list[sharding.ShardGroup]:
         return sharding.shard_groups([self.param_groups[g]["params"][i] for g, i in numbers])

@@ -48,7 +48,9 @@ class OptimizerContract(Optimizer):
         _added: states that an option adds when it is True: their names by the option's.
         _compares_updates: whether trust ratios compare parameters with their updates
             (:meth:`_update_sums`), or with their gradients, unscaled and clipped.
-        _bits, _paged: the defaults of ``optim_bits`` and ``is_paged``.
+        _bits, _paged: the defaults of ``optim_bits`` and ``is_paged``. That of ``block_size``
+            follows from the first.
+        _has_4bit: whether the rule has state of 4 bits.
         _fixed: options of every group that the constructor does not take.
         _torch_class: the class of torch.optim with the same rule, where there is one.
         _torch_state_at_start: whether that class has state before the first step.
@@ -63,6 +65,7 @@ class OptimizerContract(Optimizer):
     _compares_updates = False
     _bits = 32
     _paged = False
+    _has_4bit = False
     _fixed: Group = {}  # noqa: RUF012
     _torch_class: type[Optimizer] | None = None
     _torch_state_at_start = False
@@ -70,7 +73,7 @@ class OptimizerContract(Optimizer):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        own = {"optim_bits": cls._bits, "is_paged": cls._paged}
+        own = {**defaults_of(cls._bits), "is_paged": cls._paged}
         cls.__signature__ = signature_of(cls.__init__, own)
         if hasattr(cls, "_op"):
             (family,) = (family for family in ops.FAMILIES if family.step_op == cls._op)
@@ -90,7 +93,7 @@ class OptimizerContract(Optimizer):
         for name in common:
             if name not in COMMON:
                 raise TypeError(f"{cls.__name__}() got an unexpected keyword argument {name!r}")
-        return {**own, **cls._fixed, **COMMON, "optim_bits": cls._bits, **common}
+        return {**own, **cls._fixed, **COMMON, **defaults_of(cls._bits), **common}
 
     @classmethod
     def _as_defaults(cls, options: Group) -> Group:
@@ -105,6 +108,11 @@ class OptimizerContract(Optimizer):
     def _check_options(cls, group: Group) -> None:
         """Raises ValueError or NotImplementedError for an option that is out of range."""
         check_common_options(group)
+        if group["optim_bits"] == 4 and not cls._has_4bit:
+            raise ValueError(
+                f"optim_bits: expected 8 or 32, got 4: {bare_name(cls.__name__)} has no state of 4 "
+                "bits. Adam, AdamW, Lion and SGD have"
+            )
 
     @classmethod
     def _check_new_group(cls, group: Group) -> None:
@@ -212,8 +220,9 @@ class OptimizerContract(Optimizer):
         """Gives state to every parameter that lacks it, or, if anything is refused, to none."""
         raise NotImplementedError
 
-    def _shard_rows(self, group: int, param: int, in_blocks: bool) -> sharding.ShardRows | None:
-        """Where the shard of a DTensor parameter lies; by its numbers, which can be traced."""
+    def _shard_rows(self, group: int, param: int, bits: int) -> sharding.ShardRows | None:
+        """Where the shard of a DTensor parameter with state of so many bits lies; by its numbers,
+        which can be traced."""
         raise NotImplementedError
 
     def _shard_groups(self, numbers: tuple[tuple[int, int], ...]) -> list[sharding.ShardGroup]:
@@ -223,7 +232,12 @@ class OptimizerContract(Optimizer):
 
 def bare_name(name: str) -> str:
     """The name of the class with resident 32-bit state, of any class of the same rule."""
-    return name.removeprefix("Paged").removesuffix("8bit")
+    return name.removeprefix("Paged").removesuffix("8bit").removesuffix("4bit")
+
+
+def defaults_of(bits: int) -> Group:
+    """Common options whose defaults differ between classes of other numbers of bits."""
+    return {"optim_bits": bits, "block_size": 64 if bits == 4 else COMMON["block_size"]}
 
 
 def states_under(cls: type[OptimizerContract], options: Group) -> tuple[State, ...]:

@@ -1,9 +1,9 @@
 """Docstrings that are complete: all arguments with their defaults, the state, the errors.
 
-There are four classes of each rule, with 20 arguments and more each. In the source, the class with
-32-bit state has the formula and the arguments of its rule, and the other three say what they are:
-that is what editors show that read the source only. :func:`complete` makes the rest from what the
-class declares, so that ``help()`` and the reference of the documentation need no other page.
+There are four classes of each rule, or six, with 20 arguments and more each. In the source, the
+class with 32-bit state has the formula and the arguments of its rule, and the others say what they
+are: that is what editors show that read the source only. :func:`complete` makes the rest from what
+the class declares, so that ``help()`` and the reference of the documentation need no other page.
 
 It runs when the package is imported, so what many classes have in common is made once.
 """
@@ -112,6 +112,11 @@ def _state_of(cls: type[OptimizerContract]) -> str:
     values = [f"``{state.name}``" for state in states if not state.is_scalar]
     numbers = ["``step``", *(f"``{state.name}``" for state in states if state.is_scalar)]
     form = "float32, of the shape of the parameter, whatever its dtype"
+    if cls._bits == 4:
+        form = (
+            "as uint8 ``_4bit``, two elements to a byte in each row, and float32 ``_4bit_scale``, "
+            "one for each block"
+        )
     if cls._bits == 8:
         form = (
             "as uint8 ``_codes`` of the shape of the parameter and float32 ``_scale``, one for "

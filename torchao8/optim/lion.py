@@ -1,4 +1,4 @@
-"""Lion, with 32-bit and with 8-bit state."""
+"""Lion, with state of 32, 8 and 4 bits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchao8.optim.options import CommonOptions, Group, check_betas, check_numb
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["Lion", "Lion8bit", "PagedLion", "PagedLion8bit"]
+__all__ = ["Lion", "Lion4bit", "Lion8bit", "PagedLion", "PagedLion4bit", "PagedLion8bit"]
 
 
 class Lion(LowPrecisionOptimizer):
@@ -47,6 +47,7 @@ class Lion(LowPrecisionOptimizer):
     """
 
     _op = "lion_step_"
+    _has_4bit = True
 
     def __init__(
         self,
@@ -82,6 +83,15 @@ class Lion8bit(Lion):
     _bits = 8
 
 
+class Lion4bit(Lion):
+    """Lion with 4-bit state: about 0.6 bytes a parameter in place of 4.
+
+    It is for those who cannot train otherwise: the update is less exact than with 8 bits.
+    """
+
+    _bits = 4
+
+
 class PagedLion(Lion):
     """Lion whose 32-bit state may leave the GPU, or RAM, when memory is short.
 
@@ -97,6 +107,17 @@ class PagedLion8bit(Lion8bit):
     """Lion8bit whose 8-bit state may leave the GPU, or RAM, when memory is short.
 
     The step and its bits are those of :class:`Lion8bit`. The state lies in memory that the system
+    may move out, and comes back for each step: CUDA's managed memory on a GPU, a file on the CPU.
+    Only the default of ``is_paged`` differs.
+    """
+
+    _paged = True
+
+
+class PagedLion4bit(Lion4bit):
+    """Lion4bit whose 4-bit state may leave the GPU, or RAM, when memory is short.
+
+    The step and its bits are those of :class:`Lion4bit`. The state lies in memory that the system
     may move out, and comes back for each step: CUDA's managed memory on a GPU, a file on the CPU.
     Only the default of ``is_paged`` differs.
     """

@@ -73,16 +73,20 @@ class CommonOptions(KeywordOptions, total=False):
         differentiable: must be False. A step that autograd records is not implemented.
         fused: the step is always fused. True also lets ``torch.amp.GradScaler`` hand the unscaling
             and the skipping of a step to the optimizer.
-        optim_bits: how many bits each number of the state has, 8 or 32.
-        min_8bit_size: a parameter with fewer elements keeps 32-bit state, and so does a scalar.
+        optim_bits: how many bits each number of the state has, 4, 8 or 32. Adam, AdamW, Lion and
+            SGD have state of 4 bits. It is for those who cannot train otherwise: the update is
+            less exact than with 8.
+        min_8bit_size: a parameter with fewer elements keeps 32-bit state, and so does a scalar,
+            whether the others have 8 bits or 4.
             Sharded parameters (DTensors) keep 32-bit state, too, where they are vectors or have
             fewer than 16 elements in ``shape[1:]``: no block fits all the ways to shard them.
-        block_size: how many neighbouring elements, a block, share a scale in 8-bit state. A power
-            of two from 64 to 2048.
+        block_size: how many neighbouring elements, a block, share a scale in state of 8 or 4 bits.
+            A power of two from 64 to 2048. Classes of 4 bits take 64 where it is not given.
         state_format: what the codes of 8-bit state stand for. "dynamic" is the map of bitsandbytes.
             "mulaw" codes are the leading bits of a float, which takes less arithmetic. 32-bit state
-            has no codes.
-        state_rounding: how averages and sums of squares are rounded to 8 bits, "stochastic" or
+            has no codes, and 4-bit state has codes of its own, beside which the option must be
+            "dynamic".
+        state_rounding: how averages and sums of squares are rounded to 8 or 4 bits, "stochastic" or
             "nearest". Averages of gradients are rounded to nearest.
         stochastic_rounding: round bfloat16 parameters stochastically. Rounding to nearest loses
             updates that are smaller than half a unit of a parameter's last place. float32
@@ -95,7 +99,7 @@ class CommonOptions(KeywordOptions, total=False):
             the norm is that of the whole parameter, also where it is sharded.
         block_wise: False gives each 8-bit state of a parameter one scale in place of one for each
             block. This is coarser, and a step reads everything twice. ``block_size`` then only says
-            which parameters keep 8 bits and how they are rounded.
+            which parameters keep 8 bits and how they are rounded. 4-bit state has scales of blocks.
         is_paged: whether the state of parameters of 100,000 elements and more may leave the GPU, or
             RAM, when memory is short. It comes back for each step. On the CPU it lies
             in a file without a name, whose space is reserved at the first step; on a GPU, in CUDA's
@@ -265,13 +269,15 @@ def check_common_options(group: Group) -> None:
     _check_paging(group)
     # A schedule that ends at 0 may end at -5e-21, which a step takes, and so do checkpoints.
     check_number("lr", group["lr"], signed=True)
-    if not is_int(group["optim_bits"]) or group["optim_bits"] not in (8, 32):
-        raise ValueError(f"optim_bits: expected 8 or 32, got {group['optim_bits']!r}")
+    if not is_int(group["optim_bits"]) or group["optim_bits"] not in (4, 8, 32):
+        raise ValueError(f"optim_bits: expected 4, 8 or 32, got {group['optim_bits']!r}")
     if not is_int(group["min_8bit_size"]) or group["min_8bit_size"] < 0:
         raise ValueError(f"min_8bit_size: expected an int >= 0, got {group['min_8bit_size']!r}")
     check_block_size(group["block_size"])
     _check_state_format(group["state_format"])
     check_flag("block_wise", group["block_wise"])
+    if group["optim_bits"] == 4:
+        _check_4bit(group)
     rounding = group["state_rounding"]
     if rounding not in ("stochastic", "nearest"):
         raise ValueError(f"state_rounding: expected 'stochastic' or 'nearest', got {rounding!r}")
@@ -286,10 +292,23 @@ def check_common_options(group: Group) -> None:
 
 
 def _check_state_format(value: Any) -> None:
-    names = [each.name for each in ops.FORMATS]
+    names = [each.name for each in ops.FORMATS if each.bits == 8]
     if value not in names:
         expected = " or ".join(map(repr, names))
         raise ValueError(f"state_format: expected {expected}, got {value!r}")
+
+
+def _check_4bit(group: Group) -> None:
+    if group["state_format"] != "dynamic":
+        raise ValueError(
+            f"state_format: expected 'dynamic' with optim_bits=4, got {group['state_format']!r}. "
+            "4 bits have a format of their own; the others have 8 bits (optim_bits=8)"
+        )
+    if not group["block_wise"]:
+        raise ValueError(
+            "block_wise: expected True with optim_bits=4, got False. One scale for a whole tensor "
+            "is there with 8 bits (optim_bits=8)"
+        )
 
 
 def _check_paging(group: Group) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from torchao8 import ops
-from torchao8.block_layout import MAX_BLOCK_SIZE, Scales, row_length
-from torchao8.sharding import is_dtensor, largest_over_shards, shard_rows
+from torchao8.block_layout import MAX_BLOCK_SIZE, Scales, codes_shape, row_length
+from torchao8.sharding import is_dtensor, largest_over_shards, local, shard_rows
 
 
 class Portion(NamedTuple):
@@ -19,28 +19,41 @@ class Portion(NamedTuple):
 
     Attributes:
         p: the DTensor of which they are what this rank holds; None where they are whole.
+        shape: of the part of the parameter that they are of.
         extremes: for one scale a tensor, the elements of :func:`extreme_elements`, by the names of
             the states.
     """
 
     p: Tensor | None
+    shape: tuple[int, ...]
     scales: Scales
     extremes: Mapping[str, Tensor] = {}
+
+    @staticmethod
+    def of(p: Tensor, scales: Scales, extremes: Mapping[str, Tensor] | None = None) -> Portion:
+        """What this rank holds of a parameter."""
+        shape = tuple(local(p).shape)
+        return Portion(p if is_dtensor(p) else None, shape, scales, extremes or {})
+
+    @staticmethod
+    def whole(p: Tensor, scales: Scales, extremes: Mapping[str, Tensor] | None = None) -> Portion:
+        """All of a parameter."""
+        return Portion(None, tuple(p.shape), scales, extremes or {})
 
 
 def dequantize(
     portion: Portion, codes: Tensor, scale: Tensor, signed: bool, state_format: str
 ) -> Tensor:
-    """The numbers that codes stand for."""
+    """The numbers that codes of one byte each stand for."""
     p, scales = portion.p, portion.scales
-    shape, block_size = codes.shape, scales.block_size
+    shape, block_size = portion.shape, scales.block_size
     if codes.numel() == 0:
         return torch.empty(shape, dtype=torch.float32, device=codes.device)
     if not scales.block_wise:
         codes, scale = codes.reshape(-1), scale.to(codes.device)
         scale = scale.expand(-(-len(codes) // block_size)).contiguous()
     elif is_dtensor(p):  # as matrices, whose rows are those of the whole
-        where = shard_rows(p, block_size)
+        where = shard_rows(p, block_size, 8)
         assert where is not None  # or it would have no codes
         codes, scale = codes.reshape(-1, where.row), scale.reshape(-1, where.blocks)
     values = ops.dequantize_blockwise(
@@ -52,18 +65,70 @@ def dequantize(
 def quantize(
     portion: Portion, name: str, moment: Tensor, signed: bool, state_format: str
 ) -> tuple[Tensor, Tensor]:
-    """Codes and scales of the moment of this name, rounded to nearest."""
+    """Codes of one byte each, and scales, of the moment of this name, rounded to nearest."""
     p, block_size = portion.p, portion.scales.block_size
     encode = functools.partial(ops.quantize_blockwise, signed=signed, state_format=state_format)
     if not portion.scales.block_wise:
         return _quantize_with(moment, portion.extremes[name], encode)
     if not is_dtensor(p):
         return encode(moment, block_size=block_size)
-    where = shard_rows(p, block_size)
+    where = shard_rows(p, block_size, 8)
     assert where is not None
     rows = moment.reshape(-1, where.row) if moment.numel() else moment.new_empty(0, 1)
     codes, scale = encode(rows, block_size=block_size)
     return codes.view(moment.shape), scale.view(where.scale_shape)
+
+
+def dequantize_packed(
+    portion: Portion, codes: Tensor, scale: Tensor, signed: bool, state_format: str
+) -> Tensor:
+    """The numbers that codes of 4 bits stand for."""
+    if not codes.numel():
+        return torch.empty(portion.shape, dtype=torch.float32, device=codes.device)
+    row = packed_row(portion)
+    values = ops.dequantize_blockwise(
+        codes.reshape(-1, -(-row // 2)),
+        scale.reshape(-1, -(-row // portion.scales.block_size)),
+        block_size=portion.scales.block_size,
+        signed=signed,
+        state_format=state_format,
+    )
+    return values[:, :row].reshape(portion.shape)  # without the half that is left over
+
+
+def quantize_packed(
+    portion: Portion, moment: Tensor, signed: bool, state_format: str
+) -> tuple[Tensor, Tensor]:
+    """Codes of 4 bits and scales of a moment, rounded to nearest."""
+    p, block_size = portion.p, portion.scales.block_size
+    if is_dtensor(p):
+        where = shard_rows(p, block_size, 4)
+        assert where is not None
+        codes_of, scales_of = where.codes_shape(4), where.scale_shape
+    else:
+        codes_of = codes_shape(portion.shape, block_size, 4)
+        scales_of = portion.scales.shape(portion.shape)
+    if not moment.numel():
+        return (
+            torch.empty(codes_of, dtype=torch.uint8, device=moment.device),
+            torch.empty(scales_of, dtype=torch.float32, device=moment.device),
+        )
+    codes, scale = ops.quantize_blockwise(
+        moment.reshape(-1, packed_row(portion)),
+        block_size=block_size,
+        signed=signed,
+        state_format=state_format,
+    )
+    return codes.view(codes_of), scale.view(scales_of)
+
+
+def packed_row(portion: Portion) -> int:
+    """Elements of a row of 4-bit state."""
+    if is_dtensor(portion.p):
+        where = shard_rows(portion.p, portion.scales.block_size, 4)
+        assert where is not None
+        return where.row
+    return row_length(portion.shape, portion.scales.block_size)
 
 
 def some_zeros_are_wrong(portion: Portion, codes: Tensor, scale: Tensor) -> bool:
@@ -75,7 +140,7 @@ def some_zeros_are_wrong(portion: Portion, codes: Tensor, scale: Tensor) -> bool
     if not portion.scales.block_wise:
         block_size = row
     elif is_dtensor(portion.p):
-        where = shard_rows(portion.p, block_size)
+        where = shard_rows(portion.p, block_size, 8)
         assert where is not None
         row = where.row
     else:

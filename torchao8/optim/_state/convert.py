@@ -27,10 +27,10 @@ def convert(
 ) -> dict[str, Tensor]:
     """What this rank holds of saved state after its conversion, through float32.
 
-    8 bits become 32 without loss, 32 become 8 rounded to nearest, and other blocks, or codes of
-    another format, both. Sharded state is converted where it lies if it is placed as ``p`` and in
-    whole blocks; if not, it is gathered, a collective, a parameter at a time. One scale for all of
-    a sharded parameter is a collective as well.
+    8 and 4 bits become 32 without loss, 32 become 8 or 4 rounded to nearest, and other blocks, or
+    codes of another format, both. Sharded state is converted where it lies if it is placed as ``p``
+    and in whole blocks; if not, it is gathered, a collective, a parameter at a time. One scale for
+    all of a sharded parameter is a collective as well.
 
     Args:
         saved: of a form that :func:`check_form` has let pass.
@@ -39,7 +39,7 @@ def convert(
         ValueError: a number that no step could have left; after the collectives.
     """
     own, found = format_in(states, layout), format_in(states, saved)
-    form = form_of(layout, states, found, saved_scales)
+    form = form_of(layout, p.shape, states, found, saved_scales)
     keys = [key for key in form if key not in BESIDE_STATES and not form[key].is_scalar]
     sharded_keys = [k for k in keys if saved_scales.block_wise or not form[k].is_scale]
     here = is_dtensor(p) and all(
@@ -48,7 +48,7 @@ def convert(
     if here and is_dtensor(p):
         used = ((scales, own), (saved_scales, found))
         here = all(
-            shard_rows(p, each.block_size) is not None
+            shard_rows(p, each.block_size, its_format.bits) is not None
             for each, its_format in used
             if its_format.is_quantized and each.block_wise
         )
@@ -57,7 +57,8 @@ def convert(
         key: local(saved[key]) if here and key in sharded_keys else _whole(saved[key]).detach()
         for key in keys
     }
-    parts, sharded = {"step": scalars["step"]}, p if here else None
+    parts = {"step": scalars["step"]}
+    portion_of = Portion.of if here else Portion.whole
     if NORMS in form:
         parts[NORMS] = _whole(saved[NORMS]).detach()
     tensors = [state for state in states if not state.is_scalar]
@@ -67,7 +68,7 @@ def convert(
     try:
         for key, value in values.items():
             check_values(label, key, form[key], value)
-        saved_portion = Portion(sharded, saved_scales)
+        saved_portion = portion_of(p, saved_scales)
         found.check(label, tensors, values, saved_portion)
         moments = found.decode(tensors, values, saved_portion)
     except ValueError as error:
@@ -75,10 +76,10 @@ def convert(
         refusal = error
     if own.is_quantized and not scales.block_wise:
         names = [state.name for state in tensors]
-        extremes = blocks.extreme_elements(sharded, moments, names, local(p).device)
+        extremes = blocks.extreme_elements(saved_portion.p, moments, names, local(p).device)
     if refusal is not None:
         raise refusal
-    portion = Portion(sharded, scales, extremes)
+    portion = portion_of(p, scales, extremes)
     for key, value in own.encode(tensors, moments, portion).items():
         parts[key] = value if here else part_of(p, layout[key], value)
     return {key: scalars[key] if key in scalars else parts[key] for key in layout}
@@ -93,7 +94,7 @@ def in_32bit(
         return saved
     tensors = [state for state in states if not state.is_scalar]
     values = {key: local(saved[key]) for state in tensors for key in found.keys(state)}
-    moments = found.decode(tensors, values, Portion(p, scales))
+    moments = found.decode(tensors, values, Portion.of(p, scales))
     converted = {k: v for k, v in saved.items() if k in BESIDE_STATES or not is_own(k)}
     for state in states:
         name = state.name

@@ -12,12 +12,13 @@ from torch import Tensor
 from torchao8 import ops, sharding
 from torchao8._messages import describe, meta_message, warn_caller, with_shape
 from torchao8._modes import normal_tensors
-from torchao8.block_layout import Scales
+from torchao8.block_layout import BLOCK_SIZES, Scales
 from torchao8.optim._params import check_grad, check_params
 from torchao8.optim._state import paging
 from torchao8.optim._state.formats import (
     FLOAT32,
     FORMATS,
+    FOUR_BIT,
     Format,
     Place,
     first_keys,
@@ -36,17 +37,19 @@ if TYPE_CHECKING:
 
 
 def why_kept(group: Group, p: Tensor) -> str | None:
-    """Why a parameter keeps 32-bit state under the options of its group; None where it keeps 8-bit
-    state: by its global shape and by the way it is sharded."""
-    if group["optim_bits"] != 8:
+    """Why a parameter keeps 32-bit state under the options of its group; None where it keeps
+    quantized state: by its global shape and by the way it is sharded."""
+    if group["optim_bits"] == 32:
         return OPTION
-    sizes = group["block_size"], group["min_8bit_size"]
+    sizes = group["block_size"], group["min_8bit_size"], group["optim_bits"]
     return why_32bit(tuple(p.shape), *sharding.placement_of(p), *sizes)
 
 
 def format_of(group: Group, p: Tensor) -> Format:
     """The format of the state of a parameter under the options of its group."""
-    return FORMATS[group["state_format"]] if why_kept(group, p) is None else FLOAT32
+    if why_kept(group, p) is not None:
+        return FLOAT32
+    return FOUR_BIT if group["optim_bits"] == 4 else FORMATS[group["state_format"]]
 
 
 def check_device(optimizer: OptimizerContract, p: Tensor, own: Format) -> None:
@@ -55,8 +58,9 @@ def check_device(optimizer: OptimizerContract, p: Tensor, own: Format) -> None:
     if own.is_quantized and not ops.takes_format(optimizer._op, own.name, device):
         there = [n for n in ops.FORMAT_NUMBERS if ops.takes_format(optimizer._op, n, device)]
         steps = "the PyTorch operators" if ops.is_portable(device) else "the kernels"
+        option = "optim_bits=4" if own is FOUR_BIT else f"state_format={own.name!r}"
         raise NotImplementedError(
-            f"{type(optimizer).__name__}: {describe(optimizer, p)}: state_format={own.name!r} is "
+            f"{type(optimizer).__name__}: {describe(optimizer, p)}: {option} is "
             f"not there on {device}, where {steps} of a step take {' or '.join(map(repr, there))}"
         )
 
@@ -97,11 +101,8 @@ def _place_of(p: Tensor, scales: Scales, own: Format, pages: str | None) -> Plac
     """Where the state of a parameter lies."""
     if not is_dtensor(p):
         return Place(pages=pages)
-    local_scale = None
-    if own.is_quantized and scales.block_wise:
-        rows = sharding.shard_rows(p, scales.block_size)
-        local_scale = None if rows is None else rows.scale_shape
-    return Place(tuple(sharding.local(p).shape), local_scale, pages)
+    rows = sharding.shard_rows(p, scales.block_size, own.bits) if own.is_quantized else None
+    return Place(tuple(sharding.local(p).shape), rows, pages)
 
 
 # -- checks ----------------------------------------------------------------------------------------
@@ -136,7 +137,7 @@ def check_format(
         tensors: of the state whose keys tell the format.
     """
     first, *scale = tensors
-    if first.shape != p.shape:
+    if first.shape not in _codes_shapes(found.name, p.shape):
         name = type(optimizer).__name__
         raise RuntimeError(
             f"{name}: {describe(optimizer, p)} is of shape {list(p.shape)} now, "
@@ -162,6 +163,12 @@ def check_format(
 
 
 @functools.cache
+def _codes_shapes(name: str, shape: torch.Size) -> set[tuple[int, ...]]:
+    """What the codes of a format may be of for this parameter, in blocks of any size."""
+    return {FORMATS[name].codes_shape(shape, block_size) for block_size in BLOCK_SIZES}
+
+
+@functools.cache
 def _scale_shape(shape: torch.Size, scales: Scales) -> tuple[int, ...]:
     return scales.shape(shape)
 
@@ -173,17 +180,15 @@ def check_shard(optimizer: OptimizerContract, p: DTensor, rows: ShardRows) -> No
         raise ValueError(f"{type(optimizer).__name__}: {describe(optimizer, p)} {wrong}")
 
 
-def rows_of(
-    optimizer: OptimizerContract, group: Group, p: DTensor, in_blocks: bool
-) -> ShardRows | None:
-    """Where the shard of a parameter lies, in blocks or as 32-bit state.
+def rows_of(optimizer: OptimizerContract, group: Group, p: DTensor, bits: int) -> ShardRows | None:
+    """Where the shard of a parameter lies, with state of so many bits.
 
     Raises:
-        ValueError: 32-bit state, and the local tensor is not what lies there. That of 8-bit state
-            is checked when the state is made.
+        ValueError: 32-bit state, and the local tensor is not what lies there. That of quantized
+            state is checked when the state is made.
     """
-    if in_blocks:
-        return sharding.shard_rows(p, group["block_size"])
+    if bits < 32:
+        return sharding.shard_rows(p, group["block_size"], bits)
     rows = sharding.flat_shard_rows(p)
     check_shard(optimizer, p, rows)
     return rows
@@ -191,7 +196,8 @@ def rows_of(
 
 def _check_shards(optimizer: OptimizerContract, group: Group, p: Tensor, own: Format) -> None:
     if is_dtensor(p) and (own.is_quantized or rounds_param(group, p)):
-        rows = sharding.shard_rows(p, group["block_size"]) if own.is_quantized else None
+        quantized = own.is_quantized
+        rows = sharding.shard_rows(p, group["block_size"], own.bits) if quantized else None
         check_shard(optimizer, p, sharding.flat_shard_rows(p) if rows is None else rows)
     one_scale = group["optim_bits"] == 8 and not group["block_wise"]
     needs_the_whole = one_scale or clips(group) or optimizer._has_trust_ratios(group)

@@ -210,8 +210,7 @@ class _Loading:
         """What the formats know of values on this rank; what was converted has been checked."""
         if not plan.converts:
             states = [state for state in plan.states if not state.is_scalar]
-            p = plan.p if sharding.is_dtensor(plan.p) else None
-            portion = Portion(p, plan.scales)
+            portion = Portion.of(plan.p, plan.scales)
             format_in(states, parts).check(plan.label, states, parts, portion)
 
     def _check_readable(self) -> None:
@@ -302,6 +301,8 @@ class _Loading:
                 else f"in {was.described}, and is rounded to {now.bits}{now.told_apart}"
                 if not was.is_quantized
                 else f"with state_format={was.name!r}, and is rounded to {now.name!r}"
+                if was is not now and was.bits == now.bits
+                else f"in {was.described}, and is rounded to {now.bits}{now.told_apart}"
                 if was is not now
                 else "with another block_size, and is rounded anew"
                 if saved_scales.block_wise == scales.block_wise

@@ -38,10 +38,11 @@ class Memory:
     Attributes:
         optimizer: the name of the class.
         tensors: parameters that have state, or get it at the next step.
-        tensors_8bit: those of them whose state has 8 bits.
+        tensors_8bit, tensors_4bit: those of them whose state has 8, or 4, bits.
         elements: of all these parameters.
         moments_8bit: one byte for each element of a moment, as of ``exp_avg``.
-        scales: the float32 numbers that 8-bit moments are multiplied by, one for each block.
+        moments_4bit: half a byte for each element of a moment; a row takes whole bytes.
+        scales: the float32 numbers that these moments are multiplied by, one for each block.
         moments_32bit: of the parameters that keep 32-bit state.
         numbers: step counts, and other single numbers of a parameter.
         norms: the last norms of gradients, which ``percentile_clipping`` compares with.
@@ -57,8 +58,10 @@ class Memory:
     optimizer: str
     tensors: int
     tensors_8bit: int
+    tensors_4bit: int
     elements: int
     moments_8bit: int
+    moments_4bit: int
     scales: int
     moments_32bit: int
     numbers: int
@@ -99,6 +102,7 @@ def memory_of(optimizer: OptimizerContract) -> Memory:
         optimizer=type(optimizer).__name__,
         tensors=len(parts),
         tensors_8bit=sum(part.found.bits == 8 for part in parts),
+        tensors_4bit=sum(part.found.bits == 4 for part in parts),
         elements=sum(part.elements for part in parts),
         **{kind: kinds[kind] for kind in _KINDS},
         state_32bit=sum(part.nbytes_32bit for part in parts),
@@ -121,6 +125,7 @@ def log_new_state(optimizer: OptimizerContract) -> None:
 # The fields of Memory that make up the total, and what the table says of them.
 _KINDS = {
     "moments_8bit": "8-bit moments",
+    "moments_4bit": "4-bit moments",
     "scales": "their scales",
     "moments_32bit": "32-bit moments",
     "numbers": "step counts and other numbers",

@@ -95,7 +95,7 @@ def check_form(
     Raises:
         ValueError: other keys; a value that is no tensor or of another dtype or shape.
     """
-    form = form_of(layout, states, format_in(states, saved), saved_scales)
+    form = form_of(layout, p.shape, states, format_in(states, saved), saved_scales)
     if set(saved) != set(form):
         raise ValueError(
             f"state of {label}: expected the keys {list(layout)}, got {[*saved, *others]}"

@@ -50,12 +50,15 @@ class State(NamedTuple):
         is_scalar: whether it is one number for the whole parameter, which the op of the rule
             changes. It is then a 0-d float32 tensor ``name`` in all formats, on the device of the
             parameter; it is never paged, and of a DTensor every rank has all of it, as of ``step``.
+        squares: the state of average squares, if there is one, in units of whose root this one is
+            of one magnitude throughout a block: 4 bits of it are such units.
     """
 
     name: str
     signed: bool
     initial: float = 0.0
     is_scalar: bool = False
+    squares: str = ""
 
 
 class TensorSpec(NamedTuple):

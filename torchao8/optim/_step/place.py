@@ -52,6 +52,7 @@ class Calls:
         found = FORMATS[kind.state_format]
         self.keys = {state.name: found.keys(state) for state in states}
         self.op_number = found.op_number
+        self.packed = found.packed
         self.scalars = {state.name for state in states if state.is_scalar}
         self.block_wise = block_wise
         self.members: list[int] = []
@@ -119,7 +120,8 @@ class Calls:
             elif not rows.whole:
                 # As matrices, whose rows are those of the global tensor whatever the local shape.
                 p, grad = p.view(-1, rows.row), grad.reshape(-1, rows.row)
-                values.update({n: t.view(-1, rows.row) for n, t in cut.items()})
+                row = self.packed(rows.row)
+                values.update({n: t.view(-1, row) for n, t in cut.items()})
                 scales.update({n: t.view(-1, rows.blocks) for n, t in cut_scales.items()})
             for number, run in enumerate(runs):
                 if number > 0:  # the first piece changes the number that stays, the others copies

@@ -268,9 +268,9 @@ class GroupPlan:
 
     def _rows(self, optimizer: OptimizerContract, group: Group, entry: Entry) -> ShardRows | None:
         if torch.compiler.is_compiling():
-            return optimizer._shard_rows(self.number, entry.index, entry.found.is_quantized)
+            return optimizer._shard_rows(self.number, entry.index, entry.found.bits)
         param = cast("DTensor", entry.param)
-        return rows_of(optimizer, group, param, entry.found.is_quantized)
+        return rows_of(optimizer, group, param, entry.found.bits)
 
     def first_work(
         self, optimizer: OptimizerContract, group: Group, entries: Sequence[Entry]
