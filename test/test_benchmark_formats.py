@@ -122,7 +122,12 @@ def test_quick_run_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     study.main([*common, *only])
     assert "10 runs, 1 of them recorded" in capsys.readouterr().out
     assert path.read_text().startswith(first)
-    assert len(path.read_text().splitlines()) == 10
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) == 2 * 10  # at each of the two steps that are compared
+    # A record that ends early, as a stop leaves it, is made again.
+    path.write_text(path.read_text() + json.dumps(lines[-2 - 8]) + "\n")
+    study.main([*common, *only])
+    assert "10 runs, 9 of them recorded" in capsys.readouterr().out
     study.main([*common, "--report", *only])
     summary = json.loads((tmp_path / "formats.json").read_text())
     assert {cell["task"] for cell in summary["cells"]} == {"gpt", "unequal 100"}

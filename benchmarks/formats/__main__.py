@@ -9,18 +9,20 @@ the share along the exact update, and the largest element. So all formats see th
 and a format cannot hide its errors by training otherwise. The tasks are the tutorial's GPT at its
 full size, a convolutional net on digits, and noise in blocks of unequal elements; see tasks.py.
 
-A record is what one shadow has told of one task, at one beta2. It is written at the end of the
-training, which is made again for shadows that were not recorded then.
+A record is what one shadow has told of one task, at one beta2. It is written whenever updates are
+compared, so that a stop leaves what there is. A training is made again, from its start, for the
+shadows whose records do not reach its end.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ from benchmarks import reporting
 from benchmarks.formats.report import page, summarize
 from benchmarks.formats.shadows import Exact, Shadow, available
 from benchmarks.formats.tasks import QUICK, TASKS, Task
-from benchmarks.records import Records
+from benchmarks.records import Records, key
 
 BETA2 = (0.999, 0.95)
 PROBES = (200, 1400, 2600, 5000)
@@ -79,8 +81,9 @@ def compare(updates: list[Tensor], exact: list[Tensor]) -> list[float]:
     return [(difference / total) ** 0.5, along / total, largest]
 
 
-def watch(runs: list[Run]) -> list[dict[str, Any]]:
-    """Makes one training for several runs that differ in their shadows; the result of each."""
+def watch(runs: list[Run]) -> Iterator[list[dict[str, Any]]]:
+    """Makes one training for several runs that differ in their shadows. Gives the results of all
+    that have been told so far, at each step at which updates are compared."""
     first, start = runs[0], time.monotonic()
     makers = available()
     shadows: list[Shadow] = []
@@ -103,22 +106,31 @@ def watch(runs: list[Run]) -> list[dict[str, Any]]:
             print(passed, flush=True)
             for run, result in zip(runs, results, strict=True):
                 print("   ", run.label, *(f"{x:.4f}" for x in result["update"][-1][1:]), flush=True)
-    end = losses[-100:]
-    common = {"loss": sum(end) / len(end), "elements": sum(g.numel() for g in grads)}
-    seconds = (time.monotonic() - start) / len(runs)
-    return [{**result, **common, "seconds": seconds} for result in results]
+            about = {
+                "loss": fmean(losses[-100:]),
+                "elements": sum(g.numel() for g in grads),
+                "seconds": (time.monotonic() - start) / len(runs),
+            }
+            yield [{**result, **about} for result in results]
+
+
+def is_whole(run: Run, records: Records) -> bool:
+    """Whether a run was recorded to its last step."""
+    record = records.get(key(run.identity()))
+    return record is not None and record["result"]["update"][-1][0] == run.probes[-1]
 
 
 def make_runs(runs: list[Run], records: Records, machine: dict[str, Any]) -> None:
     """Makes the trainings whose runs are not all recorded, for the shadows that are missing."""
-    missing = [run for run in runs if not records.has(run)]
+    missing = [run for run in runs if not is_whole(run, records)]
     print(f"{len(runs)} runs, {len(runs) - len(missing)} of them recorded", flush=True)
     together: dict[tuple[str, int], list[Run]] = {}
     for run in missing:
         together.setdefault((run.task, run.seed), []).append(run)
     for some in together.values():
-        for run, result in zip(some, watch(some), strict=True):
-            records.add(run, result, machine)
+        for results in watch(some):
+            for run, result in zip(some, results, strict=True):
+                records.add(run, result, machine)
 
 
 def _parse(argv: Iterable[str] | None) -> tuple[argparse.Namespace, list[Run]]:

@@ -18,7 +18,8 @@ def summarize(records: list[Record]) -> dict[str, Any]:
         places.setdefault((run["task"], run["beta2"], run["shadow"]), []).append(record)
     cells = []
     for (task, beta2, shadow), some in places.items():
-        rows = zip(*(record["result"]["update"] for record in some), strict=True)
+        # Up to where the shortest of them goes.
+        rows = zip(*(record["result"]["update"] for record in some), strict=False)
         means = [[fmean(values) for values in zip(*row, strict=True)] for row in rows]
         cells.append(
             {
@@ -65,7 +66,8 @@ def page(summary: dict[str, Any]) -> str:
         """AdamW, the moments in each format, the gradients those of one training with 32-bit state.
 The error is that of the update against one of float32 moments, relative, in the L2 norm. "Along the
 exact update" is the update's share in its direction, 1 if it is neither too long nor too short;
-"largest element" is that of the update divided by the learning rate. Both are of the last step.""",
+"largest element" is that of the update divided by the learning rate. Both are of the last step that
+a line has.""",
     ]
     for task in dict.fromkeys(cell["task"] for cell in summary["cells"]):
         cells = [cell for cell in summary["cells"] if cell["task"] == task]
