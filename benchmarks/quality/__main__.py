@@ -16,9 +16,6 @@ again. The order is that of the studies above, and seed by seed within each.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import time
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -29,45 +26,7 @@ import torch
 from benchmarks import reporting
 from benchmarks.quality.report import page, summarize
 from benchmarks.quality.runs import FULL, QUICK, Run, attempt, plan
-
-Record = dict[str, Any]
-
-
-def key(identity: dict[str, Any]) -> str:
-    """One text for each run."""
-    return json.dumps(identity, sort_keys=True)
-
-
-class Records(dict[str, Record]):
-    """The file of records by run: a line of JSON each, {"run", "result", "machine", "date"}.
-
-    A line that a kill cut off is dropped; a later record of a run takes the place of an earlier
-    one.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        content = path.read_bytes() if path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            os.truncate(path, len(whole))
-        super().__init__((key(r["run"]), r) for r in map(json.loads, whole.splitlines()))
-
-    def has(self, run: Run) -> bool:
-        """Whether a run has a result. One that failed has none: it is tried again."""
-        record = self.get(key(run.identity()))
-        return record is not None and "error" not in record["result"]
-
-    def add(self, run: Run, result: dict[str, Any], machine: dict[str, Any]) -> None:
-        """Appends a record; it is on the disk when this returns."""
-        date = time.strftime("%Y-%m-%d")
-        record = {"run": run.identity(), "result": result, "machine": machine, "date": date}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self[key(record["run"])] = record
+from benchmarks.records import Records
 
 
 def make_runs(runs: list[Run], records: Records, machine: dict[str, Any]) -> None:

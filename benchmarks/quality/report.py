@@ -7,12 +7,23 @@ from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.quality.moments import PERCENTILES
-from benchmarks.quality.runs import EMBEDDINGS, OURS_8BIT, OURS_32BIT, REFERENCE, SOURCES, Run
+from benchmarks.quality.runs import (
+    EMBEDDINGS,
+    OURS_4BIT,
+    OURS_8BIT,
+    OURS_32BIT,
+    OURS_MULAW,
+    REFERENCE,
+    SOURCES,
+    TORCHAO_4BIT,
+    Run,
+)
 from benchmarks.reporting import format_table
 
 Record = dict[str, Any]  # {"run": Run.identity(), "result": ...}
 Cells = list[dict[str, Any]]
 Results = dict[int, dict[str, Any]]  # the results of one place in a table, by seed
+COMPARED = (OURS_8BIT, OURS_MULAW, OURS_4BIT, TORCHAO_4BIT)  # with 32-bit state
 PLACE = ("study", "task", "row", "column", "lr")
 Place = tuple[Any, ...]
 
@@ -124,18 +135,30 @@ def groups(cells: Cells, study: str, names: tuple[str, ...], column: str) -> dic
 
 
 def family_table(cells: Cells) -> str:
-    """The family, a line for each task and rule; below it, why runs failed."""
-    headers = ["task", "rule", "lr", *SOURCES, "8-bit - 32-bit", "within spread", "seeds"]
-    lines, notes = [], []
-    for (task, rule, lr), of in groups(cells, "family", ("task", "row", "lr"), "column").items():
-        eight = of.get(OURS_8BIT)
-        verdict = {None: "", True: "yes", False: "no"}[eight and eight["within_spread"]]
+    """The family: losses, a line for each task and rule, and the differences from 32-bit state of
+    each format; below them, why runs failed."""
+    rows = groups(cells, "family", ("task", "row", "lr"), "column")
+    sources = [source for source in SOURCES if any(source in of for of in rows.values())]
+    compared = [source for source in COMPARED if source in sources]
+    lines, differences, notes = [], [], []
+    for (task, rule, lr), of in rows.items():
         seeds = str(max(cell["runs"] for cell in of.values()))
-        losses = [_loss(of.get(source)) for source in SOURCES]
-        lines.append([task, rule, f"{lr:g}", *losses, _difference(eight), verdict, seeds])
+        losses = [_loss(of.get(source)) for source in sources]
+        lines.append([task, rule, f"{lr:g}", *losses, seeds])
+        told = [text for source in compared for text in _verdict(of.get(source))]
+        differences.append([task, rule, *told])
         notes += [f"{source} fails on {task}, {rule}: {error}"
                   for source, cell in of.items() for error in cell["errors"]]  # fmt: skip
-    return "\n\n".join([format_table(headers, lines, left=2), *dict.fromkeys(notes)])
+    tables = [format_table(["task", "rule", "lr", *sources, "seeds"], lines, left=2)]
+    if compared:
+        headers = [text for source in compared for text in (f"{source} - 32-bit", "within")]
+        tables.append(format_table(["task", "rule", *headers], differences, left=2))
+    return "\n\n".join([*tables, *dict.fromkeys(notes)])
+
+
+def _verdict(cell: dict[str, Any] | None) -> tuple[str, str]:
+    within = cell and cell["within_spread"]
+    return _difference(cell), {None: "", True: "yes", False: "no"}[within]
 
 
 def ablation_table(cells: Cells) -> str:
@@ -174,9 +197,9 @@ _SECTIONS = {
     "family": (
         "Every optimizer",
         """Held-out loss at the end, in nats: mean ± standard deviation over seeds. A seed
-gives the same parameters and the same batches to all. "8-bit - 32-bit" is the mean and deviation of
-the differences of the same seed; "within spread" says whether that mean is no more than the
-deviation of the 32-bit runs.""",
+gives the same parameters and the same batches to all. The second table has the mean and deviation
+of the differences of the same seed, and whether that mean is within one deviation of the 32-bit
+runs. "8-bit" is the dynamic map, "8-bit mulaw" the option state_format="mulaw".""",
         family_table,
     ),
     "ablation": (

@@ -6,7 +6,7 @@ import importlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -42,15 +42,33 @@ _CHOSEN: dict[str, tuple[float, float, Options]] = {
     "SGD": (1e-1, 1e-1, {"momentum": 0.9}),
 }  # fmt: skip
 RULES = dict.fromkeys([*_CHOSEN, *rule_names()], (1e-3, 2e-3, {})) | _CHOSEN
-# Who has an optimizer of a rule: the module, and what follows the name of the rule.
-OURS_32BIT, OURS_8BIT, BITSANDBYTES = "32-bit", "8-bit", "bitsandbytes"
-_MODULES = {
-    OURS_32BIT: ("torchao8", ""),
-    OURS_8BIT: ("torchao8", "8bit"),
-    "torch.optim": ("torch.optim", ""),
-    BITSANDBYTES: ("bitsandbytes.optim", "8bit"),
+OURS_32BIT, OURS_8BIT, OURS_MULAW, OURS_4BIT = "32-bit", "8-bit", "8-bit mulaw", "4-bit"
+BITSANDBYTES, TORCHAO_4BIT = "bitsandbytes", "torchao 4-bit"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Who has an optimizer of a rule: the module, what follows the name of the rule, and options
+    beside those of the rule."""
+
+    module: str
+    suffix: str = ""
+    options: Options = field(default_factory=dict)
+
+    @property
+    def package(self) -> str:
+        return self.module.partition(".")[0]
+
+
+SOURCES = {
+    OURS_32BIT: Source("torchao8"),
+    OURS_8BIT: Source("torchao8", "8bit"),
+    OURS_MULAW: Source("torchao8", "8bit", {"state_format": "mulaw"}),
+    OURS_4BIT: Source("torchao8", "4bit"),
+    "torch.optim": Source("torch.optim"),
+    BITSANDBYTES: Source("bitsandbytes.optim", "8bit"),
+    TORCHAO_4BIT: Source("torchao.optim", "4bit"),
 }
-SOURCES = tuple(_MODULES)
 
 
 @dataclass(frozen=True)
@@ -114,14 +132,14 @@ class Run:
 
 def _class_of(source: str, name: str) -> Callable[..., torch.optim.Optimizer] | None:
     """The class that a source has for a rule, if it has one and is installed."""
-    if source == BITSANDBYTES and not installed("bitsandbytes"):
+    of = SOURCES[source]
+    if not installed(of.package):
         return None
-    module, suffix = _MODULES[source]
-    return getattr(importlib.import_module(module), f"{name}{suffix}", None)
+    return getattr(importlib.import_module(of.module), f"{name}{of.suffix}", None)
 
 
 def family(settings: Settings, seed: int) -> Iterator[Run]:
-    """Every rule on every task: 32-bit and 8-bit state, torch's own and bitsandbytes' own."""
+    """Every rule on every task: each format of state, and the optimizers of other libraries."""
     for task, size in settings.sizes.items():
         for name, (gpt_lr, digits_lr, options) in RULES.items():
             lr = gpt_lr if task == "gpt" else digits_lr
@@ -183,13 +201,22 @@ def learning_rate(step: int, steps: int, highest: float) -> float:
     return highest * (LAST_LR + (1 - LAST_LR) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate of all groups; torchao's optimizers have it in a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
 def make_optimizer(run: Run, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of a run over the parameters of a model."""
     options = {"lr": run.lr, **run.options}
     if run.study == "family":
         cls = _class_of(run.column, run.row)
         assert cls is not None, run
-        return cls(model.parameters(), **options)
+        return cls(model.parameters(), **options, **SOURCES[run.column].options)
     in_32bit = OURS_32BIT if run.study == "rounding" else REFERENCE
     ours = torchao8.AdamW if in_32bit in (run.column, run.row) else torchao8.AdamW8bit
     if run.study == "rounding":
@@ -212,8 +239,7 @@ def train(run: Run) -> dict[str, Any]:
     optimizer = make_optimizer(run, model)
     watch = UpdateError(optimizer, run.error_every) if run.error_every else None
     for step in range(run.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, run.steps, run.lr)
+        set_lr(optimizer, learning_rate(step, run.steps, run.lr))
         loss = task.loss(model, step, run.seed)
         if not loss.isfinite():
             break
@@ -245,6 +271,6 @@ def attempt(run: Run) -> dict[str, Any]:
     try:
         return train(run)
     except Exception as error:  # not every rule of theirs has a kernel for every device
-        if run.column != BITSANDBYTES:
+        if run.column not in (BITSANDBYTES, TORCHAO_4BIT):
             raise
         return {"error": error_line(error)}

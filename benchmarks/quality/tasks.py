@@ -83,11 +83,16 @@ class Digits:
         head = [nn.Linear(2 * channels * 4 * 4, hidden), nn.ReLU(), nn.Linear(hidden, 10)]
         return nn.Sequential(*convolutions, nn.MaxPool2d(2), nn.Flatten(), *head)
 
-    def loss(self, model: nn.Module, step: int, seed: int) -> Tensor:
+    def batch_of(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Images and labels to train on."""
         images, labels = _digits()[1]
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         chosen = torch.randint(len(labels), (self.batch,), generator=generator)
-        return F.cross_entropy(model(images[chosen]), labels[chosen])
+        return images[chosen], labels[chosen]
+
+    def loss(self, model: nn.Module, step: int, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        images, labels = self.batch_of(generator)
+        return F.cross_entropy(model(images), labels)
 
     @torch.no_grad()
     def held_out(self, model: nn.Module) -> float:
