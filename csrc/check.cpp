@@ -51,7 +51,7 @@ Device device_of(const TensorView& first) {
 
 // See FamilyOps. Makes nothing of a call that has been checked.
 struct PortableChecks {
-  using Formats = Types<DynamicFormat, MulawFormat>;  // torchao8/portable/formats
+  using Formats = torchao8::Formats;  // torchao8/portable/formats has them all
   static constexpr bool kNeedsTensors = true;
   struct Guard {
     Guard() {}
@@ -130,8 +130,7 @@ STABLE_TORCH_LIBRARY_IMPL(torchao8, CompositeExplicitAutograd, m) {
     m.impl((std::string(kCheck) + extremes_op<typename decltype(type)::type>()).c_str(),
            &Ops::extremes);
   });
-  m.impl((std::string(kCheck) + kLambOp).c_str(),
-         &lamb_update_sums<check_lamb, PortableChecks::Formats>);
+  m.impl((std::string(kCheck) + kLambOp).c_str(), &lamb_update_sums<check_lamb, MeasuredFormats>);
   m.impl("check_count_step_", boxed<check_counts>);
   m.impl("check_sum_squares", boxed<check_summands>);
   m.impl("check_norms", TORCH_BOX(&check_norms_call));

@@ -115,6 +115,27 @@ def lane_draws(key: Tensor, first: Tensor, mask: int = MASK23) -> tuple[Tensor, 
     return (c0 + c1 * lanes) & mask, (c2 + c3 * lanes) & mask
 
 
+def draws_of(key: Tensor, first: Tensor, bits: int) -> tuple[Tensor, ...]:
+    """What draws of the hashes' highest bits are made of. In two parts, so that no product of int32
+    overflows: those bits, and the bits below, whose sums carry into them."""
+    low, pair = 32 - bits, lane_draws(key, first, MASK32)
+    return tuple(part.to(torch.int32) for t in pair for part in (t >> low, t & (1 << low) - 1))
+
+
+def drawn(parts: tuple[Tensor, ...], width: int, bits: int) -> Tensor:
+    """So many random bits for each element of blocks of a width."""
+    high, low, high_stride, low_stride = parts
+    carry = along(low, low_stride, width) >> (32 - bits)
+    return along(high, high_stride, width) + carry & (1 << bits) - 1
+
+
+def round_up_to_bits(x: Tensor, bits: int) -> Tensor:
+    """The least number with so many bits behind the point that is not below x, but for 64 units in
+    the last place of x."""
+    dropped = (1 << 23 - bits) - 1
+    return (x.view(torch.int32) + (dropped - 64) & ~dropped).view(torch.float32)
+
+
 def along(start: Tensor, stride: Tensor, width: int) -> Tensor:
     groups = -(-width // 8)
     j = torch.arange(groups, dtype=start.dtype, device=start.device).unsqueeze(-1)

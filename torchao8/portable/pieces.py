@@ -95,23 +95,32 @@ def _ranges(rows: int, length: int, block: int) -> Iterator[tuple[int, int, int,
 
 
 def block_pieces(entry: Entry, block: int) -> Iterator[Piece]:
-    """Of 8-bit state: pieces of shape (rows, blocks, elements), and scales of (rows, blocks, 1)."""
+    """Of state with scales: pieces of shape (rows, blocks, elements), and scales of (rows, blocks,
+    1). Codes may share bytes, two elements of a row each."""
     p = entry.param
     length = row_length(p.shape, block)
     rows = p.numel() // length if length else 0
     if rows == 0:
         return
-    as_rows = [t.reshape(rows, length) for t in (p, entry.grad, *entry.values)]
+    as_rows = [t.reshape(rows, length) for t in (p, entry.grad)]
+    codes = [t.view(rows, -1) for t in entry.values]
     one_scale = entry.one_scale
     of_rows = [s if one_scale else s.view(rows, -1) for s in entry.scales]
     for r0, r1, b0, b1, width in _ranges(rows, length, block):
-        column = slice(b0 * block, b0 * block + (b1 - b0) * width)
-        parts = [t[r0:r1, column].unflatten(1, (b1 - b0, width)) for t in as_rows]
+        p_blocks, g_blocks = (_blocks(t[r0:r1], b0 * block, b1 - b0, width) for t in as_rows)
+        values = []
+        for t in codes:
+            share = -(-length // t.shape[1])
+            values.append(_blocks(t[r0:r1], b0 * block // share, b1 - b0, -(-width // share)))
         scales = [s if one_scale else s[r0:r1, b0:b1].unsqueeze(-1) for s in of_rows]
         first = _grid(entry.offset + r0 * entry.stride, r1 - r0, entry.stride, p.device)
         first = first + _grid(b0 * block, b1 - b0, block, p.device).squeeze(-1)
-        yield Piece(parts[0], parts[1], parts[2:], scales, first)
+        yield Piece(p_blocks, g_blocks, values, scales, first)
     _write_back(as_rows[0], p)
+
+
+def _blocks(t: Tensor, start: int, count: int, width: int) -> Tensor:
+    return t[:, start : start + count * width].unflatten(1, (count, width))
 
 
 def _grid(start: int, count: int, step: int, device: torch.device) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchao8.block_layout import row_length, scale_shape
-from torchao8.portable.formats import FORMATS, name_of
+from torchao8.block_layout import codes_shape, row_length, scale_shape
+from torchao8.portable.formats import FORMATS, bits_of, name_of
 from torchao8.portable.pieces import Entry, block_pieces
 
 
@@ -15,7 +15,8 @@ def quantize_blockwise(
 ) -> tuple[Tensor, Tensor]:
     """As :func:`torchao8.ops.quantize_blockwise`."""
     x, form = input.detach().contiguous(), FORMATS[name_of(state_format)]
-    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    shape = codes_shape(x.shape, block_size, bits_of(state_format))
+    codes = torch.empty(shape, dtype=torch.uint8, device=x.device)
     scale = torch.empty(scale_shape(x.shape, block_size), dtype=torch.float32, device=x.device)
     t = form.tables(signed, x.device)
     stride = row_length(x.shape, block_size)
@@ -38,10 +39,11 @@ def dequantize_blockwise(
     state_format: int,
 ) -> Tensor:
     """As :func:`torchao8.ops.dequantize_blockwise`."""
-    result = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    shape = (*codes.shape[:-1], 8 // bits_of(state_format) * codes.shape[-1]) if codes.dim() else ()
+    result = torch.empty(shape, dtype=dtype, device=codes.device)
     form = FORMATS[name_of(state_format)]
     t = form.tables(signed, codes.device)
-    stride = row_length(codes.shape, block_size)
+    stride = row_length(shape, block_size)
     for piece in block_pieces(Entry(result, result, [codes], [scale], 0, stride), block_size):
         piece.param.copy_(form.values(piece.values[0], signed, t) * piece.scales[0])
     return result

@@ -18,7 +18,8 @@ csrc/rules has the same rules for the kernels, with the papers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -296,19 +297,24 @@ def adagrad(p: Tensor, g: Tensor, old: Olds, c: Numbers) -> Step:
 
 
 class Rule(NamedTuple):
-    """A rule: its two functions, which of its numbers are decay rates, and the state, if there is
-    one, that adds up quotients: update() at the largest magnitudes does not bound its new values.
+    """A rule: its two functions, and which of its numbers are decay rates.
+
+    Attributes:
+        quotients: the state, if there is one, that adds up quotients: update() at the largest
+            magnitudes does not bound its new values.
+        roots: of averages, the state that is the average of the same numbers' squares.
     """
 
     numbers: Callable[[Numbers, Tensor, bool], Numbers]
     update: Callable[[Tensor, Tensor, Olds, Numbers], Step]
     rates: tuple[str, ...] = ()
     quotients: str | None = None
+    roots: Mapping[str, str] = MappingProxyType({})
 
 
 RULES = {
     "adagrad": Rule(adagrad_numbers, adagrad),
-    "adam": Rule(adam_numbers, adam, ("beta1", "beta2")),
+    "adam": Rule(adam_numbers, adam, ("beta1", "beta2"), roots={"exp_avg": "exp_avg_sq"}),
     "ademamix": Rule(ademamix_numbers, ademamix, ("beta1", "beta2", "beta3")),
     "lion": Rule(lion_numbers, lion, ("beta1", "beta2")),
     "nadam": Rule(nadam_numbers, nadam, ("beta1", "beta2")),

@@ -19,9 +19,7 @@ ONE_BITS = 0x3F800000
 HALF = 1 << SHIFT - 1
 LAST = {False: 255, True: 127}  # the largest code, by whether the state is signed
 TOP = {False: 63487.0, True: 247.0}  # its value at scale 1
-TOLERANCE = 64  # units in the last place of what a scale is rounded up from
 LARGEST = 2.0**126 - 2.0**102  # the largest float32 below 2^126
-_LOW = 32 - SHIFT  # bits of a hash that no draw has
 
 
 def values(codes: Tensor, signed: bool, tables: object) -> Tensor:
@@ -44,11 +42,10 @@ def decode(form: Form, x: Tensors) -> list[Old]:
 def scale_of(extreme: Tensor, unit: Tensor, state: FormState) -> Tensor:
     """For an extreme in units: rounded up to a power of two, or, of a state that is not still, to 7
     bits behind the point."""
-    dropped = (1 << (23 if state.still else 16)) - 1
     usable = codec.in_range(extreme.abs(), False)
     exact = torch.where(usable, extreme.abs(), 0.0) * unit * (1 / TOP[state.signed])
-    bits = exact.view(torch.int32) + (dropped - TOLERANCE) & ~dropped
-    scale = torch.where(exact < codec.MIN_SCALE, 0.0, bits.view(torch.float32))
+    rounded = codec.round_up_to_bits(exact, 0 if state.still else 7)
+    scale = torch.where(exact < codec.MIN_SCALE, 0.0, rounded)
     return torch.where(usable, scale, torch.nan)
 
 
@@ -85,18 +82,7 @@ def extremes_of(form: Form, x: Tensors, c: Numbers, made: Made) -> list[Tensor]:
 
 
 def draws(key: Tensor, first: Tensor) -> tuple[Tensor, ...]:
-    """In two parts, so that no product of int32 overflows: the bits that a draw has, and those
-    below, whose sums carry into it."""
-    low = (1 << _LOW) - 1
-    pair = codec.lane_draws(key, first, codec.MASK32)
-    return tuple(part.to(torch.int32) for t in pair for part in (t >> _LOW, t & low))
-
-
-def drawn(parts: tuple[Tensor, ...], width: int) -> Tensor:
-    """SHIFT random bits for each element of blocks of a width."""
-    high, low, high_stride, low_stride = parts
-    carry = codec.along(low, low_stride, width) >> _LOW
-    return codec.along(high, high_stride, width) + carry & (1 << SHIFT) - 1
+    return codec.draws_of(key, first, SHIFT)
 
 
 def encode_numbers(
@@ -121,7 +107,7 @@ def encode(form: Form, x: Tensors, c: Numbers, made: Made) -> list[Changes]:
         new, unit = made.new[i], c[f"{state.name}.unit"]
         usable = codec.in_range(x.scales[i], False)
         scale = scale_of(torch.where(usable, extreme, torch.nan), unit, state)
-        added = drawn(next(pending), new.shape[-1]) if state.stochastic else HALF
+        added = codec.drawn(next(pending), new.shape[-1], SHIFT) if state.stochastic else HALF
         codes = encode_numbers(new, scale, unit, added, state.signed)
         changes.append([(x.values[i], codes), *([] if x.extremes else [(x.scales[i], scale)])])
     return changes
