@@ -1,4 +1,4 @@
-"""What the formats of 8-bit state have in common: extreme elements, and random numbers.
+"""What the formats of state have in common: extreme elements, and random numbers.
 
 Tensors have a block in their last dimension, and one number a block has 1 there. Where csrc/codec
 has the reasons for what is computed, this only says how. No operation depends on the values but by

@@ -16,7 +16,7 @@ from torchao8.portable.pieces import Entry, Piece, block_pieces, element_pieces,
 from torchao8.portable.rules import RULES, Numbers, Old, Rate
 from torchao8.portable.sums import sum_rows
 
-ROOT_FLOOR_8BIT = 2.0**-101  # under a root, in units of about the squared gradient
+ROOT_FLOOR_SCALED = 2.0**-101  # under a root, in units of about the squared gradient
 ROOT_FLOOR_32BIT = 2.0**-126
 LEAST_SHARE = 2.0**-6  # of a variance in 8 bits, in the mean square
 
@@ -111,10 +111,10 @@ class Call:
         self.values = [arguments[f"{s.name}s"] for s in states]
         self.scales = [lists for s in states if (lists := arguments[f"{s.name}_scales"])]
         self.scalars = {s.name: arguments[f"{s.name}s"] for s in present if s.scalar}
-        in_8bit = bool(self.scales)
-        self.block_size = block_size if in_8bit else None
+        scaled = bool(self.scales)
+        self.block_size = block_size if scaled else None
         self.t = torch.stack([s.reshape(()) for s in arguments["steps"]]) + 1  # with this step
-        self.numbers = self._numbers(in_8bit)
+        self.numbers = self._numbers(scaled)
         columns = [v if isinstance(v, Tensor) else self._full(v) for v in self.numbers.values()]
         self.rows = torch.stack([v.to(torch.float32).expand_as(self.t) for v in columns], 1)
         name = name_of(arguments["state_format"]) if self.scales else None
@@ -125,7 +125,7 @@ class Call:
     def _full(self, value: float) -> Tensor:
         return self.t.new_full((), value)
 
-    def _numbers(self, in_8bit: bool) -> Numbers:
+    def _numbers(self, scaled: bool) -> Numbers:
         """The rule's numbers for all parameters, float32 on their device, of shape (n,) or ()."""
         a, device, rule = self.arguments, self.t.device, RULES[self.family.name]
         # In the precision that they come in: float32 could not tell 1 - beta.
@@ -142,11 +142,11 @@ class Call:
             of_gradient, of_lr = to_device(torch.stack(list(a["factors"])), device).unbind(1)
             o["gain"] = o["gain"] * of_gradient
             o["lr"] = o["lr"] * of_lr if "lr" in a else o["lr"]
-        o["floor"] = ROOT_FLOOR_8BIT if in_8bit else ROOT_FLOOR_32BIT
-        o["least_share"] = LEAST_SHARE if in_8bit else 0.0
+        o["floor"] = ROOT_FLOOR_SCALED if scaled else ROOT_FLOOR_32BIT
+        o["least_share"] = LEAST_SHARE if scaled else 0.0
         for name, tensors in self.scalars.items():
             o[name] = torch.stack([s.reshape(()) for s in tensors])
-        return rule.numbers(o, self.t, in_8bit)
+        return rule.numbers(o, self.t, scaled)
 
     def column(self, name: str) -> Tensor:
         return self.rows[:, list(self.numbers).index(name)]

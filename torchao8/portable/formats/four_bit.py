@@ -53,8 +53,8 @@ def values(codes: Tensor, signed: bool, tables: object) -> Tensor:
 
 
 def roots_of(code: Tensor, scale: Tensor) -> Tensor:
-    """Of stored second moments; 1 in a block without a scale."""
-    return torch.where(scale >= codec.MIN_SCALE, (_square(code) * scale).sqrt(), 1.0)
+    """Of stored second moments; 1 in a block without a scale, whose codes are 0."""
+    return (_square(code) * torch.where(scale >= codec.MIN_SCALE, scale, 128.0)).sqrt()
 
 
 def decode(form: Form, x: Tensors) -> list[Old]:
