@@ -20,8 +20,9 @@ from adam_call import (
     sample_call,
     tensors,
 )
-from helpers import bits, needs_kernels
-from portable_steps import Differences, portable
+from helpers import SMALL, bits, make_params, needs_kernels, set_grads, through_file
+from optim_table import OF_4_BITS, OptimizerCase
+from portable_steps import Differences, copy_state, portable, step_portably
 from test_mulaw_steps import family_call
 from torch import Tensor
 
@@ -178,6 +179,32 @@ def test_the_codec(signed: bool) -> None:
                 back = torchao8.dequantize_blockwise(*wanted, **options, shape=shape)
             assert [bits(t) for t in found] == [bits(t) for t in wanted]
             torch.testing.assert_close(back, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("case", OF_4_BITS, ids=lambda case: case.cls.__name__)
+@pytest.mark.parametrize("saved_by", ["kernels", "operators"])
+def test_state_goes_from_one_to_the_other(case: OptimizerCase, saved_by: str) -> None:
+    """And steps of optimizers are alike."""
+    pair = [case.make(make_params(), min_8bit_size=SMALL, **case.full) for _ in range(2)]
+    steps = [lambda o: o.step(), step_portably]
+    write, read = steps if saved_by == "kernels" else steps[::-1]
+    params = [o.param_groups[0]["params"] for o in pair]
+    for seed in range(3):
+        for ps in params:
+            set_grads(ps, seed)
+        write(pair[0])
+        read(pair[1])
+        differences = Differences()
+        for p, q in zip(*params, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+            for key, value in pair[0].state[p].items():
+                if key.endswith("_4bit"):
+                    for shift in (0, 4):
+                        differences.add(value >> shift & 15, pair[1].state[q][key] >> shift & 15)
+        assert differences.codes > 0
+        differences.check()
+        pair[1].load_state_dict(through_file(pair[0].state_dict()))
+        copy_state(*pair)
 
 
 def all_tensors(call: Call) -> list[Tensor]:

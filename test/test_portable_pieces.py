@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchao8
 from torchao8 import ops
+from torchao8.block_layout import codes_shape
 from torchao8.optim._state.spec import NORMS_KEPT
 from torchao8.optim._step import clipping
 from torchao8.portable import pieces
@@ -40,11 +41,13 @@ class NoFloat64(TorchDispatchMode):
 def test_nothing_waits_for_the_device(case: OptimizerCase) -> None:
     """On the device meta, which has no numbers to wait for. Nothing there is float64, either."""
 
-    def step(in_8bit: bool, one_scale: bool, state_format: int = 0) -> None:
+    def step(in_8bit: bool, one_scale: bool, state_format: str = "dynamic") -> None:
         (family,) = [f for f in ops.FAMILIES if f.step_op == case.cls._op]
         p = torch.empty(40, 700, device="meta")
         grad, count = torch.empty_like(p), torch.empty((), device="meta")
-        state = torch.empty_like(p, dtype=torch.uint8 if in_8bit else torch.float32)
+        number = ops.FORMAT_NUMBERS[state_format]
+        shape: tuple[int, ...] = codes_shape(p.shape, 256, ops.FORMATS[number].bits)
+        state = torch.empty(shape, dtype=torch.uint8 if in_8bit else torch.float32, device="meta")
         values = [[torch.empty((), device="meta") if s.scalar else state] for s in family.states]
         shape = (1,) if one_scale else (40, 3)
         scales = [
@@ -53,7 +56,7 @@ def test_nothing_waits_for_the_device(case: OptimizerCase) -> None:
             if not s.scalar
         ]
         numbers = torch.full((len(family.numbers),), 0.5, dtype=torch.float64)
-        options: Options = {**dict.fromkeys(family.flags, False), "state_format": state_format}
+        options: Options = {**dict.fromkeys(family.flags, False), "state_format": number}
         shared = ([p], [grad], values, scales, [count], torch.tensor(0.1, dtype=torch.float64),
                   numbers, count, [torch.empty(2, device="meta")])  # fmt: skip
         found = list(ops.extremes(family.step_op, *shared, **options)) if one_scale else []
@@ -76,7 +79,9 @@ def test_nothing_waits_for_the_device(case: OptimizerCase) -> None:
         for in_8bit, one_scale in ((True, False), (True, True), (False, False)):
             step(in_8bit, one_scale)
         for one_scale in (False, True):
-            step(True, one_scale, ops.FORMAT_NUMBERS["mulaw"])
+            step(True, one_scale, "mulaw")
+        if case.rule in ("adam", "lion", "sgd") and "LA" not in case.cls.__name__:
+            step(True, False, "4bit")
         factors()
 
 
@@ -111,7 +116,7 @@ class Peak(TorchDispatchMode):
         self.now -= size
 
 
-KINDS = [{"optim_bits": 8}, {"optim_bits": 32}, {"state_format": "mulaw"}]
+KINDS = [{"optim_bits": 8}, {"optim_bits": 32}, {"state_format": "mulaw"}, {"optim_bits": 4}]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -163,7 +168,8 @@ def test_pieces_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
                 set_grads(params, seed)
                 step_portably(optimizer)
             results.append(all_bits(optimizer))
-    assert results[:3] == results[3:6] == results[6:]
+    count = len(KINDS)
+    assert results[:count] == results[count : 2 * count] == results[2 * count :]
 
 
 @pytest.mark.parametrize("optim_bits", [8, 32])
