@@ -119,21 +119,22 @@ class Peak(TorchDispatchMode):
 KINDS = [{"optim_bits": 8}, {"optim_bits": 32}, {"state_format": "mulaw"}, {"optim_bits": 4}]
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize(
-    "make",
-    [
-        pytest.param(lambda: torch.randn(3000, 2048), id="matrix"),
-        pytest.param(lambda: torch.randn(5_000_001), id="vector"),
-        pytest.param(lambda: torch.randn(3, 1_500_001), id="rows with an end"),
-        pytest.param(lambda: torch.randn(500, 100, 10, 10).transpose(1, 3), id="other strides"),
-    ],
-)
+MAKES = {
+    "matrix": lambda: torch.randn(3000, 2048),
+    "vector": lambda: torch.randn(5_000_001),
+    "other strides": lambda: torch.randn(500, 100, 10, 10).transpose(1, 3),
+    "rows with an end": lambda: torch.randn(3, 1_500_001),
+}
+MEASURED = [(make, kind) for make in MAKES for kind in KINDS[:2]]
+MEASURED += [("rows with an end", kind) for kind in KINDS[2:]]
+
+
+@pytest.mark.parametrize(("make", "kind"), MEASURED, ids=str)
 def test_temporaries_do_not_grow_with_the_model(
-    make: Any, kind: Options, monkeypatch: pytest.MonkeyPatch
+    make: str, kind: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """64 MB at most, of a parameter of 20 MB or more with its gradient; three of them."""
-    params = [torch.nn.Parameter(make()) for _ in range(3)]
+    params = [torch.nn.Parameter(MAKES[make]()) for _ in range(3)]
     options: Options = {**kind, "stochastic_rounding": True, "amsgrad": True}
     optimizer = torchao8.AdamW8bit(
         [p.bfloat16().detach().requires_grad_() for p in params], **options
