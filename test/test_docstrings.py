@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from optim_table import OPTIMIZERS
+from optim_table import OF_4_BITS, OPTIMIZERS
 
 import torchao8
 from torchao8.optim.base import LowPrecisionOptimizer
 
-CASES = {case.cls.__name__: case for case in OPTIMIZERS}
+CASES = {case.cls.__name__: case for case in (*OPTIMIZERS, *OF_4_BITS)}
 CLASSES = [getattr(torchao8, name) for name in torchao8.optim.classes.__all__]
 EACH = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 # An entry of "Args:", its text and the default at its end.
@@ -71,7 +71,9 @@ def test_it_has_formula_source_state_and_errors(cls: type[LowPrecisionOptimizer]
     optimizer = cls([p], **case.base, **case.full)
     optimizer.step()
     for key in optimizer.state[p]:
-        name, codes_or_scale = re.fullmatch(r"(.*?)(_codes|_scale)?", key).groups()  # type: ignore[union-attr]
+        name, codes_or_scale = re.fullmatch(
+            r"(.*?)(_codes|_scale|_4bit|_4bit_scale)?", key
+        ).groups()  # type: ignore[union-attr]
         assert f"``{name}``" in doc, key
         assert codes_or_scale is None or f"``{codes_or_scale}``" in doc
 

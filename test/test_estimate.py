@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import SHAPES, SMALL
-from optim_table import OPTIMIZERS, OptimizerCase
+from optim_table import OF_4_BITS, OPTIMIZERS, OptimizerCase
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -30,7 +30,8 @@ from torchao8.estimate import class_names
 from torchao8.state_bits import CUT_ROWS, SHARDED_VECTOR, SHORT_ROWS, TOO_SMALL
 
 PACKAGE = Path(torchao8.__file__).parent
-Sizes = dict[str, int]
+Sizes = dict[str, int | None]
+HAVE_4_BITS = {case.cls.__name__.removesuffix("4bit") for case in OF_4_BITS}
 
 
 # -- against optimizers --------------------------------------------------------------------------
@@ -64,22 +65,27 @@ def measured(model: nn.Module, optimizer: str = "AdamW", **options: Any) -> Size
     """The fields of an estimate, of this rank, as real tensors have them."""
     state_32bit = kept(model, getattr(torchao8, optimizer), **options)
     state_8bit = kept(model, getattr(torchao8, f"{optimizer}8bit"), **options)
+    state_4bit: list[Tensor] | None = None
+    if optimizer in HAVE_4_BITS and options.get("block_wise", True):
+        state_4bit = kept(model, getattr(torchao8, f"{optimizer}4bit"), **options)
     params = list(model.parameters())
     return {
         "parameters": sum(whole([sharding.local(p)]) for p in params),
         "gradients": sum(whole([sharding.local(p.grad)]) for p in params if p.grad is not None),
         "state_32bit": storage(state_32bit),
         "state_8bit": storage(state_8bit),
+        "state_4bit": None if state_4bit is None else storage(state_4bit),
         "checkpoint_32bit": whole(state_32bit),
         "checkpoint_8bit": whole(state_8bit),
+        "checkpoint_4bit": None if state_4bit is None else whole(state_4bit),
     }
 
 
-FIELDS = ("parameters", "gradients", "state_32bit", "state_8bit")
+FIELDS = ("parameters", "gradients", "state_32bit", "state_8bit", "state_4bit")
 
 
 def fields(estimated: Estimate) -> Sizes:
-    names = (*FIELDS, "checkpoint_32bit", "checkpoint_8bit")
+    names = (*FIELDS, "checkpoint_32bit", "checkpoint_8bit", "checkpoint_4bit")
     return {name: getattr(estimated, name) for name in names}
 
 
@@ -127,7 +133,7 @@ def test_the_family(case: OptimizerCase) -> None:
         expected = measured(model, name, **options)
         estimated = estimate(model, optimizer=name, **options)
         assert fields(estimated) == expected
-        for each in (name, f"{name}8bit", f"Paged{name}", f"Paged{name}8bit"):
+        for each in (name, f"{name}8bit", f"Paged{name}", f"Paged{name}8bit", f"{name}4bit"):
             assert estimate([], optimizer=each).optimizer == estimated.optimizer == name
         stateless = expected["state_8bit"] == expected["state_32bit"]
         assert stateless == (bool(case.base) and not options)
@@ -165,8 +171,12 @@ def test_32_bit_state_is_that_of_torch() -> None:
 
 def test_defaults_are_those_of_the_optimizer() -> None:
     ours, theirs = (inspect.signature(f).parameters for f in (estimate, torchao8.AdamW8bit))
-    for name in ("min_8bit_size", "block_size", "block_wise", "percentile_clipping"):
+    for name in ("min_8bit_size", "state_format", "block_wise", "percentile_clipping"):
         assert ours[name].default == theirs[name].default
+    shapes = [(64, 300), (33, 16, 3, 3)]
+    assert estimate(shapes, block_size=256).state_8bit == estimate(shapes).state_8bit
+    assert estimate(shapes, block_size=64).state_4bit == estimate(shapes).state_4bit
+    assert estimate(shapes, block_size=256).state_4bit < estimate(shapes).state_4bit
 
 
 def test_frozen_and_tied_parameters() -> None:
@@ -227,10 +237,12 @@ def test_fully_sharded(mesh: tuple[int, ...], options: dict[str, Any]) -> None:
     assert estimated.ranks == len(of_ranks)
     for sizes, of_model in of_ranks:
         assert of_model == fields(estimated)
-        for name in ("checkpoint_32bit", "checkpoint_8bit"):
+        for name in ("checkpoint_32bit", "checkpoint_8bit", "checkpoint_4bit"):
             assert sizes[name] == getattr(estimated, name)
     for name in FIELDS:
         found = [sizes[name] for sizes, _ in of_ranks]
+        if name == "state_4bit" and None in found:
+            continue
         assert max(found) == getattr(estimated, name)
         assert sum(found) == getattr(estimated.total, name)
     if mesh in ((2,), (3,)):
@@ -253,6 +265,7 @@ class TensorParallel(nn.Module):
         self.experts = parameter((3, 5, 1024), Shard(1))
         self.cut_experts = parameter((3, 5, 1024, 40), Shard(3))
         self.copied = parameter((30, 300), Replicate())
+        self.odd = parameter((30, 1023), Shard(1))
         self.vector = parameter((5000,), Replicate())
         self.plain = nn.Parameter(torch.zeros(5000))
 
@@ -277,7 +290,7 @@ def test_tensor_parallel() -> None:
             found = [sizes[name] for sizes, _ in of_ranks]
             assert max(found) == getattr(estimated, name)
             assert sum(found) == getattr(estimated.total, name)
-        for name in ("checkpoint_32bit", "checkpoint_8bit"):
+        for name in ("checkpoint_32bit", "checkpoint_8bit", "checkpoint_4bit"):
             assert getattr(estimated, name) == of_ranks[0][0][name]
 
 
@@ -299,7 +312,7 @@ def test_the_first_rank_holds_most(
     shape: tuple[int, ...], mesh_shape: tuple[int, ...], placements: tuple[Placement, ...]
 ) -> None:
     """What an estimate relies on: no coordinate has more elements or scales than the first."""
-    elements, scales = [], []
+    elements, scales, packed = [], [], []
     for where in itertools.product(*(range(size) for size in mesh_shape)):
         dims = range(len(shape))
         indices = [
@@ -308,8 +321,11 @@ def test_the_first_rank_holds_most(
         elements.append(math.prod(map(len, indices)))
         place = shard_layout.block_rows(shape, mesh_shape, where, placements, 256)
         scales.append(0 if place is None else math.prod(place.scale_shape))
+        place = shard_layout.block_rows(shape, mesh_shape, where, placements, 64, 4)
+        packed.append(0 if place is None else math.prod(place.codes_shape(4)))
     assert elements[0] == max(elements)
     assert scales[0] == max(scales)
+    assert packed[0] == max(packed)
 
 
 # -- refused ---------------------------------------------------------------------------------------
@@ -343,6 +359,8 @@ def test_refused(arguments: Any, options: Any, error: Any, message: str) -> None
 
 def test_nothing() -> None:
     assert vars(estimate([]).total) == dict.fromkeys(FIELDS, 0)
+    none = estimate([], optimizer="NAdam")
+    assert none.state_4bit is none.checkpoint_4bit is none.total.state_4bit is None
     assert "0 tensors, 0 elements, 1 rank, AdamW" in str(estimate([]))
 
 
@@ -354,24 +372,30 @@ def test_table() -> None:
     shapes = {"w": (1024, 1024), "a": (7,), "b": (7,)}
     assert str(estimate(shapes)).split("\n") == [
         "3 tensors, 1,048,590 elements, 1 rank, AdamW",
-        "                         32-bit      8-bit",
-        "parameters             4.00 MiB   4.00 MiB",
-        "gradients              4.00 MiB   4.00 MiB",
-        "optimizer state        8.00 MiB   2.03 MiB",
-        "together              16.00 MiB  10.03 MiB",
-        "optimizer checkpoint   8.00 MiB   2.03 MiB",
+        "                         32-bit      8-bit     4-bit",
+        "parameters             4.00 MiB   4.00 MiB  4.00 MiB",
+        "gradients              4.00 MiB   4.00 MiB  4.00 MiB",
+        "optimizer state        8.00 MiB   2.03 MiB  1.13 MiB",
+        "together              16.00 MiB  10.03 MiB  9.13 MiB",
+        "optimizer checkpoint   8.00 MiB   2.03 MiB  1.13 MiB",
         "32 bits in AdamW8bit too: 2 of 3 (too small: a, ...)",
     ]
     sharded = estimate({"w": (1024, 1024)}, (2, 2048), dtype=torch.bfloat16)
-    assert str(sharded).split("\n") == [
-        "1 tensor, 1,048,576 elements, 4,096 ranks, AdamW",
-        "                      a rank: 32-bit     8-bit  all ranks: 32-bit      8-bit",
-        "parameters                  2.00 KiB  2.00 KiB           4.00 MiB   4.00 MiB",
-        "gradients                   2.00 KiB  2.00 KiB           4.00 MiB   4.00 MiB",
-        "optimizer state             8.00 KiB  2.04 KiB          16.02 MiB   4.08 MiB",
-        "together                   12.00 KiB  6.04 KiB          24.02 MiB  12.08 MiB",
-        "optimizer checkpoint                                     8.00 MiB   2.03 MiB",
-    ]
+    assert (
+        str(sharded)
+        == """\
+1 tensor, 1,048,576 elements, 4,096 ranks, AdamW
+                      a rank: 32-bit     8-bit     4-bit  all ranks: 32-bit      8-bit      4-bit
+parameters                  2.00 KiB  2.00 KiB  2.00 KiB           4.00 MiB   4.00 MiB   4.00 MiB
+gradients                   2.00 KiB  2.00 KiB  2.00 KiB           4.00 MiB   4.00 MiB   4.00 MiB
+optimizer state             8.00 KiB  2.04 KiB  1.13 KiB          16.02 MiB   4.08 MiB   2.27 MiB
+together                   12.00 KiB  6.04 KiB  5.13 KiB          24.02 MiB  12.08 MiB  10.27 MiB
+optimizer checkpoint                                               8.00 MiB   2.03 MiB   1.13 MiB"""
+    )
+    without = estimate({"w": (1024, 1024)}, (2, 2048), optimizer="NAdam")
+    assert str(without).split("\n")[1] == (
+        "                      a rank: 32-bit     8-bit  all ranks: 32-bit      8-bit"
+    )
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,17 @@ from helpers import (
     set_grads,
     train,
 )
-from optim_table import OF_8_BITS, OptimizerCase, Options
+from optim_table import OF_4_BITS, OF_8_BITS, OptimizerCase, Options
 from ranks import run_ranks
+from sharded import (
+    assert_shards_of,
+    distributed_param,
+    ends_of,
+    gathered,
+    groups_of,
+    step_with,
+)
 from sharded import fsdp_weights as weights
-from sharded import gathered, groups_of, step_with
 from test_foreign_checkpoints import load
 from test_fsdp1 import _model, _step
 from torch import Tensor
@@ -35,11 +42,13 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict as set_state
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import Shard
 
 import torchao8
 from torchao8 import AdamW, AdamW8bit, _implementation, ops
 from torchao8.checkpoint import load_dcp, load_safetensors, save_safetensors, to_torch
 from torchao8.optim._state.formats import FORMATS
+from torchao8.state_bits import CUT_ROWS
 
 MULAW_KEYS = [
     "step",
@@ -142,6 +151,41 @@ def test_an_unknown_format_is_refused(case: OptimizerCase, value: Any) -> None:
     with pytest.raises(ValueError) as error:
         case.make(make_params(), state_format=value)
     assert str(error.value) == f"state_format: expected 'dynamic' or 'mulaw', got {value!r}"
+
+
+@pytest.mark.parametrize("case", OF_8_BITS, ids=lambda case: case.cls.__name__)
+def test_4_bits_are_an_option_of_some_rules(case: OptimizerCase) -> None:
+    """The message names them."""
+    bare = {each.cls.__name__.removesuffix("4bit") for each in OF_4_BITS}
+    name = case.cls.__name__.removesuffix("8bit")
+    if name in bare:
+        params = make_params()
+        optimizer = case.make(params, optim_bits=4, min_8bit_size=SMALL)
+        train(optimizer, params, [0])
+        assert list(optimizer.state[params[0]]) == case.state_keys(4)
+        return
+    with pytest.raises(ValueError) as error:
+        case.make(make_params(), optim_bits=4)
+    assert str(error.value) == (
+        f"optim_bits: expected 8 or 32, got 4: {name} has no state of 4 bits. "
+        "Adam, AdamW, Lion and SGD have"
+    )
+    assert set(re.findall(r"[A-Z]\w+", str(error.value).split(". ")[1])) == bare
+
+
+def test_4_bits_changed_after_the_first_step_are_refused() -> None:
+    """Also the block size, which codes of 4 bits follow where a row of another dimension starts."""
+    params = make_params(shapes=[(4, 6, 80)])
+    optimizer = torchao8.AdamW4bit(params, min_8bit_size=SMALL)
+    train(optimizer, params, [0])
+    assert optimizer.state[params[0]]["exp_avg_4bit"].shape == (4, 6, 40)
+    for option, value in {"block_size": 128, "optim_bits": 8}.items():
+        before = optimizer.param_groups[0][option]
+        optimizer.param_groups[0][option] = value
+        with pytest.raises(RuntimeError, match=f"already has 4-bit state, .*{option}={value}"):
+            optimizer.step()
+        optimizer.param_groups[0][option] = before
+    optimizer.step()
 
 
 @pytest.mark.parametrize(("was", "now"), [("mulaw", "dynamic"), ("dynamic", "mulaw")])
@@ -501,6 +545,48 @@ def _through_fsdp1(kind: str, gap: float) -> None:
 
 def test_fsdp1() -> None:
     run_ranks(2, _fsdp1)
+
+
+# -- 4 bits: rows that shards split --------------------------------------------------------------
+
+# Two ranks have 512 and 511 columns of the first, whole blocks and bytes. Of the second they have
+# 64 and 32 elements of a row of 96, whole blocks too, but torch gives each half of the 48 bytes.
+SPLIT = ((40, 1023), (40, 3, 32))
+
+
+def split(params: Any, world_size: int) -> list[Tensor]:
+    mesh = init_device_mesh("cpu", (world_size,))
+    return [distributed_param(p, mesh, [Shard(1)]) for p in params]
+
+
+def _split_along_rows(rank: int, world_size: int, ends: bytes) -> None:
+    params = split(make_params(shapes=SPLIT), world_size)
+    optimizer = torchao8.AdamW4bit(params, lr=0.01, seed=3, min_8bit_size=SMALL)
+    expected = {CUT_ROWS: ("parameter 1",)}
+    assert optimizer.memory().kept_32bit == expected
+    with pytest.warns(UserWarning, match="cuts its 4-bit codes, two elements to a byte.* or over"):
+        step_with(optimizer, range(1))
+    step_with(optimizer, range(1, 3))
+    assert_shards_of(optimizer, ends, "4 bits")
+    assert list(optimizer.state[params[1]]) == ["step", "exp_avg", "exp_avg_sq"]
+    in_8_bits = AdamW8bit(params, block_size=64, min_8bit_size=SMALL)
+    assert in_8_bits.memory().kept_32bit == {}
+    # State of 4 bits of all of it is kept in 32 where it is cut.
+    whole = torchao8.AdamW4bit(make_params(shapes=SPLIT), lr=0.01, seed=3, min_8bit_size=SMALL)
+    step_with(whole, range(3))
+    told = loaded(optimizer, whole.state_dict())
+    assert len(told) == 1
+    assert "parameter 1 (of shape [40, 3, 32]) was saved in 4 bits, and is kept in 32" in told[0]
+    for name, value in optimizer.moments(params[1]).items():
+        assert bits(value.full_tensor()) == bits(whole.moments(params_of(whole)[1])[name])
+
+
+def test_splits_along_rows_keep_whole_bytes() -> None:
+    params = make_params(shapes=SPLIT)
+    groups = [{"params": params[:1]}, {"params": params[1:], "optim_bits": 32}]
+    optimizer = torchao8.AdamW4bit(groups, lr=0.01, seed=3, min_8bit_size=SMALL)
+    step_with(optimizer, range(3))
+    run_ranks(2, _split_along_rows, ends_of(optimizer))
 
 
 # -- damaged checkpoints -------------------------------------------------------------------------

@@ -76,14 +76,16 @@ def _signature(name: str) -> str:
 
 def _memory(names: list[str], options: list[str]) -> str:
     """The bytes of state for each element of a large matrix."""
-    rows = [["", "32 bits", "8 bits"]]
+    has_4bit = [torchao8.estimate([], optimizer=name).state_4bit is not None for name in names]
+    rows = [["", "32 bits", "8 bits", *["4 bits"] * any(has_4bit)]]
     for name in names:
         for with_options in ["", *options]:
             given = {o: 0.9 if o == "momentum" else True for o in with_options.split("+") if o}
             e = torchao8.estimate([_SHAPE], optimizer=name, **given)
             added = " and ".join(f"`{o}={v}`" for o, v in given.items())
             label = f"`{name}`" + (f", {added}" if added else "")
-            rows.append([label, *(f"{b / e.elements:.2f}" for b in (e.state_32bit, e.state_8bit))])
+            sizes = (e.state_32bit, e.state_8bit, e.state_4bit)[: len(rows[0]) - 1]
+            rows.append([label, *("" if b is None else f"{b / e.elements:.2f}" for b in sizes)])
     return _rows(rows)
 
 
