@@ -15,6 +15,7 @@ import pytest
 
 import torchao8
 from torchao8.optim.base import LowPrecisionOptimizer
+from torchao8.optim.contract import bare_name
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTENSION = Path(torchao8.__file__).parent / "_C.abi3.so"
@@ -60,15 +61,20 @@ def using(*symbols: str) -> str:
 
 
 def test_every_class_is_exported() -> None:
-    """Each of the four forms, from both packages, by the list of its own file."""
+    """Each of the forms of a rule, from both packages, by the list of its own file."""
 
     def subclasses(cls: type) -> set[type]:
         return {cls}.union(*map(subclasses, cls.__subclasses__()))
 
     ours = [c for c in subclasses(LowPrecisionOptimizer) if c.__module__.startswith("torchao8.")]
     names = {c.__name__ for c in ours if not c.__name__.startswith("_")} - {"LowPrecisionOptimizer"}
-    bare = {name.removeprefix("Paged").removesuffix("8bit") for name in names}
-    assert names == {f"{a}{name}{b}" for name in bare for a in ("", "Paged") for b in ("", "8bit")}
+    bare = {bare_name(name): getattr(torchao8, bare_name(name)) for name in names}
+    assert names == {
+        f"{paged}{name}{bits}"
+        for name, cls in bare.items()
+        for paged in ("", "Paged")
+        for bits in ("", "8bit", *["4bit"] * cls._has_4bit)
+    }
     assert set(torchao8.optim.__all__) == names | {"CommonOptions"}
     assert names < set(torchao8.__all__)
     for package in (torchao8, torchao8.optim):

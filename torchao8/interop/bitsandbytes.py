@@ -97,7 +97,7 @@ def own_options(
 
 
 def _refuse_class(name: str, key: str, expected: str, saved: Mapping[str, Any], saver: str) -> None:
-    rule = name.removesuffix("8bit")
+    rule = name.removesuffix("8bit").removesuffix("4bit")
     raise ValueError(
         f"{key}: expected {expected}, as the {rule} of bitsandbytes saves, got {saved[key]!r}. "
         f"{saver} saved this checkpoint, and its state means something else"
