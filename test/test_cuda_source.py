@@ -380,10 +380,10 @@ MUTANTS = {
         "if (stochastic) added = Squares::draw",
         "if (stochastic && false) added = Squares::draw",
     ),
-    "4 bits: states of a block without a scale that is a number": (
+    "4 bits: codes of a block without a scale that is a number": (
         "formats/four_bit.cuh",
-        "std::isnan(new_scale[s]) ? Levels::kZero",
-        "false ? Levels::kZero",
+        "if (std::isnan(new_scale[s])) return 0;",
+        "",
     ),
     "limbs that are not canonical": ("warp_sum.cuh", "make_canonical(sums + row * kLimbs)", ""),
     "the update of an element that is not usable, in the trust ratio": (

@@ -287,6 +287,8 @@ void check(const char* rule_name, FloatType type, FloatType param_type, FloatTyp
     if (step == 4 && scaled && Rule::kStates > 0) {  // scales that are none
       gpu[0].scales[0][0] = cpu[0].scales[0][0] = -1e-6f;
       gpu[1].scales[0][1] = cpu[1].scales[0][1] = INFINITY;
+      const int last = Rule::kStates - 1;
+      gpu[6].scales[last][0] = cpu[6].scales[last][0] = -1e-12f;
     }
     const float found_inf = step == 2 ? 1.0f : 0.0f;
     StepNumbers<Rule> numbers = {options, seed, float(options.lr), float(options.grad_scale),
@@ -404,6 +406,39 @@ void check_codec(int block_size) {
               long(differences(back, want_back)));
 }
 
+// Numbers at and above the last code's, as far as the tolerance of a scale leaves them, with the
+// largest random number.
+template <bool kSigned>
+void check_largest_codes(MulawFormat) {
+  using Codec = MulawFormat::Codec<kSigned>;
+  cuda::mulaw::Encoding<false> encoding;
+  encoding.set<kSigned, true>(Codec::kTop, 1.0f);
+  float x[8];
+  uint32_t hash[8], want[2] = {};
+  for (int i = 0; i < 8; i++) {
+    x[i] = Codec::kTop * (1.0f + float(i) * 0x1p-20f);
+    hash[i] = ~0u << 4 * i;
+    want[i / 4] |= Codec::encode(x[i], 1.0f, Codec::draw(hash[i]), !kSigned) << 8 * (i % 4);
+  }
+  const uint2 got =
+      cuda::CodecOf<MulawFormat>::encode_eight_stochastic<kSigned>({}, x, encoding, hash);
+  failures.add(encoding.scale != 1.0f || got.x != want[0] || got.y != want[1],
+               "the largest mu-law codes");
+}
+template <bool kSigned>
+void check_largest_codes(FourBitFormat) {
+  float x[8];
+  uint32_t hash[8], want = 0;
+  for (int i = 0; i < 8; i++) {
+    x[i] = FourBitSquares::kTop * (1.0f + float(i) * 0x1p-20f);
+    hash[i] = ~0u << 4 * i;
+    want |= FourBitSquares::encode(x[i], 1.0f, FourBitSquares::draw(hash[i])) << 4 * i;
+  }
+  failures.add(cuda::four_bit::encode_squares(x, 1.0f, hash) != want, "the largest 4-bit codes");
+}
+template <bool kSigned>
+void check_largest_codes(DynamicFormat) {}
+
 // Every third float from 2^-32 up to the largest quotient of a value and its scale, in the dynamic
 // format.
 void check_every_nearest_code() {
@@ -468,6 +503,7 @@ void check_families() {
 
 int main() {
   check_counts();
+  check_largest_codes<false>(Format());
   AdamOptions decoupled = {};
   decoupled.beta1 = 0.9;
   decoupled.beta2 = 0.999;
@@ -481,6 +517,10 @@ int main() {
   coupled.grad_scale = 4;
   coupled.eps = 0;
   check_rule<AdamRule<false, true>>("AdamW", decoupled);
+  if constexpr (Format::kBits < 8) {  // without roots
+    const FloatType f32 = FloatType::kFloat32;
+    check<LionRule, float>("Lion", f32, f32, f32, options_of_family<LionOptions>(), true, 64, true);
+  }
 #ifndef QUICK
   check_rule<AdamRule<true, true>>("AdamW, amsgrad", decoupled);
   check_rule<AdamRule<false, false>>("Adam", coupled);

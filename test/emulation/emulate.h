@@ -162,6 +162,11 @@ struct Failures {
 #endif
     count++;
   }
+  void add(bool failed, const char* what) {
+    if (!failed) return;
+    std::printf("%s differ\n", what);
+    (*this)++;
+  }
 };
 
 }  // namespace emulation
