@@ -150,16 +150,6 @@ def test_an_unknown_name_is_refused() -> None:
         dequantize_blockwise(codes, scale, state_format="log")
 
 
-def test_without_kernels_the_format_is_refused(workers: Workers) -> None:
-    worker = workers.get("portable")
-    message = r"state_format 1 \(mulaw\) is not there on this device, which has 0 \(dynamic\)"
-    with pytest.raises(RuntimeError, match=f"quantize_blockwise: {message}"):
-        worker("quantize", torch.ones(64), {"state_format": MULAW})
-    call = new_call([torch.ones(64)], [torch.ones(64)], state_format=MULAW)
-    with pytest.raises(RuntimeError, match=f"adam_step_: {message}"):
-        worker("adam", call, 1, False)
-
-
 # -- steps -----------------------------------------------------------------------------------------
 
 BETA1, BETA2 = 0.9, 0.999
