@@ -4,10 +4,9 @@
 
 prints the instructions an element of each step kernel in the file, with stochastic rounding. It
 counts the shortest path through the kernel's loop that loads, takes roots, and does what only
-stochastic rounding does: in the dynamic format it converts floats to integers, in the mu-law format
-it adds the top bits of a hash to a number that it then raises to the least code. Rare cases (a bad
-block, a new tensor) are on longer paths. ``nvdisasm`` comes with the CUDA toolkit, or alone as the
-package nvidia-cuda-nvdisasm.
+stochastic rounding does: in the dynamic format it converts floats to integers, in the others it
+adds the top bits of a hash to a number. Rare cases (a bad block, a new tensor) are on longer paths.
+``nvdisasm`` comes with the CUDA toolkit, or alone as the package nvidia-cuda-nvdisasm.
 """
 
 import heapq
