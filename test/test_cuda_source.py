@@ -126,7 +126,7 @@ MUTANTS = {
     ),
     "a bad block's parameters rounded to nearest": (
         "slow_block.cuh",
-        "at, updated, of_param(uint32_t(i)));",
+        "at, updated, of_param(i));",
         "at, updated);",
     ),
     "a scale that is not written": (
@@ -718,9 +718,9 @@ def _nvidia_packages() -> list[str]:
     ("source", "most"),
     [
         # What is counted today may grow by 2% before somebody has to look.
-        ("rules/adam_plain.cu", (58.5, 60.7, 68.5)),
-        ("rules/mulaw/adam_plain.cu", (45.8, 48.1, 53.2)),
-        ("rules/4bit/adam_plain.cu", (59.1, 61.1, 67.7)),
+        ("rules/adam_plain.cu", (58.2, 60.4, 68.5)),
+        ("rules/mulaw/adam_plain.cu", (45.8, 48.1, 55.9)),
+        ("rules/4bit/adam_plain.cu", (59.1, 61.1, 69.0)),
     ],
 )
 def test_instructions_an_element(
@@ -755,7 +755,7 @@ while [ $# -gt 0 ]; do
   if [ "$1" = -o ]; then out=$2; fi
   shift
 done
-exec cp {root}/$(basename "$source").o "$out"
+exec cp {root}/$(echo "${{source##*csrc/cuda/}}" | tr / +).o "$out"
 """
 
 
@@ -771,7 +771,7 @@ def test_the_extension_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (root / "lib64").mkdir()
     (root / "lib64" / toolkit.runtime.name).symlink_to(toolkit.runtime)
     for source in SOURCES:
-        (root / f"{Path(source).name}.o").symlink_to(compiled(source, LINKED))
+        (root / f"{source.replace('/', '+')}.o").symlink_to(compiled(source, LINKED))
     monkeypatch.setenv("CUDA_HOME", str(root))
     library = build_wheel(tmp_path)
     assert check_abi.main([str(library)]) == 0

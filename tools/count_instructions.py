@@ -4,10 +4,9 @@
 
 prints the instructions an element of each step kernel in the file, with stochastic rounding. It
 counts the shortest path through the kernel's loop that loads, takes roots, and does what only
-stochastic rounding does: in the dynamic format it converts floats to integers, in the mu-law format
-it adds the top bits of a hash to a number that it then raises to the least code. Rare cases (a bad
-block, a new tensor) are on longer paths. ``nvdisasm`` comes with the CUDA toolkit, or alone as the
-package nvidia-cuda-nvdisasm.
+stochastic rounding does: in the dynamic format it converts floats to integers, in the others it
+adds the top bits of a hash to a number. Rare cases (a bad block, a new tensor) are on longer paths.
+``nvdisasm`` comes with the CUDA toolkit, or alone as the package nvidia-cuda-nvdisasm.
 """
 
 import heapq
@@ -84,7 +83,8 @@ def eights(places: list[int]) -> set[int]:
 
 def of_stochastic_rounding(f: Function) -> list[int]:
     """The places of instructions that only stochastic rounding of a state has."""
-    top_bits_of_a_hash = re.compile(r"LEA\.HI R\d+, R\d+(\.reuse)?, R\d+(\.reuse)?, RZ, 0x")
+    # Of 16 bits it would be the rounding of a parameter.
+    top_bits_of_a_hash = re.compile(r"LEA\.HI R\d+, R\d+(\.reuse)?, R\d+(\.reuse)?, RZ, 0x(?!10)")
     return [
         i
         for i, code in enumerate(f.instructions)
