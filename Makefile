@@ -107,7 +107,7 @@ PORTABLE_TESTS ?= $(call tests_in,bad_gradients.py op_errors.py inference_mode.p
 	$(addprefix --deselect=,$(call tests_in,clipping.py::test_sharding_changes_nothing \
 	trust_ratio.py::test_few_collectives))
 PORTABLE_FILES ?= optim optim_contract adam_op tensor_scale param_rounding scalar_state state_dict conversion \
-	compile sharded_training sharded_checkpoints
+	compile sharded_training sharded_checkpoints format_promises
 comma := ,
 test: $(call tools,test demo) $(EXTENSION_READY)
 	$(call say,running the tests)

@@ -314,6 +314,28 @@ def test_all_forms_of_a_rule_do_what_ours_does(name: str) -> None:
     assert chosen.options.items() <= ours.defaults.items()
 
 
+def test_a_rule_in_another_format_and_on_a_path_that_is_told() -> None:
+    plain, forms = contenders.rule("SGD")
+    ours, same = contenders.rule("SGD", "mulaw", "avx2")
+    assert same == forms
+    assert (ours.name, ours.cpu_path) == ("sgd-8bit-mulaw-avx2", "avx2")
+    assert ours.label == 'torchao8.SGD8bit(state_format="mulaw"), avx2'
+    assert ours.options == {**plain.options, "state_format": "mulaw"}
+    assert ours.build(make_params()).defaults["state_format"] == "mulaw"
+    rows = [{"name": name, "ms": 1.0} for name in ("copy", ours.name, "sgd-fused")]
+    found = tables.of_rule({"rule": "SGD", "fastest": "sgd-fused", "rows": rows})
+    assert found == (rows[1], rows[2])
+
+
+def test_family_options_go_with_a_family(capsys: pytest.CaptureFixture[str]) -> None:
+    args, _ = command.parse(["--family", "SGD", "--state-format", "mulaw", "--cpu-path", "avx2"])
+    assert args.name == "step-cpu-gpt2-family-mulaw-avx2"
+    for option, value in (("--state-format", "mulaw"), ("--cpu-path", "avx2")):
+        with pytest.raises(SystemExit):
+            command.parse([option, value])
+        assert f"{option}: expected --family with it" in capsys.readouterr().err
+
+
 def test_a_form_that_is_wrong_is_left_out_where_it_is() -> None:
     """Should torch be repaired, this fails, and the form can come back."""
     assert contenders.rivals("SGD", "cpu", "float32")[-1].name == "sgd-fused"

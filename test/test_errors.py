@@ -56,10 +56,10 @@ lr: expected a finite number >= 0, got 'fast'
 lr: expected one element, got a tensor of shape [2]
 lr: expected a finite number >= 0, got -1.0
 optim_bits: expected 4, 8 or 32, got 16
-state_format: expected 'dynamic' with optim_bits=4, got 'mulaw'. 4 bits have a format of their \
-own; the others have 8 bits (optim_bits=8)
-block_wise: expected True with optim_bits=4, got False. One scale for a whole tensor is there with \
-8 bits (optim_bits=8)
+state_format: expected 'dynamic' with optim_bits=4, got 'mulaw'. 4 bits have a format of their
+    own; the others have 8 bits (optim_bits=8)
+block_wise: expected True with optim_bits=4, got False. One scale for a whole tensor is there
+    with 8 bits (optim_bits=8)
 min_8bit_size: expected an int >= 0, got -1
 min_8bit_size: expected an int >= 0, got 4096.0
 block_size: expected a power of two from 64 to 2048, got 32

@@ -394,7 +394,7 @@ optimizer checkpoint                                               8.00 MiB   2.
     )
     without = estimate({"w": (1024, 1024)}, (2, 2048), optimizer="NAdam")
     assert str(without).split("\n")[1] == (
-        "                      a rank: 32-bit     8-bit  all ranks: 32-bit      8-bit"
+        "                      a rank: 32-bit      8-bit  all ranks: 32-bit      8-bit"
     )
 
 

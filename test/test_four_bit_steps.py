@@ -368,6 +368,9 @@ def test_what_a_row_leaves_over_does_not_matter() -> None:
     run(other)
     for name in ("params", *LISTS):
         assert all(bits(a) == bits(b) for a, b in zip(call[name], other[name], strict=True))
+    for i in odd:
+        assert (call["exp_avgs"][i][..., -1] >> 4 == zero(True)).all()
+        assert (call["exp_avg_sqs"][i][..., -1] >> 4 == zero(False)).all()
 
 
 def row_length(p: Tensor) -> int:

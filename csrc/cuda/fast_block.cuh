@@ -295,9 +295,9 @@ __device__ __forceinline__ bool step_long_block(const BlockEntryOf<Rule>& entry,
                                                 int lane) {
   constexpr int N = Rule::kStates;
   const BlockPosition position(entry, block_size, block);
+  const uint32_t first_eight = uint32_t(position.begin / kPerLane);  // a register, not two
   const auto at_of_lane = [&](int start) {
-    return LaneAddresses<Format, Rule, T>(entry, uint32_t((position.begin + start) / kPerLane),
-                                          block);
+    return LaneAddresses<Format, Rule, T>(entry, first_eight + uint32_t(start) / kPerLane, block);
   };
   using Scales = FastScales<Format, Rule, BlockEntryOf<Rule>>;
   Scales scales;

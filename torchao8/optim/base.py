@@ -37,7 +37,7 @@ from torchao8.sharding import is_dtensor
 
 
 class LowPrecisionOptimizer(OptimizerContract):
-    """Base class: a ``torch.optim.Optimizer`` that keeps its state in 8 or 32 bits.
+    """Base class: a ``torch.optim.Optimizer`` that keeps its state in 4, 8 or 32 bits.
 
     Args:
         params: parameters, (name, parameter) pairs, or dicts of a group's ``params`` and options.
@@ -199,11 +199,11 @@ class LowPrecisionOptimizer(OptimizerContract):
     def state_dict(self) -> dict[str, Any]:
         """The state and the options, as in ``torch.optim``; state tensors are not copied.
 
-        8-bit state stays codes and scales, but for parameters that FSDP1 has flattened: its
+        Codes and scales stay what they are, but for parameters that FSDP1 has flattened: its
         ``optim_state_dict`` can gather moments only, so that these are given in 32 bits. Loaded at
         the same world size they become the same codes again in the dynamic format; in the mulaw
-        format they are rounded to nearest. Empty shards of its parameters are
-        left out where there are no moments, as of SGD without momentum.
+        format and in 4 bits they are rounded to nearest. Empty shards of its parameters are left
+        out where there are no moments, as of SGD without momentum.
         """
         result = super().state_dict()
         for group, packed in zip(self.param_groups, result["param_groups"], strict=True):
