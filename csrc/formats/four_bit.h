@@ -15,8 +15,8 @@
 // The root is that of the element's stored second moment, where the rule has one (kRootOf), else 1:
 // m / sqrt(v) is of one magnitude in a block of which m is not. The scale is the quotient of
 // largest magnitude, with its sign. So this quotient and zero are exact. Quotients are rounded to
-// nearest. A state without roots is rounded stochastically: to nearest, what is below a sixteenth of
-// the largest number would become 0 at every step, and a slow average would stay there.
+// nearest. A state without roots is rounded stochastically: to nearest, what is below a sixteenth
+// of the largest number would become 0 at every step, and a slow average would stay there.
 #pragma once
 
 #include "codec/block_scale.h"
