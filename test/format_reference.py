@@ -199,6 +199,13 @@ def nearest_level(y: Tensor, extreme: float) -> Tensor:
     return (steps.clamp(-7, 8) + 7).to(torch.uint8)
 
 
+def drawn_level(y: Tensor, inverse: Tensor | float, draw: Tensor) -> Tensor:
+    """The nibble of each number of a state without roots, rounded stochastically by 16 random bits.
+    ``inverse`` is 8 divided by the extreme; steps have 16 bits behind the point, to nearest."""
+    fine = torch.round(y.double() * inverse * 2**16) + draw
+    return ((fine / 2**16).floor().clamp(-7, 8) + 7).to(torch.uint8)
+
+
 def roots(square_nibbles: Tensor, scale: float) -> Tensor:
     """The root of each stored second moment, rounded once to float32."""
     return (squares_of_4bit()[square_nibbles.long()] * scale).sqrt().float().double()

@@ -47,10 +47,13 @@ class Codec:
         self.library.encode_squares(_at(x), where, *numbers, _at(codes))
         return codes
 
-    def levels(self, x: Tensor, inverse: float) -> Tensor:
+    def levels(self, x: Tensor, inverse: float, draws: Tensor | None = None) -> Tensor:
+        """Codes, rounded to nearest or by draws of 16 bits."""
         codes = torch.empty(x.shape, dtype=torch.uint8)
+        hashes = None if draws is None else (draws << 16).to(torch.uint32)
+        where = None if hashes is None else _at(hashes)
         numbers = ctypes.c_int64(x.numel()), ctypes.c_float(inverse)
-        self.library.encode_levels(_at(x), *numbers, _at(codes))
+        self.library.encode_levels(_at(x), where, *numbers, _at(codes))
         return codes
 
     def scales(self, extremes: Tensor, unit: float, signed: bool) -> tuple[Tensor, Tensor]:
@@ -126,6 +129,26 @@ def test_levels(codec: Codec) -> None:
         want = formats.nearest_level(x * extreme, extreme)
         assert torch.equal(codec.levels(x * extreme, inverse), want)
     assert (codec.levels(x, 0.0) == 7).all()
+
+
+def test_drawn_levels(codec: Codec) -> None:
+    """Around the draw at which each number is rounded up, and at the first and the last one."""
+    levels, last = formats.levels_of_4bit(), 2**16 - 1
+    spread = torch.linspace(-1, 1, 20_001)
+    x = torch.cat((around(levels[levels != 0]), around(midpoints(levels)), spread)).clamp(-1, 1)
+    x = torch.cat((x, torch.tensor([0.0, -0.0, 2.0**-149, 2.0**-20, -(2.0**-20)])))
+    for extreme in (1.0, -1.0, 0.3):
+        inverse = float(8 / torch.tensor(extreme))
+        y = x * extreme
+        steps = (y.double() * inverse * 2**16).round()
+        turn = 2**16 - (steps - (steps / 2**16).floor() * 2**16)
+        for draws in (turn - 1, turn, torch.zeros_like(turn), torch.full_like(turn, last)):
+            draws = draws.clamp(0, last).long()
+            want = formats.drawn_level(y, inverse, draws)
+            assert torch.equal(codec.levels(y, inverse, draws), want)
+        ends = torch.tensor([extreme, 0.0, -extreme])
+        for draws in (torch.zeros(3), torch.full((3,), last)):
+            assert codec.levels(ends, inverse, draws.long()).tolist() == [15, 7, 0]
 
 
 def test_an_extreme_is_exact(codec: Codec) -> None:
@@ -217,6 +240,8 @@ MUTANTS = {
                             "round_up_to_bits<0>(exact)"),
     "a scale that is no power of two": ("round_up_to_bits<0>", "round_up_to_bits<7>"),
     "minus eight": ("steps < -7 ? 0u : ", ""),
+    "steps of a coarse grid": ("kFine = 0x1.8p7f", "kFine = 0x1.8p8f"),
+    "levels rarely rounded up": ("hash >> 16", "hash >> 17"),
     "an infinite inverse": ("kLeast = 0x1p-123f", "kLeast = 0x1p-126f"),
     "a wrong root": ("0x401cc471u", "0x401cc470u"),
     "a rounded reciprocal of the exact root": ("0x3ed105ebu", "0x3ed105ecu"),
@@ -245,6 +270,7 @@ def check_all(codec: Codec) -> None:
     test_nearest_squares(codec)
     test_drawn_squares(codec)
     test_levels(codec)
+    test_drawn_levels(codec)
     test_an_extreme_is_exact(codec)
     test_scales_of_levels(codec)
     test_scales_of_squares(codec, 0.1)

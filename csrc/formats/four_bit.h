@@ -10,11 +10,13 @@
 // are linear in its value between two powers of two, so a random number rounds up with a chance
 // that is linear in the distance between codes, everywhere.
 //
-// A signed state is a number of steps of an eighth of its scale, -7 .. 8, rounded to nearest:
+// A signed state is a number of steps of an eighth of its scale, -7 .. 8:
 //     value = root * scale * (n - 7) / 8.
 // The root is that of the element's stored second moment, where the rule has one (kRootOf), else 1:
 // m / sqrt(v) is of one magnitude in a block of which m is not. The scale is the quotient of
-// largest magnitude, with its sign. So this quotient and zero are exact.
+// largest magnitude, with its sign. So this quotient and zero are exact. Quotients are rounded to
+// nearest. A state without roots is rounded stochastically: to nearest, what is below a sixteenth
+// of the largest number would become 0 at every step, and a slow average would stay there.
 #pragma once
 
 #include "codec/block_scale.h"
@@ -70,11 +72,19 @@ struct FourBitLevels {
   // The value of a code at scale 1 and root 1, exactly.
   static TORCHAO8_HD float decode(uint32_t code) { return float(int32_t(code) - 7) * 0.125f; }
 
-  // The code of a quotient. There is no -8.
+  // To this float, steps are added with 16 bits behind the point. Random bits are added to these.
+  static constexpr float kFine = 0x1.8p7f;
+  static TORCHAO8_HD uint32_t draw(uint32_t hash) { return hash >> 16; }
+
+  // The code of a quotient, to nearest.
   static TORCHAO8_HD uint32_t encode(float quotient, float inverse) {
     const float rounded = fma(quotient, inverse, kRound);
-    const int32_t steps = int32_t(float_bits(rounded) - float_bits(kRound));
-    return steps < -7 ? 0u : uint32_t(steps + 7);
+    return code_of(int32_t(float_bits(rounded) - float_bits(kRound)));
+  }
+  // The same, with what is drawn: up with a chance that is linear in the distance.
+  static TORCHAO8_HD uint32_t encode(float quotient, float inverse, uint32_t drawn) {
+    const float fine = fma(quotient, inverse, kFine);
+    return code_of(int32_t(float_bits(fine) - float_bits(kFine) + drawn) >> 16);
   }
 
   // The scale for the quotient of largest magnitude, with its sign, in units: 0 where it counts as
@@ -88,6 +98,12 @@ struct FourBitLevels {
   // What quotients are multiplied by before encoding. Of a scale that is 0 or NaN: 0.
   static TORCHAO8_HD float inverse_of(float extreme, float scale) {
     return std::fabs(scale) > 0.0f ? 8.0f / extreme : 0.0f;
+  }
+
+ private:
+  // There is no -8.
+  static TORCHAO8_HD uint32_t code_of(int32_t steps) {
+    return steps < -7 ? 0u : uint32_t(steps + 7);
   }
 };
 

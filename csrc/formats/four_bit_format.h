@@ -15,6 +15,13 @@ struct FourBitFormat {
   template <class Rule>
   static constexpr bool kTakes = kNamesRoots<Rule>;
 
+  // Whether a state is rounded stochastically, if the caller says so: also signed ones of rules
+  // that do not say it, where they have no roots (four_bit.h has the reason).
+  template <class Rule>
+  static constexpr bool draws(int s) {
+    return Rule::kStochastic[s] || (Rule::kSigned[s] && Rule::kRootOf[s] < 0);
+  }
+
   template <bool kSigned>
   static constexpr uint8_t zero_byte() {
     return kSigned ? FourBitLevels::kZero * 17 : 0;

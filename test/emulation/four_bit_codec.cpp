@@ -17,8 +17,12 @@ void encode_squares(const float* x, const uint32_t* hashes, int64_t n, float inv
     codes[i] = uint8_t(FourBitSquares::encode(x[i], inverse, added));
   }
 }
-void encode_levels(const float* x, int64_t n, float inverse, uint8_t* codes) {
-  for (int64_t i = 0; i < n; i++) codes[i] = uint8_t(FourBitLevels::encode(x[i], inverse));
+void encode_levels(const float* x, const uint32_t* hashes, int64_t n, float inverse,
+                   uint8_t* codes) {
+  for (int64_t i = 0; i < n; i++) {
+    codes[i] = uint8_t(hashes ? FourBitLevels::encode(x[i], inverse, FourBitLevels::draw(hashes[i]))
+                              : FourBitLevels::encode(x[i], inverse));
+  }
 }
 void scales_of_squares(const float* extremes, int64_t n, float unit, float* scale, float* inverse) {
   for (int64_t i = 0; i < n; i++) {

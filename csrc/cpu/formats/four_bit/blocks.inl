@@ -127,7 +127,7 @@ TORCHAO8_HD void encode(Plan<Rule>& plan, Values<Rule>& values, int place,
   for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
     scale[s] = plan.scale[s];
     inverse[s] = plan.inverse[s];
-    if constexpr (kStochastic && Rule::kStochastic[s]) {
+    if constexpr (kStochastic && FourBitFormat::draws<Rule>(s)) {
       BlockRandom random;
       random.start(run.keys[s], block.first_element);
       stream[s].start(random);
@@ -143,12 +143,17 @@ TORCHAO8_HD void encode(Plan<Rule>& plan, Values<Rule>& values, int place,
     for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
       if constexpr (!Rule::kSigned[s]) {
         U added = lanes_of(FourBitSquares::kHalf);
-        if constexpr (kStochastic && Rule::kStochastic[s])
+        if constexpr (kStochastic && FourBitFormat::draws<Rule>(s))
           added = lanes_of(stream[s].next_hashes()) >> (32 - FourBitSquares::kShift);
         codes[s] = encode_squares(now[s], F(inverse[s]), added);
         store_codes(block.codes[s] + i / 2, codes[s]);
       } else if constexpr (!has_root<Rule>(s)) {
-        store_codes(block.codes[s] + i / 2, encode_levels(now[s], F(inverse[s])));
+        if constexpr (kStochastic && FourBitFormat::draws<Rule>(s)) {
+          codes[s] = encode_levels(now[s], F(inverse[s]), lanes_of(stream[s].next_hashes()) >> 16);
+        } else {
+          codes[s] = encode_levels(now[s], F(inverse[s]));
+        }
+        store_codes(block.codes[s] + i / 2, codes[s]);
       }
     });
     for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {

@@ -30,6 +30,11 @@ TORCHAO8_HD U encode_levels(F quotient, F inverse) {
   const U rounded = bits_of(fma(quotient, inverse, F(FourBitLevels::kRound)));
   return at_least(rounded, kLeast) + lanes_of(-kLeast);
 }
+TORCHAO8_HD U encode_levels(F quotient, F inverse, U drawn) {
+  constexpr uint32_t kZero = float_bits(FourBitLevels::kFine) >> 16, kLeast = kZero - 7;
+  const U fine = bits_of(fma(quotient, inverse, F(FourBitLevels::kFine)));
+  return at_least((fine + drawn) >> 16, kLeast) + lanes_of(-kLeast);
+}
 
 // Roots by codes, as FourBitRoots has them.
 struct Roots {

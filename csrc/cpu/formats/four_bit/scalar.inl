@@ -69,19 +69,25 @@ struct BlockStep {
   }
 
   template <int s>
+  TORCHAO8_HD RandomStream stream_of() const {
+    BlockRandom random;
+    random.start(run.keys[s], block.first_element);
+    RandomStream stream;
+    stream.start(random);
+    return stream;
+  }
+
+  template <int s>
   TORCHAO8_HD void encode_squares() {
     Extreme<false> extreme;
     for (int i = 0; i < run.length; i++) extreme.add(values[s][i]);
     const float largest = usable<false>(scale[s]) ? extreme.result() : scale[s];
     new_scale[s] = FourBitSquares::scale_of(largest, rule.unit[s]);
     const float inverse = FourBitSquares::inverse_of(new_scale[s], rule.unit[s]);
-    BlockRandom random;
-    random.start(run.keys[s], block.first_element);
-    RandomStream stream;
-    stream.start(random);
+    RandomStream stream = stream_of<s>();
     for (int i = 0; i < run.length; i++) {
       uint32_t added = FourBitSquares::kHalf;
-      if constexpr (kStochastic && Rule::kStochastic[s])
+      if constexpr (kStochastic && FourBitFormat::draws<Rule>(s))
         added = FourBitSquares::draw(stream.next_hashes());
       // Without a scale that is a number there are no states.
       codes[s][i] = uint8_t(
@@ -103,10 +109,16 @@ struct BlockStep {
     const float largest = usable<true>(scale[s]) ? extreme.result() : scale[s];
     new_scale[s] = FourBitLevels::scale_of(largest, rule.unit[s]);
     const float inverse = FourBitLevels::inverse_of(largest, new_scale[s]);
+    RandomStream stream = stream_of<s>();
     for (int i = 0; i < run.length; i++) {
-      codes[s][i] =
-          uint8_t(std::isnan(new_scale[s]) ? FourBitLevels::kZero
-                                           : FourBitLevels::encode(values[s][i], inverse));
+      uint32_t code;
+      if constexpr (kStochastic && FourBitFormat::draws<Rule>(s)) {
+        const uint32_t drawn = FourBitLevels::draw(stream.next_hashes());
+        code = FourBitLevels::encode(values[s][i], inverse, drawn);
+      } else {
+        code = FourBitLevels::encode(values[s][i], inverse);
+      }
+      codes[s][i] = uint8_t(std::isnan(new_scale[s]) ? FourBitLevels::kZero : code);
     }
   }
 
