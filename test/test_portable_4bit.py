@@ -98,12 +98,13 @@ def test_blocks_that_are_not_like_others() -> None:
     differences.check()
 
 
-@pytest.mark.parametrize("flag", [True, False])
+@pytest.mark.parametrize(("flag", "stochastic"), [(True, True), (False, True), (False, False)])
 @pytest.mark.parametrize("family", TAKEN, ids=lambda family: family.name)
-def test_every_family_that_has_it(family: Any, flag: bool) -> None:
-    """States given to the nearest code; those of Adam are tested above."""
+def test_every_family_that_has_it(family: Any, flag: bool, stochastic: bool) -> None:
+    """States that are given to the nearest code, rounded stochastically and to nearest."""
     pair = [family_call(family, FOUR_BIT, flag, True) for _ in range(2)]
     for call, choose in zip(pair, (False, True), strict=True):
+        call["named"]["stochastic_rounding"] = stochastic
         if choose:
             with portable():
                 ops.step_(*call["positional"], **call["named"])

@@ -10,7 +10,8 @@ class FamilyState(NamedTuple):
     name: str
     optional: bool  # the lists may be empty
     signed: bool
-    stochastic: bool  # rounded so, where the caller says so
+    # Rounded so, where the caller says so. A format may do the same with others.
+    stochastic: bool
     scalar: bool  # one float32 number a parameter, of shape (), without scales
 
 

@@ -87,7 +87,8 @@ class CommonOptions(KeywordOptions, total=False):
             has no codes, and 4-bit state has codes of its own, beside which the option must be
             "dynamic".
         state_rounding: how averages and sums of squares are rounded to 8 or 4 bits, "stochastic" or
-            "nearest". Averages of gradients are rounded to nearest.
+            "nearest". It also holds for the slow average of AdEMAMix, and with 4 bits for the
+            averages of gradients of Lion and SGD. Others are rounded to nearest.
         stochastic_rounding: round bfloat16 parameters stochastically. Rounding to nearest loses
             updates that are smaller than half a unit of a parameter's last place. float32
             parameters are not rounded. float16 ones are refused.

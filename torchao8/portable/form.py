@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchao8._families import FamilyState
 from torchao8.portable.rules import Numbers, Old
 
 
@@ -17,7 +18,7 @@ class FormState(NamedTuple):
     Attributes:
         still: whether a step moves it by less than a code, which is why a rule has it rounded
             stochastically if the caller wants to.
-        stochastic: whether it is.
+        stochastic: whether the step rounds it so. The format decides this, and the caller.
     """
 
     name: str
@@ -80,6 +81,10 @@ class Made(NamedTuple):
 Changes = list[tuple[Tensor, Tensor]]
 
 
+def declared(rule: str, state: FamilyState) -> bool:
+    return state.stochastic
+
+
 class Format(NamedTuple):
     """A format of state with scales, each part with a block in the last dimension.
 
@@ -91,6 +96,8 @@ class Format(NamedTuple):
         scale_of: (extreme element, unit, state): the scale of a tensor that has one.
         quantize: (numbers, signed, tables): codes to nearest, and scales.
         values: (codes, signed, tables): at scale 1.
+        stochastic: (rule, state): whether it is rounded stochastically if the caller wants to; as
+            its family says where the format does not say more.
     """
 
     tables: Callable[[bool, torch.device], Any]
@@ -100,3 +107,4 @@ class Format(NamedTuple):
     scale_of: Callable[[Tensor, Tensor, FormState], Tensor]
     quantize: Callable[[Tensor, bool, Any], tuple[Tensor, Tensor]]
     values: Callable[[Tensor, bool, Any], Tensor]
+    stochastic: Callable[[str, FamilyState], bool] = declared

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchao8._families import Family
 from torchao8.portable import codec, compiled
-from torchao8.portable.form import Form, FormState, Made, Tensors
+from torchao8.portable.form import Form, FormState, Made, Tensors, declared
 from torchao8.portable.formats import FORMATS, name_of
 from torchao8.portable.pieces import Entry, Piece, block_pieces, element_pieces, shards, slices
 from torchao8.portable.rules import RULES, Numbers, Old, Rate
@@ -103,13 +103,9 @@ class Call:
         refuse_capture(self.params[0].device)
         present = [s for s in family.states if arguments.get(f"{s.name}s")]
         rounds = arguments.get("stochastic_rounding", False)
-        states = tuple(
-            FormState(s.name, s.signed, s.stochastic, s.stochastic and rounds)
-            for s in present
-            if not s.scalar
-        )
-        self.values = [arguments[f"{s.name}s"] for s in states]
-        self.scales = [lists for s in states if (lists := arguments[f"{s.name}_scales"])]
+        stored = [s for s in present if not s.scalar]
+        self.values = [arguments[f"{s.name}s"] for s in stored]
+        self.scales = [lists for s in stored if (lists := arguments[f"{s.name}_scales"])]
         self.scalars = {s.name: arguments[f"{s.name}s"] for s in present if s.scalar}
         scaled = bool(self.scales)
         self.block_size = block_size if scaled else None
@@ -118,9 +114,14 @@ class Call:
         columns = [v if isinstance(v, Tensor) else self._full(v) for v in self.numbers.values()]
         self.rows = torch.stack([v.to(torch.float32).expand_as(self.t) for v in columns], 1)
         name = name_of(arguments["state_format"]) if self.scales else None
-        self.form = Form(family.name, states, tuple(self.numbers), name)
         self.format = None if name is None else FORMATS[name]
-        self.tables = [self.format.tables(s.signed, self.t.device) for s in states if self.format]
+        draws = declared if self.format is None else self.format.stochastic
+        states = tuple(
+            FormState(s.name, s.signed, s.stochastic, rounds and draws(family.name, s))
+            for s in stored
+        )
+        self.form = Form(family.name, states, tuple(self.numbers), name)
+        self.tables = [self.format.tables(s.signed, self.t.device) for s in stored if self.format]
 
     def _full(self, value: float) -> Tensor:
         return self.t.new_full((), value)

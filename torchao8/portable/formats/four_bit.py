@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchao8._families import FamilyState
 from torchao8.portable import codec
 from torchao8.portable.form import Changes, Form, Format, FormState, Made, Tensors
 from torchao8.portable.rules import RULES, Numbers, Old
@@ -19,6 +20,9 @@ HALF = 1 << SHIFT - 1
 TOP = 1.5  # the last code's value at scale 1
 LARGEST_SCALE = 2.0**125  # of second moments
 ZERO = 7  # the code of 0, of first moments
+FINE = 16  # random bits that a first moment is rounded by
+FINE_UNIT = 192.0  # a step added to this float has as many bits behind the point
+FINE_UNIT_BITS = 0x43400000
 LEAST = 2.0**-123  # the inverse of a smaller extreme element may be infinite
 
 
@@ -99,11 +103,19 @@ def encode_squares(x: Tensor, scale: Tensor, unit: Tensor, added: Tensor | int) 
     return torch.where(scale.isnan(), 0, rest.clamp(FIRST, FIRST + 15) - FIRST)
 
 
-def encode_levels(x: Tensor, scale: Tensor, extreme: Tensor) -> Tensor:
-    """Int32, to nearest."""
-    inverse = torch.where(scale.abs() > 0, 8.0 / extreme, 0.0)
-    steps = (x * inverse).round().clamp(-7, 8)
-    return torch.where(scale.isnan(), ZERO, steps.to(torch.int32) + ZERO)
+def encode_levels(x: Tensor, scale: Tensor, extreme: Tensor, drawn: Tensor | None = None) -> Tensor:
+    """Int32, to nearest or by random bits."""
+    steps = x * torch.where(scale.abs() > 0, 8.0 / extreme, 0.0)
+    if drawn is None:
+        steps = steps.round().to(torch.int32)
+    else:
+        steps = (steps + FINE_UNIT).view(torch.int32) - FINE_UNIT_BITS + drawn >> FINE
+    return torch.where(scale.isnan(), ZERO, steps.clamp(-7, 8) + ZERO)
+
+
+def is_stochastic(rule: str, state: FamilyState) -> bool:
+    """First moments without roots, too: to nearest, small ones would become 0 at every step."""
+    return state.stochastic or (state.signed and state.name not in RULES[rule].roots)
 
 
 def draws(key: Tensor, first: Tensor) -> tuple[Tensor, ...]:
@@ -113,6 +125,7 @@ def draws(key: Tensor, first: Tensor) -> tuple[Tensor, ...]:
 def encode(form: Form, x: Tensors, c: Numbers, made: Made) -> list[Changes]:
     """Second moments first: first moments are divided by the roots of what is stored of them."""
     roots, pending = RULES[form.rule].roots, iter(x.draws)
+    parts = {s.name: next(pending) for s in form.states if s.stochastic}
     codes: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}
     for i, state in sorted(enumerate(form.states), key=lambda each: each[1].signed):
@@ -122,10 +135,12 @@ def encode(form: Form, x: Tensors, c: Numbers, made: Made) -> list[Changes]:
         usable = codec.in_range(x.scales[i], state.signed)
         extreme = torch.where(usable, codec.extreme_of(new, state.signed), torch.nan)
         scales[name] = scale_of(extreme, unit, state.signed)
+        drawn = codec.drawn(parts[name], new.shape[-1], SHIFT) if state.stochastic else None
         if state.signed:
-            codes[name] = encode_levels(new, scales[name], extreme)
+            drawn = None if drawn is None else drawn >> SHIFT - FINE
+            codes[name] = encode_levels(new, scales[name], extreme, drawn)
         else:
-            added = codec.drawn(next(pending), new.shape[-1], SHIFT) if state.stochastic else HALF
+            added = HALF if drawn is None else drawn
             codes[name] = encode_squares(new, scales[name], unit, added)
     return [
         [(x.values[i], pack(codes[s.name], s.signed)), (x.scales[i], scales[s.name])]
@@ -150,4 +165,6 @@ def _no_scale(extreme: Tensor, unit: Tensor, state: FormState) -> Tensor:
     raise NotImplementedError("4 bits: each block has a scale, the ops refuse one for a tensor")
 
 
-FORMAT = Format(lambda signed, device: None, decode, draws, encode, _no_scale, quantize, values)
+FORMAT = Format(
+    lambda signed, device: None, decode, draws, encode, _no_scale, quantize, values, is_stochastic
+)
