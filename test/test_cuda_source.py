@@ -380,6 +380,21 @@ MUTANTS = {
         "if (stochastic) added = Squares::draw",
         "if (stochastic && false) added = Squares::draw",
     ),
+    "4 bits: the slow path's levels not random": (
+        "formats/four_bit.cuh",
+        "if (stochastic) return Levels::encode",
+        "if (stochastic && false) return Levels::encode",
+    ),
+    "4 bits: levels to nearest": (
+        "formats/four_bit.cuh",
+        "encode_levels(this->values[s], scales.inverse[s], hash);",
+        "encode_levels(this->values[s], scales.inverse[s], nullptr);",
+    ),
+    "4 bits: random numbers of levels not prepared": (
+        "fast_block.cuh",
+        "if constexpr (Format::template draws<Rule>(s)) set",
+        "if constexpr (Rule::kStochastic[s]) set",
+    ),
     "4 bits: codes of a block without a scale that is a number": (
         "formats/four_bit.cuh",
         "if (std::isnan(new_scale[s])) return 0;",

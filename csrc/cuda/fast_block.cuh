@@ -125,7 +125,7 @@ struct LaneElements : LaneValues<Rule, T> {
     for_each_state<N>([&](auto s) {
       uint2* const to = reinterpret_cast<uint2*>(at.codes[s]);
       const auto& encoding = scales.encoding(s);
-      if (!Rule::kStochastic[s] || !stochastic) {
+      if (!Format::template draws<Rule>(s) || !stochastic) {
         *to = Codec::template encode_eight_nearest<Rule::kSigned[s]>(tables, this->values[s],
                                                                      encoding);
         return;
@@ -160,7 +160,7 @@ class BlockRandoms {
 
   // Goes on to a block. first_element_of(unit): the global index of the first element of the unit's
   // block.
-  template <class FirstElement>
+  template <class Format, class FirstElement>
   __device__ __forceinline__ void prepare(const Prepared<Rule>& prepared,
                                           const FirstElement& first_element_of, uint32_t unit,
                                           int lane) {
@@ -173,7 +173,7 @@ class BlockRandoms {
       ahead_.of_unit[s][lane] = {random.c0, random.c1, random.c2, random.c3};
     };
     for_each_state<Rule::kStates>([&](auto s) {
-      if constexpr (Rule::kStochastic[s]) set(s, prepared.keys[s]);
+      if constexpr (Format::template draws<Rule>(s)) set(s, prepared.keys[s]);
     });
     if constexpr (kRounds) set(Rule::kStates, prepared.param_key);
     warp_barrier();
@@ -245,7 +245,7 @@ __device__ __forceinline__ bool step_span(const Entry& entry, const Prepared<Rul
   BlockRandom of_param = {};
   if constexpr (kRounds) {
     if constexpr (kOneBlock) {
-      randoms.prepare(prepared, first_element_of_block, unit, lane);
+      randoms.template prepare<Format>(prepared, first_element_of_block, unit, lane);
       of_param = randoms.get(N);
     } else {
       of_param.start(prepared.param_key, first_element_of_block(position.block));
@@ -253,7 +253,7 @@ __device__ __forceinline__ bool step_span(const Entry& entry, const Prepared<Rul
   }
   elements.template update<kRounds>(rule, at.param, of_param, position.eight_of_block);
   if (!kRounds && stochastic && kOneBlock)
-    randoms.prepare(prepared, first_element_of_block, unit, lane);
+    randoms.template prepare<Format>(prepared, first_element_of_block, unit, lane);
   const auto random_of = [&](int s) {
     if (kOneBlock) return randoms.get(s);
     BlockRandom random;
@@ -316,7 +316,7 @@ __device__ __forceinline__ bool step_long_block(const BlockEntryOf<Rule>& entry,
   if (!scales.finish(rule, look, kLanes)) return false;
 
   if (stochastic || kRounds) {
-    randoms.prepare(
+    randoms.template prepare<Format>(
         prepared, [&](uint32_t b) { return BlockPosition(entry, block_size, b).first_element; },
         block, lane);
   }

@@ -91,7 +91,8 @@ __device__ __forceinline__ void slow_bytes(const Entry& entry, const Prepared<Ru
   [[maybe_unused]] BlockRandom of_param;
   if constexpr (kRounds) of_param.start(prepared.param_key, position.first_element);
   for_each_state<N>([&](auto s) {
-    if constexpr (Rule::kStochastic[s]) random[s].start(prepared.keys[s], position.first_element);
+    if constexpr (Format::template draws<Rule>(s))
+      random[s].start(prepared.keys[s], position.first_element);
   });
   warp_barrier();  // every lane has read the scales
   for (int i = lane; i < position.length; i += kLanes) {
@@ -99,7 +100,7 @@ __device__ __forceinline__ void slow_bytes(const Entry& entry, const Prepared<Ru
     const SlowElement<Rule> e = element(i);
     if (e.good) store_updated<kRounds>(entry, rule, e, at, of_param, uint32_t(i));
     for_each_state<N>([&](auto s) {
-      constexpr bool is_stochastic = Rule::kStochastic[s];
+      constexpr bool is_stochastic = Format::template draws<Rule>(s);
       uint32_t code;
       if (is_stochastic && stochastic) {
         code = scales.encode_stochastic(s, tables, e.values[s], random[s](uint32_t(i)));

@@ -12,6 +12,10 @@ struct DynamicFormat {
   static constexpr bool kBlocksOnly = false;
   template <class Rule>
   static constexpr bool kTakes = true;
+  template <class Rule>
+  static constexpr bool draws(int s) {
+    return Rule::kStochastic[s];
+  }
 
   template <bool kSigned>
   static constexpr uint8_t zero_byte() {

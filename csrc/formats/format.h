@@ -6,6 +6,7 @@
 //     kBits           of a code: 8, or 4, two codes sharing a byte
 //     kStep           the vector kernels take blocks whose length is a multiple of this
 //     kTakes<Rule>    whether there are kernels of a rule
+//     draws<Rule>(s)  whether a state is rounded stochastically, if the caller says so
 //     kBlocksOnly     whether each block has a scale of its own, and no step is looked at before it
 //                     is made: no tensor has one scale, and LAMB's updates are not measured
 //     zero_byte<kSigned>()   a byte of codes that stand for 0 in a block without a scale

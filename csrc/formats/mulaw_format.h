@@ -15,6 +15,10 @@ struct MulawFormat {
   static constexpr bool kBlocksOnly = false;
   template <class Rule>
   static constexpr bool kTakes = true;
+  template <class Rule>
+  static constexpr bool draws(int s) {
+    return Rule::kStochastic[s];
+  }
   static constexpr int kMantissaBits[2] = {4, 4};  // [signed]
 
   template <bool kSigned>

@@ -427,14 +427,19 @@ void check_largest_codes(MulawFormat) {
 }
 template <bool kSigned>
 void check_largest_codes(FourBitFormat) {
-  float x[8];
-  uint32_t hash[8], want = 0;
+  float x[8], quotients[8];
+  uint32_t hash[8], want = 0, want_levels = 0;
   for (int i = 0; i < 8; i++) {
     x[i] = FourBitSquares::kTop * (1.0f + float(i) * 0x1p-20f);
     hash[i] = ~0u << 4 * i;
     want |= FourBitSquares::encode(x[i], 1.0f, FourBitSquares::draw(hash[i])) << 4 * i;
+    // The largest quotient, and some that are nearly as large, with both signs.
+    quotients[i] = (i & 1 ? -1.0f : 1.0f) * (1.0f - float(i / 2) * 0x1p-22f);
+    want_levels |= FourBitLevels::encode(quotients[i], 8.0f, FourBitLevels::draw(hash[i])) << 4 * i;
   }
   failures.add(cuda::four_bit::encode_squares(x, 1.0f, hash) != want, "the largest 4-bit codes");
+  failures.add(cuda::four_bit::encode_levels(quotients, 8.0f, hash) != want_levels,
+               "the largest 4-bit levels");
 }
 template <bool kSigned>
 void check_largest_codes(DynamicFormat) {}
@@ -519,7 +524,9 @@ int main() {
   check_rule<AdamRule<false, true>>("AdamW", decoupled);
   if constexpr (Format::kBits < 8) {  // without roots
     const FloatType f32 = FloatType::kFloat32;
-    check<LionRule, float>("Lion", f32, f32, f32, options_of_family<LionOptions>(), true, 64, true);
+    for (int block_size : {64, 256})
+      check<LionRule, float>("Lion", f32, f32, f32, options_of_family<LionOptions>(), true,
+                             block_size, true);
   }
 #ifndef QUICK
   check_rule<AdamRule<true, true>>("AdamW, amsgrad", decoupled);

@@ -95,18 +95,25 @@ __device__ __forceinline__ uint32_t encode_squares(const float* x, float inverse
   return codes;
 }
 
-// The codes of eight quotients. Their levels are the lowest bits of floats; -8 becomes -7.
-__device__ __forceinline__ uint32_t encode_levels(const float* quotients, float inverse) {
-  uint32_t rounded[kPerLane], codes = 0;
+// The codes of eight quotients. hash: null to round to nearest. Their levels are then the lowest
+// bits of floats; else the high halves, less those of kFine. -8 becomes -7.
+__device__ __forceinline__ uint32_t encode_levels(const float* quotients, float inverse,
+                                                  const uint32_t* hash) {
   static_assert((float_bits(Levels::kRound) & 0xffff) == 0);
+  static_assert((float_bits(Levels::kFine) & 0xffff) == 0);
+  constexpr uint32_t kLessFine = 0x10000 - (float_bits(Levels::kFine) >> 16);
+  const uint32_t added = both_halves(Levels::kZero + (hash ? kLessFine : 0));
+  uint32_t sum[kPerLane], codes = 0;
 #pragma unroll
-  for (int i = 0; i < kPerLane; i++)
-    rounded[i] = float_bits(fma(Real(quotients[i]), Real(inverse), Real(Levels::kRound)).x);
+  for (int i = 0; i < kPerLane; i++) {
+    const Real to(hash ? Levels::kFine : Levels::kRound);
+    sum[i] = float_bits(fma(Real(quotients[i]), Real(inverse), to).x) +
+             (hash ? Levels::draw(hash[i]) : 0);
+  }
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const uint32_t two = add_and_clamp_halves(permute_bytes(rounded[i], rounded[i + 4], 0x5410),
-                                              both_halves(Levels::kZero), both_halves(15));
-    codes += two << 4 * i;
+    const uint32_t levels = permute_bytes(sum[i], sum[i + 4], hash ? 0x7632 : 0x5410);
+    codes += add_and_clamp_halves(levels, added, both_halves(15)) << 4 * i;
   }
   return codes;
 }
@@ -176,7 +183,7 @@ struct LaneElements<FourBitFormat, Rule, T> : LaneValues<Rule, T> {
                                                  uint32_t eight) {
     for_each_state<N>([&](auto s) {
       if constexpr (!Rule::kSigned[s]) {
-        if (Rule::kStochastic[s] && stochastic) {
+        if (FourBitFormat::draws<Rule>(s) && stochastic) {
           uint32_t hash[kPerLane];
           hash_eight(random_of(s), eight, hash);
           codes[s] = four_bit::encode_squares(this->values[s], scales.inverse[s], hash);
@@ -214,8 +221,15 @@ struct LaneElements<FourBitFormat, Rule, T> : LaneValues<Rule, T> {
       scales.finish_levels(extremes, lanes);
     }
     for_each_state<N>([&](auto s) {
-      if constexpr (Rule::kSigned[s])
-        codes[s] = four_bit::encode_levels(this->values[s], scales.inverse[s]);
+      if constexpr (Rule::kSigned[s]) {
+        if (FourBitFormat::draws<Rule>(s) && stochastic) {
+          uint32_t hash[kPerLane];
+          hash_eight(random_of(s), eight, hash);
+          codes[s] = four_bit::encode_levels(this->values[s], scales.inverse[s], hash);
+        } else {
+          codes[s] = four_bit::encode_levels(this->values[s], scales.inverse[s], nullptr);
+        }
+      }
       *reinterpret_cast<uint32_t*>(at.codes[s]) = codes[s];
     });
   }
@@ -337,7 +351,8 @@ struct SlowPackedBlock<FourBitFormat, Rule, kRounds, Entry> {
     for_each_state<N>([&](auto s) {
       codes[s] = entry.codes[s] + row * ((entry.row_length + 1) / 2) + column / 2;
       scale[s] = four_bit_scale<Rule::kSigned[s]>(entry.scales[s][block]);
-      if constexpr (Rule::kStochastic[s]) random[s].start(prepared.keys[s], position.first_element);
+      if constexpr (FourBitFormat::draws<Rule>(s))
+        random[s].start(prepared.keys[s], position.first_element);
     });
     rule = prepared.rule.with_scales(scale);
   }
@@ -360,12 +375,12 @@ struct SlowPackedBlock<FourBitFormat, Rule, kRounds, Entry> {
     return e;
   }
 
-  // The code of the new state of an element.
+  // The codes of the new states of an element. Without a scale that is a number there are none.
   template <int s>
   __device__ __forceinline__ uint32_t code_of_square(int i, const SlowElement<Rule>& e) const {
-    if (std::isnan(new_scale[s])) return 0;  // without a scale that is a number there are no states
+    if (std::isnan(new_scale[s])) return 0;
     uint32_t added = Squares::kHalf;
-    if constexpr (Rule::kStochastic[s]) {
+    if constexpr (FourBitFormat::draws<Rule>(s)) {
       if (stochastic) added = Squares::draw(random[s](uint32_t(i)));
     }
     return Squares::encode(e.values[s], inverse[s], added);
@@ -377,6 +392,15 @@ struct SlowPackedBlock<FourBitFormat, Rule, kRounds, Entry> {
     const uint32_t code = code_of_square<kRoot>(i, e);
     const float reciprocal = FourBitRoots(new_scale[kRoot]).reciprocal_of_root(code);
     return (Real(e.values[s]) * Real(reciprocal)).x;
+  }
+  template <int s>
+  __device__ __forceinline__ uint32_t code_of_level(int i, const SlowElement<Rule>& e) const {
+    if (std::isnan(new_scale[s])) return Levels::kZero;
+    const float q = quotient<s>(i, e);
+    if constexpr (FourBitFormat::draws<Rule>(s)) {
+      if (stochastic) return Levels::encode(q, inverse[s], Levels::draw(random[s](uint32_t(i))));
+    }
+    return Levels::encode(q, inverse[s]);
   }
 
   __device__ __forceinline__ void find_scales(int lane) {
@@ -446,8 +470,7 @@ struct SlowPackedBlock<FourBitFormat, Rule, kRounds, Entry> {
       if constexpr (!Rule::kSigned[s]) {
         code[s] = code_of_square<s>(i, e);
       } else {
-        code[s] = std::isnan(new_scale[s]) ? Levels::kZero
-                                           : Levels::encode(quotient<s>(i, e), inverse[s]);
+        code[s] = code_of_level<s>(i, e);
       }
     });
   }
