@@ -640,6 +640,26 @@ DAMAGE = {
         fill((3, 0), float("inf")),
         "expected finite numbers",
     ),
+    "large": (
+        "exp_avg_sq_mulaw_scale",
+        fill((3, 0), 2.0**126),
+        "expected scales below 2^126, as steps leave them, got 8.507059173023462e+37",
+    ),
+    "4 bits, large": (
+        "exp_avg_4bit_scale",
+        fill((3, 0), -(2.0**127)),
+        "expected scales below 2^126, as steps leave them, got -1.7014118346046923e+38",
+    ),
+    "4 bits, no scale of squares": (
+        "exp_avg_sq_4bit_scale",
+        fill((3, 0), 0.0),
+        "expected codes of 0 in all blocks of scale 0, got some that are not so",
+    ),
+    "4 bits, no scale": (
+        "exp_avg_4bit_scale",
+        fill((0, 0), 0.0),
+        "expected codes of 7 in all blocks of scale 0, got some that are not so",
+    ),
     "4 bits, behind a row": (
         "exp_avg_4bit",
         fill((2, -1), 0x87),
@@ -662,7 +682,7 @@ def test_a_damaged_checkpoint_is_refused(name: str, kind: str) -> None:
     before = all_bits(optimizer)
     with pytest.raises(ValueError) as error:
         loaded(optimizer, damaged(key, change))
-    told = "exp_avg_sq_mulaw" if name == "zero scale" else key
+    told = key.removesuffix("_scale") if "scale 0" in message else key
     which = 2 if "4bit" in key else 1
     assert str(error.value).startswith(f"{told} of parameter {which}: {message}")
     assert all_bits(optimizer) == before
@@ -733,3 +753,16 @@ def test_torch_classes_of_32_bits_take_the_option() -> None:
     optimizer = AdamW([{"params": params, "optim_bits": 8}], state_format="mulaw", min_8bit_size=0)
     train(optimizer, params, [0])
     assert list(optimizer.state[params[0]]) == MULAW_KEYS
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit"])
+def test_a_format_changed_behind_a_compiled_step_is_refused(name: str) -> None:
+    p = torch.nn.Parameter(torch.zeros(64, 128))
+    p.grad = torch.ones_like(p)
+    optimizer = getattr(torchao8, name)([p], min_8bit_size=0)
+    step = torch.compile(optimizer.step, backend="eager", fullgraph=True)
+    optimizer.step()
+    step()
+    optimizer.param_groups[0]["state_format"] = "mulaw"
+    with pytest.raises(Exception, match="state_format"):
+        step()

@@ -76,7 +76,7 @@ def command(arguments: Sequence[str]) -> int:
     )
     parser.add_subparsers(title="commands", metavar="command").add_parser(
         "estimate",
-        help="the memory of parameters, gradients, 32-bit and 8-bit optimizer state on each rank",
+        help="the memory of parameters, gradients and optimizer state on each rank",
     )
     parser.parse_args(arguments)
     return main()

@@ -278,7 +278,7 @@ def check_common_options(group: Group) -> None:
     _check_state_format(group["state_format"])
     check_flag("block_wise", group["block_wise"])
     if group["optim_bits"] == 4:
-        _check_4bit(group)
+        check_4bit(group)
     rounding = group["state_rounding"]
     if rounding not in ("stochastic", "nearest"):
         raise ValueError(f"state_rounding: expected 'stochastic' or 'nearest', got {rounding!r}")
@@ -299,7 +299,8 @@ def _check_state_format(value: Any) -> None:
         raise ValueError(f"state_format: expected {expected}, got {value!r}")
 
 
-def _check_4bit(group: Group) -> None:
+def check_4bit(group: Group) -> None:
+    """Raises ValueError for options that do not go together with state of 4 bits."""
     if group["state_format"] != "dynamic":
         raise ValueError(
             f"state_format: expected 'dynamic' with optim_bits=4, got {group['state_format']!r}. "

@@ -131,6 +131,18 @@ def packed_row(portion: Portion) -> int:
     return row_length(portion.shape, portion.scales.block_size)
 
 
+def some_without_scale(portion: Portion, codes: Tensor, scale: Tensor, zero: int) -> bool:
+    """Whether a block of 4-bit codes whose scale is 0 has another code than that of 0."""
+    dead = scale == 0
+    if not codes.numel() or not bool(dead.any()):
+        return False
+    row, block_size = packed_row(portion), portion.scales.block_size
+    rows = codes.reshape(-1, -(-row // 2))
+    is_dead = dead.to(codes.device).reshape(len(rows), -1).repeat_interleave(block_size // 2, 1)
+    other = (rows & 15 != zero) | (rows >> 4 != zero)
+    return bool((other & is_dead[:, : rows.shape[1]]).any())
+
+
 def some_zeros_are_wrong(portion: Portion, codes: Tensor, scale: Tensor) -> bool:
     """Whether a block of scale 0 has a code that is not 0, or another block one that is."""
     if not codes.numel():

@@ -346,6 +346,11 @@ class _FourBit(_Codes):
                         f"{key} of {label}: expected the half byte {empty} behind each row, which "
                         "is of no element, got another one"
                     )
+            if blocks.some_without_scale(portion, values[key], values[scale_key], empty):
+                raise ValueError(
+                    f"{key} of {label}: expected codes of {empty} in all blocks of scale 0, got "
+                    "some that are not so"
+                )
 
 
 # What a scale may be: a larger one counts as not finite.

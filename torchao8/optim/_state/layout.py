@@ -27,7 +27,7 @@ from torchao8.optim._state.formats import (
 )
 from torchao8.optim._state.spec import Layout, State, beside_states, has_state
 from torchao8.optim.contract import OptimizerContract
-from torchao8.optim.options import Group, clips
+from torchao8.optim.options import Group, check_4bit, clips
 from torchao8.shard_layout import ShardRows
 from torchao8.sharding import is_dtensor
 from torchao8.state_bits import CUT_ROWS, OPTION, why_32bit
@@ -136,6 +136,8 @@ def check_format(
     Args:
         tensors: of the state whose keys tell the format.
     """
+    if found is FOUR_BIT:
+        check_4bit(group)
     first, *scale = tensors
     if first.shape not in _codes_shapes(found.name, p.shape):
         name = type(optimizer).__name__

@@ -190,10 +190,14 @@ def _check_kind(label: str, key: str, spec: TensorSpec, value: Any) -> None:
         )
 
 
+# A step takes a scale of this size or more for one that is not finite (csrc/codec/block_scale.h).
+SCALE_LIMIT = 2.0**126
+
+
 def check_values(label: str, key: str, spec: TensorSpec, value: Tensor) -> None:
     wrong = ""
     if value.dtype == torch.uint8:
-        return  # every code is one
+        return  # Format.check knows what codes there are
     if not bool(value.isfinite().all()):
         wrong = "finite numbers, got some that are not"
     elif key == "step" and not 0 <= float(value) == float(value) // 1 < 2**24:
@@ -207,6 +211,10 @@ def check_values(label: str, key: str, spec: TensorSpec, value: Tensor) -> None:
         negative = value.signbit() if spec.is_scale else value < 0
         if bool(negative.any()):
             wrong = f"numbers >= 0, got {float(value[negative][0])}"
+    if spec.is_scale and not wrong:
+        large = value.abs() >= SCALE_LIMIT
+        if bool(large.any()):
+            wrong = f"scales below 2^126, as steps leave them, got {float(value[large][0])}"
     if wrong:
         raise ValueError(f"{key} of {label}: expected {wrong}")
 

@@ -225,7 +225,9 @@ class GroupPlan:
             # init_states() has checked it when the trace began. These are read so that
             # torch.compile guards on them, and traces anew when they change.
             is_small = p.numel() < group["min_8bit_size"]
-            if group["optim_bits"] == 8 and not is_small and group["state_format"] == "dynamic":
+            if group["optim_bits"] == 8 and not is_small:
+                pass
+            if group["state_format"] == "dynamic":
                 pass
         elif first := self.first_keys[entry.found.name]:
             check_format(optimizer, group, p, [state[key] for key in first], entry.found)
