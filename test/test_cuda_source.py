@@ -312,8 +312,8 @@ MUTANTS = {
     ),
     "4 bits: a level of -8": (
         "formats/four_bit.cuh",
-        "both_halves(Levels::kZero), both_halves(15));",
-        "both_halves(Levels::kZero + 1), both_halves(16)) - both_halves(1);",
+        "add_and_clamp_halves(levels, added, both_halves(15))",
+        "(add_and_clamp_halves(levels, added + both_halves(1), both_halves(16)) - both_halves(1))",
     ),
     "4 bits: the roots of the old scale": (
         "formats/four_bit.cuh",

@@ -57,7 +57,7 @@ struct Roots {
 };
 
 // The second moments that the eight codes of a word stand for, as multiples of the scale.
-TORCHAO8_HD void decode_squares(uint32_t codes, float* to) {
+__device__ __forceinline__ void decode_squares(uint32_t codes, float* to) {
   constexpr int kShift = Squares::kShift;
   static_assert((Squares::kFirst & 15) == 0);
 #pragma unroll
@@ -67,7 +67,7 @@ TORCHAO8_HD void decode_squares(uint32_t codes, float* to) {
 }
 
 // The level of code i of a word, from -7 to 8.
-TORCHAO8_HD float level(uint32_t codes, int i) {
+__device__ __forceinline__ float level(uint32_t codes, int i) {
   constexpr float kInteger = 0x1p23f;  // the lowest bit of this float is worth 1
   const float above = bits_float(and_or(nibble_from<0>(codes, i), 15, float_bits(kInteger)));
   return (Real(above) + Real(-kInteger - float(Levels::kZero))).x;
