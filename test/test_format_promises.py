@@ -92,6 +92,10 @@ def test_each_step_is_that_of_the_oracle(
         params, **options, **form.options, min_8bit_size=SMALL, state_rounding=rounding
     )
     unit = torch.finfo(dtype).eps / 2 if dtype != torch.float32 else 0.0
+    states = optimizer._states(optimizer.param_groups[0])
+    # With 4 bits, also an average of gradients that is not divided by roots.
+    drawn = {s.name for s in states if case.is_stochastic(s.name)}
+    drawn |= {s.name for s in states if form.bits == 4 and s.signed and not s.squares}
     optimizer._init_states()
     for step in range(3):
         set_grads(params, step)
@@ -103,7 +107,7 @@ def test_each_step_is_that_of_the_oracle(
             limit = want.param_error + unit * want.param.abs() + torch.finfo(dtype).smallest_normal
             assert ((p.detach().double() - want.param).abs() <= limit).all()
             for name, value in want.states.items():
-                nearest = rounding == "nearest" or not case.is_stochastic(name)
+                nearest = rounding == "nearest" or name not in drawn
                 state, error = optimizer.state[p], want.errors[name]
                 check_stored(case, form, state, name, value, error, nearest)
 
