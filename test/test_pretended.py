@@ -60,7 +60,10 @@ def assert_passed(out: str, some: bool = True) -> None:
     assert not re.search(r"\bfailed|\berror", last), out[-4000:]
 
 
-@pytest.mark.parametrize("file", ["test_cuda.py", "test_paging_cuda.py"])
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param("test_cuda.py", marks=pytest.mark.thorough), "test_paging_cuda.py"],
+)
 def test_tests_for_a_gpu(file: str) -> None:
     assert_passed(run_pretended(TEST / file, "-k", f"not ({LARGE})"))
 

@@ -65,10 +65,10 @@ def convert(
     moments: dict[str, Tensor] = {}
     extremes: dict[str, Tensor] = {}
     refusal: ValueError | None = None
+    saved_portion = portion_of(p, saved_scales)
     try:
         for key, value in values.items():
             check_values(label, key, form[key], value)
-        saved_portion = portion_of(p, saved_scales)
         found.check(label, tensors, values, saved_portion)
         moments = found.decode(tensors, values, saved_portion)
     except ValueError as error:
