@@ -148,8 +148,12 @@ struct SharedOfMeasuredBlocks : SharedOfMeasure<Rule> {
   TablesOf<Format> tables;
 };
 
+// With four thread blocks a processor, the mu-law kernel has a stack frame on sm_80.
+template <class Format>
+constexpr int kBlocksOfMeasure = std::is_same_v<Format, MulawFormat> ? 3 : 4;
+
 template <class Rule, class Format>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kBlocksOfMeasure<Format>)
     measure_blocks(const __grid_constant__ Table<Rule, Measured<BlockEntry<Rule::kStates>>> table,
                    const TablesOf<Format>* source, int64_t* sums) {
   static_assert(sizeof table + sizeof source + sizeof sums <= kArgumentBytes);
