@@ -27,7 +27,7 @@ from torchao8 import Estimate, estimate, shard_layout, sharding
 from torchao8.__main__ import command
 from torchao8._estimate_command import MODELS
 from torchao8.estimate import class_names
-from torchao8.state_bits import CUT_ROWS, SHARDED_VECTOR, SHORT_ROWS, TOO_SMALL
+from torchao8.state_bits import CUT_ROWS, OPTION, SHARDED_VECTOR, SHORT_ROWS, TOO_SMALL
 
 PACKAGE = Path(torchao8.__file__).parent
 Sizes = dict[str, int | None]
@@ -205,6 +205,28 @@ def test_why_32_bits() -> None:
     }  # fmt: skip
 
 
+def test_embeddings_in_32bit() -> None:
+    """As in an optimizer of param_groups: by the model, or by the names of shapes."""
+    model = nn.Sequential(
+        nn.Embedding(300, 64), nn.Embedding(10, 64), nn.Linear(64, 300), nn.Linear(300, 20)
+    )
+    model[2].weight = model[0].weight  # tied, so an embedding
+    estimated = estimate(model, embeddings_in_32bit=True)
+    for bits, cls in ((32, torchao8.AdamW), (8, torchao8.AdamW8bit), (4, torchao8.AdamW4bit)):
+        memory = cls(torchao8.param_groups(model)).memory()
+        assert getattr(estimated, f"state_{bits}bit") == memory.total
+    assert estimated.kept_32bit == {
+        OPTION: ("0.weight", "1.weight"), TOO_SMALL: ("2.bias", "3.bias")
+    }  # fmt: skip
+    assert estimated.state_8bit > estimate(model).state_8bit
+    assert estimate(model, embeddings_in_32bit=False) == estimate(model)
+    names = ["0.weight", "1.weight"]
+    shapes = dict(model.named_parameters())
+    assert estimate(shapes, embeddings_in_32bit=names) == estimated
+    model[0].weight.requires_grad_(False)
+    assert estimate(model, embeddings_in_32bit=True).kept_32bit[OPTION] == ("1.weight",)
+
+
 # -- sharded ---------------------------------------------------------------------------------------
 
 UNEVEN = ((70, 300), (7, 640), (64, 3, 7, 7), (2, 40, 260), (5000,), (7,), (401, 16), (1, 5000))
@@ -348,6 +370,9 @@ def test_the_first_rank_holds_most(
         (([(4, 4)], True), {}, TypeError, "mesh: expected a number of ranks"),
         (([(4, 4)],), {"dtype": torch.float64}, ValueError, "dtype: expected torch.float32"),
         (([(4, 4)],), {"min_8bit_size": -1}, ValueError, "min_8bit_size: expected an int >= 0"),
+        (([(4, 4)],), {"embeddings_in_32bit": True}, TypeError, "shapes do not tell which of them"),
+        (([(4, 4)],), {"embeddings_in_32bit": "[0]"}, TypeError, "or a list of names, got '.0.'"),
+        (([(4, 4)],), {"embeddings_in_32bit": ["0"]}, ValueError, r"as '\[0\]', got \['0'\]"),
         (([(4, 4)],), {"block_size": 100}, ValueError, "block_size: expected a power of two"),
         ((nn.Linear(4, 4).double(),), {}, ValueError, "weight: expected float32, bfloat16 or"),
     ],
@@ -446,6 +471,23 @@ def test_command_with_shapes(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.endswith("32 bits in AdamW8bit too: 2 of 4 (too small: 2: 7, ...)\n")
 
 
+def test_command_with_embeddings(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a known model, and of shapes that are said to be embeddings."""
+    for name, embeddings in (
+        ("gpt2", ["wte.weight", "wpe.weight"]),
+        ("llama-70b", ["model.embed_tokens.weight"]),
+    ):
+        assert command(["estimate", "--model", name, "--embeddings-in-32bit"]) == 0
+        table = estimate(MODELS[name], embeddings_in_32bit=embeddings)
+        assert capsys.readouterr().out == f"{name} in float32: {table}\n"
+    shapes = ["estimate", "--shapes", "2*640x64:embedding, 640x64"]
+    assert command([*shapes, "--embeddings-in-32bit"]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("too: 2 of 3 (optim_bits=32: 0: 640x64:embedding, ...)\n")
+    assert command(shapes) == 0
+    assert "32 bits in" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -462,6 +504,7 @@ def test_command_with_shapes(capsys: pytest.CaptureFixture[str]) -> None:
         ("estimate --model gpt2 --momentum 0.9", "momentum: AdamW has no such option"),
         ("estimate --model gpt2 --momentum -1", "expected a finite number >= 0, got '-1'"),
         ("estimate --model gpt2 --percentile-clipping 0", "expected an int from 1 to 99"),
+        ("estimate --shapes 64x64 --embeddings-in-32bit", "--shapes 32000x4096:embedding,65*4096"),
         ("estimation", "invalid choice: 'estimation'"),
     ],
 )

@@ -16,6 +16,7 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in PARAM_DTYPES}
 _EXAMPLES = """examples:
   python -m torchao8 estimate --model llama-70b --dtype bfloat16 --mesh 8 64 8x64
   python -m torchao8 estimate --shapes 32000x4096,32*4096x4096,65*4096
+  python -m torchao8 estimate --model llama-8b --embeddings-in-32bit
   python -m torchao8 estimate --model gpt2 --optimizer SGD --momentum 0.9
 """
 
@@ -44,7 +45,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--shapes",
         type=_shapes,
-        help="of the parameters, separated by commas; 32*4096x1024 stands for 32 of a shape",
+        help="of the parameters, separated by commas; 32*4096x1024 stands for 32 of a shape, and "
+        "32000x4096:embedding for an embedding",
     )
     parser.add_argument(
         "--mesh",
@@ -63,6 +65,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_size,
         default=4096,
         help="parameters with fewer elements keep 32-bit state (%(default)s)",
+    )
+    parser.add_argument(
+        "--embeddings-in-32bit",
+        action="store_true",
+        help="embeddings keep 32-bit state, as in torchao8.param_groups(model)",
     )
     parser.add_argument(
         "--block-size",
@@ -111,6 +118,8 @@ def _tables(arguments: argparse.Namespace) -> str:
     layout = ("min_8bit_size", "block_size", "state_format", "block_wise")
     of_rule = ("optimizer", "amsgrad", "centered", "momentum", "percentile_clipping")
     options = {name: getattr(arguments, name) for name in (*layout, *of_rule)}
+    if arguments.embeddings_in_32bit:
+        options["embeddings_in_32bit"] = _embeddings(shapes)
     tables = []
     for mesh in arguments.mesh:
         table = estimate(shapes, mesh, dtype=_DTYPES[arguments.dtype], **options)
@@ -118,6 +127,16 @@ def _tables(arguments: argparse.Namespace) -> str:
         name = "shapes" if arguments.model is None else arguments.model
         tables.append(f"{name} in {arguments.dtype}{replicas}: {table}")
     return "\n\n".join(tables)
+
+
+def _embeddings(shapes: Shapes) -> list[str]:
+    found = [name for name in shapes if name in EMBEDDINGS or name.endswith(_MARK)]
+    if not found:
+        raise ValueError(
+            "--embeddings-in-32bit: none of the shapes is said to be of an embedding, as in "
+            f"--shapes 32000x4096{_MARK},65*4096"
+        )
+    return found
 
 
 # -- what a person types ---------------------------------------------------------------------------
@@ -132,16 +151,21 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+# Behind a shape: that of an embedding.
+_MARK = ":embedding"
+
+
 def _shapes(text: str) -> Shapes:
     shapes: Shapes = {}
     for entry in text.split(","):
-        count, star, shape = entry.rpartition("*")
-        numbers = _numbers(shape)
+        count, star, shape = entry.strip().rpartition("*")
+        mark = _MARK if shape.endswith(_MARK) else ""
+        numbers = _numbers(shape.removesuffix(_MARK))
         copies = _numbers(count) if star else (1,)
         if len(copies) != 1:
             raise argparse.ArgumentTypeError(f"expected one number before the *, got {entry!r}")
         for _ in range(copies[0]):
-            shapes[f"{len(shapes)}: {'x'.join(map(str, numbers))}"] = numbers
+            shapes[f"{len(shapes)}: {'x'.join(map(str, numbers))}{mark}"] = numbers
     return shapes
 
 
@@ -228,3 +252,5 @@ MODELS = {
     "llama-8b": _llama(128256, 32, 4096, 1024, 14336),
     "llama-70b": _llama(128256, 80, 8192, 1024, 28672),
 }
+# The names of their embeddings.
+EMBEDDINGS = {"wte.weight", "wpe.weight", "model.embed_tokens.weight"}

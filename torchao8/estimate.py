@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from torchao8 import _tables, sharding
 from torchao8.block_layout import Scales
+from torchao8.groups import embedding_weights
 from torchao8.optim import classes
 from torchao8.optim._params import PARAM_DTYPES
 from torchao8.optim._state.formats import FLOAT32, FORMATS, FOUR_BIT, Format
@@ -27,7 +28,7 @@ from torchao8.optim._state.spec import State, beside_states
 from torchao8.optim.contract import OptimizerContract, bare_name, defaults_of, states_under
 from torchao8.optim.options import clips
 from torchao8.shard_layout import block_rows, shard_indices, split_dim
-from torchao8.state_bits import why_32bit
+from torchao8.state_bits import OPTION, why_32bit
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -104,6 +105,7 @@ def estimate(
     state_format: str = "dynamic",
     block_wise: bool = True,
     percentile_clipping: int = 100,
+    embeddings_in_32bit: bool | Collection[str] = False,
     **rule_options: Any,
 ) -> Estimate:
     """The memory of parameters, gradients and the state of an optimizer, in 32, 8 and 4 bits.
@@ -129,6 +131,10 @@ def estimate(
         block_size: of 8-bit and of 4-bit state; None for the defaults of the classes, 256 and 64.
         min_8bit_size, state_format, block_wise, percentile_clipping: as in
             :class:`torchao8.AdamW8bit`.
+        embeddings_in_32bit: False for an optimizer of ``model.parameters()``. True for one of
+            ``torchao8.param_groups(model)``, which gives the weights of ``nn.Embedding`` 32-bit
+            state. Shapes do not tell which of them are embeddings: give the names of these, as
+            ``["embed_tokens.weight"]``. In a list of shapes, ``"[0]"`` is the name of the first.
         rule_options: of the optimizer, where they add states: ``amsgrad``, ``centered``,
             ``momentum``.
 
@@ -136,8 +142,8 @@ def estimate(
         TypeError: not a module or shapes; a mesh that is none of these; an option that no optimizer
             has.
         ValueError: an optimizer that is not there or has no such option; an option or a shape out
-            of range; a trainable parameter of a dtype that the optimizers refuse; a mesh for
-            parameters that are DTensors already.
+            of range; a name in ``embeddings_in_32bit`` that no parameter has; a trainable parameter
+            of a dtype that the optimizers refuse; a mesh for parameters that are DTensors already.
     """
     if dtype is not None and dtype not in PARAM_DTYPES:
         raise ValueError(
@@ -158,6 +164,7 @@ def estimate(
     if cls._has_4bit and block_wise:
         formats[4] = FOUR_BIT
     tensors = list(_tensors(model_or_shapes, _mesh_shape(mesh), dtype))
+    in_32bit = _embeddings(model_or_shapes, tensors, embeddings_in_32bit)
     ranks = max([1, *(math.prod(t.mesh_shape) for t in tensors)])
     # What lies on the rank that holds most, of everything once, and on all ranks.
     views: tuple[Counter[str], ...] = (Counter(), Counter(), Counter())
@@ -169,7 +176,9 @@ def estimate(
         for bits, own in formats.items() if t.trainable else ():
             scales = Scales(block_size or _BLOCK_SIZES[bits], block_wise)
             where = (t.shape, t.mesh_shape, t.placements, scales.block_size, min_8bit_size, bits)
-            reason = why_32bit(*where) if bits < 32 else None
+            reason = None
+            if bits < 32:
+                reason = OPTION if t.name in in_32bit else why_32bit(*where)
             found = own if reason is None else FLOAT32
             for view, nbytes in zip(views, _state_bytes(t, found, scales, ranks), strict=True):
                 view[f"state_{bits}bit"] += states * nbytes
@@ -286,6 +295,32 @@ def _tensor(name: str, value: Any, dtype: torch.dtype | None) -> _Tensor:
     if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value):
         raise ValueError(f"{name}: expected a shape of whole numbers >= 0, got {list(value)}")
     return _Tensor(name, tuple(value), dtype or torch.float32, True)
+
+
+def _embeddings(model_or_shapes: Any, tensors: Sequence[_Tensor], chosen: Any) -> Collection[str]:
+    """The names of the parameters that ``embeddings_in_32bit`` chooses."""
+    names = {t.name for t in tensors}
+    if isinstance(chosen, bool):
+        if not chosen:
+            return ()
+        if not isinstance(model_or_shapes, nn.Module):
+            raise TypeError(
+                "embeddings_in_32bit: shapes do not tell which of them are embeddings. Expected "
+                "the names of these in place of True, or a module in place of the shapes"
+            )
+        weights = embedding_weights(model_or_shapes)
+        return {name for name, p in model_or_shapes.named_parameters() if id(p) in weights}
+    if isinstance(chosen, str) or not isinstance(chosen, Collection):
+        raise TypeError(
+            f"embeddings_in_32bit: expected True, False or a list of names, got {chosen!r}"
+        )
+    unknown = [name for name in chosen if name not in names]
+    if unknown:
+        example = f", as {tensors[0].name!r}" if tensors else ""
+        raise ValueError(
+            f"embeddings_in_32bit: expected names of parameters{example}, got {unknown}"
+        )
+    return chosen
 
 
 def _mesh_shape(mesh: Any) -> tuple[int, ...]:

@@ -54,9 +54,7 @@ def param_groups(
             "patterns: expected a mapping of names to options, as "
             f"{{'head.*': {{'lr': 1e-4}}}}, got {type(patterns).__name__}"
         )
-    embeddings = {
-        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
-    }
+    embeddings = embedding_weights(model)
     unused = set(patterns)
     groups: dict[str, dict[str, Any]] = {}
     for name, p in model.named_parameters():
@@ -74,6 +72,11 @@ def param_groups(
     if unused:
         raise ValueError(f"patterns: {sorted(unused)} match the name of no parameter")
     return list(groups.values())
+
+
+def embedding_weights(model: nn.Module) -> set[int]:
+    """The weights of ``nn.Embedding`` and of its subclasses, by their ``id``."""
+    return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
 
 
 def _options(p: Tensor, decay_vectors: bool, in_32bit: bool) -> dict[str, Any]:
