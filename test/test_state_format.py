@@ -265,6 +265,31 @@ def test_ops_are_asked_for_the_format(portable: bool) -> None:
         assert not ops.takes_format(op, "mulaw", cpu)
 
 
+def test_a_refusal_of_something_else_is_none_of_the_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An op that refuses every call, whatever its words: nobody knows then, and it is told."""
+
+    def broken(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("no memory is left for a state_format or anything")
+
+    ops._takes_format.cache_clear()
+    monkeypatch.setattr(ops, "_STEP_OPS", dict.fromkeys(ops.STEP_OPS, broken))
+    with pytest.raises(RuntimeError, match="no memory is left"):
+        ops.takes_format("adam_step_", "mulaw", torch.device("cpu"))
+
+
+def test_a_refusal_is_known_in_any_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer does not hang on the words of the op's error."""
+
+    def reworded(*arguments: Any, state_format: int, **options: Any) -> None:
+        if state_format:
+            raise RuntimeError("only one kind of codes here")
+
+    ops._takes_format.cache_clear()
+    monkeypatch.setattr(ops, "_STEP_OPS", dict.fromkeys(ops.STEP_OPS, reworded))
+    assert not ops.takes_format("adam_step_", "mulaw", torch.device("cpu"))
+    ops._takes_format.cache_clear()
+
+
 def test_a_device_without_the_format_makes_no_state() -> None:
     params = make_params()
     optimizer = adamw(params, state_format="mulaw")

@@ -364,32 +364,41 @@ def takes_format(op: str, name: str, device: torch.device) -> bool:
 
 @functools.cache
 def _takes_format(op: str, number: int, device_type: str, portable: bool) -> bool:
-    """Asks the op that only looks, with a parameter of no elements: the format is the first thing
-    that an op refuses. (What it may refuse next is one scale for a tensor.)"""
-    (family,) = (family for family in FAMILIES if family.step_op == op)
-    number_of = torch.ones((), dtype=torch.float32, device=device_type)
-    scale = number_of.reshape(1)
-    empty = torch.empty(0, dtype=torch.float32, device=device_type)
-    codes = empty.to(torch.uint8)
-    lr = torch.zeros((), dtype=torch.float64, device="cpu")
+    """Asks the op, with a parameter of no elements. The same call in the first format, which every
+    engine has, must pass: so a refusal is one of the format."""
+    _step_nothing(op, 0, device_type)
     try:
-        extremes(
-            op,
-            [empty],
-            [empty],
-            [[number_of if s.scalar else codes] for s in family.states],
-            [[scale] for s in family.states if not s.scalar],
-            [number_of],
-            lr,
-            lr.new_zeros(len(family.numbers)),
-            None,
-            [],
-            state_format=number,
-            **dict.fromkeys(family.flags, False),
-        )
-    except RuntimeError as error:
-        return "state_format" not in str(error)
+        _step_nothing(op, number, device_type)
+    except RuntimeError:
+        return False
     return True
+
+
+def _step_nothing(op: str, number: int, device_type: str) -> None:
+    """A step of a parameter of no elements, whose state is of a format."""
+    (family,) = (family for family in FAMILIES if family.step_op == op)
+    empty = torch.empty(0, dtype=torch.float32, device=device_type)
+    codes, scale, one = empty.to(torch.uint8), empty, empty.new_ones(())
+    lr = torch.zeros((), dtype=torch.float64, device="cpu")
+    states = [s for s in family.states if not s.optional]
+    values = {s.name: [one if s.scalar else codes] for s in states}
+    flags: dict[str, Any] = dict.fromkeys(family.flags, False)
+    step_(
+        op,
+        [empty],
+        [empty],
+        [values.get(s.name, []) for s in family.states],
+        [[scale] if s in states else [] for s in family.states if not s.scalar],
+        [one],
+        lr,
+        lr.new_zeros(len(family.numbers)),
+        None,
+        [],
+        [],
+        None,
+        state_format=number,
+        **flags,
+    )
 
 
 def count_step_(steps: list[Tensor], found_inf: Tensor | None) -> None:
