@@ -43,7 +43,7 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     for text in (torchao8.__version__, torch.__version__, sys.executable, ops.EXTENSION_FILE,
                  ops.cpu_capability(), f"{torch.get_num_threads()} of "):  # fmt: skip
         assert text in out
-    assert out.count("ok: ") == 2 + len(_selfcheck._accelerators())
+    assert out.count("ok: ") == 4 + 3 * len(_selfcheck._accelerators())
 
 
 def test_report_as_a_module() -> None:
@@ -79,7 +79,7 @@ ops_step = ops._STEP_OPS["adam_step_"]
 
 @pytest.mark.parametrize(
     ("broken", "failures"),
-    [(break_nothing, 2), (break_decay, 2), (break_codes, 1), (break_nan, 2)],
+    [(break_nothing, 4), (break_decay, 4), (break_codes, 3), (break_nan, 4)],
 )
 def test_self_check_can_fail(
     broken: Any,
@@ -93,6 +93,26 @@ def test_self_check_can_fail(
     assert [result.passed for result in _selfcheck.run()].count(False) == failures
     assert main() == 1
     assert capsys.readouterr().out.count("FAILED: ") == failures
+
+
+@pytest.mark.parametrize("stored", _selfcheck.STORED, ids=lambda stored: stored.state_format)
+@pytest.mark.parametrize("state", [2, 3])
+def test_self_check_tells_the_format(
+    stored: _selfcheck.Stored, state: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One code of either moment that is some codes off, in one format."""
+
+    def broken(*arguments: Any, **options: Any) -> None:
+        ops_step(*arguments, **options)
+        codes = arguments[state][0]
+        if options["state_format"] == ops.FORMAT_NUMBERS[stored.state_format]:
+            if codes.dtype == torch.uint8:
+                codes.flatten()[17] ^= 0x44  # of a half byte, too
+
+    monkeypatch.setattr(_selfcheck, "_accelerators", list)
+    monkeypatch.setitem(ops._STEP_OPS, "adam_step_", broken)
+    failed = [result.name for result in _selfcheck.run() if not result.passed]
+    assert failed == [f"{stored.name} against float64"]
 
 
 def test_self_check_reports_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,9 +149,12 @@ def test_import_brings_nothing_new() -> None:
     assert run_python("-c", code, path=PACKAGE.parent).stdout.split() == ["torchao8"]
 
 
-def test_the_self_check_compares_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stored", _selfcheck.STORED, ids=lambda stored: stored.state_format)
+def test_the_self_check_compares_a_gpu(
+    stored: _selfcheck.Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the CPU in the GPU's place: equal bits pass, and a GPU that is a code off does not."""
-    assert _selfcheck._check_cuda("cpu") == (True, "0 of 16 tensors differ")
+    assert _selfcheck._check_cuda(stored, "cpu") == (True, "0 of 16 tensors differ")
     calls = []
 
     def broken_for_the_second(*arguments: Any, **options: Any) -> None:
@@ -139,7 +162,7 @@ def test_the_self_check_compares_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         (break_codes if len(calls) % 4 == 3 else ops_step)(*arguments, **options)
 
     monkeypatch.setitem(ops._STEP_OPS, "adam_step_", broken_for_the_second)
-    passed, detail = _selfcheck._check_cuda("cpu")
+    passed, detail = _selfcheck._check_cuda(stored, "cpu")
     assert not passed
     assert detail.endswith("of 16 tensors differ")
 
@@ -161,7 +184,8 @@ def test_what_the_self_check_compares_a_gpu_with(
     monkeypatch.setattr(_implementation, "_kernels", {"cpu", "cuda"})
     monkeypatch.setattr(_implementation, "_chosen", dict.fromkeys(portable))
     monkeypatch.setattr(_selfcheck, "_run_one", lambda name, check: name)
-    assert _selfcheck.run()[2:] == [f"8-bit AdamW on {gpu}:0 against {other}"]
+    names = ("8-bit AdamW", "8-bit AdamW (mulaw)", "4-bit AdamW")
+    assert _selfcheck.run()[4:] == [f"{name} on {gpu}:0 against {other}" for name in names]
 
 
 def test_a_path_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
