@@ -389,7 +389,7 @@ def test_a_layout_option_that_is_changed_late_is_refused(change: dict[str, int])
     step()
     optimizer.param_groups[0].update(change)
     before = p.detach().clone()
-    with pytest.raises(Exception, match=r"already has 8-bit state.*Set them back, or build"):
+    with pytest.raises(Exception, match=r"already has 8-bit state.*Set that back"):
         step()
     assert torch.equal(p, before)
 

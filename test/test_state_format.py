@@ -199,12 +199,57 @@ def test_a_format_changed_after_the_first_step_is_refused(was: str, now: str) ->
         optimizer.step()
     assert str(error.value) == (
         f"AdamW8bit: parameter 0 (of shape [3, 300]) already has {has}, scales [3, 2], but its "
-        "group now says optim_bits=8, min_8bit_size=100, block_size=256, "
-        f"state_format={now!r}, block_wise=True. Set them back, or build a new optimizer."
+        f"group now says state_format={now!r} (it was {was!r}). Set that back. To change it, make "
+        "a new optimizer and load the state dict of this one, which converts the state"
     )
     assert all_bits(optimizer) == before
     optimizer.param_groups[0]["state_format"] = was
     optimizer.step()
+
+
+CHANGED: list[tuple[Options, Options, str]] = [
+    ({}, {"optim_bits": 32}, "optim_bits=32 (it was 8)"),
+    ({}, {"optim_bits": 4}, "optim_bits=4 (it was 8)"),
+    (
+        {"optim_bits": 4},
+        {"optim_bits": 8, "block_size": 512},
+        "optim_bits=8 (it was 4), block_size=512 (it was 256)",
+    ),
+    (
+        {"optim_bits": 32},
+        {"optim_bits": 8},
+        "optim_bits=8, min_8bit_size=100, block_size=256, by which it would have 8 bits",
+    ),
+    (
+        {"min_8bit_size": 5000},
+        {"min_8bit_size": 900},
+        "optim_bits=8, min_8bit_size=900, block_size=256, by which it would have 8 bits",
+    ),
+    ({}, {"min_8bit_size": 901}, "min_8bit_size=901 (it was 900 or less)"),
+    ({}, {"block_size": 64}, "block_size=64 (it was 256)"),
+    ({"block_size": 64}, {"block_size": 256}, "block_size=256 (it was 64)"),
+    ({"block_size": 1024}, {}, "block_size=256 (it was 512 or 1024 or 2048)"),
+    ({}, {"block_wise": False}, "block_wise=False (it was True)"),
+    ({"block_wise": False}, {"block_wise": True}, "block_wise=True (it was False)"),
+    (
+        {"state_format": "mulaw"},
+        {"state_format": "dynamic", "block_size": 64},
+        "state_format='dynamic' (it was 'mulaw'), block_size=64 (it was 256)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("was", "now", "said"), CHANGED)
+def test_the_option_that_was_changed_is_named(was: Options, now: Options, said: str) -> None:
+    options = {"optim_bits": 8, "min_8bit_size": 100, "block_size": 256}
+    params = make_params(shapes=[(3, 300)])
+    optimizer = AdamW8bit(params, **{**options, **was})
+    train(optimizer, params, [0])
+    optimizer.param_groups[0].update({**options, **now})
+    set_grads(params, 1)
+    with pytest.raises(RuntimeError) as error:
+        optimizer.step()
+    assert f" but its group now says {said}. Set that back. " in str(error.value)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -216,7 +261,7 @@ def test_a_compiled_step_refuses_it_too() -> None:
     step()
     optimizer.param_groups[0]["state_format"] = "dynamic"
     before = all_bits(optimizer)
-    with pytest.raises(Exception, match=r"already has 8-bit state \(mulaw\).*Set them back"):
+    with pytest.raises(Exception, match=r"already has 8-bit state \(mulaw\).*Set that back"):
         step()
     assert all_bits(optimizer) == before
 

@@ -15,6 +15,7 @@ from torchao8._modes import normal_tensors
 from torchao8.block_layout import BLOCK_SIZES, Scales
 from torchao8.optim._params import check_grad, check_params
 from torchao8.optim._state import paging
+from torchao8.optim._state.changed import changed_options
 from torchao8.optim._state.formats import (
     FLOAT32,
     FORMATS,
@@ -150,15 +151,14 @@ def check_format(
     if format_of(group, p) is not found or (
         scale and scale[0].shape != _scale_shape(p.shape, Scales.of(group))
     ):
-        name = type(optimizer).__name__
         has = f"{found.bits}-bit state{found.told_apart}"
         has += f", scales {list(scale[0].shape)}" if scale else ""
+        blocks = scale[0] if scale else None
         raise RuntimeError(
-            f"{name}: {with_shape(optimizer, p)} already has {has}, but its "
-            f"group now says optim_bits={group['optim_bits']}, "
-            f"min_8bit_size={group['min_8bit_size']}, block_size={group['block_size']}, "
-            f"state_format={group['state_format']!r}, block_wise={group['block_wise']}. "
-            "Set them back, or build a new optimizer."
+            f"{type(optimizer).__name__}: {with_shape(optimizer, p)} already has {has}, but its "
+            f"group now says {changed_options(group, p, found, blocks, why_kept(group, p))}. Set "
+            "that back. To change it, make a new optimizer and load the state dict of this one, "
+            "which converts the state"
         )
     if group["is_paged"] or paging.any_pages():
         paging.check_memory(optimizer, group, p, sharding.local(first))
