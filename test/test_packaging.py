@@ -82,6 +82,31 @@ def test_every_class_is_exported() -> None:
         assert all(hasattr(package, name) for name in package.__all__)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "LAMB4bit",
+            "Of this rule there are LAMB and LAMB8bit. "
+            "Adam, AdamW, Lion and SGD have state of 4 bits",
+        ),
+        ("PagedAdam32bit", "Of this rule there are PagedAdam, PagedAdam8bit and PagedAdam4bit"),
+        ("lion8bit", "Of this rule there are Lion, Lion8bit and Lion4bit"),
+        ("Rprop8bit", "The rules here are Adagrad, Adam, AdamW, AdEMAMix, "),
+        ("Rprop", None),
+        ("__wrapped__", None),
+    ],
+)
+@pytest.mark.parametrize("package", [torchao8, torchao8.optim])
+def test_a_class_that_is_not_there(package: ModuleType, name: str, said: str | None) -> None:
+    with pytest.raises(AttributeError) as error:
+        getattr(package, name)
+    plain = f"module {package.__name__!r} has no attribute {name!r}"
+    assert str(error.value).startswith(plain if said is None else f"{plain}. {said}")
+    assert said is not None or str(error.value) == plain
+    assert not hasattr(package, name)
+
+
 @needs_elf
 def test_built_extension_keeps_to_the_stable_abi(capsys: pytest.CaptureFixture[str]) -> None:
     assert check_abi.main([str(EXTENSION)]) == 0

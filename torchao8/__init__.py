@@ -8,6 +8,7 @@ takes the place of ``torch.optim.AdamW``. ``python -m torchao8`` prints what a b
 import sys as _sys
 from typing import TYPE_CHECKING
 
+from torchao8._class_names import missing as _missing
 from torchao8._version import __version__ as __version__
 
 try:
@@ -45,3 +46,9 @@ else:
             "quantize_blockwise",
         ]
         __all__ = sorted([*_classes, *_others])
+
+
+if not TYPE_CHECKING:  # a type checker would take any name for one of this module
+
+    def __getattr__(name: str) -> None:
+        raise _missing(__name__, name, globals())
