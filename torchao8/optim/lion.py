@@ -86,7 +86,9 @@ class Lion8bit(Lion):
 class Lion4bit(Lion):
     """Lion with 4-bit state: about 0.6 bytes a parameter in place of 4.
 
-    It is for those who cannot train otherwise: the update is less exact than with 8 bits.
+    It is for those who cannot train otherwise: the update is less exact than with 8 bits. Of the
+    two models of our study, one ended with a higher loss than with 32 bits, for every seed.
+    :class:`Lion8bit` is the safer choice.
     """
 
     _bits = 4
