@@ -193,6 +193,30 @@ def test_steps_and_rates_of_other_types(tmp_path: Path, cls: Any) -> None:
     assert optimizer.param_groups[0]["lr"] == 0.25
 
 
+@pytest.mark.parametrize("key", ["optimizer", "", "a.state"])
+@pytest.mark.parametrize("options", [None, FLAT], ids=["groups", "flat"])
+def test_options_that_are_dicts_and_lists(
+    tmp_path: Path, options: StateDictOptions | None, key: str
+) -> None:
+    """Torch saves them item by item; they are those of a program's own, or numbers as tensors."""
+    model, saver = new_run()
+    own = {"at": 1, "more": {"x": torch.tensor([2.0, 3.0])}, "list": [torch.tensor(4.0), 5]}
+    saver.param_groups[0].update(own=own, betas=[torch.tensor(0.5), 0.6])
+    step_with(saver, [0])
+    state: Any = get_optimizer_state_dict(model, saver, options=options)
+    for name in reversed(key.split(".") if key else []):
+        state = {name: state}
+    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    model, optimizer = new_run()
+    load_dcp(model, optimizer, tmp_path, key=key, no_dist=True)
+    (group,) = optimizer.param_groups
+    assert set(group) == set(saver.param_groups[0])
+    assert group["own"]["at"] == 1
+    assert group["own"]["more"]["x"].tolist() == [2.0, 3.0]
+    assert group["own"]["list"] == [torch.tensor(4.0), 5]
+    assert group["betas"] == [torch.tensor(0.5), 0.6]
+
+
 # -- flat ones ---------------------------------------------------------------------------------
 
 

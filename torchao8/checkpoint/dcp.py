@@ -84,7 +84,9 @@ def load_dcp(
     top = f"{key}." if key else ""
     start = f"{top}param_groups."
     with all_or_none(agree):
-        saved = FileSystemReader(checkpoint_id).read_metadata().state_dict_metadata
+        metadata = FileSystemReader(checkpoint_id).read_metadata()
+        saved = metadata.state_dict_metadata
+        paths = metadata.planner_data if isinstance(metadata.planner_data, Mapping) else {}
         option_keys = [k for k in saved if k.startswith(start)]
         if not option_keys:
             raise ValueError(f"{checkpoint_id}: no options, expected keys {start}0.*")
@@ -93,9 +95,11 @@ def load_dcp(
         is_flat = not any(re.fullmatch(r"\d+\.params", k[len(start) :]) for k in option_keys)
         if is_flat:  # each parameter has its own options, and the folder may hold other models'
             known = set(names.values())
-            option_keys = [k for k in option_keys if _owner(k, start) in known]
+            option_keys = [
+                k for k in option_keys if _owner(_split(k, paths, top)[0], start) in known
+            ]
         option_rooms = {k: _plain_room(saved[k]) for k in option_keys}
-    options = read(option_rooms)
+    options = _folded(read(option_rooms), paths, top)
     with all_or_none(agree):
         options_of = _flat_options if is_flat else _options_of_groups
         saved_groups = options_of(str(checkpoint_id), optimizer, names, options, start)
@@ -120,7 +124,7 @@ def load_dcp(
                     own = [k for k in entries if is_own(k[len(prefix) :]) and k not in beside]
                     owners.update(dict.fromkeys(own, (p, folder)))
         rooms.update(paging.paged_rooms(rooms, owners))
-    values = read(rooms)
+    values = _folded(read(rooms), paths, top)
     state: dict[int, dict[str, Any]] = {}
     for p, number in numbers.items():
         prefix = f"{top}state.{names[p]}."
@@ -201,7 +205,58 @@ def _owner(key: str, start: str) -> str:
     return key[len(start) :].rpartition(".")[0]
 
 
+_Paths = Mapping[str, tuple[Any, ...]]
+
+
+class _Taken(dict[Any, Any]):
+    """A dict or list that torch has saved item by item, as ``param_groups.0.own.a``."""
+
+
+def _folded(values: Mapping[str, Any], paths: _Paths, top: str) -> dict[str, Any]:
+    """Entries of a folder, with the dicts and lists among them in one piece again.
+
+    Args:
+        paths: of the entries in the dict that was saved.
+        top: what the keys of the optimizer begin with.
+    """
+    whole: dict[str, Any] = {}
+    for key, value in values.items():
+        base, inner = _split(key, paths, top)
+        *above, last = base, *inner
+        node = whole
+        for name in above:
+            node = node.setdefault(name, _Taken())
+        node[last] = value
+    return {key: _in_one_piece(value) for key, value in whole.items()}
+
+
+def _split(key: str, paths: _Paths, top: str) -> tuple[str, tuple[Any, ...]]:
+    """The key that an option, or a state, has as a whole, and where in it an entry stands.
+
+    It is behind ``param_groups`` and the number of a group, or ``state`` and the name of a
+    parameter. In a flat state dict these three are one key.
+    """
+    path = paths.get(key, ())
+    for i, part in enumerate(path):
+        if "".join(f"{above}." for above in path[:i]) == top:
+            length = i + (1 if "." in str(part) else 3)
+            return ".".join(map(str, path[:length])), path[length:]
+    return key, ()
+
+
+def _in_one_piece(value: Any) -> Any:
+    if not isinstance(value, _Taken):
+        return value
+    items = {name: _in_one_piece(item) for name, item in value.items()}
+    is_list = all(isinstance(name, int) for name in items)
+    return [items[i] for i in sorted(items)] if is_list else items
+
+
 def _is_same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_is_same(a[name], b[name]) for name in a)
+    if isinstance(a, (list, tuple)) and type(a) is type(b):
+        return len(a) == len(b) and all(map(_is_same, a, b))
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
     return bool(a == b)
