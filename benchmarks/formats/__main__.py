@@ -16,19 +16,15 @@ shadows whose records do not reach its end.
 
 from __future__ import annotations
 
-import argparse
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from benchmarks import reporting
+from benchmarks import reporting, study
 from benchmarks.formats.report import page, summarize
 from benchmarks.formats.shadows import Exact, Shadow, available
 from benchmarks.formats.tasks import QUICK, TASKS, Task
@@ -120,7 +116,7 @@ def is_whole(run: Run, records: Records) -> bool:
     return record is not None and record["result"]["update"][-1][0] == run.probes[-1]
 
 
-def make_runs(runs: list[Run], records: Records, machine: dict[str, Any]) -> None:
+def make_runs(runs: Sequence[Run], records: Records, machine: dict[str, Any]) -> None:
     """Makes the trainings whose runs are not all recorded, for the shadows that are missing."""
     missing = [run for run in runs if not is_whole(run, records)]
     print(f"{len(runs)} runs, {len(runs) - len(missing)} of them recorded", flush=True)
@@ -133,49 +129,16 @@ def make_runs(runs: list[Run], records: Records, machine: dict[str, Any]) -> Non
                 records.add(run, result, machine)
 
 
-def _parse(argv: Iterable[str] | None) -> tuple[argparse.Namespace, list[Run]]:
-    parser = reporting.parser(__doc__, "formats")
-    add = parser.add_argument
-    add("--quick", action="store_true", help="a few steps of tiny models: seconds")
-    only = "runs whose label matches, as 'gpt/*' or '*/dynamic/seed 0'"
-    add("--only", nargs="+", default=["*"], metavar="PATTERN", help=only)
-    add("--list", action="store_true", help="print the labels of the runs, and end")
-    add("--report", action="store_true", help="make no run; write the result files")
-    add("--seeds", type=reporting.at_least(int, 1), default=1, help="trainings of a task (1)")
-    records = Path("runs/formats/records.jsonl")
-    add("--records", type=Path, default=records, help="file of records (%(default)s)")
-    add("--threads", type=reporting.at_least(int, 1), default=1, help="of torch (1)")
+def main(argv: Iterable[str] | None = None) -> None:
+    labels = "'gpt/*' or '*/dynamic/seed 0'"
+    parser = study.parser(__doc__, "formats", "a few steps of tiny models: seconds", labels)
+    seeds = "trainings of a task (1)"
+    parser.add_argument("--seeds", type=reporting.at_least(int, 1), default=1, help=seeds)
     args = parser.parse_args(argv)
     tasks, probes = (QUICK, QUICK_PROBES) if args.quick else (TASKS, PROBES)
-    runs = plan(tasks, probes, args.seeds)
-    chosen = [run for run in runs if any(fnmatchcase(run.label, one) for one in args.only)]
-    if not chosen:
-        parser.error(f"--only: {' '.join(args.only)} matches no run; see --list")
-    of_digits = not (args.list or args.report) and any(run.task == "conv" for run in chosen)
-    if of_digits and not reporting.installed("sklearn"):
-        parser.error("the digits need scikit-learn: pip install scikit-learn")
-    return args, chosen
-
-
-def main(argv: Iterable[str] | None = None) -> None:
-    args, chosen = _parse(argv)
-    if args.list:
-        print(*(run.label for run in chosen), sep="\n")
-        return
-    records = Records(args.records)
-    if args.report:
-        summary = summarize(list(records.values()))
-        path = reporting.write_results(args, summary)
-        path.with_suffix(".md").write_text(page(summary))
-        print(f"{page(summary)}\nwrote {path} and {path.with_suffix('.md')}")
-        return
-    torch.set_num_threads(args.threads)
-    machine = {
-        "cpu": reporting.describe_machine(args.threads)["cpu"],
-        "threads": args.threads,
-        "versions": reporting.versions(["torchao8", "torchao", "scikit-learn"]),
-    }
-    make_runs(chosen, records, machine)
+    chosen = study.choose(parser, args, plan(tasks, probes, args.seeds), digits="conv")
+    packages = ("torchao8", "torchao", "scikit-learn")
+    study.carry_out(args, chosen, make_runs, summarize, page, packages)
 
 
 if __name__ == "__main__":
