@@ -1,12 +1,14 @@
 """What every test stands on: the devices, the same random numbers, a compiler that starts anew."""
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import hypothesis
 import pytest
 import torch
 from cpu_paths import Workers
 from helpers import DEVICES, reset_compiler
+from ranks import forking_context
 
 # The same examples at every run, so that a failure in CI is one that anybody can see again. The
 # first example of a test may compile or build a table: no deadline.
@@ -81,3 +83,13 @@ def fresh_compiler() -> Iterator[None]:
     reset_compiler()
     yield
     reset_compiler()
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Benchmarks make their processes as forks of one that has imported torch: these start at once,
+    but do not get variables of their own. Some tests of benchmarks have new interpreters."""
+    from benchmarks import process
+
+    forking = SimpleNamespace(get_context=lambda method: forking_context())
+    monkeypatch.setattr(process, "multiprocessing", forking)

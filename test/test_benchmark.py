@@ -82,8 +82,9 @@ ARGS = ["--device", "fake", "--rounds", "3", "--turn", "0.002", "--threads", "1"
 # -- from end to end -------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("known", "forked")
 def test_rows_are_right_and_failures_stay_with_their_contender(
-    known: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [*ARGS, "--contenders", "8bit", "fragile", "--out", str(tmp_path)]
     command.main(arguments)
@@ -122,8 +123,9 @@ def test_rows_are_right_and_failures_stay_with_their_contender(
     assert "skipped: Fragile: the process ended (exit status 7)" in output
 
 
+@pytest.mark.usefixtures("known", "forked")
 def test_a_rule_is_measured_against_its_fastest_form(
-    known: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [*ARGS, "--list", "mixed", "--dtype", "float32", "--family", "SGD"]
     command.main([*arguments, "--out", str(tmp_path)])

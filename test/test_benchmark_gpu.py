@@ -168,6 +168,7 @@ class Replaying(FakeGpu):
         return {"clocks.sm": "1980"}
 
 
+@pytest.mark.usefixtures("forked")
 def test_the_quick_form_writes_one_file_of_first_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
