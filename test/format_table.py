@@ -11,9 +11,10 @@ import format_reference as formats
 import pytest
 import reference
 import torch
-from optim_table import OF_4_BITS, OF_8_BITS, OptimizerCase, Options
+from optim_table import FEW, OF_4_BITS, OF_8_BITS, OptimizerCase, Options
 from torch import Tensor
 
+import torchao8
 from torchao8.block_layout import row_start
 
 LAW = formats.MuLaw(signed=4, unsigned=4)
@@ -100,6 +101,22 @@ def every_pair() -> pytest.MarkDecorator:
     """Runs a test over the optimizers and the formats: ``case`` and ``form``."""
     rows = [
         pytest.param(case, form, id=f"{case.cls.__name__}-{form.name}")
+        for case, form in pairs_with()
+    ]
+    return pytest.mark.parametrize(("case", "form"), rows)
+
+
+def few_pairs() -> pytest.MarkDecorator:
+    """The same where rules differ little: each format with rules that are built differently, in 4
+    bits one with a second moment and one without. The others are thorough."""
+    few = {*FEW, torchao8.AdamW4bit, torchao8.SGD4bit}
+    rows = [
+        pytest.param(
+            case,
+            form,
+            id=f"{case.cls.__name__}-{form.name}",
+            marks=() if case.cls in few else pytest.mark.thorough,
+        )
         for case, form in pairs_with()
     ]
     return pytest.mark.parametrize(("case", "form"), rows)

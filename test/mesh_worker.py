@@ -1,4 +1,4 @@
-"""A Llama of 70 billion parameters on large meshes: `mesh_worker.py LAYERS POSITION`.
+"""A Llama of 70 billion parameters on large meshes.
 
 Everything lies on the meta device, and the process group is torch's fake one, which answers at once
 as any of the ranks. For each mesh a line of JSON is printed with what the parameters and the
@@ -6,9 +6,9 @@ optimizer's state are on one of its ranks: the first, a middle or the last one. 
 of their own, as torch keeps DTensor specs and with them a mesh as an earlier rank sees it.
 """
 
+import contextlib
 import json
 import math
-import sys
 import warnings
 from typing import Any
 
@@ -160,18 +160,15 @@ def print_survey(mesh: dict[str, int], rank: int, layers: int) -> None:
         dist.destroy_process_group()
 
 
-def main() -> None:
-    layers, position = int(sys.argv[1]), sys.argv[2]
-    if position == "first":
-        print_survey({}, 0, 80)
-    for mesh in MESHES:
-        ranks = math.prod(mesh.values())
-        rank = {"first": 0, "middle": ranks // 2 - 1, "last": ranks - 1}[position]
-        # The full depth where it is quick: torch takes a tenth of a second to shard a layer over
-        # 2,048 ranks, and all layers are alike.
-        print_survey(mesh, rank, 80 if mesh == {"shard": 8} and rank == 0 else layers)
-
-
-if __name__ == "__main__":
+def survey_ranks(layers: int, position: str, path: str) -> None:
+    """Writes the lines of a position of all meshes, for a process of its own."""
     warnings.simplefilter("ignore")
-    main()
+    with open(path, "w") as file, contextlib.redirect_stdout(file):
+        if position == "first":
+            print_survey({}, 0, 80)
+        for mesh in MESHES:
+            ranks = math.prod(mesh.values())
+            rank = {"first": 0, "middle": ranks // 2 - 1, "last": ranks - 1}[position]
+            # The full depth where it is quick: torch takes a tenth of a second to shard a layer
+            # over 2,048 ranks, and all layers are alike.
+            print_survey(mesh, rank, 80 if mesh == {"shard": 8} and rank == 0 else layers)

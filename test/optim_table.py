@@ -399,6 +399,26 @@ def every_8bit() -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", OF_8_BITS, ids=lambda case: case.cls.__name__)
 
 
+# A rule of two states, one of three, and one that measures its update before it steps.
+FEW = (torchao8.AdamW8bit, torchao8.AdEMAMix8bit, torchao8.LAMB8bit)
+
+
+def few_8bit() -> pytest.MarkDecorator:
+    """The same where rules differ little: over those that are built differently. The others are
+    thorough."""
+    return pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(
+                case,
+                id=case.cls.__name__,
+                marks=() if case.cls in FEW else pytest.mark.thorough,
+            )
+            for case in OF_8_BITS
+        ],
+    )
+
+
 def every_adam() -> pytest.MarkDecorator:
     """The same over the classes of Adam."""
     return pytest.mark.parametrize("case", ADAMS, ids=lambda case: case.cls.__name__)

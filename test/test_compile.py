@@ -16,7 +16,7 @@ from helpers import (
     reset_compiler,
     set_grads,
 )
-from optim_table import OF_8_BITS, OPTIMIZERS, OptimizerCase, every_8bit, one_adam
+from optim_table import FEW, OF_8_BITS, OPTIMIZERS, OptimizerCase, few_8bit, one_adam
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
@@ -81,13 +81,11 @@ def both_step(
 
 
 def _backends() -> Iterator[Any]:
-    """Inductor for the 8-bit classes, which step both formats of state, and dynamic=True for three
-    rules: of two, of three states, and one that measures its update before. The rest is thorough.
-    """
-    dynamic_too = (torchao8.AdamW8bit, torchao8.AdEMAMix8bit, torchao8.LAMB8bit)
+    """Inductor for the 8-bit classes, which step both formats of state, and dynamic=True for few
+    of them. The rest is thorough."""
     for case in OPTIMIZERS:
         for backend, dynamic in (("inductor", None), ("aot_eager", True)):
-            common = case.cls in dynamic_too if dynamic else case.optim_bits == 8
+            common = case.cls in FEW if dynamic else case.optim_bits == 8
             marks = () if common else pytest.mark.thorough
             name = f"{case.cls.__name__}-{backend}"
             yield pytest.param(case, backend, dynamic, id=name, marks=marks)
@@ -167,7 +165,7 @@ def test_generated_code_has_no_clone(case: OptimizerCase, lr: str, device: str) 
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")
-@every_8bit()
+@few_8bit()
 @pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.thorough)])
 def test_a_tensor_lr_never_recompiles(
     case: OptimizerCase, dynamic: bool | None, device: str
@@ -224,7 +222,7 @@ def test_a_float_lr_recompiles_no_more_than_in_torch(
     assert step.graphs <= 2
 
 
-@every_8bit()
+@few_8bit()
 def test_late_first_gradient(case: OptimizerCase, device: str) -> None:
     """One more graph when gradients come that were not there before; the states are there."""
     compiled, eager, step = compiled_and_eager(case, device)
@@ -238,7 +236,7 @@ def test_late_first_gradient(case: OptimizerCase, device: str) -> None:
     assert float(compiled.state[params_of(compiled)[0]]["step"]) == 2
 
 
-@every_8bit()
+@few_8bit()
 def test_groups_and_dtypes(case: OptimizerCase, device: str) -> None:
     """Groups of their own options, bfloat16 parameters, and a group that comes later."""
 
@@ -263,7 +261,7 @@ def test_groups_and_dtypes(case: OptimizerCase, device: str) -> None:
     assert step.graphs == 2
 
 
-@every_8bit()
+@few_8bit()
 def test_a_checkpoint_loaded_between_compiled_steps(case: OptimizerCase, device: str) -> None:
     """The new states are stepped, not those that were traced."""
     compiled, eager, step = compiled_and_eager(case, device)

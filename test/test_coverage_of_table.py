@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import test_compile as compiling
+import test_portable as portable
 import test_sharded_checkpoints as checkpoints
 import test_sharded_training as training
 from optim_table import OF_8_BITS, OPTIMIZERS
@@ -70,3 +71,18 @@ def test_compiling() -> None:
     assert len({len(case.states) for case, _, dynamic in cases if dynamic}) == 2
     no_clone = common_cases(compiling.test_generated_code_has_no_clone)
     assert {case.cls for case, _ in no_clone} == of_8_bits
+
+
+def test_portable_steps() -> None:
+    """Each set of options, and each class in each kind of parameters and state."""
+    cases = common_cases(portable.test_steps_like_the_kernels)
+    sets = {(case.cls, str(options)) for case, options, *_ in cases}
+    assert sets == {(case.cls, str(options)) for case in OPTIMIZERS for options in case.options}
+    kinds = {(case.cls, str(kind)) for case, _, *kind in cases}
+    expected = [list(kind) for kind in list(portable.KINDS.values())[:-2]]
+    assert kinds == {
+        (case.cls, str(kind))
+        for case in OPTIMIZERS
+        for kind in expected
+        if case.optim_bits == 8 or "state_format" not in kind[1]
+    }

@@ -18,6 +18,7 @@ from format_table import (
     every_pair,
     every_pair_and_options,
     every_pair_and_scales,
+    few_pairs,
     has_blocks,
 )
 from format_table import moment as decoded
@@ -226,7 +227,7 @@ def test_two_ranks_have_the_bits_of_one_and_three_load_them(
 # -- traced once -----------------------------------------------------------------------------------
 
 
-@every_pair()
+@few_pairs()
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # torch's own
 def test_one_graph_and_the_bits_of_eager(case: OptimizerCase, form: FormatCase) -> None:

@@ -3,15 +3,14 @@
 import itertools
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from mesh_worker import HIDDEN, INNER, KEYS, MESHES, VOCABULARY
+from mesh_worker import HIDDEN, INNER, KEYS, MESHES, VOCABULARY, survey_ranks
+from ranks import forking_context
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
@@ -20,25 +19,23 @@ from torchao8 import shard_layout
 from torchao8._estimate_command import MODELS
 from torchao8.state_bits import CUT_ROWS, SHARDED_VECTOR
 
-WORKER = Path(__file__).with_name("mesh_worker.py")
 SHAPES = ((VOCABULARY, HIDDEN), (HIDDEN, HIDDEN), (KEYS, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER))
 Facts = dict[str, Any]
 
 
 class Surveys:
-    """What the worker printed: a record for every rank that it was, and one without a mesh."""
+    """What the worker wrote: a record for every rank that it was, and one without a mesh."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, folder: Path) -> None:
         lines = []
         for position in ("first", "middle", "last"):
-            result = subprocess.run(
-                [sys.executable, str(WORKER), str(layers), position],
-                capture_output=True,
-                text=True,
-                timeout=600,
-            )
-            assert result.returncode == 0, result.stdout[-2000:] + result.stderr
-            lines += result.stdout.splitlines()
+            path = folder / position
+            arguments = (layers, position, str(path))
+            process = forking_context().Process(target=survey_ranks, args=arguments)
+            process.start()
+            process.join(600)
+            assert process.exitcode == 0
+            lines += path.read_text().splitlines()
         self.unsharded, *self.of_ranks = map(json.loads, lines)
         assert len(self.of_ranks) == 3 * len(MESHES)
 
@@ -50,8 +47,8 @@ class Surveys:
 @pytest.fixture(
     scope="module", params=[1, pytest.param(80, marks=pytest.mark.slow)], ids="{} layers".format
 )
-def surveys(request: pytest.FixtureRequest) -> Surveys:
-    return Surveys(request.param)
+def surveys(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Surveys:
+    return Surveys(request.param, tmp_path_factory.mktemp("surveys"))
 
 
 def name_of(mesh: dict[str, int]) -> str:

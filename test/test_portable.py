@@ -6,6 +6,7 @@ pieces of tensors and compiled code have files of their own: test_portable_*.py.
 
 import copy
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -36,35 +37,45 @@ pytestmark = needs_kernels
 MULAW: Options = {"state_format": "mulaw"}
 
 
-@every_option_set()
-@pytest.mark.parametrize(
-    ("dtype", "more"),
-    [
-        pytest.param(torch.float32, {}, id="float32"),
-        pytest.param(torch.float16, {"block_size": 64}, id="float16"),
-        pytest.param(torch.bfloat16, {"stochastic_rounding": True}, id="bfloat16"),
-        pytest.param(torch.float32, {"block_wise": False}, id="one scale"),
-        pytest.param(torch.float32, MULAW, id="mulaw"),
-        pytest.param(
-            torch.float32,
-            {**MULAW, "block_wise": False},
-            id="mulaw, one scale",
-            marks=pytest.mark.thorough,
-        ),
-        pytest.param(
-            torch.bfloat16,
-            {**MULAW, "stochastic_rounding": True},
-            id="mulaw, bfloat16",
-            marks=pytest.mark.thorough,
-        ),
-    ],
-)
+# Kinds of parameters and state; the last two are thorough.
+KINDS: dict[str, tuple[torch.dtype, Options]] = {
+    "float32": (torch.float32, {}),
+    "float16": (torch.float16, {"block_size": 64}),
+    "bfloat16": (torch.bfloat16, {"stochastic_rounding": True}),
+    "one scale": (torch.float32, {"block_wise": False}),
+    "mulaw": (torch.float32, MULAW),
+    "mulaw, one scale": (torch.float32, {**MULAW, "block_wise": False}),
+    "mulaw, bfloat16": (torch.bfloat16, {**MULAW, "stochastic_rounding": True}),
+}
+
+
+def _kinds_of_steps() -> Iterator[Any]:
+    """Each set of options in float32, and each kind with the longest set of a class; the rest of
+    the product is thorough."""
+    for case in OPTIMIZERS:
+        longest = max(case.options, key=len)
+        for options in case.options:
+            name = ",".join(f"{k}={v}" for k, v in options.items()) or "defaults"
+            for kind, (dtype, more) in KINDS.items():
+                if "state_format" in more and case.optim_bits == 32:
+                    continue
+                common = kind == "float32" or options is longest
+                is_thorough = not common or kind in list(KINDS)[-2:]
+                yield pytest.param(
+                    case,
+                    options,
+                    dtype,
+                    more,
+                    id=f"{case.cls.__name__}-{name}-{kind}",
+                    marks=pytest.mark.thorough if is_thorough else (),
+                )
+
+
+@pytest.mark.parametrize(("case", "options", "dtype", "more"), list(_kinds_of_steps()))
 def test_steps_like_the_kernels(
     case: OptimizerCase, options: Options, dtype: torch.dtype, more: Options, device: str
 ) -> None:
     """Ten steps, four in other formats, each from the same state: no error adds up."""
-    if "state_format" in more and case.optim_bits == 32:
-        pytest.skip("has no state of a format")
     of_kernels, of_operators = (make_params(dtype, device=device) for _ in range(2))
     options = {**options, **more, "min_8bit_size": SMALL}
     theirs, ours = (case.make(ps, **options) for ps in (of_kernels, of_operators))

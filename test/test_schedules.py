@@ -17,7 +17,7 @@ from helpers import (
     through_file,
     train,
 )
-from optim_table import OF_8_BITS, SCHEDULES, OptimizerCase, every_8bit, every_optimizer
+from optim_table import FEW, OF_8_BITS, SCHEDULES, OptimizerCase, every_8bit, every_optimizer
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
@@ -175,9 +175,21 @@ def test_a_tensor_that_holds_a_bad_number(case: OptimizerCase) -> None:
 # -- compiled ------------------------------------------------------------------------------------
 
 
+def _kinds_of_numbers() -> Iterator[Any]:
+    """Tensors for each rule, and numbers, which are made tensors alike for all, for few."""
+    for case in OF_8_BITS:
+        for tensors in (None, torch.float32):
+            common = tensors is not None or case.cls in FEW
+            yield pytest.param(
+                case,
+                tensors,
+                id=f"{case.cls.__name__}-{'numbers' if tensors is None else 'tensors'}",
+                marks=() if common else pytest.mark.thorough,
+            )
+
+
 @pytest.mark.usefixtures("fresh_compiler")
-@every_8bit()
-@pytest.mark.parametrize("tensors", [None, torch.float32], ids=["numbers", "tensors"])
+@pytest.mark.parametrize(("case", "tensors"), list(_kinds_of_numbers()))
 def test_a_schedule_of_every_number_compiles_once(
     case: OptimizerCase, tensors: torch.dtype | None
 ) -> None:

@@ -22,7 +22,7 @@ from helpers import (
     through_file,
     train,
 )
-from optim_table import OF_8_BITS, OptimizerCase, Options, every_8bit, every_option_set
+from optim_table import OF_8_BITS, OptimizerCase, Options, every_8bit, every_option_set, few_8bit
 from ranks import run_ranks
 from reference_rules import RULES
 from sharded import (
@@ -263,7 +263,7 @@ def test_options_that_lay_out_the_state(device: str) -> None:
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
-@every_8bit()
+@few_8bit()
 def test_compiled_it_is_one_graph(case: OptimizerCase, device: str) -> None:
     options = {**ONE_SCALE, "weight_decay": 0.1, "percentile_clipping": 50}
     pair = [case.make(make_params(device=device), **options) for _ in range(2)]

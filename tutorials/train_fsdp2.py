@@ -25,7 +25,7 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -69,6 +69,16 @@ def start_ranks(device_type: str | None) -> torch.device:
     else:  # started without torchrun: a group of one
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return torch.device(device_type, local_rank if device_type == "cuda" else 0)
+
+
+def leave(status: int, why: str = "") -> NoReturn:
+    """End this process without Python's shutdown: gloo's threads may still hold tensors then, on a
+    busy machine, and abort a process that has done its work."""
+    if why:
+        print(why, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def say(text: str) -> None:
@@ -180,7 +190,7 @@ class Training:
         dcp.load(saved, checkpoint_id=folder)
         for name, value in saved["settings"].items():
             if value != self.settings[name]:
-                raise SystemExit(f"{folder} was made with {name} {value}: use another --out")
+                leave(1, f"{folder} was made with {name} {value}: use another --out")
         # Each rank reads its own shards from whichever files: the number of ranks may change.
         state = {"model": get_model_state_dict(self.model), "progress": self.progress()}
         dcp.load(state, checkpoint_id=folder)
@@ -193,7 +203,7 @@ class Training:
         say(f"{folder}, saved by {ranks}: held-out loss {before:.6f}")
         say(f"loaded by {dist.get_world_size()}: held-out loss {self.held_out:.6f}")
         if not abs(self.held_out - before) <= LOSS_TOLERANCE * before:
-            raise SystemExit("the losses differ: this is not the model that was saved")
+            leave(1, "the losses differ: this is not the model that was saved")
 
     def train(self) -> None:
         remaining = Remaining(self.arguments.steps - self.step)
@@ -273,7 +283,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    # On a busy machine gloo's threads may still hold tensors while Python shuts down, and abort a
-    # process that has done its work: it leaves without the shutdown.
-    sys.stdout.flush()
-    os._exit(0)
+    leave(0)
