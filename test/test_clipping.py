@@ -99,7 +99,11 @@ def test_resuming_gives_the_same_bits(case: OptimizerCase, compiled: bool) -> No
     resumed = case.make(others, **OPTIONS)
     resumed.load_state_dict(through_file(optimizer.state_dict()))
     reset_compiler()
-    step = torch.compile(resumed.step, fullgraph=True) if compiled else resumed.step
+    step = (
+        torch.compile(resumed.step, fullgraph=True, backend="aot_eager")
+        if compiled
+        else resumed.step
+    )
     for seed in range(3, 6):
         train(optimizer, params, [seed], scale=0.3 * seed)
         set_grads(others, seed, scale=0.3 * seed)
@@ -293,7 +297,7 @@ def _sharded(rank: int, world_size: int, mesh_shape: tuple[int, ...]) -> int:
             step: Any = optimizer.step
             if compiled and m is not None:
                 reset_compiler()
-                step = torch.compile(optimizer.step, fullgraph=True)
+                step = torch.compile(optimizer.step, fullgraph=True, backend="aot_eager")
             with torch.profiler.profile() as profile:
                 step_with(optimizer, range(4), step)
             if m is not None and not compiled:
