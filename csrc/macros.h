@@ -60,6 +60,9 @@ TORCHAO8_HD float reciprocal(float a) {
 TORCHAO8_HD float max(float a, float b) {
   return a > b ? a : b;
 }
+TORCHAO8_HD float min(float a, float b) {
+  return a < b ? a : b;
+}
 TORCHAO8_HD float sign(float a) {  // 1, -1 or 0
   return a > 0 ? 1.0f : a < 0 ? -1.0f : 0.0f;
 }

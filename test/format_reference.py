@@ -10,8 +10,9 @@ it times their scale: unsigned codes of 8 bits, and signed ones of a sign and 7 
 
 A 4-bit code of a second moment has no zero: 2^(e - 7) (1 + k / 2), e = 0 .. 7, k = 0 or 1, times a
 scale that is a power of two. That of a first moment is a number of steps of an eighth, -7 .. 8, of
-a scale that is the element of largest magnitude with its sign; the first moment is divided by the
-root of the stored second one before, where the rule has one.
+a scale with the sign of the element of largest magnitude, the least at which all elements are
+within these steps; the first moment is divided by the root of the stored second one before, where
+the rule has one.
 """
 
 import functools
@@ -161,7 +162,7 @@ def squares_of_4bit() -> Tensor:
 
 @functools.cache
 def levels_of_4bit() -> Tensor:
-    """Those of a first moment: nibble 7 is 0, nibble 15 is the extreme element itself."""
+    """Those of a first moment: nibble 7 is 0, nibble 15 is the scale itself."""
     return torch.arange(-7, 9, dtype=torch.float64) / 8
 
 
@@ -190,18 +191,40 @@ def drawn_square(y: Tensor, draw: Tensor) -> Tensor:
     return (below + up).clamp_max(15).to(torch.uint8)
 
 
-def nearest_level(y: Tensor, extreme: float) -> Tensor:
+# What a stored -7 may be rounded up by on its way to the next scale, which must be the same one.
+OTHER_SIDE = 1 - 2.0**-20
+
+
+def scale_of_levels(highest: float, lowest: float, unit: float = 1.0) -> float:
+    """The scale of a block whose first moments, in units, lie between these two: the one of larger
+    magnitude, or 8/7 of the other one, rounded up to 16 bits behind the point. A tie is positive.
+
+    Args:
+        unit: a float32.
+    """
+    sign = 1.0 if highest >= -lowest else -1.0
+    extreme, other = sorted((sign * highest, -sign * lowest), reverse=True)
+    needed = float32(other * float32(8 / 7 * OTHER_SIDE))
+    scale = float32(extreme * unit)
+    if needed > extreme:
+        fraction, exponent = math.frexp(float32(needed * unit))
+        scale = math.ldexp(math.ceil(fraction * 2**17), exponent - 17)
+        scale = min(scale, 2.0**126 - 2.0**109)
+    return sign * scale if extreme >= 2.0**-123 and scale >= FLOAT32_TINY else 0.0
+
+
+def nearest_level(y: Tensor, scale: float) -> Tensor:
     """The nibble of each first moment, y being divided by the root of the stored second moment. A
     tie goes to the even number of steps; there is no -1.0."""
-    if extreme == 0:
+    if scale == 0:
         return torch.full(y.shape, 7, dtype=torch.uint8)
-    steps = torch.round(y.double() / extreme * 8)
+    steps = torch.round(y.double() / scale * 8)
     return (steps.clamp(-7, 8) + 7).to(torch.uint8)
 
 
 def drawn_level(y: Tensor, inverse: Tensor | float, draw: Tensor) -> Tensor:
     """The nibble of each number of a state without roots, rounded stochastically by 16 random bits.
-    ``inverse`` is 8 divided by the extreme; steps have 16 bits behind the point, to nearest."""
+    ``inverse`` is 8 divided by the scale; steps have 16 bits behind the point, to nearest."""
     fine = torch.round(y.double() * inverse * 2**16) + draw
     return ((fine / 2**16).floor().clamp(-7, 8) + 7).to(torch.uint8)
 

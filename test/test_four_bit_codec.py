@@ -8,6 +8,7 @@ import math
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import format_reference as formats
 import pytest
@@ -56,11 +57,20 @@ class Codec:
         self.library.encode_levels(_at(x), where, *numbers, _at(codes))
         return codes
 
-    def scales(self, extremes: Tensor, unit: float, signed: bool) -> tuple[Tensor, Tensor]:
-        scale, inverse = torch.empty(extremes.shape), torch.empty(extremes.shape)
-        function = self.library.scales_of_levels if signed else self.library.scales_of_squares
-        numbers = ctypes.c_int64(len(extremes)), ctypes.c_float(unit)
-        function(_at(extremes), *numbers, _at(scale), _at(inverse))
+    def scales(self, largest: Tensor, unit: float) -> tuple[Tensor, Tensor]:
+        """Of second moments, and what these are multiplied by."""
+        return self._scales(self.library.scales_of_squares, unit, largest)
+
+    def level_scales(
+        self, highest: Tensor, lowest: Tensor, unit: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Of first moments."""
+        return self._scales(self.library.scales_of_levels, unit, highest, lowest)
+
+    def _scales(self, function: Any, unit: float, *ends: Tensor) -> tuple[Tensor, Tensor]:
+        scale, inverse = torch.empty(ends[0].shape), torch.empty(ends[0].shape)
+        numbers = ctypes.c_int64(len(ends[0])), ctypes.c_float(unit)
+        function(*map(_at, ends), *numbers, _at(scale), _at(inverse))
         return scale, inverse
 
     def roots(self, scale: float) -> tuple[Tensor, Tensor]:
@@ -151,28 +161,101 @@ def test_drawn_levels(codec: Codec) -> None:
             assert codec.levels(ends, inverse, draws.long()).tolist() == [15, 7, 0]
 
 
-def test_an_extreme_is_exact(codec: Codec) -> None:
+def some_ends() -> tuple[Tensor, Tensor]:
+    """The highest and the lowest number of blocks: of all sizes and ratios; about equal ones, and
+    some at which the other side begins to tell; those of one sign only."""
     generator = torch.Generator().manual_seed(1)
-    x = torch.rand(5000, generator=generator).mul(248).sub(123).exp2()
-    for extremes in (x, -x):
-        scale, inverse = codec.scales(extremes, 1.0, signed=True)
-        assert torch.equal(scale, extremes)
-        for each, factor in zip(extremes.split(1), inverse.tolist(), strict=True):
-            assert codec.levels(torch.cat((each, 0 * each)), factor).tolist() == [15, 7]
+    size = torch.rand(6000, generator=generator).mul(240).sub(121).exp2()
+    ratio = torch.rand(6000, generator=generator)
+    ratio[1000:4000] = ratio[1000:4000] / 4 + 0.75
+    ratio[4000:4500] = 1.0
+    ratio[4500:5000] = 7 / 8 * (1 + ratio[4500:5000] * 2.0**-18)
+    other = size * ratio
+    other[5000:] = 0.0
+    return torch.cat((size, other)), -torch.cat((other, size))
 
 
 def test_scales_of_levels(codec: Codec) -> None:
-    tiny, nan = 2.0**-123, math.nan
-    given = [1.0, -3.0, tiny, -tiny, tiny / 2, 0.0, 2.0**126, math.inf, nan]
-    scale, inverse = codec.scales(torch.tensor(given), 0.5, signed=True)
-    assert scale[:6].tolist() == [0.5, -1.5, tiny / 2, -tiny / 2, 0, 0]
-    assert scale[6:].isnan().all()
-    assert inverse.isfinite().all()
-    assert (inverse[4:] == 0).all()
-    assert codec.scales(torch.tensor([tiny, 1e30]), 1e-3, signed=True)[0].tolist() == [
-        0.0,
-        formats.float32(formats.float32(1e30) * formats.float32(1e-3)),
-    ]
+    for unit in (1.0, formats.float32(0.1), 3.0):
+        highest, lowest = some_ends()
+        scale, inverse = codec.level_scales(highest, lowest, unit)
+        numbers = (t.tolist() for t in (highest, lowest, scale, inverse))
+        for high, low, s, i in zip(*numbers, strict=True):
+            assert s == formats.scale_of_levels(high, low, unit)
+            by_s = formats.float32(1 / s) if s else 0.0
+            assert i == formats.float32(by_s * formats.float32(8 * unit))
+    tiny, large, nan = 2.0**-123, 2.0**126 - 2.0**102, math.nan
+    found = [
+        codec.level_scales(torch.tensor([high]), torch.tensor([low]), unit)
+        for high, low, unit in [
+            (tiny, 0.0, 0.5), (0.0, -tiny, 0.5), (tiny / 2, -tiny / 4, 1.0), (0.0, -0.0, 1.0),
+            (tiny, 0.0, 1e-3), (large, -large, 1.0), (2.0**126, 0.0, 1.0), (1.0, -math.inf, 1.0),
+            (nan, 0.0, 1.0), (0.0, nan, 1.0), (2.0**125, 0.0, 2.0),
+        ]
+    ]  # fmt: skip
+    largest = 2.0**126 - 2.0**109
+    assert [float(scale) for scale, _ in found[:6]] == [tiny / 2, -tiny / 2, 0, 0, 0, largest]
+    assert all(scale.isnan().all() for scale, _ in found[6:])
+    inverses = torch.cat([inverse for _, inverse in found])
+    assert inverses.isfinite().all()
+    assert (inverses[[2, 3, 4, *range(6, 11)]] == 0).all()
+
+
+def test_no_quotient_is_cut(codec: Codec) -> None:
+    """The largest in both directions are stored as what is close to them, whatever is drawn."""
+    highest, lowest = some_ends()
+    scale, inverse = codec.level_scales(highest, lowest)
+    steps = torch.stack((highest, lowest)).double() / scale * 8
+    assert (steps > -7 * (1 + 2.0**-19)).all()
+    assert (steps < 8 * (1 + 2.0**-22)).all()
+    exact = scale.abs() == torch.maximum(highest, -lowest)
+    assert exact[5000:6000].all()
+    assert exact[11_000:].all()
+    for draws in (None, 0, 2**16 - 1):
+        codes = level_codes(codec, torch.stack((highest, lowest), 1), inverse, draws)
+        off = (codes.double() - 7) - steps.T
+        assert (off.abs() <= (0.5 if draws is None else 1.0) + 1e-4).all()
+        assert (codes.amax(1)[exact] == 15).all()
+        assert (codes.amin(1)[~exact] == 0).all()  # -7, in the other direction
+
+
+def level_codes(codec: Codec, x: Tensor, inverse: Tensor, draw: int | None) -> Tensor:
+    """Of rows of numbers with inverses of their own, by what is drawn for all."""
+    draws = None if draw is None else torch.full(x.shape[1:], draw, dtype=torch.int64)
+    rows = zip(x, inverse.tolist(), strict=True)
+    return torch.stack([codec.levels(row.contiguous(), one, draws) for row, one in rows])
+
+
+@pytest.mark.parametrize("unit", [1.0, 0.1, 1 - 0.98])
+def test_stored_levels_stay(codec: Codec, unit: float) -> None:
+    """Values of codes are encoded to the same values again, all 16 of them.
+
+    In units: to the same codes, and where the scale is that of an extreme, it may differ in its
+    last place. A scale may change its sign if the levels are those that both signs have.
+    """
+    unit = formats.float32(unit)
+    highest, lowest = some_ends()
+    some = highest.abs().maximum(lowest.abs()) > 2.0**-116
+    highest, lowest = highest[some], lowest[some]
+    scale, inverse = codec.level_scales(highest, lowest, unit)
+    levels = formats.levels_of_4bit().float()
+    for draws in (0, 2**16 - 1):
+        codes = level_codes(codec, torch.stack((highest, lowest), 1), inverse, draws).long()
+        ends = levels[codes].sort(1).values  # in eighths of the scale
+        values = levels.expand(len(ends), 16).clamp(ends[:, :1], ends[:, 1:])
+        stored = values * (scale / unit)[:, None]
+        again, inverse_of_again = codec.level_scales(stored.amax(1), stored.amin(1), unit)
+        found = levels[level_codes(codec, stored, inverse_of_again, draws).long()]
+        flipped = scale.sign() != again.sign()
+        assert flipped.any()
+        assert (ends[flipped] == torch.tensor([-7 / 8, 7 / 8])).all()
+        assert torch.equal(found, torch.where(flipped[:, None], -values, values))
+        if unit == 1:
+            assert torch.equal(again.abs(), scale.abs())
+        else:
+            assert (again.abs() / scale.abs() - 1).abs().max() <= 2.0**-23
+            rounded = scale.view(torch.int32) % 128 == 0
+            assert torch.equal(again.abs()[rounded], scale.abs()[rounded])
 
 
 @pytest.mark.parametrize("unit", [1.0, 0.1, 1 - 0.999])
@@ -183,20 +266,20 @@ def test_scales_of_squares(codec: Codec, unit: float) -> None:
     near = borders.view(torch.int32)[:, None] + torch.tensor([-300, -64, 0, 60, 70, 3000])
     near = near.to(torch.int32).flatten().view(torch.float32)
     extremes = torch.cat((some, near, torch.tensor([0.0, 1e-45, 1e-38])))
-    scale, inverse = codec.scales(extremes, unit, signed=False)
+    scale, inverse = codec.scales(extremes, unit)
     for x, s, i in zip(extremes.tolist(), scale.tolist(), inverse.tolist(), strict=True):
         assert s == formats.scale_of_squares(formats.float32(x * formats.float32(unit)))
         assert i == (formats.float32(unit) / s if s else 0.0)
     broken = torch.tensor([math.nan, math.inf, 2.0**126, -1.0])
-    assert codec.scales(broken, unit, signed=False)[0].isnan().all()
+    assert codec.scales(broken, unit)[0].isnan().all()
     largest = torch.tensor([2.0**126]).view(torch.int32).sub(1).view(torch.float32)
-    assert codec.scales(largest, 1.0, signed=False)[0].tolist() == [2.0**125]
+    assert codec.scales(largest, 1.0)[0].tolist() == [2.0**125]
 
 
 def test_an_extreme_square_gets_the_last_codes(codec: Codec) -> None:
     """It has a code, also where the tolerance of the scale has left it above the last value."""
     extremes = torch.tensor([0.76, 1.0, 1.5, 1.5 * (1 + 2.0**-18), 1.5 * (1 + 2.0**-23)])
-    scale, _ = codec.scales(extremes, 1.0, signed=False)
+    scale, _ = codec.scales(extremes, 1.0)
     assert (scale == 1).all()
     for draws in (None, torch.full((5,), LAST_DRAW)):
         codes = codec.squares(extremes, draws)
@@ -240,6 +323,10 @@ MUTANTS = {
                             "round_up_to_bits<0>(exact)"),
     "a scale that is no power of two": ("round_up_to_bits<0>", "round_up_to_bits<7>"),
     "minus eight": ("steps < -7 ? 0u : ", ""),
+    "cut at seven eighths": ("if (needed > std::fabs(extreme))", "if (false)"),
+    "a scale that moves": ("0x1.249236p0f", "0x1.24924ap0f"),
+    "a scale of 24 bits": ("0x7fu) & ~0x7fu", "0u)"),
+    "the wrong sign": ("if (!is_positive)", "if (is_positive)"),
     "steps of a coarse grid": ("kFine = 0x1.8p7f", "kFine = 0x1.8p8f"),
     "levels rarely rounded up": ("hash >> 16", "hash >> 17"),
     "an infinite inverse": ("kLeast = 0x1p-123f", "kLeast = 0x1p-126f"),
@@ -271,8 +358,9 @@ def check_all(codec: Codec) -> None:
     test_drawn_squares(codec)
     test_levels(codec)
     test_drawn_levels(codec)
-    test_an_extreme_is_exact(codec)
     test_scales_of_levels(codec)
+    test_no_quotient_is_cut(codec)
+    test_stored_levels_stay(codec, 0.1)
     test_scales_of_squares(codec, 0.1)
     test_an_extreme_square_gets_the_last_codes(codec)
     test_roots(codec)

@@ -12,6 +12,20 @@ TORCHAO8_HD bool usable(float x) {
   return (float_bits(x) & (kSigned ? 0x7fffffffu : 0xffffffffu)) < float_bits(kOverflow);
 }
 
+// The number of largest magnitude that can be an extreme element, with the sign of x, if x is
+// larger than that; else x.
+constexpr float kLargestUsable = 0x1.fffffep125f;
+TORCHAO8_HD float clamp_to_usable(float x) {
+  return x > kLargestUsable ? kLargestUsable : x < -kLargestUsable ? -kLargestUsable : x;
+}
+
+// A stored number in units, where a step leaves the state as it is. A format whose codes may lie
+// above the number they were rounded from takes this one: what was almost 2^126 would be no number
+// any more, and make that of its block.
+TORCHAO8_HD float kept_value(float old, float scale, float unit) {
+  return clamp_to_usable(old * clamp_to_usable(scale / unit));
+}
+
 // What a block's values are multiplied by before encoding: zero where its scale counts as zero, or
 // cannot be one (a corrupt state stays visibly corrupt).
 template <bool kSigned>

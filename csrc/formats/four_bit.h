@@ -13,10 +13,16 @@
 // A signed state is a number of steps of an eighth of its scale, -7 .. 8:
 //     value = root * scale * (n - 7) / 8.
 // The root is that of the element's stored second moment, where the rule has one (kRootOf), else 1:
-// m / sqrt(v) is of one magnitude in a block of which m is not. The scale is the quotient of
-// largest magnitude, with its sign. So this quotient and zero are exact. Quotients are rounded to
-// nearest. A state without roots is rounded stochastically: to nearest, what is below a sixteenth
-// of the largest number would become 0 at every step, and a slow average would stay there.
+// m / sqrt(v) is of one magnitude in a block of which m is not. The scale has the sign of the
+// quotient of largest magnitude, and there are eight steps in this direction and seven in the
+// other. Its magnitude is the least at which all quotients lie within these: that of the extreme
+// one, or 8/7 of the largest on the other side. Else what is larger than seven eighths of the
+// extreme would be cut to them, at every step. Zero is exact, and so is the extreme quotient where
+// the scale is made of it.
+//
+// Quotients are rounded to nearest. A state without roots is rounded stochastically: to nearest,
+// what is below a sixteenth of the largest number would become 0 at every step, and a slow average
+// would stay there.
 #pragma once
 
 #include "codec/block_scale.h"
@@ -68,6 +74,8 @@ struct FourBitLevels {
   // tie to an even number. The integer is then in its lowest bits.
   static constexpr float kRound = 0x1.8p23f;
   static constexpr float kLeast = 0x1p-123f;  // the inverse of anything smaller may be infinite
+  static constexpr float kLargest = 0x1.fffep125f;  // scale of 16 bits behind the point
+  static constexpr float kEightSevenths = 0x1.249236p0f;
 
   // The value of a code at scale 1 and root 1, exactly.
   static TORCHAO8_HD float decode(uint32_t code) { return float(int32_t(code) - 7) * 0.125f; }
@@ -87,17 +95,36 @@ struct FourBitLevels {
     return code_of(int32_t(float_bits(fine) - float_bits(kFine) + drawn) >> 16);
   }
 
-  // The scale for the quotient of largest magnitude, with its sign, in units: 0 where it counts as
-  // zero, NaN where it is none.
-  static TORCHAO8_HD float scale_of(float extreme, float unit) {
-    const float scale = extreme * unit;
-    if (!usable<true>(extreme) || !usable<true>(scale)) return bits_float(0x7fc00000u);
+  // The scale for the highest and the lowest quotient of a block, in units: 0 where it counts as
+  // zero, NaN where it would be none.
+  //
+  // Values that were encoded and decoded get the same values again, of which one is 8 eighths of
+  // the scale or -7, however a few roundings between the two went:
+  // - With one of 8, the scale was an extreme, or rounded. The largest on the other side is at most
+  //   7 eighths of it. kEightSevenths is 8/7 less 2^-20 of it, 16 roundings, so that the scale is
+  //   made of the extreme, and is the same.
+  // - Else the scale was rounded, there are -7 and 7 and nothing larger. Eighths of a scale of 16
+  //   bits behind the point are exact. 8/7 of 7 of them, less 2^-20, rounded up to 16 bits: the
+  //   same scale. It may have the other sign, and each code then that of the other level.
+  // So a quotient lies beyond -7 by up to 2^-20 of it. It gets the code of -7.
+  static TORCHAO8_HD float scale_of(float highest, float lowest, float unit) {
+    if (!usable<true>(highest) || !usable<true>(lowest)) return bits_float(0x7fc00000u);
+    const bool is_positive = highest >= -lowest;
+    const float extreme = is_positive ? highest : lowest, other = is_positive ? -lowest : highest;
+    const float needed = other * kEightSevenths;  // negative: all quotients have one sign
+    float scale = extreme * unit;
+    if (!usable<true>(scale)) return bits_float(0x7fc00000u);
+    if (needed > std::fabs(extreme)) {
+      const float rounded = bits_float((float_bits(needed * unit) + 0x7fu) & ~0x7fu);
+      scale = rounded < kLargest ? rounded : kLargest;
+      if (!is_positive) scale = -scale;
+    }
     return std::fabs(extreme) < kLeast || std::fabs(scale) < kMinScale ? 0.0f : scale;
   }
 
-  // What quotients are multiplied by before encoding. Of a scale that is 0 or NaN: 0.
-  static TORCHAO8_HD float inverse_of(float extreme, float scale) {
-    return std::fabs(scale) > 0.0f ? 8.0f / extreme : 0.0f;
+  // What quotients in units are multiplied by before encoding. Of a scale that is 0 or NaN: 0.
+  static TORCHAO8_HD float inverse_of(float scale, float unit) {
+    return std::fabs(scale) > 0.0f ? reciprocal(scale) * (8.0f * unit) : 0.0f;
   }
 
  private:

@@ -44,17 +44,18 @@ struct FourBitScale {
   float scale, inverse;
 };
 
-// By the number of largest magnitude, with its sign: also one of 2^126 or more, which no step
-// leaves. NaN or infinite: they are not encoded.
+// By the highest and the lowest number, where unsigned only the highest counts: also of 2^126 or
+// more, which no step leaves. NaN or infinite: they are not encoded.
 template <bool kSigned>
-TORCHAO8_HD FourBitScale four_bit_scale_of_extreme(float extreme) {
-  const float factor = std::fabs(extreme) < kOverflow ? 1.0f : 4.0f;
+TORCHAO8_HD FourBitScale four_bit_scale_of_ends(float highest, float lowest) {
+  const bool is_large = !(std::fabs(highest) < kOverflow && std::fabs(lowest) < kOverflow);
+  const float factor = is_large ? 4.0f : 1.0f;
   FourBitScale to;
   if constexpr (kSigned) {
-    to.scale = FourBitLevels::scale_of(extreme / factor, 1.0f);
-    to.inverse = FourBitLevels::inverse_of(extreme / factor, to.scale);
+    to.scale = FourBitLevels::scale_of(highest / factor, lowest / factor, 1.0f);
+    to.inverse = FourBitLevels::inverse_of(to.scale, 1.0f);
   } else {
-    to.scale = FourBitSquares::scale_of(extreme / factor, 1.0f);
+    to.scale = FourBitSquares::scale_of(highest / factor, 1.0f);
     to.inverse = FourBitSquares::inverse_of(to.scale, 1.0f);
   }
   to.scale *= factor;
@@ -64,14 +65,14 @@ TORCHAO8_HD FourBitScale four_bit_scale_of_extreme(float extreme) {
 
 template <bool kSigned>
 TORCHAO8_HD FourBitScale four_bit_scale_of_block(const float* x, int n) {
-  float largest = 0.0f;
+  float highest = 0.0f, lowest = 0.0f;
   bool good = true;
   for (int i = 0; i < n; i++) {
-    const float magnitude = std::fabs(x[i]), before = std::fabs(largest);
-    if (magnitude > before || (magnitude == before && x[i] > 0.0f)) largest = x[i];
+    highest = x[i] > highest ? x[i] : highest;
+    lowest = x[i] < lowest ? x[i] : lowest;
     good = good && std::isfinite(x[i]) && (kSigned || x[i] >= 0.0f);
   }
-  return four_bit_scale_of_extreme<kSigned>(good ? largest : bits_float(0x7fc00000u));
+  return four_bit_scale_of_ends<kSigned>(good ? highest : bits_float(0x7fc00000u), lowest);
 }
 
 }  // namespace torchao8

@@ -66,7 +66,9 @@ struct MulawScale {
 
 // How a block of floats is encoded to nearest, without a rule, by their largest magnitude: also one
 // of 2^126 or more, which no step leaves. NaN or infinite: they are not encoded. Unsigned numbers
-// are taken for those of a state that is rounded stochastically, as all unsigned states are.
+// are taken for those of a state that is rounded stochastically, as all unsigned states are. What
+// is close to the largest float gets the largest scale at which the value of the last code is
+// finite. (Of unsigned numbers, no such one gets a code whose value is not.)
 template <bool kSigned>
 TORCHAO8_HD MulawScale mulaw_scale_of_largest(float largest) {
   const float factor = largest < kOverflow ? 1.0f : 4.0f;
@@ -74,6 +76,12 @@ TORCHAO8_HD MulawScale mulaw_scale_of_largest(float largest) {
   to.set<kSigned, !kSigned>(largest / factor, 1.0f);
   to.scale *= factor;
   to.inverse /= factor;
+  constexpr float kTop = MulawFormat::Codec<kSigned>::kTop;
+  constexpr float kMost = bits_float(float_bits(0x1.fffffep127f / kTop) & 0xffff0000u);
+  if (kSigned && to.scale > kMost) {
+    to.scale = kMost;
+    to.inverse = 1.0f / kMost;
+  }
   return to;
 }
 

@@ -30,10 +30,11 @@ void scales_of_squares(const float* extremes, int64_t n, float unit, float* scal
     inverse[i] = FourBitSquares::inverse_of(scale[i], unit);
   }
 }
-void scales_of_levels(const float* extremes, int64_t n, float unit, float* scale, float* inverse) {
+void scales_of_levels(const float* highest, const float* lowest, int64_t n, float unit,
+                      float* scale, float* inverse) {
   for (int64_t i = 0; i < n; i++) {
-    scale[i] = FourBitLevels::scale_of(extremes[i], unit);
-    inverse[i] = FourBitLevels::inverse_of(extremes[i], scale[i]);
+    scale[i] = FourBitLevels::scale_of(highest[i], lowest[i], unit);
+    inverse[i] = FourBitLevels::inverse_of(scale[i], unit);
   }
 }
 // Of all 16 codes.

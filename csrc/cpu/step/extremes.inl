@@ -5,8 +5,8 @@
 
 namespace torchao8::TORCHAO8_ISA {
 
-// An element that is not usable counts with its old state, which it keeps. Decoder: of all states
-// of the rule, in the format at hand.
+// An element that is not usable counts with its old state, which it keeps: with what kept() of the
+// format makes of it. Decoder: of all states of the rule, in the format at hand.
 template <class Decoder, class Rule, class T>
 void find_extremes(const Rule& r, const ExtremeRun& run, float* found) {
   constexpr int N = Rule::kStates;
@@ -40,6 +40,7 @@ void find_extremes(const Rule& r, const ExtremeRun& run, float* found) {
     if constexpr (Rule::kSigned[s]) {
       if (nan[s].found()) found[s] = bits_float(0x7fc00000u);
     }
+    found[s] = Decoder::kept(found[s]);
   });
 }
 

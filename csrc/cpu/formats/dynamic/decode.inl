@@ -13,6 +13,7 @@ struct StateDecoder {
       : of_signed(t), of_unsigned(t) {}
 
   static TORCHAO8_HD float scale(float stored) { return stored; }
+  static TORCHAO8_HD float kept(float old) { return old; }
 
   // codes: for each state where they begin; i: the first element of the vector.
   template <class Codes>

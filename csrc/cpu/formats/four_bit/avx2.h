@@ -40,6 +40,21 @@ TORCHAO8_HD F float_of_integers(U x) {
   return {_mm256_cvtepi32_ps(x.low), _mm256_cvtepi32_ps(x.high)};
 }
 
+// The highest and the lowest of many numbers and zero. NaN is not seen here.
+struct Ends {
+  F high, low;
+  TORCHAO8_HD Ends() : high(0.0f), low(0.0f) {}
+  TORCHAO8_HD void add(F v) {
+    high = max(v, high);
+    low = min(v, low);
+  }
+  TORCHAO8_HD float highest() const { return reduce_max(_mm256_max_ps(high.low, high.high)); }
+  TORCHAO8_HD float lowest() const {
+    const __m256 all = _mm256_min_ps(low.low, low.high);
+    return -reduce_max(_mm256_xor_ps(all, _mm256_set1_ps(-0.0f)));
+  }
+};
+
 // A look-up by the low two bits of an index.
 struct Table4 {
   __m256 values;

@@ -32,6 +32,18 @@ TORCHAO8_HD F float_of_integers(U x) {
   return _mm512_cvtepi32_ps(x.x);
 }
 
+// The highest and the lowest of many numbers and zero. NaN is not seen here.
+struct Ends {
+  __m512 high, low;
+  TORCHAO8_HD Ends() : high(_mm512_setzero_ps()), low(_mm512_setzero_ps()) {}
+  TORCHAO8_HD void add(F v) {
+    high = _mm512_max_ps(v.x, high);
+    low = _mm512_min_ps(v.x, low);
+  }
+  TORCHAO8_HD float highest() const { return _mm512_reduce_max_ps(high); }
+  TORCHAO8_HD float lowest() const { return _mm512_reduce_min_ps(low); }
+};
+
 // A look-up by the low two bits of an index.
 struct Table4 {
   __m512 values;

@@ -56,9 +56,9 @@ struct Plan {
     scale[s] = FourBitSquares::scale_of(largest, rule.unit[s]);
     inverse[s] = FourBitSquares::inverse_of(scale[s], rule.unit[s]);
   }
-  TORCHAO8_HD void set_levels(int s, float extreme) {
-    scale[s] = FourBitLevels::scale_of(extreme, rule.unit[s]);
-    inverse[s] = FourBitLevels::inverse_of(extreme, scale[s]);
+  TORCHAO8_HD void set_levels(int s, const Ends& quotients) {
+    scale[s] = FourBitLevels::scale_of(quotients.highest(), quotients.lowest(), rule.unit[s]);
+    inverse[s] = FourBitLevels::inverse_of(scale[s], rule.unit[s]);
   }
 };
 
@@ -82,7 +82,7 @@ TORCHAO8_HD void make_values(Plan<Rule>& plan, Values<Rule>& values, int place, 
   });
   const Rule rule = r.with_scales(old_scale);
   const BlockDecoder<Rule> decode(old_scale);
-  Extreme<true> of_signed[N];
+  Ends of_signed[N];
   Extreme<false> of_unsigned[N];
   LargestOf<float> largest[N];  // which NaN is, too
   for (int i = 0; i < length; i += kWidth) {
@@ -110,7 +110,7 @@ TORCHAO8_HD void make_values(Plan<Rule>& plan, Values<Rule>& values, int place, 
       plan.set_squares(s, extreme);
     } else {
       plan.good = plan.good && usable<false>(largest[s].result());
-      if constexpr (!has_root<Rule>(s)) plan.set_levels(s, of_signed[s].result());
+      if constexpr (!has_root<Rule>(s)) plan.set_levels(s, of_signed[s]);
     }
   });
 }
@@ -123,7 +123,7 @@ TORCHAO8_HD void encode(Plan<Rule>& plan, Values<Rule>& values, int place,
   const Rule rule = plan.rule;
   float scale[N], inverse[N];
   RandomStream stream[N];
-  Extreme<true> quotients[N];
+  Ends quotients[N];
   for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
     scale[s] = plan.scale[s];
     inverse[s] = plan.inverse[s];
@@ -166,7 +166,7 @@ TORCHAO8_HD void encode(Plan<Rule>& plan, Values<Rule>& values, int place,
     });
   }
   for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
-    if constexpr (has_root<Rule>(s)) plan.set_levels(s, quotients[s].result());
+    if constexpr (has_root<Rule>(s)) plan.set_levels(s, quotients[s]);
     *block.scales[s] = plan.scale[s];
   });
 }

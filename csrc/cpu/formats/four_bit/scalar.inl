@@ -64,7 +64,8 @@ struct BlockStep {
       } else {
         write.skip();
       }
-      for (int s = 0; s < N; s++) values[s][i] = good ? now[s] : old[s] * (scale[s] / rule.unit[s]);
+      for (int s = 0; s < N; s++)
+        values[s][i] = good ? now[s] : kept_value(old[s], scale[s], rule.unit[s]);
     }
   }
 
@@ -98,17 +99,18 @@ struct BlockStep {
   template <int s>
   TORCHAO8_HD void encode_levels() {
     constexpr int kRoot = Rule::kRootOf[s];
-    Extreme<true> extreme;
+    float highest = 0.0f, lowest = 0.0f;
     for (int i = 0; i < run.length; i++) {
       if constexpr (kRoot >= 0) {
         const FourBitRoots roots(new_scale[kRoot]);
         values[s][i] = values[s][i] * roots.reciprocal_of_root(codes[kRoot][i]);
       }
-      extreme.add(values[s][i]);
+      highest = max(values[s][i], highest);
+      lowest = min(values[s][i], lowest);
     }
-    const float largest = usable<true>(scale[s]) ? extreme.result() : scale[s];
-    new_scale[s] = FourBitLevels::scale_of(largest, rule.unit[s]);
-    const float inverse = FourBitLevels::inverse_of(largest, new_scale[s]);
+    new_scale[s] =
+        usable<true>(scale[s]) ? FourBitLevels::scale_of(highest, lowest, rule.unit[s]) : scale[s];
+    const float inverse = FourBitLevels::inverse_of(new_scale[s], rule.unit[s]);
     RandomStream stream = stream_of<s>();
     for (int i = 0; i < run.length; i++) {
       uint32_t code;

@@ -32,6 +32,7 @@ struct StateDecoder {
         [&](auto s) TORCHAO8_LAMBDA { values[s] = decode<Rule::kSigned[s], T>(codes[s] + i); });
   }
   static TORCHAO8_HD float scale(float stored) { return mulaw_scale(stored); }
+  static TORCHAO8_HD float kept(float old) { return clamp_to_usable(old); }
 };
 
 template <bool kSigned>

@@ -20,6 +20,7 @@ struct StateDecoder {
         [&](auto s) TORCHAO8_LAMBDA { values[s] = Codec<Rule::kSigned[s]>::decode(codes[s][i]); });
   }
   static TORCHAO8_HD float scale(float stored) { return mulaw_scale(stored); }
+  static TORCHAO8_HD float kept(float old) { return clamp_to_usable(old); }
 };
 
 // One block, in two passes: the first finds what its new states cannot exceed, the second makes and
@@ -45,7 +46,7 @@ struct BlockStep {
     rule = r.with_scales(scale);
   }
 
-  TORCHAO8_HD float kept(int s, F old) const { return old * (scale[s] / rule.unit[s]); }
+  TORCHAO8_HD float kept(int s, F old) const { return kept_value(old, scale[s], rule.unit[s]); }
 
   TORCHAO8_HD Element make(int i) const {
     Element e;
@@ -128,9 +129,6 @@ struct BlockStep {
     }
     for (int s = 0; s < N; s++) *block.scales[s] = scales[s].scale;
   }
-
- private:
-  static constexpr float kLargestUsable = 0x1.fffffep125f;
 };
 
 template <class Rule, class T, bool kStochastic, bool kRounds>
