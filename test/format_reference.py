@@ -191,25 +191,24 @@ def drawn_square(y: Tensor, draw: Tensor) -> Tensor:
     return (below + up).clamp_max(15).to(torch.uint8)
 
 
-# What a stored -7 may be rounded up by on its way to the next scale, which must be the same one.
-OTHER_SIDE = 1 - 2.0**-20
-
-
 def scale_of_levels(highest: float, lowest: float, unit: float = 1.0) -> float:
     """The scale of a block whose first moments, in units, lie between these two: the one of larger
-    magnitude, or 8/7 of the other one, rounded up to 16 bits behind the point. A tie is positive.
+    magnitude, or 8/7 of the other one, rounded to 20 bits behind the point. A tie is positive.
+
+    8/7 may exceed the larger one by 2^-20, so that roundings do not change the scale of stored
+    values.
 
     Args:
         unit: a float32.
     """
     sign = 1.0 if highest >= -lowest else -1.0
-    extreme, other = sorted((sign * highest, -sign * lowest), reverse=True)
-    needed = float32(other * float32(8 / 7 * OTHER_SIDE))
+    extreme, other = sorted((highest, -lowest), reverse=True)
+    needed = float32(other * float32(8 / 7))
     scale = float32(extreme * unit)
-    if needed > extreme:
+    if needed > float32(extreme * (1 + 2.0**-20)):
         fraction, exponent = math.frexp(float32(needed * unit))
-        scale = math.ldexp(math.ceil(fraction * 2**17), exponent - 17)
-        scale = min(scale, 2.0**126 - 2.0**109)
+        scale = math.ldexp(math.floor(fraction * 2**21 + 0.5), exponent - 21)
+        scale = min(scale, 2.0**126 - 2.0**105)
     return sign * scale if extreme >= 2.0**-123 and scale >= FLOAT32_TINY else 0.0
 
 

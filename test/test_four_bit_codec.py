@@ -193,7 +193,7 @@ def test_scales_of_levels(codec: Codec) -> None:
             (nan, 0.0, 1.0), (0.0, nan, 1.0), (2.0**125, 0.0, 2.0),
         ]
     ]  # fmt: skip
-    largest = 2.0**126 - 2.0**109
+    largest = 2.0**126 - 2.0**105
     assert [float(scale) for scale, _ in found[:6]] == [tiny / 2, -tiny / 2, 0, 0, 0, largest]
     assert all(scale.isnan().all() for scale, _ in found[6:])
     inverses = torch.cat([inverse for _, inverse in found])
@@ -247,14 +247,14 @@ def test_stored_levels_stay(codec: Codec, unit: float) -> None:
         again, inverse_of_again = codec.level_scales(stored.amax(1), stored.amin(1), unit)
         found = levels[level_codes(codec, stored, inverse_of_again, draws).long()]
         flipped = scale.sign() != again.sign()
-        assert flipped.any()
+        assert flipped.any() == (draws == 0)  # else one of them has got 8
         assert (ends[flipped] == torch.tensor([-7 / 8, 7 / 8])).all()
         assert torch.equal(found, torch.where(flipped[:, None], -values, values))
         if unit == 1:
             assert torch.equal(again.abs(), scale.abs())
         else:
             assert (again.abs() / scale.abs() - 1).abs().max() <= 2.0**-23
-            rounded = scale.view(torch.int32) % 128 == 0
+            rounded = (ends.abs() == 7 / 8).all(1)
             assert torch.equal(again.abs()[rounded], scale.abs()[rounded])
 
 
@@ -323,9 +323,10 @@ MUTANTS = {
                             "round_up_to_bits<0>(exact)"),
     "a scale that is no power of two": ("round_up_to_bits<0>", "round_up_to_bits<7>"),
     "minus eight": ("steps < -7 ? 0u : ", ""),
-    "cut at seven eighths": ("if (needed > std::fabs(extreme))", "if (false)"),
-    "a scale that moves": ("0x1.249236p0f", "0x1.24924ap0f"),
-    "a scale of 24 bits": ("0x7fu) & ~0x7fu", "0u)"),
+    "cut at seven eighths": ("if (needed > ", "if (1e30f * needed < "),
+    "a scale that moves": ("1.0f + 0x1p-20f", "1.0f"),
+    "a scale of 24 bits": ("+ 4u) & ~7u", "+ 0u)"),
+    "a scale of 16 bits": ("+ 4u) & ~7u", "+ 64u) & ~127u"),
     "the wrong sign": ("if (!is_positive)", "if (is_positive)"),
     "steps of a coarse grid": ("kFine = 0x1.8p7f", "kFine = 0x1.8p8f"),
     "levels rarely rounded up": ("hash >> 16", "hash >> 17"),

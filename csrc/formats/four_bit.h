@@ -74,8 +74,8 @@ struct FourBitLevels {
   // tie to an even number. The integer is then in its lowest bits.
   static constexpr float kRound = 0x1.8p23f;
   static constexpr float kLeast = 0x1p-123f;  // the inverse of anything smaller may be infinite
-  static constexpr float kLargest = 0x1.fffep125f;  // scale of 16 bits behind the point
-  static constexpr float kEightSevenths = 0x1.249236p0f;
+  static constexpr float kLargest = 0x1.fffffp125f;     // scale of 20 bits behind the point
+  static constexpr float kRoundings = 1.0f + 0x1p-20f;  // more than a stored number goes through
 
   // The value of a code at scale 1 and root 1, exactly.
   static TORCHAO8_HD float decode(uint32_t code) { return float(int32_t(code) - 7) * 0.125f; }
@@ -98,24 +98,24 @@ struct FourBitLevels {
   // The scale for the highest and the lowest quotient of a block, in units: 0 where it counts as
   // zero, NaN where it would be none.
   //
-  // Values that were encoded and decoded get the same values again, of which one is 8 eighths of
-  // the scale or -7, however a few roundings between the two went:
-  // - With one of 8, the scale was an extreme, or rounded. The largest on the other side is at most
-  //   7 eighths of it. kEightSevenths is 8/7 less 2^-20 of it, 16 roundings, so that the scale is
-  //   made of the extreme, and is the same.
-  // - Else the scale was rounded, there are -7 and 7 and nothing larger. Eighths of a scale of 16
-  //   bits behind the point are exact. 8/7 of 7 of them, less 2^-20, rounded up to 16 bits: the
-  //   same scale. It may have the other sign, and each code then that of the other level.
-  // So a quotient lies beyond -7 by up to 2^-20 of it. It gets the code of -7.
+  // Values that were encoded and decoded get the same values again, however a few roundings between
+  // the two went:
+  // - With one of 8 eighths of the scale, no other side is above 7 of them. 8/7 of it are not above
+  //   the extreme but by roundings, for which kRoundings is there. So the scale is the extreme's.
+  // - Else the scale was rounded, to 20 bits behind the point: by at most 2^-21 of it. So what it
+  //   was made of lies within 2^-18 of level -7, and gets its code whatever is drawn. The extreme
+  //   has got 7. Both are exact, as 7 eighths of 21 bits fit into a float, and 8/7 of them, rounded
+  //   to 20 bits, are the scale again. It may have the other sign, and each code then that of the
+  //   other level.
   static TORCHAO8_HD float scale_of(float highest, float lowest, float unit) {
     if (!usable<true>(highest) || !usable<true>(lowest)) return bits_float(0x7fc00000u);
     const bool is_positive = highest >= -lowest;
     const float extreme = is_positive ? highest : lowest, other = is_positive ? -lowest : highest;
-    const float needed = other * kEightSevenths;  // negative: all quotients have one sign
+    const float needed = other * (8.0f / 7.0f);  // negative: all quotients have one sign
     float scale = extreme * unit;
     if (!usable<true>(scale)) return bits_float(0x7fc00000u);
-    if (needed > std::fabs(extreme)) {
-      const float rounded = bits_float((float_bits(needed * unit) + 0x7fu) & ~0x7fu);
+    if (needed > std::fabs(extreme) * kRoundings) {
+      const float rounded = bits_float((float_bits(needed * unit) + 4u) & ~7u);
       scale = rounded < kLargest ? rounded : kLargest;
       if (!is_positive) scale = -scale;
     }
