@@ -64,9 +64,8 @@ class FormatCase:
 
 
 def gap_in_4_bits(values: Tensor, signed: bool) -> Tensor:
-    """Of a first moment in eighths, the least of which is -7 of them."""
     if signed:
-        return torch.where(values < -7 / 8, 1 / 4, 1 / 8)
+        return torch.full_like(values, 1 / 8)
     return torch.ldexp(torch.ones_like(values), torch.frexp(values)[1] - 2)
 
 

@@ -79,11 +79,9 @@ def test_codes_of_4_bits_stand_for_the_values_of_their_oracle() -> None:
                 gap = (values[code] - exact).abs() / values[(code + 1).clamp_max(15)]
                 assert (gap[code > 0] < 0.51).all()
                 y = 0.1 * g_ / v_.sqrt()
-                extreme = y[y.abs().argmax()].item()
-                level = (m_ / v_.sqrt() / extreme * 8).round()
-                away = (y / extreme * 8 - level).abs()
-                # The level below -7 eighths is -1, which no code has.
-                assert (away[y / extreme > -7 / 8] < 0.5001).all()
+                unit = reference.scale_of_levels(y.max().item(), y.min().item())
+                level = (m_ / v_.sqrt() / unit * 8).round()
+                assert ((y / unit * 8 - level).abs() < 0.5001).all()
 
 
 @pytest.mark.parametrize("beta2", [0.999, 0.95])

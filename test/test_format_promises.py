@@ -145,6 +145,29 @@ def test_a_bad_gradient_stays_alone(
     assert ends[0] == ends[1]
 
 
+@every_pair_and_scales()
+@pytest.mark.parametrize("size", [9.2e18, 8.5e37], ids=["squares", "averages"])
+def test_what_is_almost_too_large_stays(
+    case: OptimizerCase, form: FormatCase, block_wise: bool, size: float
+) -> None:
+    """The largest numbers that a step takes may be rounded up to some that it does not. An element
+    with a bad gradient keeps them, and so do the others of its block."""
+    options = {**COMMON, **case.full, **form.options, "block_wise": block_wise, "weight_decay": 0.0}
+    params = [torch.nn.Parameter(torch.ones(4, 256)) for _ in range(2)]
+    optimizer = case.make(params, **options)
+    params[0].grad = torch.linspace(0.8 * size, size, 1024).view(4, 256)
+    params[1].grad = -params[0].grad
+    optimizer.step()
+    for bad in (math.nan, math.inf, -math.inf):
+        for p in params:
+            p.grad = torch.zeros_like(p)
+            p.grad[:, ::7] = bad
+        optimizer.step()
+        for p in params:
+            for key, value in optimizer.state[p].items():
+                assert value.dtype == torch.uint8 or value.isfinite().all(), key
+
+
 # -- sharding changes nothing, and checkpoints are exact -------------------------------------------
 
 

@@ -152,17 +152,24 @@ def test_scales_of_squares_in_4_bits() -> None:
     assert formats.scale_of_squares(1e-40) == formats.scale_of_squares(0.0) == 0
 
 
-@pytest.mark.parametrize("extreme", [3.0, -0.2])
-def test_levels_in_4_bits(extreme: float) -> None:
-    """The extreme element and zero are exact; all else is off by half a step at most."""
-    y = torch.linspace(-1, 1, 10_001, dtype=torch.float64) * abs(extreme)
-    nibbles = formats.nearest_level(y, extreme)
-    back = formats.levels_of_4bit()[nibbles.long()] * extreme
-    close = (back - y).abs() <= abs(extreme) / 16 + 1e-12
-    assert (close | (y / extreme < -15 / 16)).all()  # there is no -1.0
-    assert ((back - y).abs() <= abs(extreme) / 8 + 1e-12).all()
-    exact = torch.tensor([extreme, 0.0], dtype=torch.float64)
-    assert formats.nearest_level(exact, extreme).tolist() == [15, 7]
+@pytest.mark.parametrize(
+    ("highest", "lowest", "scale"),
+    [(3.0, -2.5, 3.0), (0.1, -0.2, -0.2), (3.0, -3.0, 24 / 7), (2.7, -3.0, -21.6 / 7)],
+)
+def test_levels_in_4_bits(highest: float, lowest: float, scale: float) -> None:
+    """All numbers are off by half a step at most. Zero is exact, and so are the highest and the
+    lowest one where the scale is made of them."""
+    highest, lowest = formats.float32(highest), formats.float32(lowest)
+    found = formats.scale_of_levels(highest, lowest)
+    assert found == pytest.approx(scale, rel=2.0**-20)
+    y = torch.linspace(lowest, highest, 10_001, dtype=torch.float64)
+    nibbles = formats.nearest_level(y, found)
+    back = formats.levels_of_4bit()[nibbles.long()] * found
+    assert ((back - y).abs() <= abs(found) / 16 * (1 + 1e-5)).all()
+    ends = torch.tensor([highest, lowest, 0.0], dtype=torch.float64)
+    codes = formats.nearest_level(ends, found)
+    assert codes[2] == 7
+    assert 15 in codes if abs(found) in ends.abs() else 0 in codes
     assert formats.nearest_level(y, 0.0).unique().tolist() == [7]
 
 

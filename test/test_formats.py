@@ -144,10 +144,11 @@ def test_4_bits_are_those_of_the_oracle(shape: tuple[int, ...]) -> None:
             codes = format_reference.nearest_square(v_block.double() / scale)
             roots = format_reference.roots(codes, scale)
             quotients = m_block * (1 / roots.float())
-            extreme = float(quotients[quotients.abs().argmax()])
-            levels = format_reference.nearest_level(quotients, extreme)
+            ends = float(quotients.max()), float(quotients.min())
+            signed_scale = format_reference.scale_of_levels(*ends)
+            levels = format_reference.nearest_level(quotients, signed_scale)
             for name, code, size in (
-                ("exp_avg", levels, extreme),
+                ("exp_avg", levels, signed_scale),
                 ("exp_avg_sq", codes, scale),
             ):
                 nibbles[name].append(code)

@@ -102,6 +102,20 @@ def test_scales_of_blocks(exponent: int, signed: bool) -> None:
     assert (codes[(scale == 0).flatten()] == 0).all()
 
 
+@every_path
+@both_kinds
+def test_the_largest_floats_stay_finite(workers: Workers, path: str, signed: bool) -> None:
+    x = torch.tensor([torch.finfo(torch.float32).max, 3.4e38, 3.39e38, 2.0**127]).expand(64, 4)
+    options: dict[str, Any] = {"signed": signed, "state_format": "mulaw", "block_size": 64}
+    for each in (x.mT.contiguous(), x.contiguous().view(4, 64)):
+        codes, scale = quantize_blockwise(each, **options)
+        numbers = {**options, "state_format": MULAW}
+        found = workers.get(path)("quantize", each, numbers)
+        assert found == [bits(codes), bits(scale)]
+        values = dequantize_blockwise(codes, scale, **options)
+        assert (values / each - 1).abs().max() < 2.0**-5
+
+
 @both_kinds
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_block_that_is_not_finite(bad: float, signed: bool) -> None:

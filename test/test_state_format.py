@@ -758,6 +758,24 @@ def test_a_damaged_checkpoint_is_refused(name: str, kind: str) -> None:
     assert all_bits(optimizer) == before
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "mulaw", "4bit"])
+@pytest.mark.parametrize("number", [2.0**126, -3.4e38])
+def test_numbers_that_no_step_keeps_are_not_rounded(number: float, kind: str) -> None:
+    """Float32 state has them. In fewer bits the next step would take them for no numbers."""
+    optimizer = trained(**KINDS[kind])
+    before = all_bits(optimizer)
+    saved = copy.deepcopy(trained(optim_bits=32).state_dict())
+    saved["state"][1]["exp_avg"][0, 5] = number
+    with pytest.raises(ValueError) as error:
+        loaded(optimizer, saved)
+    assert str(error.value) == (
+        f"exp_avg of parameter 1: expected numbers below 2^126, as it is rounded to "
+        f"{KINDS[kind].get('optim_bits', 8)} bits, got {saved['state'][1]['exp_avg'][0, 5].item()};"
+        " optim_bits=32 keeps it"
+    )
+    assert all_bits(optimizer) == before
+
+
 def test_keys_of_two_formats_are_refused() -> None:
     optimizer = trained(state_format="mulaw")
     saved = optimizer.state_dict()

@@ -95,11 +95,13 @@ def quantize_blockwise(
         share a byte, the first one in the low half.
 
         The scale is NaN where the block holds an element that is not finite, and 0 where it would
-        be below the smallest normal float32. Else it is the block's element of largest magnitude
-        with its sign, in the dynamic format and in signed codes of 4 bits. In the mu-law format it
-        is the least number at which that element has a code, rounded up: to a power of two, or, if
-        signed, to 7 bits behind the point. In unsigned codes of 4 bits it is the least power of two
-        of which that element is at most 1.5 times.
+        be below the smallest normal float32. Else, in the dynamic format, it is the block's element
+        of largest magnitude with its sign. In the mu-law format it is the least number at which
+        that element has a code, rounded up: to a power of two, or, if signed, to 7 bits behind the
+        point. In unsigned codes of 4 bits it is the least power of two of which that element is at
+        most 1.5 times. In signed codes of 4 bits it has the sign of that element, and the least
+        magnitude at which no element lies outside of -7 and 8 eighths: that of the element, or 8/7
+        of the largest one of the other sign, rounded to 20 bits behind the point.
 
     Raises:
         ValueError: there is no such format.
@@ -131,7 +133,8 @@ def dequantize_blockwise(
 
     Returns:
         A tensor of that shape; without it, of the shape of ``codes``, whose last dimension is twice
-        as long for codes of 4 bits.
+        as long for codes of 4 bits. A row of odd length then ends with one number that is none of
+        the tensor.
 
     Raises:
         ValueError: there is no such format, or the codes are not those of the shape.

@@ -119,17 +119,21 @@ struct Levels {
   const float* values;  // ascending
   int count;
   bool with_sign;  // the extreme element's own sign is in the scale; the largest level is 1
+  bool fits;       // the scale is such that no number lies below the lowest level; else it is cut
   bool of_roots;
 };
 
 void round_firsts(float* m, const float* v, int n, float unit, const Levels& levels) {
-  float roots[kLongest], y[kLongest], best[kLongest], extreme = 0.0f;
+  float roots[kLongest], y[kLongest], best[kLongest], highest = 0.0f, lowest = 0.0f;
   for (int i = 0; i < n; i++) {
     roots[i] = levels.of_roots ? std::sqrt(v[i]) : 1.0f;
     y[i] = roots[i] > 0.0f ? m[i] * unit / roots[i] : 0.0f;
-    if (std::fabs(y[i]) > std::fabs(extreme)) extreme = y[i];
+    highest = max(y[i], highest);
+    lowest = min(y[i], lowest);
   }
-  const float scale = levels.with_sign ? extreme : std::fabs(extreme);
+  float scale = max(highest, -lowest);
+  if (levels.fits) scale = max(scale, min(highest, -lowest) / -levels.values[0]);
+  if (levels.with_sign && highest < -lowest) scale = -scale;
   const float inverse = scale != 0.0f ? 1.0f / scale : 0.0f;
   for (int i = 0; i < n; i++) best[i] = levels.values[0];
   for (int k = 1; k < levels.count; k++) {
@@ -170,8 +174,8 @@ bool mulaw_step(const Step* step, int signed_bits, int unsigned_bits, uint8_t* m
 }
 
 void four_bit_step(const Step* step, const float* level_values, int level_count, bool with_sign,
-                   bool of_roots, float* m, float* v) {
-  const Levels levels = {level_values, level_count, with_sign, of_roots};
+                   bool fits, bool of_roots, float* m, float* v) {
+  const Levels levels = {level_values, level_count, with_sign, fits, of_roots};
   const Rule rule = rule_of(*step);
   for_each_block(*step, [&](int64_t first, int n) {
     float firsts[kLongest], squares[kLongest];

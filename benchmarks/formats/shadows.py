@@ -163,9 +163,12 @@ class FourBit(_InCpp):
         beta2: float,
         *,
         of_roots: bool = True,
+        fits: bool = True,
         block: int = BLOCK_OF_4BIT,
     ) -> None:
-        self._levels, self._of_roots = torch.tensor(sorted(levels)), of_roots
+        """fits: whether the scale is large enough for numbers in both directions; else those of
+        the direction with fewer levels are cut to the last of them."""
+        self._levels, self._of_roots, self._fits = torch.tensor(sorted(levels)), of_roots, fits
         super().__init__(grads, beta2, block)
 
     def _state(self, grad: Tensor) -> tuple[Tensor, ...]:
@@ -174,7 +177,7 @@ class FourBit(_InCpp):
     def _call(self, step: _Step, state: tuple[Tensor, ...]) -> None:
         # Levels that are not symmetric have the extreme element's sign in their scale.
         with_sign = -float(self._levels[0]) != float(self._levels[-1])
-        kind = ctypes.c_bool(with_sign), ctypes.c_bool(self._of_roots)
+        kind = map(ctypes.c_bool, (with_sign, self._fits, self._of_roots))
         compiled().four_bit_step(
             ctypes.byref(step), _at(self._levels), len(self._levels), *kind, *map(_at, state)
         )
@@ -213,6 +216,7 @@ _ALL: dict[str, Make] = {
     "torchao AdamW8bit": _of("torchao.optim", "AdamW8bit"),
     "AdamW4bit": _of("torchao8", "AdamW4bit"),
     "4 bits, eighths": _four(EIGHTHS),
+    "4 bits, eighths, cut": _four(EIGHTHS, fits=False),
     "4 bits, sevenths": _four(SEVENTHS),
     "4 bits, dense near 0": _four(DENSE),
     "4 bits, m without roots": _four(EIGHTHS, of_roots=False),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 MIN_SCALE = 2.0**-126  # the smallest normal float32; a smaller scale counts as zero
 OVERFLOW = 2.0**126
+LARGEST = 2.0**126 - 2.0**102  # the largest float32 below
 NO_EXTREME = 0xFFFFFFFF
 PARAM_STREAM = 3
 MASK23, MASK32 = (1 << 23) - 1, (1 << 32) - 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -98,6 +99,8 @@ class Format(NamedTuple):
         values: (codes, signed, tables): at scale 1.
         stochastic: (rule, state): whether it is rounded stochastically if the caller wants to; as
             its family says where the format does not say more.
+        most_kept: what a number that a step leaves counts as at most, in units: the largest that
+            can be in a state, where codes may lie above what they were rounded from.
     """
 
     tables: Callable[[bool, torch.device], Any]
@@ -108,3 +111,4 @@ class Format(NamedTuple):
     quantize: Callable[[Tensor, bool, Any], tuple[Tensor, Tensor]]
     values: Callable[[Tensor, bool, Any], Tensor]
     stochastic: Callable[[str, FamilyState], bool] = declared
+    most_kept: float = math.inf

@@ -18,6 +18,7 @@ csrc/rules has the same rules for the kernels, with the papers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -57,9 +58,13 @@ class Old(NamedTuple):
     def times(self, factor: Tensor) -> Tensor:
         return self.value * (factor if self.scale is None else factor * self.scale)
 
-    def kept(self, unit: Tensor) -> Tensor:
-        """In units, by a step that leaves it."""
-        return self.value if self.scale is None else self.value * (self.scale / unit)
+    def kept(self, unit: Tensor, most: float) -> Tensor:
+        """In units, by a step that leaves it: of this magnitude at most."""
+        if self.scale is None:
+            return self.value
+        if most == math.inf:
+            return self.value * (self.scale / unit)
+        return (self.value * (self.scale / unit).clamp(-most, most)).clamp(-most, most)
 
 
 Olds = dict[str, Old]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,16 +31,16 @@ Arguments = Mapping[str, Any]
 def make_step(form: Form, x: Tensors, c: Numbers) -> Made:
     p, g = x.param.to(torch.float32), x.grad.to(torch.float32)
     if form.format is None:
-        old = [Old(value) for value in x.values]
+        old, most = [Old(value) for value in x.values], math.inf
     else:
-        old = FORMATS[form.format].decode(form, x)
+        old, most = FORMATS[form.format].decode(form, x), FORMATS[form.format].most_kept
     olds = {state.name: o for state, o in zip(form.states, old, strict=True)}
     step, new = RULES[form.rule].update(p, g, olds, c)
     judged = [codec.in_range(new[s.name], s.signed) for s in form.states]
     good = judged[0] if judged else codec.in_range(step, True)
     for other in judged[1:]:
         good = good & other
-    kept = [olds[s.name].kept(c[f"{s.name}.unit"]) for s in form.states]
+    kept = [olds[s.name].kept(c[f"{s.name}.unit"], most) for s in form.states]
     states = [torch.where(good, new[s.name], k) for s, k in zip(form.states, kept, strict=True)]
     return Made(step, states, good, old)
 

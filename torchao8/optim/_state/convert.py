@@ -10,8 +10,8 @@ from torch import Tensor
 from torchao8.block_layout import Scales
 from torchao8.optim._state import blocks
 from torchao8.optim._state.blocks import Portion
-from torchao8.optim._state.formats import FLOAT32, form_of, format_in
-from torchao8.optim._state.sealed import check_values, part_of, scalar_tensor
+from torchao8.optim._state.formats import FLOAT32, Format, form_of, format_in
+from torchao8.optim._state.sealed import SCALE_LIMIT, check_values, part_of, scalar_tensor
 from torchao8.optim._state.spec import BESIDE_STATES, NORMS, Layout, State, is_own
 from torchao8.sharding import is_dtensor, is_placed_as, like, local, shard_rows
 
@@ -71,6 +71,8 @@ def convert(
             check_values(label, key, form[key], value)
         found.check(label, tensors, values, saved_portion)
         moments = found.decode(tensors, values, saved_portion)
+        if own.is_quantized:
+            _check_size(label, own, moments)
     except ValueError as error:
         # Raised after the collective below; else the other ranks would wait for this one.
         refusal = error
@@ -83,6 +85,17 @@ def convert(
     for key, value in own.encode(tensors, moments, portion).items():
         parts[key] = value if here else part_of(p, layout[key], value)
     return {key: scalars[key] if key in scalars else parts[key] for key in layout}
+
+
+def _check_size(label: str, own: Format, moments: dict[str, Tensor]) -> None:
+    """Raises ValueError where a moment is of a size that no step on quantized state keeps."""
+    for name, moment in moments.items():
+        large = moment.abs() >= SCALE_LIMIT
+        if bool(large.any()):
+            raise ValueError(
+                f"{name} of {label}: expected numbers below 2^126, as it is rounded to {own.bits} "
+                f"bits, got {float(moment[large][0])}; optim_bits=32 keeps it"
+            )
 
 
 def in_32bit(

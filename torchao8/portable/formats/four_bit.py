@@ -24,6 +24,8 @@ FINE = 16  # random bits that a first moment is rounded by
 FINE_UNIT = 192.0  # a step added to this float has as many bits behind the point
 FINE_UNIT_BITS = 0x43400000
 LEAST = 2.0**-123  # the inverse of a smaller extreme element may be infinite
+LARGEST_OF_LEVELS = 2.0**126 - 2.0**105  # scale of 20 bits behind the point
+ROUNDINGS = 1 + 2.0**-20  # more than a stored number goes through
 
 
 def unpack(codes: Tensor) -> Tensor:
@@ -81,18 +83,29 @@ def decode(form: Form, x: Tensors) -> list[Old]:
 # -- scales and codes ----------------------------------------------------------------------------
 
 
-def scale_of(extreme: Tensor, unit: Tensor, signed: bool) -> Tensor:
-    """For an extreme element in units: 0 where it counts as zero, NaN where it is none. That of
-    second moments is rounded up to a power of two."""
-    usable = codec.in_range(extreme, signed)
-    if signed:
-        scale = extreme * unit
-        small = (extreme.abs() < LEAST) | (scale.abs() < codec.MIN_SCALE)
-        usable = usable & codec.in_range(scale, True)
-    else:
-        exact = torch.where(usable, extreme, 0.0) * unit * (1 / TOP)
-        small = exact < codec.MIN_SCALE
-        scale = codec.round_up_to_bits(exact.clamp_max(LARGEST_SCALE), 0)
+def scale_of_squares(largest: Tensor, unit: Tensor) -> Tensor:
+    """For the largest one in units, rounded up to a power of two: 0 where it counts as zero, NaN
+    where it is none."""
+    usable = codec.in_range(largest, False)
+    exact = torch.where(usable, largest, 0.0) * unit * (1 / TOP)
+    scale = codec.round_up_to_bits(exact.clamp_max(LARGEST_SCALE), 0)
+    return torch.where(usable, torch.where(exact < codec.MIN_SCALE, 0.0, scale), torch.nan)
+
+
+def scale_of_levels(highest: Tensor, lowest: Tensor, unit: Tensor) -> Tensor:
+    """The least one, in units, at which neither is cut: that of the one of larger magnitude, or 8/7
+    of the other one, rounded to 20 bits behind the point. 0 and NaN as above."""
+    is_positive = highest >= -lowest
+    extreme = torch.where(is_positive, highest, lowest)
+    other = torch.where(is_positive, -lowest, highest)
+    scale, needed = extreme * unit, other * (8 / 7)
+    usable = codec.in_range(highest, True) & codec.in_range(lowest, True)
+    usable = usable & codec.in_range(scale, True)
+    rounded = ((needed * unit).view(torch.int32) + 4 & ~7).view(torch.float32)
+    rounded = rounded.clamp_max(LARGEST_OF_LEVELS)
+    rounded = torch.where(is_positive, rounded, -rounded)
+    scale = torch.where(needed > extreme.abs() * ROUNDINGS, rounded, scale)
+    small = (extreme.abs() < LEAST) | (scale.abs() < codec.MIN_SCALE)
     return torch.where(usable, torch.where(small, 0.0, scale), torch.nan)
 
 
@@ -103,9 +116,9 @@ def encode_squares(x: Tensor, scale: Tensor, unit: Tensor, added: Tensor | int) 
     return torch.where(scale.isnan(), 0, rest.clamp(FIRST, FIRST + 15) - FIRST)
 
 
-def encode_levels(x: Tensor, scale: Tensor, extreme: Tensor, drawn: Tensor | None = None) -> Tensor:
+def encode_levels(x: Tensor, scale: Tensor, unit: Tensor, drawn: Tensor | None = None) -> Tensor:
     """Int32, to nearest or by random bits."""
-    steps = x * torch.where(scale.abs() > 0, 8.0 / extreme, 0.0)
+    steps = x * torch.where(scale.abs() > 0, (1.0 / scale) * (8.0 * unit), 0.0)
     if drawn is None:
         steps = steps.round().to(torch.int32)
     else:
@@ -133,12 +146,11 @@ def encode(form: Form, x: Tensors, c: Numbers, made: Made) -> list[Changes]:
         if (square := roots.get(name)) is not None:
             new = new * (1.0 / roots_of(codes[square], scales[square]))
         usable = codec.in_range(x.scales[i], state.signed)
-        extreme = torch.where(usable, codec.extreme_of(new, state.signed), torch.nan)
-        scales[name] = scale_of(extreme, unit, state.signed)
+        scales[name] = torch.where(usable, scale_of_block(new, unit, state.signed), torch.nan)
         drawn = codec.drawn(parts[name], new.shape[-1], SHIFT) if state.stochastic else None
         if state.signed:
             drawn = None if drawn is None else drawn >> SHIFT - FINE
-            codes[name] = encode_levels(new, scales[name], extreme, drawn)
+            codes[name] = encode_levels(new, scales[name], unit, drawn)
         else:
             added = HALF if drawn is None else drawn
             codes[name] = encode_squares(new, scales[name], unit, added)
@@ -148,14 +160,19 @@ def encode(form: Form, x: Tensors, c: Numbers, made: Made) -> list[Changes]:
     ]
 
 
+def scale_of_block(x: Tensor, unit: Tensor, signed: bool) -> Tensor:
+    if signed:
+        return scale_of_levels(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True), unit)
+    return scale_of_squares(codec.extreme_of(x, signed), unit)
+
+
 def quantize(x: Tensor, signed: bool, tables: object) -> tuple[Tensor, Tensor]:
     """Also numbers of 2^126 and more, which no step leaves."""
-    extreme = codec.extreme_of(x, signed)
-    factor = torch.where(extreme.abs() < codec.OVERFLOW, 1.0, 4.0)
-    one, extreme, x = torch.ones_like(factor), extreme / factor, x / factor
-    scale = scale_of(extreme, one, signed)
+    factor = torch.where(x.abs().amax(-1, keepdim=True) < codec.OVERFLOW, 1.0, 4.0)
+    one, x = torch.ones_like(factor), x / factor
+    scale = scale_of_block(x, one, signed)
     if signed:
-        codes = encode_levels(x, scale, extreme)
+        codes = encode_levels(x, scale, one)
     else:
         codes = encode_squares(x, scale, one, HALF)
     return pack(codes, signed), scale * factor
@@ -166,5 +183,6 @@ def _no_scale(extreme: Tensor, unit: Tensor, state: FormState) -> Tensor:
 
 
 FORMAT = Format(
-    lambda signed, device: None, decode, draws, encode, _no_scale, quantize, values, is_stochastic
-)
+    lambda signed, device: None, decode, draws, encode, _no_scale, quantize, values, is_stochastic,
+    codec.LARGEST,
+)  # fmt: skip

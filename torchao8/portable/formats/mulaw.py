@@ -19,7 +19,7 @@ ONE_BITS = 0x3F800000
 HALF = 1 << SHIFT - 1
 LAST = {False: 255, True: 127}  # the largest code, by whether the state is signed
 TOP = {False: 63487.0, True: 247.0}  # its value at scale 1
-LARGEST = 2.0**126 - 2.0**102  # the largest float32 below 2^126
+MOST = 132.0 * 2.0**113  # the largest scale of signed codes at which all values are finite
 
 
 def values(codes: Tensor, signed: bool, tables: object) -> Tensor:
@@ -62,14 +62,15 @@ def extremes_of(form: Form, x: Tensors, c: Numbers, made: Made) -> list[Tensor]:
     grad = largest(x.grad)
     param = largest(x.param) if "penalty" in c else grad  # else no new state depends on it
     _, bounds = rule.update(param, grad, dict(zip(names, old, strict=True)), magnitudes)
-    any_good, all_good = (made.good.any(-1, keepdim=True), made.good.all(-1, keepdim=True))
+    good = made.good.to(torch.float32)  # compiled for a CPU, any() and all() are no vector code
+    any_good, all_good = good.amax(-1, keepdim=True) > 0, good.amin(-1, keepdim=True) > 0
     divides = rule.quotients in names
     extremes = []
     for state, o, new in zip(form.states, old, made.new, strict=True):
         bound = bounds[state.name]
-        bound = torch.where(codec.in_range(bound, False), bound, LARGEST)
+        bound = torch.where(codec.in_range(bound, False), bound, codec.LARGEST)
         bound = torch.where(any_good, bound, 0.0)
-        kept = torch.maximum(bound, o.kept(c[f"{state.name}.unit"]))
+        kept = torch.maximum(bound, o.kept(c[f"{state.name}.unit"], codec.LARGEST))
         bound = torch.where(all_good, bound, kept)
         if divides:
             rests = c[f"{rule.quotients}.rests"] != 0
@@ -94,7 +95,7 @@ def encode_numbers(
     bits = (x.abs() * inverse + 1.0).view(torch.int32) - ONE_BITS
     code = (bits + added >> SHIFT).clamp_max(LAST[signed])
     if signed:
-        code = torch.where(x.signbit(), code | 128, code)
+        code = torch.where(x.view(torch.int32) < 0, code | 128, code)
     else:
         code = torch.maximum(code, (scale > 0).to(torch.int32))
     return torch.where(scale.isnan(), 0, code).to(torch.uint8)
@@ -119,6 +120,9 @@ def quantize(x: Tensor, signed: bool, tables: object) -> tuple[Tensor, Tensor]:
     factor = torch.where(largest < codec.OVERFLOW, 1.0, 4.0)
     one, state = torch.ones_like(factor), FormState("", signed, not signed, False)
     scale = scale_of(largest / factor, one, state)
+    if signed:
+        most = MOST / factor
+        scale = torch.where(scale > most, most, scale)
     return encode_numbers(x / factor, scale, one, HALF, signed), scale * factor
 
 
@@ -126,4 +130,6 @@ def _no_tables(signed: bool, device: torch.device) -> None:
     return None
 
 
-FORMAT = Format(_no_tables, decode, draws, encode, scale_of, quantize, values)
+FORMAT = Format(
+    _no_tables, decode, draws, encode, scale_of, quantize, values, most_kept=codec.LARGEST
+)
