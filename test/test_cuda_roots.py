@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import test_cuda_source
+from compilers import ARCHITECTURES, disassembler
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = """
@@ -29,7 +29,7 @@ extern "C" __global__ void reciprocal_compilers(float* x) { *x = __frcp_rn(*x); 
 MASK = 0xFFFFFFFF
 
 needs_compiler = pytest.mark.skipif(
-    shutil.which("nvcc") is None or test_cuda_source.disassembler() is None,
+    shutil.which("nvcc") is None or disassembler() is None,
     reason="no nvcc on PATH, or no nvdisasm",
 )
 
@@ -148,7 +148,7 @@ def machine_code(folder: Path, arch: str) -> dict[str, list[str]]:
     subprocess.run(["nvcc", f"-arch={arch}", "-std=c++17", "-O3", "-fmad=false", "-cubin",
                     "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}", source, "-o", binary],
                    check=True)  # fmt: skip
-    command = [str(test_cuda_source.disassembler()), "-c", str(binary)]
+    command = [str(disassembler()), "-c", str(binary)]
     return dict(
         functions(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     )
@@ -161,7 +161,7 @@ APPROXIMATIONS = {"root": "MUFU.RSQ", "reciprocal": "MUFU.RCP"}
 
 
 @needs_compiler
-@pytest.mark.parametrize("arch", test_cuda_source.ARCHITECTURES)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_roots_take_the_steps_of_the_compilers_own(arch: str, tmp_path: Path) -> None:
     code = machine_code(tmp_path, arch)
     for name, (first, last) in ENDS.items():

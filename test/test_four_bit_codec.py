@@ -13,7 +13,7 @@ from typing import Any
 import format_reference as formats
 import pytest
 import torch
-from test_cuda_source import CSRC, EMULATION, built, cpp_command
+from compilers import CSRC, EMULATION, built, cpp_command
 from torch import Tensor
 
 LAST_DRAW = 2**22 - 1

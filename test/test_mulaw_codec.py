@@ -13,7 +13,7 @@ from pathlib import Path
 import format_reference as formats
 import pytest
 import torch
-from test_cuda_source import CSRC, EMULATION, built, cpp_command
+from compilers import CSRC, EMULATION, built, cpp_command
 from torch import Tensor
 
 ONE = 0x3F800000  # the bits of 1.0

@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from compilers import EMULATION, ROOT, cpp_command
 from helpers import needs_kernels
-from test_cuda_source import EMULATION, ROOT, cpp_command
 
 from torchao8 import ops
 

@@ -47,9 +47,12 @@ inline const Shape kShapes[] = {
     {9, 251, 0, 1, 1, 77, 1003},
 };
 
-// kMany has more blocks than a warp prepares random numbers for at a time. kTinyOnes are more
-// tensors than a thread block prepares rules for at a time.
-constexpr Shape kMany = {400, 1024, 0, 1, 0};
+// A tensor with so many blocks that a warp prepares random numbers more than once: for 32 blocks at
+// a time, where 24 warps share the blocks of all tensors. kTinyOnes are more tensors than a thread
+// block prepares rules for at a time.
+constexpr Shape many(int block_size) {
+  return {150, block_size * 4, 0, 1, 0};
+}
 constexpr Shape kTiny = {1, 24, 0, 1, 0};
 constexpr int kTinyOnes = 80;
 

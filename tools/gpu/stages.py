@@ -89,10 +89,10 @@ RULES = tuple(
 COMPILED = "test/test_compile.py"
 # Files with tests of managed memory, which are skipped where there are several processes.
 PAGED = ("test/test_paging_cuda.py", "test/test_saved_before.py")
-# Files that other stages run, and that of the compiler, which needs no GPU.
+# Files that other stages run, and those of the compilers, which need no GPU.
 ELSEWHERE = (
     *RULES, COMPILED, "test/test_cuda.py", "test/test_portable_cuda.py", "test/test_paging_cuda.py",
-    "test/test_cuda_source.py",
+    "test/test_cuda_source.py", "test/test_cuda_emulated.py",
 )  # fmt: skip
 
 STAGES = (
