@@ -275,6 +275,11 @@ MUTANTS = {
         "        if (bad) {",
         "        if (bad && false) {",
     ),
+    "mu-law: a state that is kept above all that is usable": (
+        "formats/mulaw.cuh",
+        "max(kept_value(old[s], scale[s], rule.unit[s]), extremes[s])",
+        "max(old[s] * (scale[s] / rule.unit[s]), extremes[s])",
+    ),
     "4 bits: codes that wrap": (
         "formats/four_bit.cuh",
         "both_halves(16 * kStep - 1));",
@@ -314,6 +319,31 @@ MUTANTS = {
         "fast_block.cuh",
         "elements.add_to(quotients);",
         "if (span == 0) elements.add_to(quotients);",
+    ),
+    "4 bits: levels beyond -7": (
+        "formats/four_bit.cuh",
+        "const bool fits = needed <=",
+        "const bool fits = true || needed <=",
+    ),
+    "4 bits: a scale that is not rounded": (
+        "formats/four_bit.cuh",
+        "fits ? exact : Levels::rounded(exact)",
+        "exact",
+    ),
+    "4 bits: a scale without a sign": (
+        "formats/four_bit.cuh",
+        "highest >= less_lowest ? magnitude : -magnitude",
+        "magnitude",
+    ),
+    "4 bits: the slow path's levels beyond -7": (
+        "formats/four_bit.cuh",
+        "lowest = ends.lowest(kLanes);",
+        "lowest = highest == 0 ? ends.lowest(kLanes) : 0.0f;",
+    ),
+    "4 bits: a state that is kept above all that is usable": (
+        "formats/four_bit.cuh",
+        "return kept_value(old, scale, unit);",
+        "return old * (scale / unit);",
     ),
     "4 bits: a negative scale": (
         "formats/four_bit.cuh",

@@ -77,6 +77,14 @@ struct Extreme {
     const uint32_t high = largest_of_lanes(uint32_t(positive), lanes);
     return bits_float((low & 0x7fffffffu) > high ? low : high);
   }
+  // Of numbers with signs, of all that the lanes of the block have added: the highest, or 0; the
+  // lowest, which is any of them where none is negative.
+  __device__ __forceinline__ float highest(int lanes) const {
+    return bits_float(largest_of_lanes(uint32_t(positive), lanes));
+  }
+  __device__ __forceinline__ float lowest(int lanes) const {
+    return bits_float(largest_of_lanes(negative, lanes));
+  }
 };
 
 // The extreme elements of all states of a rule.

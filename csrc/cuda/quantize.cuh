@@ -92,9 +92,10 @@ __device__ __forceinline__ float quantize_block(const BlockInput<kSigned>& x,
   const int length = x.position.length;
   Extreme<kSigned> of_lane;
   for (int i = lane; i < length; i += kLanes) of_lane.add(x(i));
-  const float extreme = of_lane.result(kLanes);
-  const FourBitScale to = four_bit_scale_of_extreme<kSigned>(
-      std::isfinite(extreme) ? extreme : bits_float(0x7fc00000u));
+  const float highest = kSigned ? of_lane.highest(kLanes) : of_lane.result(kLanes);
+  const float lowest = kSigned ? of_lane.lowest(kLanes) : 0.0f;
+  const FourBitScale to = four_bit_scale_of_ends<kSigned>(
+      std::isfinite(highest) && std::isfinite(lowest) ? highest : bits_float(0x7fc00000u), lowest);
   const auto code = [&](int i) -> uint32_t {
     if (i >= length || std::isnan(to.scale)) return FourBitFormat::zero_byte<kSigned>() & 15;
     if constexpr (kSigned) return FourBitLevels::encode(x(i), to.inverse);

@@ -11,7 +11,7 @@ namespace torchao8::cuda {
 
 // Sets the new values of an element by its old ones. scale: of the block, as steps take it; `rule`
 // has it already.
-template <class Rule, class Entry>
+template <class Format, class Rule, class Entry>
 __device__ __forceinline__ void find_new_values(SlowElement<Rule>& e, const Entry& entry,
                                                 const Rule& rule, const float* scale, int64_t at) {
   constexpr int N = Rule::kStates;
@@ -26,7 +26,7 @@ __device__ __forceinline__ void find_new_values(SlowElement<Rule>& e, const Entr
   for_each_value<Rule>([&](auto v) { e.values[v] = x[v].x; });
   if (!e.good) {
     for_each_state<N>(
-        [&](auto s) { e.values[s] = (Real(e.old[s]) * Real(scale[s] / rule.unit[s])).x; });
+        [&](auto s) { e.values[s] = CodecOf<Format>::kept(e.old[s], scale[s], rule.unit[s]); });
   }
 }
 
@@ -39,7 +39,7 @@ __device__ __forceinline__ SlowElement<Rule> slow_element(const Entry& entry, co
   for_each_state<Rule::kStates>([&](auto s) {
     e.old[s] = CodecOf<Format>::template decode<Rule::kSigned[s]>(tables, entry.codes[s][at]);
   });
-  find_new_values(e, entry, rule, scale, at);
+  find_new_values<Format>(e, entry, rule, scale, at);
   return e;
 }
 

@@ -115,11 +115,16 @@ struct FourBitLevels {
     float scale = extreme * unit;
     if (!usable<true>(scale)) return bits_float(0x7fc00000u);
     if (needed > std::fabs(extreme) * kRoundings) {
-      const float rounded = bits_float((float_bits(needed * unit) + 4u) & ~7u);
-      scale = rounded < kLargest ? rounded : kLargest;
+      scale = rounded(needed * unit);
+      scale = scale < kLargest ? scale : kLargest;
       if (!is_positive) scale = -scale;
     }
     return std::fabs(extreme) < kLeast || std::fabs(scale) < kMinScale ? 0.0f : scale;
+  }
+
+  // To 20 bits behind the point.
+  static TORCHAO8_HD float rounded(float scale) {
+    return bits_float((float_bits(scale) + 4u) & ~7u);
   }
 
   // What quotients in units are multiplied by before encoding. Of a scale that is 0 or NaN: 0.

@@ -388,6 +388,8 @@ void check_codec(int block_size) {
   }
   x[4 * row] = NAN;
   x[5 * row + 1] = INFINITY;
+  x[6 * row] = 3.4e38f;
+  x[6 * row + 1] = kSigned ? -3.3e38f : 3.3e38f;
   const int64_t per_row = (columns + block_size - 1) / block_size, blocks = rows * per_row;
   const int64_t row_bytes = kFormat.bytes(columns);
   std::vector<uint8_t> codes(size_t(rows * row_bytes)), want(codes);

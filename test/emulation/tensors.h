@@ -45,6 +45,9 @@ inline const Shape kShapes[] = {
     {3, 512, 0, 1, 0, 1536, 2048},
     {3, 700, 0, 1, 0, 1001, 2803},
     {9, 251, 0, 1, 1, 77, 1003},
+    // About 2^126 when squared: some are not usable, and some states that are kept are rounded up
+    // to that.
+    {8, 512, 0, 8e18f, 0},
 };
 
 // A tensor with so many blocks that a warp prepares random numbers more than once: for 32 blocks at

@@ -148,6 +148,9 @@ struct CodecOf<DynamicFormat> {
       target[i] = source[i];
   }
   static TORCHAO8_HD float scale(float stored) { return stored; }
+  static TORCHAO8_HD float kept(float old, float scale, float unit) {
+    return (Real(old) * Real(scale / unit)).x;
+  }
 
   template <bool kSigned>
   static TORCHAO8_HD float decode(const Tables& t, uint32_t code) {

@@ -15,6 +15,7 @@ using Formats = Types<DynamicFormat, MulawFormat, FourBitFormat>;
 //                     nothing to keep
 //     copy_tables(to, from)   into shared memory, before a barrier
 //     scale(stored)   a stored scale as steps take it
+//     kept(old, scale, unit)   a stored number in units, where a step leaves the state as it is
 //     decode<kSigned>(tables, code)            a number, as a multiple of its block's scale
 //     decode_four<kSigned>(tables, word, to)   the same of the bytes of a word
 //     encode_eight_nearest<kSigned>(tables, x, encoding)             the codes of eight numbers, in

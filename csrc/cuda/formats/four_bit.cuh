@@ -136,6 +136,9 @@ struct CodecOf<FourBitFormat> {
     if constexpr (kSigned) return FourBitLevels::decode(code);
     return FourBitSquares::decode(code);
   }
+  static TORCHAO8_HD float kept(float old, float scale, float unit) {
+    return kept_value(old, scale, unit);
+  }
 };
 
 // As in fast_block.cuh. A lane's eight codes are a word. Signed states are encoded when the codes
@@ -299,17 +302,24 @@ struct FastScales<FourBitFormat, Rule, Entry> {
     });
     return all_of_warp(good);
   }
-  // extremes: of the quotients.
+  // extremes: of the quotients. As FourBitLevels::scale_of() and inverse_of(), without branches.
   __device__ __forceinline__ void finish_levels(const Extremes<Rule>& extremes, int lanes) {
+    using Levels = FourBitLevels;
     for_each_state<N>([&](auto s) {
       if constexpr (Rule::kSigned[s]) {
-        const float extreme = extremes.result(s, lanes);
-        const float exact = (Real(extreme) * Real(unit[s])).x;
-        const bool has_scale =
-            std::fabs(extreme) >= FourBitLevels::kLeast & std::fabs(exact) >= kMinScale;
-        const float eight_by_extreme = (Real(8.0f) * Real(bounded_reciprocal(extreme))).x;
-        new_scale[s] = has_scale ? exact : 0.0f;
-        inverse[s] = has_scale ? eight_by_extreme : 0.0f;
+        const float highest = extremes.of_signed[s].highest(lanes);
+        const float less_lowest = -extremes.of_signed[s].lowest(lanes);
+        const float extreme = larger(highest, less_lowest), other = smaller(highest, less_lowest);
+        const float needed = (Real(other) * Real(8.0f / 7.0f)).x;
+        const bool fits = needed <= (Real(extreme) * Real(Levels::kRoundings)).x;
+        const float exact = (Real(fits ? extreme : needed) * Real(unit[s])).x;
+        const float magnitude = fits ? exact : Levels::rounded(exact);
+        const float signed_scale = highest >= less_lowest ? magnitude : -magnitude;
+        const bool has_scale = extreme >= Levels::kLeast & magnitude >= kMinScale;
+        const Real one_by_scale(bounded_reciprocal(signed_scale));
+        const float eight_by_scale = (one_by_scale * (Real(8.0f) * Real(unit[s]))).x;
+        new_scale[s] = has_scale ? signed_scale : 0.0f;
+        inverse[s] = has_scale ? eight_by_scale : 0.0f;
       }
     });
   }
@@ -371,7 +381,7 @@ struct SlowPackedBlock<FourBitFormat, Rule, kRounds, Entry> {
         e.old[s] = (Real(root) * Real(Levels::decode(code))).x;
       }
     });
-    find_new_values(e, entry, rule, scale, position.begin + i);
+    find_new_values<FourBitFormat>(e, entry, rule, scale, position.begin + i);
     return e;
   }
 
@@ -427,9 +437,11 @@ struct SlowPackedBlock<FourBitFormat, Rule, kRounds, Entry> {
     });
     for_each_state<N>([&](auto s) {
       if constexpr (Rule::kSigned[s]) {
-        const float extreme = usable<true>(scale[s]) ? extremes.result(s, kLanes) : scale[s];
-        new_scale[s] = Levels::scale_of(extreme, rule.unit[s]);
-        inverse[s] = Levels::inverse_of(extreme, new_scale[s]);
+        const Extreme<true>& ends = extremes.of_signed[s];
+        const float highest = ends.highest(kLanes), lowest = ends.lowest(kLanes);
+        new_scale[s] =
+            usable<true>(scale[s]) ? Levels::scale_of(highest, lowest, rule.unit[s]) : scale[s];
+        inverse[s] = Levels::inverse_of(new_scale[s], rule.unit[s]);
       }
     });
   }

@@ -156,6 +156,9 @@ struct CodecOf<MulawFormat> {
   struct Tables {};
   static TORCHAO8_HD void copy_tables(Tables&, const Tables&) {}
   static TORCHAO8_HD float scale(float stored) { return mulaw_scale(stored); }
+  static TORCHAO8_HD float kept(float old, float scale, float unit) {
+    return kept_value(old, scale, unit);
+  }
 
   template <bool kSigned>
   static TORCHAO8_HD float decode(const Tables&, uint32_t code) {
@@ -358,8 +361,6 @@ struct SlowScales<MulawFormat, Rule, Entry> {
   }
 
  private:
-  static constexpr float kLargestUsable = 0x1.fffffep125f;
-
   __device__ __forceinline__ void find_extremes(const Rule& rule, const float* scale,
                                                 float* extremes) const {
     const auto of_block = [](float x) {
@@ -377,8 +378,7 @@ struct SlowScales<MulawFormat, Rule, Entry> {
         if (!usable<false>(extremes[s])) extremes[s] = kLargestUsable;
         if (!good) extremes[s] = 0.0f;
         if (bad) {
-          const float kept = (Real(old[s]) * Real(scale[s] / rule.unit[s])).x;
-          extremes[s] = max(kept, extremes[s]);
+          extremes[s] = max(kept_value(old[s], scale[s], rule.unit[s]), extremes[s]);
         }
       });
     }
