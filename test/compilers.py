@@ -34,7 +34,8 @@ def built(name: str, command: Sequence[str | Path], sources: Sequence[Path]) -> 
     """
     key = hashlib.sha256((_version_of(str(command[0])) + torch.__version__).encode())
     key.update(repr([str(word) for word in command]).encode())
-    for path in sorted(path for folder in sources for path in folder.rglob("*") if path.is_file()):
+    found = {path for source in sources for path in (source, *source.rglob("*"))}
+    for path in sorted(path for path in found if path.is_file()):
         key.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     CACHE.mkdir(parents=True, exist_ok=True)
     output = CACHE / f"{key.hexdigest()[:32]}-{name}"
@@ -47,6 +48,11 @@ def built(name: str, command: Sequence[str | Path], sources: Sequence[Path]) -> 
             output.with_name(f"{output.name}.log").write_text(result.stderr)
             unfinished.rename(output)
     return output
+
+
+def csrc_without(folder: str) -> list[Path]:
+    """csrc, without one of its folders, whose changes so compile nothing again."""
+    return [path for path in CSRC.iterdir() if path.name != folder]
 
 
 def log_of(output: Path) -> str:
@@ -67,7 +73,11 @@ def cpp_command(csrc: Path, *arguments: str | Path) -> list[str | Path]:
 def oracle() -> list[Path]:
     """The CPU's plain C++ path, compiled."""
     return [
-        built(f"{name}.o", cpp_command(CSRC, "-O1", "-c", CSRC / f"cpu/{name}.cpp"), [CSRC])
+        built(
+            f"{name}.o",
+            cpp_command(CSRC, "-O1", "-c", CSRC / f"cpu/{name}.cpp"),
+            csrc_without("cuda"),
+        )
         for name in (
             "isa_scalar",
             "isa_scalar_dynamic",
@@ -106,7 +116,7 @@ def nvcc(source: str, *flags: str) -> Path:
     command = ["nvcc", *setup_py.nvcc_flags(), "-Xcompiler=-fPIC", *flags, f"-I{CSRC}",
                f"-I{include}", f"-I{include}/torch/csrc/api/include", CUDA / source,
                "-o"]  # fmt: skip
-    return built(Path(source).name, command, [CSRC])
+    return built(Path(source).name, command, csrc_without("cpu"))
 
 
 def compiled(source: str, arch: str) -> Path:

@@ -75,6 +75,16 @@ def format_of(source: str) -> str:
     return FORMATS[source.split("/")[1] if source.count("/") == 2 else ""]
 
 
+def test_the_cpu_and_the_kernels_include_nothing_of_each_other() -> None:
+    """So compilers.py takes what it has compiled of one, when the other has changed."""
+    for folder, other in (("cuda", "cpu"), ("cpu", "cuda")):
+        for path in (CSRC / folder).rglob("*.*"):
+            assert f'#include "{other}/' not in path.read_text(), path
+        for shared in ("codec", "formats", "op", "rules"):
+            for path in (CSRC / shared).rglob("*.*"):
+                assert f'#include "{folder}/' not in path.read_text(), path
+
+
 def test_each_rule_has_a_source_for_each_format() -> None:
     found = [(rule, format_of(source)) for source in SOURCES if (rule := rule_of(source))]
     states = states_of_rules()
@@ -158,7 +168,7 @@ def test_the_kernels_compile_and_take_no_stack(source: str, arch: str) -> None:
         # What is counted today may grow by 2% before somebody has to look.
         ("rules/adam_plain.cu", (58.2, 60.4, 68.5)),
         ("rules/mulaw/adam_plain.cu", (45.8, 48.1, 55.9)),
-        ("rules/4bit/adam_plain.cu", (59.1, 61.1, 69.0)),
+        ("rules/4bit/adam_plain.cu", (60.1, 62.2, 70.3)),
     ],
 )
 def test_instructions_an_element(
