@@ -79,6 +79,8 @@ _ADAMW = [
     _ours("8bit-mulaw", 'torchao8.AdamW8bit(state_format="mulaw")', options=_MULAW),
     _ours("8bit-mulaw-avx2", 'torchao8.AdamW8bit(state_format="mulaw"), AVX2',
           options=_MULAW, devices=("cpu",), cpu_path="avx2"),
+    _ours("4bit", "torchao8.AdamW4bit", "4bit"),
+    _ours("4bit-avx2", "torchao8.AdamW4bit, AVX2", "4bit", devices=("cpu",), cpu_path="avx2"),
     _ours("8bit-scalar", "torchao8.AdamW8bit, plain C++",
           lists=("block",), devices=("cpu",), cpu_path="scalar"),
     _ours("8bit-portable", "torchao8.AdamW8bit, PyTorch operators",
