@@ -26,7 +26,7 @@ TORCHAO8_HD void find_bounds(const Rule& rule, const Block<Rule, T>& block, int 
   constexpr int N = Rule::kStates;
   LargestOf<T> grad, param;
   LargestByte code[N];
-  for (int i = 0; i < length; i += kStep) {
+  const auto look = [&](int i) TORCHAO8_LAMBDA {
     for (int j = 0; j < kStep; j += kLineOf<T>) {
       prefetch(block.grad + i + j + kAhead);
       if constexpr (Rule::kMomentsNeedParam) prefetch(block.param + i + j + kAhead);
@@ -34,9 +34,14 @@ TORCHAO8_HD void find_bounds(const Rule& rule, const Block<Rule, T>& block, int 
     grad.add(block.grad + i);
     if constexpr (Rule::kMomentsNeedParam) param.add(block.param + i);
     for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
-      prefetch(block.codes[s] + i + kAhead);
       code[s].template add<uint8_t(Codec<Rule::kSigned[s]>::kLast)>(block.codes[s] + i);
     });
+  };
+  // Two steps at a time: their codes fill a line of the cache.
+  for (int i = 0; i < length; i += 2 * kStep) {
+    for_each_state<N>([&](auto s) TORCHAO8_LAMBDA { prefetch(block.codes[s] + i + kAhead); });
+    look(i);
+    if (i + kStep < length) look(i + kStep);
   }
   float values[N];
   for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
@@ -151,22 +156,32 @@ TORCHAO8_HD void run_block(const Plan<Rule>& plan, const Block<Rule, T>& block,
     if constexpr (!Rule::kMomentsNeedParam) {
       for (int j = 0; j < kStep; j += kLineOf<T>) prefetch(block.param + i + j + kAhead);
     }
+    // A root and a division take long. Between the root, the division by it and the new parameter
+    // lie the numbers of the other vector and the codes, which wait for neither.
     Encoders<Rule, T, kStochastic> encoders;
+    F values[2][Rule::kValues], roots[2], steps[2];
     for_each_state<2>([&](auto half) TORCHAO8_LAMBDA {
       const int at = i + half * kWidth;
-      F values[Rule::kValues];
-      decode(block.codes, at, values);
-      const F p = Lanes<T>::load(block.param + at);
-      rule.template moments<true>(p, Lanes<T>::load(block.grad + at), values);
-      write(block.param + at, update<true>(rule, p, values));
+      decode(block.codes, at, values[half]);
+      const F p = Lanes<T>::load(block.param + at), g = Lanes<T>::load(block.grad + at);
+      rule.template moments<true>(p, g, values[half]);
+      roots[half] = rule.template root<true>(values[half]);
+    });
+    for_each_state<2>([&](auto half) TORCHAO8_LAMBDA {
+      steps[half] = rule.step(values[half], roots[half]);
       for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
         auto& encoder = encoders.of(s);
+        const F v = values[half][s];
         if constexpr (kStochastic && Rule::kStochastic[s]) {
-          encoder.add(half, values[s], F(inverse[s]), stream[s].next_hashes());
+          encoder.add(half, v, F(inverse[s]), stream[s].next_hashes());
         } else {
-          encoder.add(half, values[s], F(inverse[s]));
+          encoder.add(half, v, F(inverse[s]));
         }
       });
+    });
+    for_each_state<2>([&](auto half) TORCHAO8_LAMBDA {
+      T* const at = block.param + i + half * kWidth;
+      write(at, rule.apply(Lanes<T>::load(at), steps[half]));
     });
     for_each_state<N>([&](auto s)
                           TORCHAO8_LAMBDA { encoders.of(s).store(block.codes[s] + i, least[s]); });
