@@ -13,7 +13,7 @@ import pytest
 import torch
 from format_table import MULAW as MULAW_CASE
 from helpers import SMALL, all_bits, bits, make_params, needs_kernels, set_grads, through_file
-from optim_table import OPTIMIZERS, OptimizerCase, Options, every_8bit, every_option_set
+from optim_table import OF_8_BITS, OPTIMIZERS, OptimizerCase, Options, every_8bit, every_option_set
 from portable_steps import (
     MOST_DIFFERENT,
     Differences,
@@ -25,6 +25,7 @@ from portable_steps import (
 )
 from ranks import run_ranks
 from reference_rules import exact
+from test_format_promises import check_what_is_almost_too_large
 from test_format_promises import oracle_step as format_oracle_step
 from test_optim import moment, oracle_step
 from test_sharded_training import _fsdp_against_unsharded, _unsharded
@@ -95,6 +96,17 @@ def test_steps_like_the_kernels(
         assert_alike(case, theirs, ours, wanted, unit, differences)
         copy_state(theirs, ours)
     differences.check()
+
+
+@pytest.mark.parametrize("size", [9.2e18, 8.5e37], ids=["squares", "averages"])
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [("adam", {"optim_bits": 4}), ("adam", MULAW), ("sgd", {"optim_bits": 4}), ("sgd", MULAW),
+     ("adam", {**MULAW, "block_wise": False}), ("rmsprop", MULAW)],
+)  # fmt: skip
+def test_what_is_almost_too_large_stays(rule: str, options: Options, size: float) -> None:
+    case = next(case for case in OF_8_BITS if case.rule == rule)
+    check_what_is_almost_too_large(case, {**case.full, **options}, size, step_portably)
 
 
 @every_8bit()

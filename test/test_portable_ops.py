@@ -91,6 +91,22 @@ def test_the_codec_is_the_same_to_the_bit(
     differences.check()
 
 
+@pytest.mark.parametrize("state_format", ["dynamic", "mulaw", "4bit"])
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_largest_floats_are_the_same_and_finite(signed: bool, state_format: str) -> None:
+    largest = torch.finfo(torch.float32).max
+    x = torch.tensor([largest, 3.4e38, 0.9 * largest, 2.0**127, 2.0**126]).expand(64, 5).mT
+    x = x.contiguous()
+    if signed:
+        x[:, 1::2] *= -1
+    options: dict[str, Any] = {"block_size": 64, "signed": signed, "state_format": state_format}
+    wanted = torchao8.quantize_blockwise(x, **options)
+    with portable():
+        found = torchao8.quantize_blockwise(x, **options)
+    assert [bits(t) for t in found] == [bits(t) for t in wanted]
+    assert torchao8.dequantize_blockwise(*found, **options).isfinite().all()
+
+
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")  # it is deprecated
 def test_arguments_that_do_not_fit() -> None:
     """Both implementations refuse them, and name the argument."""

@@ -163,7 +163,7 @@ class FourBit(_InCpp):
         beta2: float,
         *,
         of_roots: bool = True,
-        fits: bool = True,
+        fits: bool = False,
         block: int = BLOCK_OF_4BIT,
     ) -> None:
         """fits: whether the scale is large enough for numbers in both directions; else those of
@@ -216,7 +216,7 @@ _ALL: dict[str, Make] = {
     "torchao AdamW8bit": _of("torchao.optim", "AdamW8bit"),
     "AdamW4bit": _of("torchao8", "AdamW4bit"),
     "4 bits, eighths": _four(EIGHTHS),
-    "4 bits, eighths, cut": _four(EIGHTHS, fits=False),
+    "4 bits, eighths that fit": _four(EIGHTHS, fits=True),
     "4 bits, sevenths": _four(SEVENTHS),
     "4 bits, dense near 0": _four(DENSE),
     "4 bits, m without roots": _four(EIGHTHS, of_roots=False),
