@@ -210,6 +210,21 @@ def test_new_codes_are_next_to_the_new_moments(stochastic: bool) -> None:
                 assert (error <= gap * (share + 2.0**-10) + smallest).all()
 
 
+@pytest.mark.parametrize("length", [32, 96, 256])
+def test_no_place_of_a_block_is_left_out_of_its_bound(length: int) -> None:
+    """Where the bound of a block misses its largest element, this one gets the last code."""
+    places = torch.arange(0, length, 31)
+    grad = torch.full((len(places), length), 1e-3)
+    grad[torch.arange(len(places)), places] = 1.0
+    call = new_call([torch.ones_like(grad)], [grad], beta1=BETA1, beta2=BETA2, state_format=MULAW)
+    want = new_moments(call, 0)
+    run(call)
+    for name, exact in want.items():
+        stored = moment(call, name, 0)[torch.arange(len(places)), places]
+        largest = exact.amax(dim=1)
+        assert (stored - largest).abs().le(largest * 2.0**-4).all(), name
+
+
 def test_rounding_has_no_bias() -> None:
     call = live_call(beta1=BETA1)
     want = [new_moments(call, i)["exp_avg_sq"] for i in range(len(call["params"]))]
