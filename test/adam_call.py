@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import format_reference as formats
+import pytest
 import reference
 import torch
 from helpers import bits
@@ -275,3 +276,34 @@ def assert_same_bits(a: Call, b: Call) -> None:
     left, right = call_bits(a), call_bits(b)
     for name in CHANGED:
         assert left[name] == right[name], name
+
+
+# -- what tests of a format have in common ---------------------------------------------------------
+
+
+def refused(call: Call, message: str) -> None:
+    """A step is refused in these words, and changes no parameter."""
+    before = copy_call(call)
+    with pytest.raises(RuntimeError) as error:
+        run(call)
+    assert str(error.value).split("\n")[0] == message
+    assert all(bits(p) == bits(q) for p, q in zip(call["params"], before["params"], strict=True))
+
+
+def means_over_seeds(call: Call, name: str, rounds: int) -> tuple[list[Tensor], Call]:
+    """The means of a stored state after steps with as many seeds, and the call after the last."""
+    total = [torch.zeros(p.shape, dtype=torch.float64) for p in call["params"]]
+    for seed in range(rounds):
+        one = copy_call({**call, "seed": seed})
+        run(one)
+        for i in range(len(total)):
+            total[i] += moment(one, name, i)
+    return [each / rounds for each in total], one
+
+
+def assert_unbiased(deviation: Tensor, rounds: int) -> None:
+    """Of means over seeds, in gaps between codes: at most half a gap by standard deviation, so 5 of
+    its errors for each, and for the mean of all."""
+    assert (deviation.abs() < 5 * 0.5 / rounds**0.5).all()
+    if deviation.numel() > 100:
+        assert deviation.mean().abs() < 5 * 0.5 / (rounds * deviation.numel()) ** 0.5

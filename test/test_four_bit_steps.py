@@ -14,11 +14,14 @@ import torch
 from adam_call import (
     FOUR_BIT,
     Call,
+    assert_unbiased,
     copy_call,
     live_state,
+    means_over_seeds,
     moment,
     new_call,
     nibbles,
+    refused,
     roots,
     run,
     scale_of_each,
@@ -165,14 +168,6 @@ def test_shapes_on_meta() -> None:
 
 def four_bit_call(params: list[Tensor], grads: list[Tensor], **options: Any) -> Call:
     return new_call(params, grads, **{"block_size": BLOCK, "state_format": FOUR_BIT, **options})
-
-
-def refused(call: Call, message: str) -> None:
-    before = copy_call(call)
-    with pytest.raises(RuntimeError) as error:
-        run(call)
-    assert str(error.value).split("\n")[0] == message
-    assert all(bits(p) == bits(q) for p, q in zip(call["params"], before["params"], strict=True))
 
 
 @pytest.mark.parametrize("family", ops.FAMILIES, ids=lambda family: family.name)
@@ -323,20 +318,11 @@ def test_steps_have_the_codes_of_the_oracle(workers: Workers, path: str, stochas
 def test_rounding_has_no_bias() -> None:
     call = live_call()
     want = [new_moments(call, i)[1] for i in range(len(call["params"]))]
-    total, rounds = [torch.zeros_like(w) for w in want], 400
-    for seed in range(rounds):
-        one = copy_call({**call, "seed": seed})
-        run(one)
-        for i in range(len(want)):
-            total[i] += moment(one, "exp_avg_sq", i)
+    means, one = means_over_seeds(call, "exp_avg_sq", rounds=400)
     for i, exact in enumerate(want):
         gap = exact / 2  # between the codes around it, at most
         above = exact > scale_of_each(one, "exp_avg_sq", i) / 128
-        deviation = (total[i] / rounds - exact) / gap
-        # At most half a gap by standard deviation; 5 of its errors, and one over all of them.
-        assert (deviation.abs() < 5 * 0.5 / rounds**0.5)[above].all()
-        if above.sum() > 100:
-            assert deviation[above].mean().abs() < 5 * 0.5 / (rounds * above.sum()) ** 0.5
+        assert_unbiased(((means[i] - exact) / gap)[above], rounds=400)
 
 
 def test_second_moments_never_become_zero() -> None:

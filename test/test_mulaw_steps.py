@@ -14,10 +14,13 @@ from adam_call import (
     FOUR_BIT,
     MULAW,
     Call,
+    assert_unbiased,
     copy_call,
     live_state,
+    means_over_seeds,
     moment,
     new_call,
+    refused,
     run,
     tensors,
 )
@@ -129,14 +132,6 @@ def test_a_block_that_is_not_finite(bad: float, signed: bool) -> None:
 # -- refusals --------------------------------------------------------------------------------------
 
 
-def refused(call: Call, message: str) -> None:
-    before = copy_call(call)
-    with pytest.raises(RuntimeError) as error:
-        run(call)
-    assert str(error.value).split("\n")[0] == message
-    assert all(bits(p) == bits(q) for p, q in zip(call["params"], before["params"], strict=True))
-
-
 @pytest.mark.parametrize("number", [-1, 3, 2**40])
 def test_a_number_of_no_format_is_refused(number: int) -> None:
     call = new_call([torch.ones(64)], [torch.ones(64)])
@@ -228,21 +223,12 @@ def test_no_place_of_a_block_is_left_out_of_its_bound(length: int) -> None:
 def test_rounding_has_no_bias() -> None:
     call = live_call(beta1=BETA1)
     want = [new_moments(call, i)["exp_avg_sq"] for i in range(len(call["params"]))]
-    total, rounds = [torch.zeros_like(w) for w in want], 400
-    for seed in range(rounds):
-        one = copy_call({**call, "seed": seed})
-        run(one)
-        for i in range(len(want)):
-            total[i] += moment(one, "exp_avg_sq", i)
+    means, one = means_over_seeds(call, "exp_avg_sq", rounds=400)
     for i, exact in enumerate(want):
         scale = scale_of_each(one, "exp_avg_sq", i)
         gap = 2.0**-4 * (exact + scale)
         above = exact > 2.0**-4 * scale  # what is below the first code gets that one
-        deviation = (total[i] / rounds - exact) / gap
-        # At most half a gap by standard deviation; 5 of its errors, and one over all of them.
-        assert (deviation.abs() < 5 * 0.5 / rounds**0.5)[above].all()
-        if above.sum() > 100:
-            assert deviation[above].mean().abs() < 5 * 0.5 / (rounds * above.sum()) ** 0.5
+        assert_unbiased(((means[i] - exact) / gap)[above], rounds=400)
 
 
 def test_second_moments_never_become_zero() -> None:

@@ -34,11 +34,15 @@ FILES = sorted(
 )
 
 
-def run_pretended(*arguments: str | Path) -> str:
-    """What pytest says at the end."""
+def run_pretended(*arguments: str | Path, plugins: str = "") -> str:
+    """What pytest says at the end.
+
+    Args:
+        plugins: a folder with more of them.
+    """
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(TEST.parent), str(TEST)]),
+        "PYTHONPATH": os.pathsep.join([str(TEST.parent), str(TEST), plugins]),
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "200",
     }
@@ -167,19 +171,24 @@ def test_a_graph_holds_what_was_captured(tmp_path: Path) -> None:
 # -- the order of tests ------------------------------------------------------------------------
 
 
-def collected(*arguments: str) -> list[str]:
+MARKS = """
+def pytest_collection_finish(session):
+    for item in session.items:
+        print("collected", *{mark.name for mark in item.iter_markers()})
+"""
+
+
+def test_captures_and_managed_memory_come_last(tmp_path: Path) -> None:
+    (tmp_path / "marks_of_tests.py").write_text(MARKS)
     files = (TEST / "test_paging_cuda.py", TEST / "test_cuda.py")
-    out = run_pretended(*files, "--collect-only", *arguments)
-    return [line for line in out.splitlines() if "::" in line]
-
-
-def test_captures_and_managed_memory_come_last() -> None:
-    paged = collected("-m", "paged_cuda")
-    captured = collected("-m", "captured and not paged_cuda")
-    assert len(paged) > 20
-    assert len(captured) > 20
-    tests = collected("-m", "not slow")
-    assert tests[-len(captured + paged) :] == captured + paged
+    collecting = ("-p", "marks_of_tests", "--collect-only", "-m", "not slow")
+    out = run_pretended(*files, *collecting, plugins=str(tmp_path))
+    marks = [set(line.split()) for line in out.splitlines() if line.startswith("collected ")]
+    kinds = [
+        "paged_cuda" if "paged_cuda" in m else "captured" if "captured" in m else "" for m in marks
+    ]
+    assert kinds == sorted(kinds, key=["", "captured", "paged_cuda"].index)
+    assert min(kinds.count(kind) for kind in ("", "captured", "paged_cuda")) > 20
 
 
 def test_managed_memory_is_not_taken_beside_other_processes() -> None:

@@ -287,14 +287,11 @@ def test_the_time_that_is_left() -> None:
     assert str(remaining) == "about 1 min 20 s left"
 
 
-def allocate(megabytes: int) -> None:
-    torch.ones(megabytes, 250_000)
-
-
 @pytest.mark.skipif(not _report.STATUS.exists(), reason="the system does not tell the peak")
 def test_peak_memory_is_that_of_the_work() -> None:
     torch.ones(300, 250_000)  # of this process: must not count
-    small, large = (_report.peak_memory("cpu", allocate, size) for size in (10, 110))
+    # 1 MB a row. A function of torch: a new process would import this module for one of it.
+    small, large = (_report.peak_memory("cpu", torch.ones, rows, 250_000) for rows in (10, 110))
     assert small is not None
     assert large is not None
     assert (large - small) / 1e6 == pytest.approx(100, abs=5)
