@@ -28,6 +28,18 @@ TORCHAO8_HD void store_codes(uint8_t* to, U x) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(to), packed);
 }
 
+// The same of two vectors, whose shares of a byte are packed together.
+TORCHAO8_HD void store_codes(uint8_t* to, U x, U y) {
+  const __m256i words = _mm256_packus_epi32(x.low, x.high);
+  const __m256i codes = _mm256_packus_epi16(words, _mm256_packus_epi32(y.low, y.high));
+  __m256i pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(1 | 16 << 8));
+  pairs = _mm256_packus_epi16(pairs, pairs);
+  // Each half of a register has every other word.
+  const __m128i packed =
+      _mm_unpacklo_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), packed);
+}
+
 TORCHAO8_HD U at_least(U x, uint32_t least) {
   return max(x, lanes_of(least));
 }

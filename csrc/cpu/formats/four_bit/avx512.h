@@ -17,6 +17,11 @@ TORCHAO8_HD void store_codes(uint8_t* to, U x) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(pairs, pairs));
 }
 
+TORCHAO8_HD void store_codes(uint8_t* to, U x, U y) {
+  store_codes(to, x);
+  store_codes(to + 8, y);
+}
+
 TORCHAO8_HD U operator-(U a, U b) {
   return {_mm512_sub_epi32(a.x, b.x)};
 }

@@ -135,34 +135,51 @@ TORCHAO8_HD void encode(Plan<Rule>& plan, Values<Rule>& values, int place,
   });
   ParamWriter<kRounds> write;
   write.start(block.param_key, block.first_element);
-  for (int i = 0; i < run.length; i += kWidth) {
-    F now[kValues];
-    for (int v = 0; v < kValues; v++) now[v] = load(values.of[v] + place + i);
-    write.quiet(block.param + i, update<true>(rule, load(block.param + i), now));
-    U codes[N];
-    for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
-      if constexpr (!Rule::kSigned[s]) {
-        U added = lanes_of(FourBitSquares::kHalf);
-        if constexpr (kStochastic && FourBitFormat::draws<Rule>(s))
-          added = lanes_of(stream[s].next_hashes()) >> (32 - FourBitSquares::kShift);
-        codes[s] = encode_squares(now[s], F(inverse[s]), added);
-        store_codes(block.codes[s] + i / 2, codes[s]);
-      } else if constexpr (!has_root<Rule>(s)) {
-        if constexpr (kStochastic && FourBitFormat::draws<Rule>(s)) {
-          codes[s] = encode_levels(now[s], F(inverse[s]), lanes_of(stream[s].next_hashes()) >> 16);
-        } else {
-          codes[s] = encode_levels(now[s], F(inverse[s]));
+  for (int i = 0; i < run.length; i += 2 * kWidth) {
+    // Between a root, the division by it and the new parameter lie the codes, which wait for
+    // neither.
+    F now[2][kValues], roots[2], steps[2];
+    U codes[N][2];
+    for_each_state<2>([&](auto half) TORCHAO8_LAMBDA {
+      const int at = place + i + half * kWidth;
+      for (int v = 0; v < kValues; v++) now[half][v] = load(values.of[v] + at);
+      roots[half] = rule.template root<true>(now[half]);
+    });
+    for_each_state<2>([&](auto half) TORCHAO8_LAMBDA {
+      steps[half] = rule.step(now[half], roots[half]);
+      for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
+        constexpr bool kDraws = kStochastic && FourBitFormat::draws<Rule>(s);
+        const F x = now[half][s];
+        U& code = codes[s][half];
+        if constexpr (!Rule::kSigned[s]) {
+          U added = lanes_of(FourBitSquares::kHalf);
+          if constexpr (kDraws)
+            added = lanes_of(stream[s].next_hashes()) >> (32 - FourBitSquares::kShift);
+          code = encode_squares(x, F(inverse[s]), added);
+        } else if constexpr (!has_root<Rule>(s)) {
+          if constexpr (kDraws) {
+            code = encode_levels(x, F(inverse[s]), lanes_of(stream[s].next_hashes()) >> 16);
+          } else {
+            code = encode_levels(x, F(inverse[s]));
+          }
         }
-        store_codes(block.codes[s] + i / 2, codes[s]);
-      }
+      });
+      for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
+        if constexpr (has_root<Rule>(s)) {
+          constexpr int kRoot = Rule::kRootOf[s];
+          const F quotient = now[half][s] * RootReciprocals(scale[kRoot])(codes[kRoot][half]);
+          quotients[s].add(quotient);
+          store(values.of[s] + place + i + half * kWidth, quotient);
+        }
+      });
     });
     for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
-      if constexpr (has_root<Rule>(s)) {
-        constexpr int kRoot = Rule::kRootOf[s];
-        const F quotient = now[s] * RootReciprocals(scale[kRoot])(codes[kRoot]);
-        quotients[s].add(quotient);
-        store(values.of[s] + place + i, quotient);
-      }
+      if constexpr (!has_root<Rule>(s))
+        store_codes(block.codes[s] + i / 2, codes[s][0], codes[s][1]);
+    });
+    for_each_state<2>([&](auto half) TORCHAO8_LAMBDA {
+      T* const at = block.param + i + half * kWidth;
+      write.quiet(at, rule.apply(load(at), steps[half]));
     });
   }
   for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
@@ -183,8 +200,9 @@ TORCHAO8_HD void encode_quotients(const Plan<Rule>& plan, const Values<Rule>& va
       }
       const F inverse(plan.inverse[s]);
       const float* from = values.of[s] + place;
-      for (int i = 0; i < length; i += kWidth)
-        store_codes(block.codes[s] + i / 2, encode_levels(load(from + i), inverse));
+      for (int i = 0; i < length; i += 2 * kWidth)
+        store_codes(block.codes[s] + i / 2, encode_levels(load(from + i), inverse),
+                    encode_levels(load(from + i + kWidth), inverse));
     }
   });
 }

@@ -10,7 +10,7 @@ namespace torchao8::TORCHAO8_ISA::four_bit {
 template <class Rule>
 struct StateDecoder;
 
-static_assert(FourBitFormat::kStep % kWidth == 0);
+static_assert(FourBitFormat::kStep % (2 * kWidth) == 0);
 
 TORCHAO8_HD F decode_squares(U codes) {
   return float_of((codes + lanes_of(FourBitSquares::kFirst)) << FourBitSquares::kShift);
