@@ -49,15 +49,17 @@ constexpr bool has_roots() {
 // a wrong guess of it is found out after the whole block, and costs as much as half of one.
 TORCHAO8_HD float scale_of_levels(const Ends& quotients, float unit) {
   const float highest = quotients.highest(), lowest = quotients.lowest(), below = -lowest;
-  const float extreme = highest > below ? highest : below;
-  const float other = highest > below ? below : highest;
+  const uint32_t is_below = 0u - uint32_t(highest < below);
+  const uint32_t swapped = (float_bits(highest) ^ float_bits(below)) & is_below;
+  const float extreme = bits_float(float_bits(highest) ^ swapped);
+  const float other = bits_float(float_bits(below) ^ swapped);
   if (!(extreme > 0x1p-80f && extreme < 0x1p120f && unit > 0x1p-40f && unit <= 1.0f))
     return FourBitLevels::scale_of(highest, lowest, unit);
   const float needed = other * (8.0f / 7.0f);
   const uint32_t rounded = (float_bits(needed * unit) + 4u) & ~7u;
   const uint32_t is_needed = 0u - uint32_t(needed > extreme * FourBitLevels::kRoundings);
-  const uint32_t sign = uint32_t(highest < below) << 31;
-  return bits_float((rounded & is_needed) | (float_bits(extreme * unit) & ~is_needed) | sign);
+  return bits_float((rounded & is_needed) | (float_bits(extreme * unit) & ~is_needed) |
+                    (is_below & 0x80000000u));
 }
 
 // What is known of a block between its passes.
