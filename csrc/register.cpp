@@ -14,7 +14,7 @@
 // several times, or in none). An op that only counted what another one has read would cost
 // torch.compile a dependency on each output of that one, for each count. `factors` are two float64
 // numbers a parameter, or none at all: what its gradient and what the learning rate is multiplied
-// by.
+// by. Where the first is NaN, the parameter and its states keep their values.
 //
 // `state_format` is the number of the format of states with scales (formats/formats.h); float32
 // states are told by their dtype.

@@ -117,6 +117,19 @@ def lion(p: Tensor, g: Tensor, old: States, step: int, o: Options, in_8bit: bool
     return guarded(good, p, old, Result(param, new, error, {"exp_avg": UNIT * M}))
 
 
+def muon(p: Tensor, g: Tensor, old: States, step: int, o: Options, in_8bit: bool) -> Result:
+    """A call with a buffer adds the direction; one without moves by an orthogonal matrix."""
+    param, new = exact("muon", p, g, old, step, o, in_8bit)
+    g, G, good = gradient(p, g, o, 0.0)
+    if not old:
+        error = UNIT * (p.abs() + o["lr"] * o["rate_scale"] * G)
+        return guarded(good, p, old, Result(param, {}, error, {}))
+    rest = 1 - o["momentum"]
+    B = o["momentum"] * old["momentum_buffer"].abs() + rest * G
+    error = UNIT * (p.abs() + B + rest * G)
+    return guarded(good, p, old, Result(param, new, error, {"momentum_buffer": UNIT * B}))
+
+
 def sgd(p: Tensor, g: Tensor, old: States, step: int, o: Options, in_8bit: bool) -> Result:
     return _sgd(p, g, old, step, {**o, "rate_in_buffer": False})
 
@@ -249,6 +262,7 @@ RULES = {
     "lamb": lamb,
     "lars": lars,
     "lion": lion,
+    "muon": muon,
     "nadam": nadam,
     "rmsprop": rmsprop,
     "sgd": sgd,

@@ -239,7 +239,8 @@ def step_(
             on the CPU only.
         grad_scale: a number to divide the gradients by; none where None.
         factors: none, or for each parameter float64 of shape (2,), finite and not negative: what
-            its gradient and what the learning rate is multiplied by.
+            its gradient and what the learning rate is multiplied by. Where the first one is NaN,
+            all elements of the gradient count as NaN: parameter and states keep their values.
         extremes: none, or for each parameter int64 of shape (number of states,), by which its
             states have one scale each, of shape (1,): rows of :func:`extremes` of the same
             arguments. Entries that are parts of one tensor have the same scales and the same

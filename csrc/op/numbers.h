@@ -54,12 +54,16 @@ inline void check_factors(const Argument& a, const TensorView& factors, const De
   check_contiguous(a, factors);
 }
 
-// Of factors on the CPU, the numbers that they hold.
+// Of factors on the CPU, the numbers that they hold. A first one that is NaN makes every gradient
+// element NaN, so that the parameter and its states stay as they are.
 inline void check_factor_values(const Argument& a, const TensorView& factors) {
   const double* values = factors.const_data_ptr<double>();
-  for (int i = 0; i < kFactors; i++)
+  for (int i = 0; i < kFactors; i++) {
+    if (i == 0 && std::isnan(values[i])) continue;
     TORCHAO8_CHECK(values[i] >= 0 && std::isfinite(values[i]), a.text(),
-                   " must hold finite numbers that are not negative, got ", values[i]);
+                   " must hold finite numbers that are not negative (the first may be NaN), got ",
+                   values[i]);
+  }
 }
 
 constexpr float kLastStep = 16777216.0f;

@@ -7,14 +7,15 @@
 #include "rules/adam.h"
 #include "rules/ademamix.h"
 #include "rules/lion.h"
+#include "rules/muon.h"
 #include "rules/nadam.h"
 #include "rules/rmsprop.h"
 #include "rules/sgd.h"
 
 namespace torchao8 {
 
-using Families = Types<AdagradFamily, AdamFamily, AdemamixFamily, LionFamily, NadamFamily,
-                       RmspropFamily, SgdFamily>;
+using Families = Types<AdagradFamily, AdamFamily, AdemamixFamily, LionFamily, MuonFamily,
+                       NadamFamily, RmspropFamily, SgdFamily>;
 
 // Calls f(Type<T>()) for each type of a list, in its order.
 template <class... T, class Function>

@@ -1,7 +1,8 @@
 // Compares the kernels of csrc/cuda on emulated warps with the CPU's plain C++ path, bit for bit.
 // Prints a line for each configuration that differs; the exit status tells whether one does.
 // With -DQUICK it checks one rule and two types, enough for the mutants of cuda_mutants.py. Of
-// these, -DBRIEF compiles and checks one step kernel only, which detects most of them.
+// these, -DBRIEF compiles and checks one step kernel only, which detects most of them. With
+// -DONLY_MUON it checks Muon's rules.
 #define TORCHAO8_EMULATE
 #include <cstdio>
 #include <functional>
@@ -274,6 +275,7 @@ void check(const char* rule_name, FloatType type, FloatType param_type, FloatTyp
     gpu[i].has_factors = cpu[i].has_factors = i % 3 != 0;
     for (int k = 0; k < kFactors; k++)
       gpu[i].factors[k] = cpu[i].factors[k] = double(i % 5) * 0.3 + 0.1 * k;
+    if (i == 11 || i == 20) gpu[i].factors[0] = cpu[i].factors[0] = NAN;  // they stay as they are
   }
   const uint64_t seed = 11;
   const std::string what = std::string(rule_name) + ", types " + std::to_string(int(param_type)) +
@@ -498,6 +500,24 @@ Options options_of_family() {
   return options;
 }
 
+// Muon, whose calls mix types: a direction is bfloat16 beside gradients of any type, and takes the
+// place of a gradient in the update. Rule: so that formats which do not take it compile.
+template <class Rule = MuonRule>
+void check_muon() {
+  const FloatType f32 = FloatType::kFloat32, bf16 = FloatType::kBFloat16;
+  MuonOptions options = options_of_family<MuonOptions>();
+  check<MuonUpdateRule, float>("Muon, update", f32, f32, bf16, options, false, 256, false);
+  if constexpr (Format::template kTakes<Rule>) {
+    for (bool nesterov : {true, false}) {
+      options.nesterov = nesterov;
+      const char* name = nesterov ? "Muon, Nesterov" : "Muon";
+      check<Rule, BFloat16>(name, bf16, bf16, f32, options, true, 256, false);
+      check<Rule, BFloat16>(name, bf16, bf16, bf16, options, true, 256, false);
+      check<Rule, BFloat16>(name, bf16, bf16, f32, options, false, 256, false);
+    }
+  }
+}
+
 // Every rule of every family, without flags and with all of them.
 void check_families() {
   for_each_type(Families(), [](auto family) {
@@ -517,9 +537,8 @@ void check_families() {
   });
 }
 
-}  // namespace
-
-int main() {
+#ifndef ONLY_MUON
+void check_rules() {
   check_counts();
   check_largest_codes<false>(Format());
   AdamOptions decoupled = {};
@@ -553,6 +572,19 @@ int main() {
     check_codec<false>(block_size);
   }
   if (std::is_same_v<Format, DynamicFormat>) check_every_nearest_code();
+  check_muon();
+#endif
+}
+#endif
+
+}  // namespace
+
+int main() {
+#ifdef ONLY_MUON
+  check_muon();
+#endif
+#ifndef ONLY_MUON
+  check_rules();
 #endif
   std::printf("%d configurations differ\n", failures.count);
   return failures.count != 0;

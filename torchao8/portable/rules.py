@@ -236,6 +236,28 @@ def lion(p: Tensor, g: Tensor, old: Olds, c: Numbers) -> Step:
     return _with_decay(p, step, c), {"exp_avg": _mix(c, "exp_avg", old, g)}
 
 
+# -- Muon ----------------------------------------------------------------------------------------
+
+
+def muon_numbers(o: Numbers, t: Tensor, scaled: bool) -> Numbers:
+    """Of both calls: of a direction, which is added, and of the update by an orthogonal matrix."""
+    momentum = o["momentum"]
+    c = {**_decay(o, True), "of_matrix": o["lr"] * o["rate_scale"]}
+    unit = _average(c, "momentum_buffer", momentum, scaled)
+    c["of_buffer"] = (momentum.value if o["nesterov"] else 1.0) * unit
+    c["of_new"] = momentum.complement if o["nesterov"] else 0.0
+    return c
+
+
+def muon(p: Tensor, g: Tensor, old: Olds, c: Numbers) -> Step:
+    """With a buffer p moves up, by it or by momentum * buffer + (1 - momentum) * g."""
+    g = g * c["gain"]
+    if "momentum_buffer" not in old:
+        return _with_decay(p, g * c["of_matrix"], c), {}
+    b = _mix(c, "momentum_buffer", old, g)
+    return -(b * c["of_buffer"] + g * c["of_new"]), {"momentum_buffer": b}
+
+
 # -- SGD, LARS -----------------------------------------------------------------------------------
 
 
@@ -322,6 +344,7 @@ RULES = {
     "adam": Rule(adam_numbers, adam, ("beta1", "beta2"), roots={"exp_avg": "exp_avg_sq"}),
     "ademamix": Rule(ademamix_numbers, ademamix, ("beta1", "beta2", "beta3")),
     "lion": Rule(lion_numbers, lion, ("beta1", "beta2")),
+    "muon": Rule(muon_numbers, muon, ("momentum",)),
     "nadam": Rule(nadam_numbers, nadam, ("beta1", "beta2")),
     "rmsprop": Rule(rmsprop_numbers, rmsprop, ("alpha",), "momentum_buffer"),
     "sgd": Rule(sgd_numbers, sgd),
