@@ -422,13 +422,3 @@ MUTANTS = {
         "    row_ = row;",
     ),
 }
-MUTANTS |= {
-    f"Muon: {name}": ("../rules/muon.h", old, new)
-    for name, old, new in (
-        ("no gradient in Nesterov's direction", "o.nesterov ? float(rest) : 0.0f", "0.0f"),
-        ("a buffer that is not scaled back", "(o.nesterov ? o.momentum : 1) * unit", "1"),
-        ("what a gradient adds not in units", "float(rest / unit)", "float(rest)"),
-        ("the decay of the adjusted rate", "float(1 - o.lr * o.weight_decay)",
-         "float(1 - o.lr * o.rate_scale * o.weight_decay)"),
-    )
-}  # fmt: skip

@@ -81,8 +81,10 @@ class MuonCall:
 
     def arguments(self) -> dict[str, Any]:
         """For a process of another path, too."""
-        shared = [OP, self.params, self.grads, [self.buffers], [self.scales], self.steps, self.lr,
-                  self.numbers, self.grad_scale, self.factors]  # fmt: skip
+        shared: list[Any] = [
+            OP, self.params, self.grads, [self.buffers], [self.scales], self.steps, self.lr,
+            self.numbers, self.grad_scale, self.factors,
+        ]  # fmt: skip
         extremes: list[Tensor] = []
         named = {**self.flags, "state_format": ops.FORMAT_NUMBERS[self.format or "dynamic"]}
         if self.one_scale:

@@ -305,7 +305,7 @@ void check(const char* rule_name, FloatType type, FloatType param_type, FloatTyp
     numbers.rest_on_device = !stochastic;  // in half of the configurations
     if (!scaled) {
       cuda_element_step<Rule, T, kRounds>(gpu, type, numbers);
-    } else {
+    } else if constexpr (Rule::kStates > 0) {
       cuda_block_step<Rule, T, kRounds>(gpu, type, numbers, block_size, stochastic);
     }
     if constexpr (kScalarsOf<Rule> > 0) cuda_write_scalars<Rule>(gpu, numbers, scaled);
