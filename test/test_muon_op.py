@@ -224,25 +224,26 @@ def test_a_factor_of_nan_leaves_a_matrix_as_it_is(state: str) -> None:
     with_nan = [f.clone() for f in ones]
     with_nan[skipped][0] = math.nan
     call, other = (
-        MuonCall(state, randn(5), randn(6), lr=0.02, factors=factors, count_steps=True)
-        for factors in (with_nan, ones)
+        MuonCall(state, randn(5), randn(6), lr=0.02, count_steps=True).step_() for _ in range(2)
     )
-    before, values = bits(call.params[skipped]), [v.clone() for v in call.values()]
+    call.factors, other.factors = with_nan, ones
+    before, values = bits(call.params[skipped]), call.values()
     call.step_()
     other.step_()
     assert bits(call.params[skipped]) == before
     assert bits(other.params[skipped]) != before
-    assert [float(s) for s in call.steps] == [i + 1 for i in range(len(SHAPES))]
-    for i, pair in enumerate(zip(call.params, other.params, strict=True)):
-        assert i == skipped or bits(pair[0]) == bits(pair[1])
+    assert [float(s) for s in call.steps] == [i + 2 for i in range(len(SHAPES))]
+    for lists in ("params", "buffers", "scales"):
+        for i, pair in enumerate(zip(getattr(call, lists), getattr(other, lists), strict=True)):
+            assert i == skipped or bits(pair[0]) == bits(pair[1])
     if state == "none":
         return
-    for i, pair in enumerate(zip(call.buffers, other.buffers, strict=True)):
-        assert i == skipped or bits(pair[0]) == bits(pair[1])
-    kept = call.values()[skipped]
-    torch.testing.assert_close(
-        kept, values[skipped], rtol=0 if state == "float32" else 1e-6, atol=0
-    )
+    kept, value = call.values()[skipped], values[skipped]
+    if state == "mulaw":  # its scale was a bound of the numbers, and now is the least that fits
+        error = 1.01 * CODE_ERRORS[state][0] * (value.abs() + value.abs().max())
+        assert ((kept - value).abs() <= error).all()
+    else:
+        torch.testing.assert_close(kept, value, rtol=0 if state == "float32" else 1e-6, atol=0)
 
 
 @pytest.mark.parametrize("state", ["dynamic", "none"])
