@@ -29,7 +29,9 @@
 // prefetch_pages_ asks for paged memory ahead of the op that wants it; no value changes, but a
 // compiler must keep it, in its place. allocate_managed and free_managed are of CUDA alone.
 // lamb_update_sums gives such rows, of the updates that a step would make before a learning rate
-// multiplies them. clip_factors_ and lars_trust_ratios are Python, in torchao8/optim.
+// multiplies them. clip_factors_ and lars_trust_ratios are Python, in torchao8/optim. So are
+// muon_update_, a step of Muon with its matrix products, and matrix_factors, which finds gradients
+// that are not finite.
 #include <torch/csrc/stable/library.h>
 
 #include "op/schema.h"
@@ -68,6 +70,14 @@ STABLE_TORCH_LIBRARY(torchao8, m) {
   m.def(
       "lars_trust_ratios(Tensor param_norms, Tensor grad_norms, Tensor trust_coefficient, "
       "Tensor weight_decay) -> Tensor");
+  m.def(
+      "muon_update_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
+      "Tensor(c!)[] momentum_buffer_scales, Tensor(d!)[] steps, Tensor[] factors, "
+      "Tensor[] extremes, Tensor lr, Tensor numbers, Tensor? grad_scale, Tensor? found_inf, *, "
+      "bool nesterov, bool maximize, int[] matrices, float[] coefficients, float eps, "
+      "bool match_rms, int block_size, bool stochastic_params, bool count_steps, "
+      "int state_format, SymInt seed) -> ()");
+  m.def("matrix_factors(Tensor[] grads) -> Tensor");
   m.def("count_step_(Tensor(a!)[] steps, Tensor? found_inf) -> ()");
   m.def("sum_squares(Tensor[] tensors) -> Tensor");
   m.def("norms(Tensor sums) -> Tensor");
