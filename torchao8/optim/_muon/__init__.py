@@ -1,0 +1,1 @@
+"""The parts of a step of Muon: the orthogonal factor of a matrix, and what is around it."""
