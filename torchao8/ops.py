@@ -594,7 +594,7 @@ def _(
 def _fake_step(op: str) -> None:
     @torch.library.register_fake(f"torchao8::{op}")
     def _(params: list[Tensor], *others: list[Tensor] | Tensor | None, **options: object) -> None:
-        _check_devices(op, "params", params, *others)
+        check_devices(op, "params", params, *others)
 
 
 def _fake_extremes(family: Family) -> None:
@@ -602,7 +602,7 @@ def _fake_extremes(family: Family) -> None:
 
     @torch.library.register_fake(f"torchao8::{op}")
     def _(params: list[Tensor], *others: Any, **options: object) -> Tensor:
-        _check_devices(op, "params", params, *others)
+        check_devices(op, "params", params, *others)
         values = others[1 : 1 + len(family.states)]  # behind the gradients
         states = sum(
             bool(tensors)
@@ -619,23 +619,23 @@ for _family in FAMILIES:
 
 @torch.library.register_fake("torchao8::count_step_")
 def _(steps: list[Tensor], found_inf: Tensor | None) -> None:
-    _check_devices("count_step_", "steps", steps)
+    check_devices("count_step_", "steps", steps)
 
 
 @torch.library.register_fake("torchao8::prefetch_pages_")
 def _(pages: list[Tensor], now: Tensor) -> None:
-    _check_devices("prefetch_pages_", "pages", [*pages, now])
+    check_devices("prefetch_pages_", "pages", [*pages, now])
 
 
 @torch.library.register_fake("torchao8::sum_squares")
 def _(tensors: list[Tensor]) -> Tensor:
-    _check_devices("sum_squares", "tensors", tensors)
+    check_devices("sum_squares", "tensors", tensors)
     return torch.empty(len(tensors), SUM_LIMBS, dtype=torch.int64, device=tensors[0].device)
 
 
 @torch.library.register_fake("torchao8::lamb_update_sums")
 def _(params: list[Tensor], *others: list[Tensor] | Tensor | None, **options: object) -> Tensor:
-    _check_devices("lamb_update_sums", "params", params, *others)
+    check_devices("lamb_update_sums", "params", params, *others)
     return torch.empty(len(params), SUM_LIMBS, dtype=torch.int64, device=params[0].device)
 
 
@@ -644,7 +644,7 @@ def _(sums: Tensor) -> Tensor:
     return torch.empty(sums.shape[0], dtype=number_dtype(sums.device), device=sums.device)
 
 
-def _check_devices(op: str, first: str, *arguments: list[Tensor] | Tensor | None) -> None:
+def check_devices(op: str, first: str, *arguments: list[Tensor] | Tensor | None) -> None:
     # Tensors on the meta device come to a fake too, and would pass for a step that was made.
     tensors = [t for argument in arguments if isinstance(argument, list) for t in argument]
     for t in tensors:
