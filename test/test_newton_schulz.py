@@ -119,14 +119,14 @@ def test_which_iterations_are_composed():
 
 def test_symmetric_products_are_mirrored():
     """The second half of a product that is known to be symmetric is the first one's bits."""
-    x = normal(800, 810).unsqueeze(0)
-    work = newton_schulz._Workspace(x)
-    assert work.edges == [0, 200, 400, 600, 800]
-    gram = work.small(0)
-    work.symmetric(x, x.mT, gram)
-    blocks = gram[0].unflatten(0, (4, 200)).unflatten(2, (4, 200))
+    x = normal(800, 810)
+    products = newton_schulz._Products(x.unsqueeze(0))
+    assert products.edges == [0, 200, 400, 600, 800]
+    products.gram_of(x)
+    gram = products.gram.matrix
+    blocks = gram.unflatten(0, (4, 200)).unflatten(2, (4, 200))
     assert all(torch.equal(blocks[i, :, j], blocks[j, :, i].T) for i in range(4) for j in range(i))
-    assert distance(gram[0], x[0].double() @ x[0].double().T) < 2**-8
+    assert distance(gram, x.double() @ x.double().T) < 2**-8
 
 
 @pytest.mark.parametrize("size", [(24, 100), (40, 41)], ids=str)

@@ -17,6 +17,7 @@ Two things make it faster than a product after the other:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -72,17 +73,19 @@ def orthogonalize_(stack: Tensor, coefficients: Sequence[Triple], eps: float) ->
 
 
 def _iterate_(stack: Tensor, coefficients: Sequence[Triple], eps: float) -> None:
-    _, rows, columns = stack.shape
+    count, rows, columns = stack.shape
+    norms = torch.linalg.vector_norm(stack, dim=(1, 2), keepdim=True).clamp(min=eps)
+    products = _Products(stack)
     plan = list(_plan(rows, columns, coefficients))
     x, other = stack, torch.empty_like(stack)
-    norms = torch.linalg.vector_norm(stack, dim=(1, 2), keepdim=True).clamp(min=eps)
     # Each entry of the plan writes into the other matrix. The last one is to write into the stack.
     if len(plan) % 2:
         x, other = other, x
     torch.div(stack, norms, out=x)
-    work = _Workspace(stack)
+    if count == 1:
+        x, other = x[0], other[0]
     for triples in plan:
-        work.advance(x, triples, out=other)
+        products.advance(x, triples, out=other)
         x, other = other, x
 
 
@@ -98,86 +101,91 @@ def _plan(rows: int, columns: int, coefficients: Sequence[Triple]) -> Iterator[S
         at += length
 
 
-class _Workspace:
-    """The small matrices of an iteration, for matrices of one shape."""
+class _Symmetric:
+    """A matrix that is symmetric but for rounding, or a stack of such, with views of its panels.
+
+    A panel is some rows from the diagonal on. Of the i-th one, ``rows`` are those rows in full,
+    ``columns`` all rows from its diagonal on, ``below`` what mirrors its part ``beside`` the
+    diagonal.
+    """
+
+    def __init__(self, matrix: Tensor, edges: Sequence[int]) -> None:
+        self.matrix = matrix
+        parts = [(first, slice(first, last), last) for first, last in pairwise(edges)]
+        self.rows = [matrix[..., part, :] for _, part, _ in parts]
+        self.columns = [matrix[..., first:] for first, _, _ in parts]
+        self.panels = [matrix[..., part, first:] for first, part, _ in parts]
+        self.below = [matrix[..., last:, part] for _, part, last in parts[:-1]]
+        self.beside = [matrix[..., part, last:].mT for _, part, last in parts[:-1]]
+
+    def mirror(self) -> None:
+        for below, beside in zip(self.below, self.beside, strict=True):
+            below.copy_(beside)
+
+
+class _Products:
+    """The iterations, and the small matrices that they need, for matrices of one shape."""
 
     def __init__(self, stack: Tensor) -> None:
         count, rows, _ = stack.shape
-        self.edges = _edges(rows) if count == 1 and stack.is_cpu else [0, rows]
-        self.single = count == 1
-        self.made: list[Tensor] = []
-        self.like = stack
-        self.shape = (count, rows, rows)
-
-    def small(self, i: int) -> Tensor:
-        while len(self.made) <= i:
-            self.made.append(self.like.new_empty(self.shape))
-        return self.made[i]
+        single = count == 1
+        self.edges = _edges(rows) if single and stack.is_cpu else [0, rows]
+        shape = (rows, rows) if single else (count, rows, rows)
+        small = [_Symmetric(stack.new_empty(shape), self.edges) for _ in range(4)]
+        self.gram, self.factor, self.half, self.second = small
+        self.multiply = torch.mm if single else torch.bmm
+        self.multiply_add = torch.addmm if single else torch.baddbmm
 
     def advance(self, x: Tensor, triples: Sequence[Triple], out: Tensor) -> None:
         """One iteration, or two composed ones."""
-        gram, factor, half = self.small(0), self.small(1), self.small(2)
-        self.symmetric(x, x.mT, gram)
+        gram, factor, half, second = self.gram, self.factor, self.half, self.second
+        self.gram_of(x)
         if len(triples) == 1:
-            (a, b, c) = triples[0]
-            self.symmetric(gram, gram, factor, gram, b, c)
-            self.product(factor, x, out, x, a)
+            a, b, c = triples[0]
+            self.squared(gram, gram, b, c, factor)
+            self.multiply_add(x, factor.matrix, x, beta=a, out=out)
             return
         # The first iteration is P X, of P = a I + b A + c A A. The second one has P A P for A.
         self.polynomial(gram, triples[0], half, factor)
-        self.symmetric(factor, gram, half)
-        self.symmetric(half, factor, gram)
-        second = self.small(3)
+        self.product(factor, gram, half)
+        self.product(half, factor, gram)
         self.polynomial(gram, triples[1], half, second)
-        self.symmetric(second, factor, half)
-        self.product(half, x, out)
+        self.product(second, factor, half)
+        self.multiply(half.matrix, x, out=out)
 
-    def polynomial(self, gram: Tensor, triple: Triple, base: Tensor, out: Tensor) -> None:
-        """``a I + b A + c A A``. Near the end its parts cancel on the diagonal, so the first two
-        are added in float32 there; ``base`` is written to."""
+    def polynomial(
+        self, gram: _Symmetric, triple: Triple, base: _Symmetric, out: _Symmetric
+    ) -> None:
+        """``a I + b A + c A A``. The identity and what is subtracted from it are of one magnitude
+        in the end, so they are added in float32. ``base`` is written to."""
         a, b, c = triple
-        torch.mul(gram, b, out=base)
-        diagonal = gram.diagonal(dim1=1, dim2=2).float()
-        base.diagonal(dim1=1, dim2=2).copy_(diagonal.mul_(b).add_(a))
-        self.symmetric(gram, gram, out, base, 1.0, c)
+        torch.mul(gram.matrix, b, out=base.matrix)
+        diagonal = gram.matrix.diagonal(dim1=-2, dim2=-1).float()
+        base.matrix.diagonal(dim1=-2, dim2=-1).copy_(diagonal.mul_(b).add_(a))
+        self.squared(gram, base, 1.0, c, out)
 
-    def product(
-        self,
-        left: Tensor,
-        right: Tensor,
-        out: Tensor,
-        base: Tensor | None = None,
-        beta: float = 0.0,
-        alpha: float = 1.0,
-    ) -> None:
-        """``beta * base + alpha * left @ right``."""
-        if self.single:
-            left, right, out = (t.squeeze(0) for t in (left, right, out))
-            if base is None:
-                torch.mm(left, right, out=out)
-            else:
-                torch.addmm(base.squeeze(0), left, right, beta=beta, alpha=alpha, out=out)
-        elif base is None:
-            torch.bmm(left, right, out=out)
-        else:
-            torch.baddbmm(base, left, right, beta=beta, alpha=alpha, out=out)
+    def gram_of(self, x: Tensor) -> None:
+        """``X X'``"""
+        for i, (first, last) in enumerate(pairwise(self.edges)):
+            above, right = x[..., first:last, :], x[..., first:, :].mT
+            self.multiply(above, right, out=self.gram.panels[i])
+        self.gram.mirror()
 
-    def symmetric(
-        self,
-        left: Tensor,
-        right: Tensor,
-        out: Tensor,
-        base: Tensor | None = None,
-        beta: float = 0.0,
-        alpha: float = 1.0,
+    def product(self, left: _Symmetric, right: _Symmetric, out: _Symmetric) -> None:
+        """Of two matrices that commute, so that it is symmetric, too."""
+        for rows, columns, panel in zip(left.rows, right.columns, out.panels, strict=True):
+            self.multiply(rows, columns, out=panel)
+        out.mirror()
+
+    def squared(
+        self, gram: _Symmetric, base: _Symmetric, beta: float, alpha: float, out: _Symmetric
     ) -> None:
-        """The same, of a product and a base that are symmetric but for rounding."""
-        for first, last in zip(self.edges, self.edges[1:], strict=False):
-            panel = slice(first, last)
-            of_base = None if base is None else base[:, panel, first:]
-            of_out = out[:, panel, first:]
-            self.product(left[:, panel], right[:, :, first:], of_out, of_base, beta, alpha)
-            out[:, last:, panel] = out[:, panel, last:].mT
+        """``beta * base + alpha * A A``"""
+        for of_base, rows, columns, panel in zip(
+            base.panels, gram.rows, gram.columns, out.panels, strict=True
+        ):
+            self.multiply_add(of_base, rows, columns, beta=beta, alpha=alpha, out=panel)
+        out.mirror()
 
 
 def _edges(rows: int) -> list[int]:
