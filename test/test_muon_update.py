@@ -122,11 +122,10 @@ def by_hand(step: Step, i: int) -> Step:
     )  # fmt: skip
     matrices = direction.view(count, rows, columns)
     for k in range(count):
-        lying = matrices[k].T if rows > columns else matrices[k]
-        stack = torch.zeros(stack_size(rows, columns, "cpu"), *lying.shape, dtype=torch.bfloat16)
-        stack[0] = lying
+        stack = torch.zeros(stack_size(rows, columns, "cpu"), rows, columns, dtype=torch.bfloat16)
+        stack[0] = matrices[k]
         orthogonalize_(stack, one.options["coefficients"], one.options["eps"])
-        matrices[k] = stack[0].T if rows > columns else stack[0]
+        matrices[k] = stack[0]
     numbers = one.numbers.clone()
     numbers[2] *= update.rate_scale(one.options["matrices"][0], one.options["match_rms"])
     ops.step_(

@@ -18,12 +18,6 @@ class MatrixShape(NamedTuple):
     rows: int
     columns: int
 
-    @property
-    def lying(self) -> tuple[int, int]:
-        """The shorter side, then the longer one: a matrix that is taller than wide is transposed
-        before it is orthogonalized."""
-        return min(self.rows, self.columns), max(self.rows, self.columns)
-
 
 def of(shape: Sequence[int], higher_dims: str = "refuse") -> MatrixShape:
     """The matrices in a tensor of this shape.

@@ -9,9 +9,12 @@ Two things make it faster than a product after the other:
 
 - ``X X'``, and any polynomial of it, is symmetric. On the CPU large ones are computed as panels of
   rows, each from its diagonal on, and mirrored.
-- Where X is much longer than high, two iterations are composed among the small matrices and meet X
-  once. The first iteration is never one of them: it raises small singular values, and where these
-  are small a rounding error of the composed polynomial would be larger than they are.
+- Where one side of X is much longer than the other, two iterations are composed among the small
+  matrices and meet X once. The first iteration is never one of them: it raises small singular
+  values, and where these are small a rounding error of the composed polynomial would be larger than
+  they are.
+
+Tall matrices stay tall: their products are of the other side, and nothing is transposed.
 """
 
 from __future__ import annotations
@@ -57,7 +60,7 @@ def orthogonalize_(stack: Tensor, coefficients: Sequence[Triple], eps: float) ->
     matrix of zeros stays one.
 
     Args:
-        stack: (matrices, rows, columns), bfloat16, contiguous, with rows <= columns.
+        stack: (matrices, rows, columns), bfloat16, contiguous: other strides may give other bits.
         coefficients: a triple for each iteration.
         eps: what a matrix is divided by at least, in place of its norm.
     """
@@ -91,9 +94,8 @@ def _iterate_(stack: Tensor, coefficients: Sequence[Triple], eps: float) -> None
 
 def _plan(rows: int, columns: int, coefficients: Sequence[Triple]) -> Iterator[Sequence[Triple]]:
     """One triple for each iteration on its own, two for two composed ones."""
-    composes = (
-        columns >= 2 * rows and len(set(coefficients)) == 1 and coefficients[0][0] <= _STEEPEST
-    )
+    is_long = max(rows, columns) >= 2 * min(rows, columns)
+    composes = is_long and len(set(coefficients)) == 1 and coefficients[0][0] <= _STEEPEST
     at = 0
     while at < len(coefficients):
         length = 2 if composes and 0 < at < len(coefficients) - 1 else 1
@@ -127,10 +129,12 @@ class _Products:
     """The iterations, and the small matrices that they need, for matrices of one shape."""
 
     def __init__(self, stack: Tensor) -> None:
-        count, rows, _ = stack.shape
+        count, rows, columns = stack.shape
         single = count == 1
-        self.edges = _edges(rows) if single and stack.is_cpu else [0, rows]
-        shape = (rows, rows) if single else (count, rows, rows)
+        self.is_tall = rows > columns
+        side = min(rows, columns)
+        self.edges = _edges(side) if single and stack.is_cpu else [0, side]
+        shape = (side, side) if single else (count, side, side)
         small = [_Symmetric(stack.new_empty(shape), self.edges) for _ in range(4)]
         self.gram, self.factor, self.half, self.second = small
         self.multiply = torch.mm if single else torch.bmm
@@ -143,7 +147,7 @@ class _Products:
         if len(triples) == 1:
             a, b, c = triples[0]
             self.squared(gram, gram, b, c, factor)
-            self.multiply_add(x, factor.matrix, x, beta=a, out=out)
+            self.multiply_add(x, *self.factors(factor, x), beta=a, out=out)
             return
         # The first iteration is P X, of P = a I + b A + c A A. The second one has P A P for A.
         self.polynomial(gram, triples[0], half, factor)
@@ -151,7 +155,11 @@ class _Products:
         self.product(half, factor, gram)
         self.polynomial(gram, triples[1], half, second)
         self.product(second, factor, half)
-        self.multiply(half.matrix, x, out=out)
+        self.multiply(*self.factors(half, x), out=out)
+
+    def factors(self, small: _Symmetric, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A tall matrix is multiplied from the right: what is X' here is X in the formulas."""
+        return (x, small.matrix) if self.is_tall else (small.matrix, x)
 
     def polynomial(
         self, gram: _Symmetric, triple: Triple, base: _Symmetric, out: _Symmetric
@@ -165,10 +173,11 @@ class _Products:
         self.squared(gram, base, 1.0, c, out)
 
     def gram_of(self, x: Tensor) -> None:
-        """``X X'``"""
+        """``X X'``, or ``X' X`` of a tall one."""
+        lying = x.mT if self.is_tall else x
         for i, (first, last) in enumerate(pairwise(self.edges)):
-            above, right = x[..., first:last, :], x[..., first:, :].mT
-            self.multiply(above, right, out=self.gram.panels[i])
+            rows, columns = lying[..., first:last, :], lying[..., first:, :].mT
+            self.multiply(rows, columns, out=self.gram.panels[i])
         self.gram.mirror()
 
     def product(self, left: _Symmetric, right: _Symmetric, out: _Symmetric) -> None:

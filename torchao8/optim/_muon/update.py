@@ -183,7 +183,7 @@ def muon_update_(
             **state_options,
         )
         for stack in stacks:
-            _orthogonalize_(stack, triples, eps)
+            orthogonalize_(stack, triples, eps)
         for rate in dict.fromkeys(rates[i] for i in members):
             own_numbers = numbers.clone()
             own_numbers[_RATE_SCALE].mul_(rate)
@@ -308,14 +308,3 @@ def _directions(
         parts = made[: counts[rows, columns]].split([shapes[i].matrices for i in own])
         directions += [part.view(params[i].shape) for i, part in zip(own, parts, strict=True)]
     return directions, stacks
-
-
-def _orthogonalize_(stack: Tensor, coefficients: Sequence[Triple], eps: float) -> None:
-    """The same of matrices that may be taller than wide."""
-    _, rows, columns = stack.shape
-    if rows <= columns:
-        orthogonalize_(stack, coefficients, eps)
-        return
-    lying = stack.mT.contiguous()
-    orthogonalize_(lying, coefficients, eps)
-    stack.copy_(lying.mT)
