@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
+import helpers
 import hypothesis
 import pytest
 import torch
@@ -54,6 +55,14 @@ def device() -> str:
     """The only one. It does not appear in the names of the tests, as one of several does."""
     (only,) = DEVICES
     return only
+
+
+@pytest.fixture(autouse=True)
+def _matrices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that run over the table of optimizers get parameters that the one of theirs takes."""
+    callspec = getattr(request.node, "callspec", None)
+    case = callspec.params.get("case") if callspec else None
+    monkeypatch.setattr(helpers, "as_matrices", getattr(case, "matrices", False))
 
 
 @pytest.fixture(autouse=True)

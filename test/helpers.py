@@ -1,6 +1,7 @@
 """Parameters, gradients, checkpoints, and comparisons of bits that several tests share."""
 
 import io
+import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -28,6 +29,8 @@ needs_kernels = pytest.mark.skipif(
 # matrix of three columns) elements, but for (5,), which is too small, and the scalar.
 SHAPES = ((3, 300), (40, 70), (700,), (4, 6, 9, 5), (2, 3, 400), (5,), (300, 3), ())
 SMALL = 100
+# Set for the tests of an optimizer that takes matrices alone, see conftest.py.
+as_matrices = False
 
 
 def make_params(
@@ -36,10 +39,21 @@ def make_params(
     seed: int = 0,
     device: str = "cpu",
 ) -> list[torch.nn.Parameter]:
-    """The same parameters at every call with the same arguments, and the same on every device."""
+    """The same parameters at every call with the same arguments, and the same on every device.
+
+    Those of an optimizer of matrices are all matrices, see :func:`as_matrix`.
+    """
     generator = torch.Generator().manual_seed(seed)
+    if as_matrices:
+        shapes = [as_matrix(shape) for shape in shapes]
     values = [torch.randn(s, generator=generator) for s in shapes]
     return [torch.nn.Parameter(x.to(device, dtype)) for x in values]
+
+
+def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """A vector or a scalar as one row, more dimensions as the columns of a matrix."""
+    first, *others = (1,) * (2 - len(shape)) + tuple(shape)
+    return first, math.prod(others)
 
 
 def set_grads(

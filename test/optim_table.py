@@ -27,6 +27,7 @@ class OptimizerCase:
         base: what :meth:`make` passes, so that there is state.
         full: options under which there are all states that the class can have; those that come on
             top of ``states``, by name and whether signed.
+        matrices: whether all parameters have to be matrices, see helpers.make_params.
     """
 
     cls: type[LowPrecisionOptimizer]
@@ -40,6 +41,7 @@ class OptimizerCase:
     more_states: tuple[tuple[str, bool], ...] = ()
     scalars: tuple[str, ...] = ()
     is_new: bool = False
+    matrices: bool = False
 
     def make(self, params: Any, **options: Any) -> LowPrecisionOptimizer:
         """The optimizer, with state."""
@@ -47,7 +49,7 @@ class OptimizerCase:
 
     def known(self, options: Options) -> Options:
         """Those of the options that the class has; for amsgrad, what gives it all of its states."""
-        defaults = self.make([torch.nn.Parameter(torch.ones(1))]).defaults
+        defaults = self.make([torch.nn.Parameter(torch.ones(1, 1))]).defaults
         known = {k: v for k, v in options.items() if k in defaults and k != "amsgrad"}
         if "betas" in known:  # two of them: a rule with three gets its own third one
             known["betas"] = (*known["betas"], *defaults["betas"][2:])
@@ -108,6 +110,12 @@ LION_OPTIONS: tuple[Options, ...] = (
     {"weight_decay": 0.3, "lr": 0.05},
     {"betas": (0.0, 0.5), "maximize": True},
     {"betas": (0.8, 0.0)},
+)
+MUON_OPTIONS: tuple[Options, ...] = (
+    {},
+    {"weight_decay": 0.3, "lr": 0.05, "nesterov": False},
+    {"momentum": 0.5, "maximize": True, "adjust_lr_fn": "match_rms_adamw"},
+    {"ns_coefficients": ((4.0, -6.9, 2.9), (3.8, -2.9, 0.5)), "ns_steps": 2, "eps": 1e-3},
 )
 NADAM_OPTIONS: tuple[Options, ...] = (
     {},
@@ -198,6 +206,14 @@ OPTIMIZERS = (
     ),
     *family("Lion", None, (("exp_avg", True),), LION_OPTIONS),
     *family(
+        "Muon",
+        torch.optim.Muon,
+        (("momentum_buffer", True),),
+        MUON_OPTIONS,
+        is_new=True,
+        matrices=True,
+    ),
+    *family(
         "NAdam",
         torch.optim.NAdam,
         ADAM_STATES,
@@ -275,6 +291,7 @@ BAD_BETAS: tuple[tuple[Options, str], ...] = (
     ({"betas": 0.9}, "betas: expected two numbers, got 0.9"),
     ({"betas": (0.9, torch.tensor(1.0))}, "betas[1]: expected a number in [0, 1), got 1.0"),
 )
+BAD_COEFFICIENTS = "ns_coefficients: expected three finite Python numbers, or a sequence of such"
 BAD_NESTEROV = "nesterov: expected a momentum above 0 and a dampening of 0 with it, got"
 BAD_OF_RULE: dict[str, tuple[tuple[Options, str], ...]] = {
     "adam": (
@@ -323,6 +340,42 @@ BAD_OF_RULE: dict[str, tuple[tuple[Options, str], ...]] = {
     "lion": (
         *BAD_BETAS,
         ({"weight_decay": -0.1}, "weight_decay: expected a finite number >= 0, got -0.1"),
+    ),
+    "muon": (
+        ({"momentum": 1.0}, "momentum: expected a number in [0, 1), got 1.0"),
+        ({"momentum": -0.1}, "momentum: expected a number in [0, 1), got -0.1"),
+        ({"weight_decay": -0.1}, "weight_decay: expected a finite number >= 0, got -0.1"),
+        ({"nesterov": 1}, "nesterov: expected True or False, got 1"),
+        ({"eps": -1e-7}, "eps: expected a finite number >= 0, got -1e-07"),
+        ({"eps": torch.tensor(1e-7)}, "eps: expected a Python number, got a tensor"),
+        ({"ns_steps": 0}, "ns_steps: expected an int from 1 to 99, got 0"),
+        ({"ns_steps": 100}, "ns_steps: expected an int from 1 to 99, got 100"),
+        ({"ns_steps": 5.0}, "ns_steps: expected an int from 1 to 99, got 5.0"),
+        (
+            {"ns_coefficients": [(3.4, -4.8, 2.0)] * 8},
+            "ns_steps: expected 8, as ns_coefficients has 8 triples, got 5",
+        ),
+        (
+            {"ns_coefficients": [(3.4, -4.8, 2.0)]},
+            "ns_steps: expected 1, as ns_coefficients has 1 triple, got 5",
+        ),
+        ({"ns_coefficients": (3.4, -4.8)}, BAD_COEFFICIENTS),
+        ({"ns_coefficients": ((3.4, -4.8), (3.4, -4.8))}, BAD_COEFFICIENTS),
+        ({"ns_coefficients": ()}, BAD_COEFFICIENTS),
+        ({"ns_coefficients": (3.4, -4.8, float("nan"))}, BAD_COEFFICIENTS),
+        ({"ns_coefficients": (3.4, -4.8, torch.tensor(2.0))}, BAD_COEFFICIENTS),
+        (
+            {"adjust_lr_fn": "rms"},
+            "adjust_lr_fn: expected 'original', 'match_rms_adamw' or None, got 'rms'",
+        ),
+        (
+            {"higher_dims": True},
+            "higher_dims: expected one of 'refuse', 'batch', 'flatten', got True",
+        ),
+        (
+            {"optim_bits": 4},
+            "optim_bits: expected 8 or 32, got 4: Muon has no state of 4 bits",
+        ),
     ),
     "nadam": (
         *BAD_BETAS,
@@ -382,6 +435,7 @@ SCHEDULES: dict[str, dict[str, list[Any]]] = {
         **DECAY,
     },
     "lion": {"betas": BETAS, **DECAY},
+    "muon": {**MOMENTUM, **DECAY},
     "nadam": {"betas": BETAS, "momentum_decay": [0.004, 0.1, 0.5, 0.0], **EPS, **DECAY},
     "rmsprop": {"alpha": [0.99, 0.9, 0.5, 0.8], **MOMENTUM, **EPS, **DECAY},
     "sgd": {**MOMENTUM, "dampening": [0.0, 0.3, 0.2, 0.1], **DECAY},

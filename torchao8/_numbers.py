@@ -80,10 +80,10 @@ def plain(value: Any) -> Any:
     Torch takes them for options, but a file that holds some does not load with weights_only=True.
     """
     if isinstance(value, (tuple, list)):
-        if any(_is_of_numpy(v) for v in value):
-            plain_values = [plain(v) for v in value]
-            return plain_values if isinstance(value, list) else tuple(plain_values)
-        return value
+        plain_values = [plain(v) for v in value]
+        if all(new is old for new, old in zip(plain_values, value, strict=True)):
+            return value
+        return plain_values if isinstance(value, list) else tuple(plain_values)
     return value.item() if _is_of_numpy(value) else value
 
 

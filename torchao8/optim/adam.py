@@ -86,7 +86,8 @@ class _Adam(LowPrecisionOptimizer):
         )
         return (*states, State("max_exp_avg_sq", signed=False)) if group["amsgrad"] else states
 
-    def _op_flags(self, group: Group) -> dict[str, bool]:
+    @classmethod
+    def _op_flags(cls, group: Group) -> dict[str, bool]:
         decoupled = group["decoupled_weight_decay"]
         return {"decoupled_weight_decay": decoupled, "maximize": group["maximize"]}
 

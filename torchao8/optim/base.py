@@ -7,7 +7,7 @@ update rule, see :mod:`torchao8.optim.contract`. Nothing in this file knows a ru
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -22,7 +22,7 @@ from torchao8.block_layout import Scales
 from torchao8.optim._params import check_new_params, check_params
 from torchao8.optim._state import paging
 from torchao8.optim._state.convert import in_32bit
-from torchao8.optim._state.layout import init_states, rows_of
+from torchao8.optim._state.layout import gets_state, init_states, rows_of
 from torchao8.optim._state.load import seal_state_dict
 from torchao8.optim._state.memory import Memory, log_new_state, memory_of
 from torchao8.optim._state.moments import moments_of
@@ -32,7 +32,7 @@ from torchao8.optim._step.bucket import Number
 from torchao8.optim._step.calls import call_ops
 from torchao8.optim._step.plan import Plan, plan_step
 from torchao8.optim.contract import OptimizerContract
-from torchao8.optim.options import ADDED_LATER, Group, plain_hints
+from torchao8.optim.options import ADDED_LATER, Group
 from torchao8.sharding import is_dtensor
 
 
@@ -64,7 +64,7 @@ class LowPrecisionOptimizer(OptimizerContract):
         Raises:
             TypeError: not a dict, or ``params`` not an ordered collection of tensors.
             ValueError: an option out of range; a parameter that is not a leaf, not of a supported
-                dtype, or already in the optimizer.
+                dtype, not one that the rule takes, or already in the optimizer.
             NotImplementedError: ``differentiable=True``.
         """
         if isinstance(param_group, dict):
@@ -72,16 +72,31 @@ class LowPrecisionOptimizer(OptimizerContract):
             if not isinstance(given, (Tensor, list, set)):
                 param_group["params"] = given = list(given)  # an iterator can be read only once
             _warn_of_misspelled(param_group, self.defaults)
-            options = {**self.defaults, **plain_hints(param_group)}
+            options = {**self.defaults, **self._normalized(param_group)}
             plain_numbers(options)
             self._check_new(options)
             paging.check_folder(options)
             given = [given] if isinstance(given, Tensor) else given
             check_params(given, options["stochastic_rounding"])
+            self._check_rule_takes(options, given)
             check_new_params(self, given)
         super().add_param_group(param_group)
-        self.param_groups[-1].update(plain_hints(self.param_groups[-1]))
+        self.param_groups[-1].update(self._normalized(self.param_groups[-1]))
         plain_numbers(self.param_groups[-1])
+
+    def _check_rule_takes(self, group: Group, params: Iterable[Any]) -> None:
+        """Raises ValueError for a trainable parameter that the rule of a new group does not take.
+
+        Args:
+            params: parameters, or (name, parameter) pairs.
+        """
+        for index, entry in enumerate(params):
+            name, p = entry if isinstance(entry, tuple) else (None, entry)
+            if isinstance(p, Tensor) and gets_state(p):
+                why = self._why_refused(group, p)
+                if why is not None:
+                    label = f"params[{index}]" + (f" ({name})" if name else "")
+                    raise ValueError(f"{type(self).__name__}: {label}: {why}")
 
     # -- the step ------------------------------------------------------------------------------
 

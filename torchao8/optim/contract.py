@@ -51,6 +51,7 @@ class OptimizerContract(Optimizer):
         _bits, _paged: the defaults of ``optim_bits`` and ``is_paged``. That of ``block_size``
             follows from the first.
         _has_4bit: whether the rule has state of 4 bits.
+        _bad_gradients: what its docstring says of gradients that are not finite.
         _fixed: options of every group that the constructor does not take.
         _torch_class: the class of torch.optim with the same rule, where there is one.
         _torch_state_at_start: whether that class has state before the first step.
@@ -66,6 +67,9 @@ class OptimizerContract(Optimizer):
     _bits = 32
     _paged = False
     _has_4bit = False
+    _bad_gradients = (
+        "An element whose gradient is not finite keeps its value and its state, up to rounding."
+    )
     _fixed: Group = {}  # noqa: RUF012
     _torch_class: type[Optimizer] | None = None
     _torch_state_at_start = False
@@ -96,9 +100,14 @@ class OptimizerContract(Optimizer):
         return {**own, **cls._fixed, **COMMON, **defaults_of(cls._bits), **common}
 
     @classmethod
+    def _normalized(cls, options: Group) -> Group:
+        """The same options without None: checkpoint tools take none."""
+        return plain_hints(options)
+
+    @classmethod
     def _as_defaults(cls, options: Group) -> Group:
         """The options as a group has them: without None, with all numbers Python's own."""
-        defaults = plain_hints({**options, "state_version": STATE_VERSION})
+        defaults = cls._normalized({**options, "state_version": STATE_VERSION})
         if defaults["is_paged"] is None:
             defaults["is_paged"] = cls._paged
         plain_numbers(defaults)
@@ -126,6 +135,12 @@ class OptimizerContract(Optimizer):
         cls._check_options(group)
         cls._check_new_group(group)
 
+    @classmethod
+    def _why_refused(cls, group: Group, p: Tensor) -> str | None:
+        """What the rule of a group expects of a parameter and what it got, without the name of the
+        parameter; None if it takes it. What no rule takes is refused elsewhere."""
+        return None
+
     # -- the state -----------------------------------------------------------------------------
 
     @classmethod
@@ -150,14 +165,27 @@ class OptimizerContract(Optimizer):
 
     # -- the step ------------------------------------------------------------------------------
 
-    def _op_flags(self, group: Group) -> dict[str, bool]:
+    @classmethod
+    def _rule(cls, group: Group) -> type[OptimizerContract]:
+        """The class whose ``_op`` steps the parameters of a group: a class may have two rules."""
+        return cls
+
+    @classmethod
+    def _is_of_matrices(cls, group: Group) -> bool:
+        """Whether the parameters of a group are matrices that are orthogonalized: a step of
+        :mod:`torchao8.optim._muon`, which calls the op of the rule itself."""
+        return False
+
+    @classmethod
+    def _op_flags(cls, group: Group) -> dict[str, bool]:
         """The options of a group that the op of the rule has, and that are no numbers."""
         return {"maximize": group["maximize"]}
 
-    def _op_numbers(self, group: Group, device: torch.device) -> Tensor:
+    @classmethod
+    def _op_numbers(cls, group: Group, device: torch.device) -> Tensor:
         """The numbers of a group as the op of the rule takes them."""
         betas = {f"beta{i}": beta for i, beta in enumerate(group.get("betas", ()), 1)}
-        return ops.rule_numbers(self._op, {**group, **betas}, device)
+        return ops.rule_numbers(cls._op, {**group, **betas}, device)
 
     def _has_trust_ratios(self, group: Group) -> bool:
         """Whether the learning rate of each parameter is multiplied by a ratio of norms."""
@@ -205,6 +233,10 @@ class OptimizerContract(Optimizer):
             writers: the other libraries that wrote its state, as "bitsandbytes".
         """
         return []
+
+    def _check_for_torch(self, group: Group) -> None:
+        """Raises ValueError where the class of torch.optim does not do what these options say, or
+        does not take the parameters of the group."""
 
     def _of_torch(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the class of torch.optim keeps of the 32-bit state of a parameter."""

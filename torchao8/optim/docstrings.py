@@ -131,9 +131,7 @@ def _state_of(cls: type[OptimizerContract]) -> str:
         text.append(f" Without {option} there is no ``{name}``.")
     for option, name in cls._added.items():
         text.append(f" With {option} there is also ``{name}``.")
-    text.append(
-        " An element whose gradient is not finite keeps its value and its state, up to rounding."
-    )
+    text.append(f" {cls._bad_gradients}")
     return _wrapped("".join(text))
 
 

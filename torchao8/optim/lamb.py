@@ -98,7 +98,8 @@ class LAMB(LowPrecisionOptimizer):
     def _states(cls, group: Group) -> tuple[State, ...]:
         return (State("exp_avg", signed=True), State("exp_avg_sq", signed=False))
 
-    def _op_flags(self, group: Group) -> dict[str, bool]:
+    @classmethod
+    def _op_flags(cls, group: Group) -> dict[str, bool]:
         return {"decoupled_weight_decay": True, "maximize": group["maximize"]}
 
     def _has_trust_ratios(self, group: Group) -> bool:

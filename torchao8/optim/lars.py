@@ -129,7 +129,8 @@ class LARS(LowPrecisionOptimizer):
     def _assumed_steps(self, group: Group) -> int | None:
         return 1  # after the first one, which sets the buffer, their number does not matter
 
-    def _op_flags(self, group: Group) -> dict[str, bool]:
+    @classmethod
+    def _op_flags(cls, group: Group) -> dict[str, bool]:
         flags = {name: group[name] for name in ("nesterov", "maximize")}
         return {**flags, "rate_in_buffer": True}
 

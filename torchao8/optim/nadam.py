@@ -94,7 +94,8 @@ class NAdam(LowPrecisionOptimizer):
             State("mu_product", signed=False, initial=1.0, is_scalar=True),
         )
 
-    def _op_flags(self, group: Group) -> dict[str, bool]:
+    @classmethod
+    def _op_flags(cls, group: Group) -> dict[str, bool]:
         return {name: group[name] for name in ("decoupled_weight_decay", "maximize")}
 
 

@@ -111,7 +111,8 @@ class SGD(LowPrecisionOptimizer):
             return {}  # torch takes its first gradient for the buffer where there is none
         return {name: value for name, value in state.items() if name != "step"}
 
-    def _op_flags(self, group: Group) -> dict[str, bool]:
+    @classmethod
+    def _op_flags(cls, group: Group) -> dict[str, bool]:
         flags = {name: group[name] for name in ("nesterov", "maximize")}
         return {**flags, "rate_in_buffer": False}
 

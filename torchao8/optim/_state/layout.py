@@ -53,11 +53,11 @@ def format_of(group: Group, p: Tensor) -> Format:
     return FOUR_BIT if group["optim_bits"] == 4 else FORMATS[group["state_format"]]
 
 
-def check_device(optimizer: OptimizerContract, p: Tensor, own: Format) -> None:
+def check_device(optimizer: OptimizerContract, group: Group, p: Tensor, own: Format) -> None:
     """Raises NotImplementedError where the device of a parameter has no steps of a format."""
-    device = sharding.local(p).device
-    if own.is_quantized and not ops.takes_format(optimizer._op, own.name, device):
-        there = [n for n in ops.FORMAT_NUMBERS if ops.takes_format(optimizer._op, n, device)]
+    device, op = sharding.local(p).device, optimizer._rule(group)._op
+    if own.is_quantized and not ops.takes_format(op, own.name, device):
+        there = [n for n in ops.FORMAT_NUMBERS if ops.takes_format(op, n, device)]
         steps = "the PyTorch operators" if ops.is_portable(device) else "the kernels"
         option = "optim_bits=4" if own is FOUR_BIT else f"state_format={own.name!r}"
         raise NotImplementedError(
@@ -88,7 +88,7 @@ def layout_of(
         NotImplementedError: there are no steps of the format on the device.
     """
     scales, own = Scales.of(group), format_of(group, p)
-    check_device(optimizer, p, own)
+    check_device(optimizer, group, p, own)
     _check_shards(optimizer, group, p, own)
     place = _place_of(p, scales, own, paging.folder_of(group, p))
     layout = beside_states(clips(group))
@@ -175,6 +175,14 @@ def _scale_shape(shape: torch.Size, scales: Scales) -> tuple[int, ...]:
     return scales.shape(shape)
 
 
+def check_rule_takes(optimizer: OptimizerContract, group: Group, p: Tensor) -> None:
+    """Raises ValueError for a parameter that the rule of its group does not take: programs put
+    parameters into groups, and change options, after both were checked."""
+    why = optimizer._why_refused(group, p)
+    if why is not None:
+        raise ValueError(f"{type(optimizer).__name__}: {describe(optimizer, p)}: {why}")
+
+
 def check_shard(optimizer: OptimizerContract, p: DTensor, rows: ShardRows) -> None:
     """Raises ValueError unless the local tensor of a parameter is what lies there."""
     wrong = sharding.wrong_shard_message(p, rows)
@@ -237,6 +245,8 @@ def init_states(optimizer: OptimizerContract) -> bool:
         for p in group["params"]:
             if p.grad is not None:
                 check_grad(optimizer, p)
+            if gets_state(p):
+                check_rule_takes(optimizer, group, p)
             if has_state(optimizer.state.get(p)):
                 check_layout(optimizer, group, p, states_of_group)
             elif gets_state(p):

@@ -25,7 +25,7 @@ from torchao8.optim._state.layout import layout_of
 from torchao8.optim._state.sealed import Kept, check_form, is_step, parts_of, seal
 from torchao8.optim._state.spec import NO_NORM, NORMS, NORMS_KEPT, Layout, State, is_own
 from torchao8.optim.contract import OptimizerContract
-from torchao8.optim.options import Group, check_flag, clips, plain_hints
+from torchao8.optim.options import Group, check_flag, clips
 
 
 def seal_state_dict(optimizer: Optimizer, state_dict: Any) -> dict[str, Any] | None:
@@ -132,7 +132,7 @@ class _Loading:
             if has_state:
                 self.optimizer._check_source(saved)
             options = self._own_options(saved)
-            group = {**missing, **_in_form(plain_hints(options), live), **kept}
+            group = {**missing, **_in_form(self.optimizer._normalized(options), live), **kept}
             self.optimizer._check_options(group)
             if group["stochastic_rounding"]:
                 check_params(live["params"], True)

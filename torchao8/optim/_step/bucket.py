@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchao8.matrix_shape import MatrixShape
 from torchao8.optim.options import Group
 
 # A parameter, by the number of its group and its own there.
@@ -74,6 +75,7 @@ class Work(NamedTuple):
         histories: of the norms of gradients, where these are clipped.
         counts: those that no bucket counts, by their devices, each device once or more.
         sharded: the parameters that are DTensors.
+        matrices: what each parameter is, the whole of it, where their rule orthogonalizes them.
         lr, rule_numbers: as the ops take them, the numbers by device; filled as they are wanted.
     """
 
@@ -87,5 +89,6 @@ class Work(NamedTuple):
     histories: list[Tensor]
     counts: list[tuple[torch.device, list[Tensor]]]
     sharded: list[Tensor]
+    matrices: list[MatrixShape] | None
     lr: Tensor
     rule_numbers: dict[torch.device, Tensor]

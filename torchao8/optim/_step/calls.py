@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchao8 import ops
+from torchao8.optim._muon import step as matrices
 from torchao8.optim._step.bucket import Bucket, Work
 from torchao8.optim._step.extremes import extremes_of
 from torchao8.optim._step.factors import factors_of
@@ -32,14 +33,15 @@ def call_ops(
 
     def arguments(i: int, bucket: Bucket) -> ops.Arguments:
         work, device = works[i], bucket.params[0].device
+        rule = optimizer._rule(work.group)
         if device not in work.rule_numbers:
             work.rule_numbers[device] = optimizer._op_numbers(work.group, device)
         return ops.Arguments(
-            optimizer._op,
+            rule._op,
             bucket.params,
             bucket.grads,
-            [bucket.values.get(name, []) for name in optimizer._op_states],
-            [bucket.scales.get(name, []) for name in optimizer._op_scaled_states],
+            [bucket.values.get(name, []) for name in rule._op_states],
+            [bucket.scales.get(name, []) for name in rule._op_scaled_states],
             bucket.steps,
             work.lr if work.lr.is_cpu else _to_device(work.lr, device),  # the CPU's go anywhere
             work.rule_numbers[device],
@@ -60,10 +62,15 @@ def call_ops(
     for (i, work, bucket), pages in zip(calls, ahead, strict=True):
         group = work.group
         ops.prefetch_pages_(pages, bucket.params[0])
+        found = _to_device(found_inf, bucket.params[0].device)
+        own_extremes = [extremes[i][k] for k in bucket.numbers if k in extremes[i]]
+        if work.matrices is not None:
+            matrices.step_(work, bucket, arguments(i, bucket), own_extremes, found)
+            continue
         ops.step_(
             *arguments(i, bucket),
-            [extremes[i][k] for k in bucket.numbers if k in extremes[i]],
-            _to_device(found_inf, bucket.params[0].device),
+            own_extremes,
+            found,
             block_size=group["block_size"],
             stochastic_rounding=group["state_rounding"] == "stochastic",
             stochastic_params=group["stochastic_rounding"],

@@ -1,5 +1,7 @@
 """What a step multiplies gradients and learning rates by: clipping and trust ratios.
 
+Beside them, the gradients of matrices that no step can take are multiplied by NaN.
+
 They need norms of whole parameters, of their gradients or of their updates, before the update
 begins. The sums of squares are exact, so that neither sharding nor the order of a sum changes a
 bit; those of all parameters go through one all-reduce for each dimension of a mesh that shards
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from torchao8 import ops, sharding
+from torchao8.optim._muon import factors as bad_gradients
 from torchao8.optim._step import clipping
 from torchao8.optim._step.bucket import Member, Work
 from torchao8.optim._step.pages import pages_ahead
@@ -38,7 +41,9 @@ def factors_of(
     wanted = [
         i
         for i, work in enumerate(works)
-        if optimizer._has_trust_ratios(work.group) or clips(work.group)
+        if optimizer._has_trust_ratios(work.group)
+        or clips(work.group)
+        or optimizer._is_of_matrices(work.group)
     ]
     result: list[list[Tensor]] = [[] for _ in works]
     for device in dict.fromkeys(grad.device for i in wanted for grad in works[i].grads):
@@ -72,9 +77,37 @@ class _Device:
         groups = [works[i].group for i, _ in members]
         self.clips = any(clips(group) for group in groups)
         self.trusts = any(optimizer._has_trust_ratios(group) for group in groups)
+        self.of_matrices = [n for n, group in enumerate(groups) if optimizer._is_of_matrices(group)]
 
     def factors(self) -> Tensor:
         """Of shape (n, 2), in the order of the members."""
+        if not self.of_matrices:
+            return self._of_norms()
+        flags = self._matrix_factors()
+        if not (self.clips or self.trusts):
+            return torch.stack((flags, torch.ones_like(flags)), 1)
+        pairs = self._of_norms()
+        return torch.stack((pairs[:, 0] * flags, pairs[:, 1]), 1)
+
+    def _matrix_factors(self) -> Tensor:
+        """For each member 1, or NaN where it is a matrix with a gradient that no step can take, on
+        this rank or on another one."""
+        members = [self.members[n] for n in self.of_matrices]
+        found = bad_gradients.OP([self.works[i].grads[k] for i, k in members])
+        if any(sharding.is_dtensor(self.works[i].params[k]) for i, k in members):
+            numbers = tuple((self.works[i].number, self.works[i].numbers[k]) for i, k in members)
+            is_bad = found.isnan().to(torch.int64).unsqueeze(1)
+            is_bad = sharding.largest_rows(is_bad, self.optimizer._shard_groups(numbers))
+            found = torch.where(is_bad.squeeze(1) > 0, torch.nan, 1.0).to(found.dtype)
+        if len(members) == len(self.members):
+            return found
+        flags = list(torch.ones(len(self.members), dtype=found.dtype, device=found.device).unbind())
+        for n, flag in zip(self.of_matrices, found.unbind(), strict=True):
+            flags[n] = flag
+        return torch.stack(flags)
+
+    def _of_norms(self) -> Tensor:
+        """What clipping and trust ratios multiply by."""
         measures = self.trusts and self.optimizer._compares_updates
         grads = [self.works[i].grads[k] for i, k in self.members]
         params = [sharding.local(self.works[i].params[k]) for i, k in self.members]

@@ -24,13 +24,21 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from torchao8 import sharding
+from torchao8 import matrix_shape, sharding
 from torchao8._messages import describe, meta_message
 from torchao8._numbers import plain_numbers
+from torchao8.matrix_shape import MatrixShape
 from torchao8.optim._params import NO_FLOAT16, check_grad, is_readable_grad
 from torchao8.optim._state import paging
 from torchao8.optim._state.formats import FLOAT32, FORMATS, Format, first_keys
-from torchao8.optim._state.layout import check_device, check_format, rounds_param, rows_of, wake
+from torchao8.optim._state.layout import (
+    check_device,
+    check_format,
+    check_rule_takes,
+    rounds_param,
+    rows_of,
+    wake,
+)
 from torchao8.optim._state.spec import NORMS, has_state, is_own
 from torchao8.optim._step import pages
 from torchao8.optim._step.bucket import Work
@@ -159,6 +167,7 @@ class GroupPlan:
         indices: of the parameters that have a gradient, in the group.
         sharded: of those that are DTensors, among these.
         calls: the op calls.
+        matrices: what each parameter is, where the rule orthogonalizes them.
     """
 
     def __init__(self, optimizer: OptimizerContract, number: int, group: Group) -> None:
@@ -179,6 +188,7 @@ class GroupPlan:
         self.indices: list[int] = []
         self.sharded: list[int] = []
         self.calls: list[Calls] = []
+        self.matrices: list[MatrixShape] | None = None
 
     def _keys(self, found: Format) -> list[str]:
         """Of the state of a parameter: first those beside the states, at last the scales."""
@@ -210,6 +220,8 @@ class GroupPlan:
         if group["stochastic_rounding"] and p.dtype == torch.float16:
             name = type(optimizer).__name__
             raise ValueError(f"{name}: {describe(optimizer, p)}: {NO_FLOAT16}")
+        if not torch.compiler.is_compiling():  # init_states() has looked when the trace began
+            check_rule_takes(optimizer, group, p)
         for key, each in self.told_by:
             if key in state:
                 entry.found = each
@@ -238,6 +250,9 @@ class GroupPlan:
         self.sharded = [i for i, entry in enumerate(entries) if entry.is_sharded]
         made: dict[Kind, Calls] = {}
         one_scale = not group["block_wise"]
+        if optimizer._is_of_matrices(group):
+            shapes = [tuple(entry.param.shape) for entry in entries]
+            self.matrices = [matrix_shape.of(shape, group["higher_dims"]) for shape in shapes]
         for member, entry in enumerate(entries):
             p, is_sharded = entry.param, entry.is_sharded
             in_blocks = entry.found.is_quantized
@@ -261,7 +276,7 @@ class GroupPlan:
                 if kind.device.type == "meta" and not is_empty:
                     raise RuntimeError(meta_message(optimizer, p))
                 if not torch.compiler.is_compiling():
-                    check_device(optimizer, p, entry.found)
+                    check_device(optimizer, group, p, entry.found)
                 calls = made[kind] = Calls(kind, self.states, not one_scale)
             calls.add(member, entry.rows)
         for calls in made.values():
@@ -338,6 +353,7 @@ class GroupPlan:
             histories,
             counts,
             _pick(params, self.sharded),
+            self.matrices,
             options.lr,
             options.numbers,
         )

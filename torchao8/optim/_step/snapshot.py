@@ -19,7 +19,7 @@ from torchao8 import sharding
 from torchao8._numbers import one_number, plain_numbers
 from torchao8.optim._step.place import Columns
 from torchao8.optim.contract import OptimizerContract
-from torchao8.optim.options import LAYOUT_OPTIONS, Group, clips, known_options
+from torchao8.optim.options import Group, clips, known_options
 
 State = dict[str, Tensor]
 
@@ -141,7 +141,7 @@ class Options:
 
     def __init__(self, optimizer: OptimizerContract, group: Group) -> None:
         self.layout = (
-            *(group[name] for name in LAYOUT_OPTIONS),
+            *(group[name] for name in optimizer._own_options),
             group["stochastic_rounding"],
             clips(group),
             optimizer._states_of(group),
