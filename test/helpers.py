@@ -38,13 +38,16 @@ def make_params(
     shapes: Iterable[Sequence[int]] = SHAPES,
     seed: int = 0,
     device: str = "cpu",
+    matrices: bool | None = None,
 ) -> list[torch.nn.Parameter]:
     """The same parameters at every call with the same arguments, and the same on every device.
 
-    Those of an optimizer of matrices are all matrices, see :func:`as_matrix`.
+    Args:
+        matrices: whether all of them are to be matrices, see :func:`as_matrix`; None if the
+            optimizer that the test is given decides it.
     """
     generator = torch.Generator().manual_seed(seed)
-    if as_matrices:
+    if as_matrices if matrices is None else matrices:
         shapes = [as_matrix(shape) for shape in shapes]
     values = [torch.randn(s, generator=generator) for s in shapes]
     return [torch.nn.Parameter(x.to(device, dtype)) for x in values]

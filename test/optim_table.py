@@ -28,6 +28,7 @@ class OptimizerCase:
         full: options under which there are all states that the class can have; those that come on
             top of ``states``, by name and whether signed.
         matrices: whether all parameters have to be matrices, see helpers.make_params.
+        own_options: sets of options that ``torch_cls`` does not take.
     """
 
     cls: type[LowPrecisionOptimizer]
@@ -42,6 +43,7 @@ class OptimizerCase:
     scalars: tuple[str, ...] = ()
     is_new: bool = False
     matrices: bool = False
+    own_options: tuple[Options, ...] = ()
 
     def make(self, params: Any, **options: Any) -> LowPrecisionOptimizer:
         """The optimizer, with state."""
@@ -63,6 +65,15 @@ class OptimizerCase:
         if bits == 4:
             names = [f"{name}_{part}" for name in names for part in ("4bit", "4bit_scale")]
         return ["step", *names, *self.scalars]
+
+    def takes(self, p: torch.Tensor) -> bool:
+        """Whether it steps a parameter of this shape, with ``higher_dims="batch"`` if it asks."""
+        return not self.matrices or p.dim() > 1
+
+    @property
+    def step_op(self) -> str:
+        """The op that the optimizer calls for plain tensors."""
+        return "muon_update_" if self.matrices else self.cls._op
 
     def is_signed(self, state: str) -> bool:
         return state not in self.scalars and dict((*self.states, *self.more_states))[state]
@@ -114,8 +125,11 @@ LION_OPTIONS: tuple[Options, ...] = (
 MUON_OPTIONS: tuple[Options, ...] = (
     {},
     {"weight_decay": 0.3, "lr": 0.05, "nesterov": False},
-    {"momentum": 0.5, "maximize": True, "adjust_lr_fn": "match_rms_adamw"},
-    {"ns_coefficients": ((4.0, -6.9, 2.9), (3.8, -2.9, 0.5)), "ns_steps": 2, "eps": 1e-3},
+    {"momentum": 0.5, "eps": 1e-3, "ns_steps": 3, "adjust_lr_fn": "match_rms_adamw"},
+)
+OWN_MUON_OPTIONS: tuple[Options, ...] = (
+    {"maximize": True, "weight_decay": 0.2},
+    {"ns_coefficients": ((3.4, -4.7, 2.0), (3.0, -3.2, 1.2)), "ns_steps": 2, "eps": 1e-3},
 )
 NADAM_OPTIONS: tuple[Options, ...] = (
     {},
@@ -212,6 +226,7 @@ OPTIMIZERS = (
         MUON_OPTIONS,
         is_new=True,
         matrices=True,
+        own_options=OWN_MUON_OPTIONS,
     ),
     *family(
         "NAdam",
@@ -231,6 +246,8 @@ OPTIMIZERS = (
     ),
 )
 
+# Those whose step of an element depends on no other one of its parameter but by a norm.
+OF_ELEMENTS = tuple(case for case in OPTIMIZERS if not case.matrices)
 OF_8_BITS = tuple(case for case in OPTIMIZERS if case.optim_bits == 8)
 # Not among the others: what they share with these, tests of formats run over them.
 FOUR: dict[str, Any] = {"kinds": (("4bit", 4),)}
@@ -442,9 +459,9 @@ SCHEDULES: dict[str, dict[str, list[Any]]] = {
 }
 
 
-def every_optimizer() -> pytest.MarkDecorator:
-    """Runs a test over the table, as its argument ``case``."""
-    return pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.cls.__name__)
+def every_optimizer(cases: tuple[OptimizerCase, ...] = OPTIMIZERS) -> pytest.MarkDecorator:
+    """Runs a test over the table, or a part of it, as its argument ``case``."""
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.cls.__name__)
 
 
 def every_8bit() -> pytest.MarkDecorator:
@@ -508,7 +525,7 @@ def every_option_set(
         for case in cases:
             if of_torch and case.torch_cls is None:
                 continue
-            for options in case.options:
+            for options in case.options + (() if of_torch else case.own_options):
                 name = ",".join(f"{k}={v}" for k, v in options.items()) or "defaults"
                 yield pytest.param(case, options, id=f"{case.cls.__name__}-{name}")
 

@@ -9,7 +9,7 @@ import reference
 import reference_rules
 import torch
 from helpers import SMALL, all_bits, assert_same_training, make_params, set_grads, train
-from optim_table import OptimizerCase, Options, every_optimizer, every_option_set
+from optim_table import OF_ELEMENTS, OptimizerCase, Options, every_optimizer, every_option_set
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -201,7 +201,7 @@ def test_checkpoints_of_torch_optim(case: OptimizerCase, options: Options) -> No
                 assert ((p - q).abs() <= 2 * want.param_error + 1e-30).all()
 
 
-@every_optimizer()
+@every_optimizer(OF_ELEMENTS)  # of a matrix: test_muon.py
 @pytest.mark.parametrize("optim_bits", [8, 32])
 def test_a_bad_gradient_stays_where_it_is(
     case: OptimizerCase, optim_bits: int, device: str
@@ -248,7 +248,7 @@ def test_lion_moves_nothing_by_the_sign_of_zero(device: str) -> None:
 
 
 @pytest.mark.parametrize("lr_as_tensor", [False, True])
-@every_option_set(of_torch=True)
+@every_option_set(of_torch=True, cases=OF_ELEMENTS)  # of matrices: test_muon.py
 def test_training_follows_torch_optim(
     case: OptimizerCase, options: Options, lr_as_tensor: bool, device: str
 ) -> None:
@@ -338,12 +338,14 @@ def test_one_op_call_for_each_bucket(case: OptimizerCase, device: str) -> None:
     with CountOps() as ops:
         optimizer.step()
     # First group: one. Second: float32 in 8 and in 32 bits, bfloat16 with both dtypes of gradients.
-    # Norms of all parameters come before, and a trust ratio for each group.
+    # Norms of all parameters come before, and a trust ratio for each group; or a look for matrices
+    # with a bad gradient.
     before = {
         "lars": ["sum_squares", "norms", *["lars_trust_ratios"] * 2],
         "lamb": [*["lamb_update_sums"] * 5, "sum_squares", "norms"],
+        "muon": ["matrix_factors"],
     }
-    expected = [*before.get(case.rule, ()), *[case.cls._op] * 5]
+    expected = [*before.get(case.rule, ()), *[case.step_op] * 5]
     assert ops.calls == [f"torchao8::{name}" for name in expected]
     assert {p: int(optimizer.state[p]["step"]) for p in params + halves} == dict.fromkeys(
         params + halves, 1
@@ -403,7 +405,7 @@ def test_strides_do_not_change_the_result(case: OptimizerCase, device: str) -> N
         randn(2, 40, 5, 30).permute(0, 3, 1, 2),
         randn(10, 20, 12, 3).to(memory_format=torch.channels_last),
     ]
-    pairs = [pair(view) for view in views]
+    pairs = [pair(view) for view in views if case.takes(view)]
     strided, plain = [a for a, _ in pairs], [b for _, b in pairs]
     grads = [
         randn(70, 90).t(),
@@ -412,7 +414,9 @@ def test_strides_do_not_change_the_result(case: OptimizerCase, device: str) -> N
         randn(30, 2, 5, 40).permute(1, 0, 3, 2),
         randn(10, 20, 12, 3),
     ]
-    first, second = case.make(strided, weight_decay=0.1), case.make(plain, weight_decay=0.1)
+    grads = [grad for grad, view in zip(grads, views, strict=True) if case.takes(view)]
+    options = {"weight_decay": 0.1, **({"higher_dims": "batch"} if case.matrices else {})}
+    first, second = case.make(strided, **options), case.make(plain, **options)
     for _ in range(2):
         for p, q, grad in zip(strided, plain, grads, strict=True):
             p.grad, q.grad = grad, grad.contiguous()

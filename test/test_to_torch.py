@@ -135,7 +135,7 @@ def test_numbers_that_codes_stand_for_go_to_torch(case: OptimizerCase) -> None:
     train(optimizer, params, range(2))
     converted = to_torch(optimizer)
     names = [state.name for state in optimizer._states(optimizer.param_groups[0])]
-    steps = [] if case.rule == "sgd" else ["step"]
+    steps = [] if case.rule in ("sgd", "muon") else ["step"]
     for i, p in enumerate(params):
         state = converted["state"][i]
         assert sorted(state) == sorted([*steps, *names])
@@ -153,13 +153,13 @@ def test_before_the_first_step() -> None:
             continue
         starts = {"initial_accumulator_value": 0.5} if case.rule == "adagrad" else {}
         for with_state in (False, True):
-            params = make_params(shapes=[(3, 300), (5,)])
+            params = make_params(shapes=[(3, 300), (5,)], matrices=case.matrices)
             source = case.make(params, min_8bit_size=SMALL, **starts)
             if with_state:
                 source._init_states()
             theirs = case.torch_cls(params, **case.base)
             theirs.load_state_dict(to_torch(source))
-            fresh = make_params(shapes=[(3, 300), (5,)])
+            fresh = make_params(shapes=[(3, 300), (5,)], matrices=case.matrices)
             reference = case.torch_cls(fresh, **case.base, **starts)
             for group in reference.param_groups:
                 if "decoupled_weight_decay" in group:

@@ -43,7 +43,7 @@ def to_torch(optimizer: LowPrecisionOptimizer) -> dict[str, Any]:
 
     Returns:
         ``state``, by the number of the parameter: ``step``, a 0-d float32 tensor on the CPU, which
-        SGD does not have, other numbers of a parameter in the same form, and the states of
+        SGD and Muon do not have, other numbers of a parameter in the same form, and the states of
         :mod:`torch.optim`, float32 of the shape of the parameter, on its device, and sharded as it
         is. A parameter that has made no step has none, but with Adagrad, which has it from the
         start. ``param_groups``: the options of the class of ``torch.optim``, ``params``,
@@ -53,10 +53,15 @@ def to_torch(optimizer: LowPrecisionOptimizer) -> dict[str, Any]:
     Raises:
         TypeError: no optimizer of this library.
         NotImplementedError: a class that ``torch.optim`` does not have.
+        ValueError: an option that its class does not have, as Muon's ``maximize``, or a parameter
+            that it does not take.
     """
     check_own("to_torch", optimizer)
     torch_cls = _torch_class(optimizer)
-    options = torch_cls([torch.zeros((), dtype=torch.float32, device="cpu")]).defaults
+    for group in optimizer.param_groups:
+        optimizer._check_for_torch(group)
+    # A matrix, since Muon takes nothing else.
+    options = torch_cls([torch.zeros((1, 1), dtype=torch.float32, device="cpu")]).defaults
     # How torch makes its step is for torch to choose.
     hints = {name: COMMON[name] for name in HINTS if name in options}
     saved = optimizer.state_dict()

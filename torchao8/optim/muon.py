@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from torchao8 import matrix_shape, sharding
+from torchao8._messages import describe
+from torchao8.optim._state.layout import gets_state
 from torchao8.optim._state.spec import State
 from torchao8.optim.base import LowPrecisionOptimizer
 from torchao8.optim.options import (
@@ -185,6 +187,24 @@ class Muon(LowPrecisionOptimizer):
                 "gradients, got a checkpoint that has neither ns_steps nor use_muon: the buffers "
                 "of SGD and LARS are sums. SGD and LARS take them"
             )
+
+    def _check_for_torch(self, group: Group) -> None:
+        if group["maximize"]:
+            raise ValueError(
+                "to_torch: expected maximize=False, got True: torch.optim.Muon always steps "
+                "against the gradient"
+            )
+        if not _is_triple(group["ns_coefficients"]):
+            raise ValueError(
+                "to_torch: expected one triple of ns_coefficients, got "
+                f"{len(group['ns_coefficients'])}: torch.optim.Muon takes one for all iterations"
+            )
+        for p in group["params"]:
+            if gets_state(p) and p.dim() != 2:
+                raise ValueError(
+                    f"to_torch: {describe(self, p)}: expected a matrix, got the shape "
+                    f"{list(p.shape)}: torch.optim.Muon takes no more dimensions"
+                )
 
     def _of_torch(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: value for name, value in state.items() if name != "step"}

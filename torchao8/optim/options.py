@@ -207,6 +207,20 @@ def check_momentum(group: dict[str, Any]) -> None:
     check_flag("nesterov", group["nesterov"])
 
 
+def check_sum_of_gradients(name: str, saved: dict[str, Any]) -> None:
+    """Raises ValueError for options of a checkpoint of Muon, whose momentum buffer is no sum.
+
+    Args:
+        name: of the class that loads it.
+        saved: a group of the checkpoint.
+    """
+    if "ns_steps" in saved or "use_muon" in saved:
+        raise ValueError(
+            f"{name}: expected a momentum_buffer that is a sum of gradients, got a checkpoint of "
+            "Muon, whose buffer is an average of them. Muon takes it"
+        )
+
+
 # The option that a schedule may set to 0 for a while, and the state that stays as it is then.
 MOMENTUM = {"momentum": "momentum_buffer"}
 

@@ -17,6 +17,7 @@ from torchao8.optim.options import (
     check_momentum,
     check_nesterov,
     check_number,
+    check_sum_of_gradients,
     has_momentum,
 )
 
@@ -97,6 +98,7 @@ class SGD(LowPrecisionOptimizer):
         return (State("momentum_buffer", signed=True),) if has_momentum(group) else ()
 
     def _check_source(self, saved: Group) -> None:
+        check_sum_of_gradients(type(self).__name__, saved)
         if "trust_coefficient" in saved:
             raise ValueError(
                 f"{type(self).__name__}: expected a momentum_buffer of gradients, got a checkpoint "
