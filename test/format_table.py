@@ -121,8 +121,12 @@ def few_pairs() -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("case", "form"), rows)
 
 
-def every_pair_and_scales() -> pytest.MarkDecorator:
-    """The same with a scale for each block, and one for a tensor: ``block_wise``."""
+def every_pair_and_scales(of_elements: bool = False) -> pytest.MarkDecorator:
+    """The same with a scale for each block, and one for a tensor: ``block_wise``.
+
+    Args:
+        of_elements: only the optimizers of optim_table.OF_ELEMENTS.
+    """
     rows = [
         pytest.param(
             case,
@@ -132,6 +136,7 @@ def every_pair_and_scales() -> pytest.MarkDecorator:
         )
         for case, form in pairs_with()
         for block_wise in form.block_wise
+        if not (of_elements and case.matrices)
     ]
     return pytest.mark.parametrize(("case", "form", "block_wise"), rows)
 
@@ -147,7 +152,7 @@ def every_pair_and_options() -> pytest.MarkDecorator:
             + (",".join(f"{k}={v}" for k, v in options.items()) or "defaults"),
         )
         for case, form in pairs_with()
-        for options in case.options
+        for options in case.options + case.own_options
     ]
     return pytest.mark.parametrize(("case", "form", "options"), rows)
 

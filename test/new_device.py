@@ -21,6 +21,7 @@ from ranks import run_ranks
 
 from torchao8 import _numbers
 from torchao8._implementation import choose_portable
+from torchao8.optim._muon import update
 from torchao8.portable import compiled, register
 
 NAME = "newdevice"
@@ -89,6 +90,14 @@ def _use_float32_norms() -> None:
         check(op, {**arguments, "factors": factors})
 
     register._check = check_with_float64
+    check_muon = update._check_step_
+
+    def check_muon_with_float64(*arguments: Any, **options: Any) -> None:
+        *tensors, factors = arguments[:6]
+        factors = [f.double() if f.is_cpu else f for f in factors]
+        check_muon(*tensors, factors, *arguments[6:], **options)
+
+    update._check_step_ = check_muon_with_float64
 
 
 def _module() -> types.ModuleType:

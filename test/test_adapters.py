@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import SMALL, all_bits, bits, make_params, set_grads, through_file, train
-from optim_table import OptimizerCase, every_8bit
+from optim_table import OF_ELEMENTS, OptimizerCase, every_8bit, every_optimizer
 from ranks import run_ranks
 from sharded import distributed_param, gathered, step_with, whole
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ def test_bytes_of_an_adapter(rank: int) -> None:
 # -- a matrix of few columns is a vector -----------------------------------------------------------
 
 
-@every_8bit()
+@every_optimizer(tuple(case for case in OF_ELEMENTS if case.optim_bits == 8))
 @pytest.mark.parametrize(
     "options",
     [

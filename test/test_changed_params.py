@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SMALL, all_bits, bits, make_params, set_grads, train
+from helpers import SMALL, all_bits, as_matrix, bits, make_params, set_grads, train
 from optim_table import OptimizerCase, every_optimizer
 
 from torchao8 import AdamW8bit
@@ -23,6 +23,7 @@ def test_a_resized_parameter(case: OptimizerCase, optim_bits: int, shape: tuple[
     )
     train(optimizer, params, [0])
     params[0].grad = None
+    shape = as_matrix(shape) if case.matrices else shape
     params[0].data = torch.ones(shape)
     set_grads(params, 1)
     before = all_bits(optimizer)

@@ -140,24 +140,26 @@ def test_generated_code_has_no_clone(case: OptimizerCase, lr: str, device: str) 
     body = code[code.index("def call(") : code.index("runner = Runner")]
     # On a GPU inductor may align an input that is not, as all are here.
     body = body.replace("copy_if_misaligned(", "(")
-    assert body.count(f"torch.ops.torchao8.{case.cls._op}.default(") == 4
+    assert body.count(f"torch.ops.torchao8.{case.step_op}.default(") == 4
     for copying in ("clone", "copy_", "as_strided", "auto_functionalized"):
         assert copying not in body
     # An op that changed what the step has read would depend on each output of it, once for each
     # count: inductor took minutes over the 148 parameters of GPT-2.
     assert "count_step_" not in body
     sizes = re.findall(r"empty_strided\w*\((\([^)]*\))", body)
-    # Trust ratios: some numbers a parameter, of which LAMB's sums of squares are 18 each.
+    # Trust ratios, and a look at gradients: some numbers a parameter, of which LAMB's sums of
+    # squares are 18 each.
     n = len(params)
     of_rule = {
         "lars": {f"({n}, )", f"({n}, 2)", "()"},
+        "muon": {f"({n}, 2)"},
         "lamb": {f"({n}, 2)", f"({18 * n}, )", f"({2 * n}, 18)"},
     }
     numbers = {f"({len(ops.NUMBERS[case.cls._op])}, )"} | ({"()"} if lr == "number" else set())
     of_this_rule = of_rule.get(case.rule, set())
     assert set(sizes) - of_this_rule == numbers - of_this_rule
     # Every other tensor in the calls is an input of the graph.
-    calls = re.findall(r"_step_\.default\((.*)\)", body)
+    calls = re.findall(rf"{case.step_op}\.default\((.*)\)", body)
     tensors = {name for call in calls for name in re.findall(r"[\[ ]((?:arg|buf)\w+)", call)}
     assert len(tensors) > 2 * len(params)
     buffers = {name for name in tensors if name.startswith("buf")}

@@ -134,7 +134,7 @@ def test_checkpoints(
     case: OptimizerCase, strange: str, road: Callable[..., None], tmp_path: Path
 ) -> None:
     """Saved and loaded, as it is and with a conversion to 32 bits, to blocks and to one scale."""
-    model = torch.nn.Linear(300, 3)
+    model = torch.nn.Linear(300, 3, bias=not case.matrices)
     options: dict[str, Any] = {"min_8bit_size": SMALL, "percentile_clipping": 50}
     old = case.make(model.named_parameters(), **options)
     train(old, model.parameters(), [0])

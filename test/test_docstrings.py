@@ -40,7 +40,7 @@ def test_every_argument_has_its_meaning_and_its_default(cls: type[LowPrecisionOp
     assert doc is not None
     found = entries(doc)
     assert list(found) == list(signature.parameters)
-    options = cls([torch.nn.Parameter(torch.ones(1))]).defaults
+    options = cls([torch.nn.Parameter(torch.ones(1, 1))]).defaults
     for name, argument in signature.parameters.items():
         text, default = found[name]
         assert len(text) > 10, name

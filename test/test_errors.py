@@ -126,22 +126,22 @@ def test_unknown_option(case: OptimizerCase) -> None:
 
 def bad_params() -> dict[str, tuple[type[Exception], Callable[[], Any]]]:
     """Each makes what is passed as parameters, on torch's default device."""
-    p = torch.nn.Parameter(torch.ones(3))
+    p = torch.nn.Parameter(torch.ones(1, 3))
     return {
         "empty list": (ValueError, list),
-        "a tensor": (TypeError, lambda: torch.ones(3)),
+        "a tensor": (TypeError, lambda: torch.ones(1, 3)),
         "a set": (TypeError, lambda: [{"params": {p}}]),
         "no tensor": (TypeError, lambda: [p, "weight"]),
-        "twice in a group": (ValueError, lambda: [torch.nn.Parameter(torch.ones(2)), p, p]),
+        "twice in a group": (ValueError, lambda: [torch.nn.Parameter(torch.ones(1, 2)), p, p]),
         "twice with names": (ValueError, lambda: [("a", p), ("b", p)]),
         "in two groups": (ValueError, lambda: [{"params": [p]}, {"params": [p]}]),
-        "names for some": (ValueError, lambda: [("a", p), torch.nn.Parameter(torch.ones(2))]),
+        "names for some": (ValueError, lambda: [("a", p), torch.nn.Parameter(torch.ones(1, 2))]),
         "no leaf": (ValueError, lambda: [p * 2]),
-        "complex": (ValueError, lambda: [p, torch.nn.Parameter(torch.ones(3) * 1j)]),
-        "float64": (ValueError, lambda: [torch.nn.Parameter(torch.ones(3).double())]),
+        "complex": (ValueError, lambda: [p, torch.nn.Parameter(torch.ones(1, 3) * 1j)]),
+        "float64": (ValueError, lambda: [torch.nn.Parameter(torch.ones(1, 3).double())]),
         "float8": (
             ValueError,
-            lambda: [torch.nn.Parameter(torch.ones(3).to(torch.float8_e5m2))],
+            lambda: [torch.nn.Parameter(torch.ones(1, 3).to(torch.float8_e5m2))],
         ),
         "sparse": (ValueError, lambda: [torch.nn.Parameter(torch.eye(3).to_sparse())]),
         "overlapping": (
@@ -161,16 +161,16 @@ def test_messages_of_parameters(assert_expected_inline: Callable[[str, str], Non
     assert_expected_inline(
         report(lines),
         """\
-twice in a group: params[2]: expected each parameter once, got this one again, of shape [3].
-    Tied weights, as those of an embedding that is the output layer too, come up under two
+twice in a group: params[2]: expected each parameter once, got this one again, of shape [1,
+    3]. Tied weights, as those of an embedding that is the output layer too, come up under two
     names where modules are listed one by one; model.parameters() has them once
-twice with names: params[1]: expected each parameter once, got this one again, of shape [3].
-    Tied weights, as those of an embedding that is the output layer too, come up under two
+twice with names: params[1]: expected each parameter once, got this one again, of shape [1,
+    3]. Tied weights, as those of an embedding that is the output layer too, come up under two
     names where modules are listed one by one; model.parameters() has them once
 in two groups: some parameters appear in more than one parameter group: params[0], of shape
-    [3], is parameter 0. Tied weights, as those of an embedding that is the output layer too,
-    come up under two names where modules are listed one by one; model.parameters() has them
-    once
+    [1, 3], is parameter 0. Tied weights, as those of an embedding that is the output layer
+    too, come up under two names where modules are listed one by one; model.parameters() has
+    them once
 complex: params[1]: expected a dense tensor of float32, bfloat16 or float16, got
     torch.complex64
 float64: params[0]: expected a dense tensor of float32, bfloat16 or float16, got torch.float64

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SHAPES, SMALL
+from helpers import SHAPES, SMALL, as_matrix
 from optim_table import OF_4_BITS, OPTIMIZERS, OptimizerCase
 from ranks import run_ranks
 from torch import Tensor, nn
@@ -127,7 +127,8 @@ def test_the_family(case: OptimizerCase) -> None:
     """Of every class, with each option that adds states, all of them, and a history of norms."""
     name, known = case.cls.__name__, {**case.base, **case.full}
     singles: list[dict[str, Any]] = [{option: value} for option, value in known.items()]
-    model = model_of(((70, 300), (5000,), (7,), ()))
+    shapes = ((70, 300), (5000,), (7,), ())
+    model = model_of(tuple(map(as_matrix, shapes)) if case.matrices else shapes)
     clipped = {**known, "percentile_clipping": 5, "min_8bit_size": SMALL}
     for options in ({}, *singles, clipped, {**known, "block_wise": False}):
         expected = measured(model, name, **options)

@@ -116,7 +116,7 @@ def test_each_step_is_that_of_the_oracle(
 # -- a bad gradient stays where it is --------------------------------------------------------------
 
 
-@every_pair_and_scales()
+@every_pair_and_scales(of_elements=True)  # of matrices: test_muon.py
 @pytest.mark.parametrize("bad", [math.nan, -math.inf], ids=str)
 def test_a_bad_gradient_stays_alone(
     case: OptimizerCase, form: FormatCase, bad: float, block_wise: bool

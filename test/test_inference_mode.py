@@ -84,7 +84,7 @@ def test_a_load(
     case: OptimizerCase, bits_before: int, road: Callable[..., None], tmp_path: Path
 ) -> None:
     """In it, of state that was copied in it, with a conversion and without."""
-    model = torch.nn.Linear(300, 3)
+    model = torch.nn.Linear(300, 3, bias=not case.matrices)
     named = list(model.named_parameters())
     options: dict[str, Any] = {"min_8bit_size": SMALL, "percentile_clipping": 50}
     old = case.make(named, optim_bits=bits_before, **options)

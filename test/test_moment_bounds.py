@@ -42,7 +42,7 @@ def numbers(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def largest(x: Tensor) -> Tensor:
-    return x.abs().amax(1)
+    return x.abs().amax(1, keepdim=True)
 
 
 @pytest.mark.parametrize(("case", "options"), CASES)
@@ -51,7 +51,7 @@ def test_moments_at_the_largest_magnitudes_bound_all_others(
 ) -> None:
     generator = torch.Generator().manual_seed(1)
     options = {"lr": 0.01, **options}
-    if "adaptive" in case.make([torch.nn.Parameter(torch.ones(1))]).defaults:
+    if "adaptive" in case.make([torch.nn.Parameter(torch.ones(1, 1))]).defaults:
         options["adaptive"] = False  # a trust ratio is of the tensor, not of the block
     blocks = torch.nn.Parameter(numbers(generator, ROWS, LENGTH))
     optimizer = case.make([blocks], **options)

@@ -96,7 +96,10 @@ def _steps(index: int) -> None:
     case = OPTIMIZERS[index]
     for dtype, options in STEPS:
         options = {**case.known(options), "min_8bit_size": SMALL}
-        pair = [case.make(make_params(dtype, device=d), **options) for d in DEVICES]
+        pair = [
+            case.make(make_params(dtype, device=d, matrices=case.matrices), **options)
+            for d in DEVICES
+        ]
         for seed in range(3):
             for optimizer in pair:
                 set_grads(optimizer.param_groups[0]["params"], seed)

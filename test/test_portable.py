@@ -13,7 +13,15 @@ import pytest
 import torch
 from format_table import MULAW as MULAW_CASE
 from helpers import SMALL, all_bits, bits, make_params, needs_kernels, set_grads, through_file
-from optim_table import OF_8_BITS, OPTIMIZERS, OptimizerCase, Options, every_8bit, every_option_set
+from optim_table import (
+    OF_8_BITS,
+    OF_ELEMENTS,
+    OPTIMIZERS,
+    OptimizerCase,
+    Options,
+    every_8bit,
+    every_option_set,
+)
 from portable_steps import (
     MOST_DIFFERENT,
     Differences,
@@ -237,7 +245,7 @@ def test_found_inf_changes_nothing(case: OptimizerCase, kind: Options) -> None:
         assert all_bits(optimizer)["params"] != before["params"]
 
 
-@every_option_set(of_torch=True)
+@every_option_set(of_torch=True, cases=OF_ELEMENTS)
 def test_the_rules_are_those_of_torch_optim(case: OptimizerCase, options: Options) -> None:
     """In float64: what the oracle and the portable step have in common."""
     if case.optim_bits == 8:

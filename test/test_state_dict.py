@@ -179,13 +179,14 @@ def test_checkpoint_of_torch_optim(device: str) -> None:
 # -- torch.distributed.checkpoint, on one process ----------------------------------------------
 
 
-def make_model(dtype: torch.dtype, device: str) -> torch.nn.Module:
+def make_model(dtype: torch.dtype, device: str, matrices: bool) -> torch.nn.Module:
+    """Of matrices alone, but for a frozen vector, where the optimizer takes nothing else."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Embedding(50, 70),
-        torch.nn.Linear(70, 300),
-        torch.nn.LayerNorm(300),
-        torch.nn.Linear(300, 5),
+        torch.nn.Linear(70, 300, bias=not matrices),
+        torch.nn.LayerNorm(300, bias=not matrices),
+        torch.nn.Linear(300, 5, bias=not matrices),
     ).to(device, dtype)
     model[2].weight.requires_grad_(False)  # type: ignore[union-attr]
     return model
@@ -213,7 +214,7 @@ def test_distributed_state_dict(
     step with zero gradients, of which nothing may remain."""
 
     def make() -> tuple[torch.nn.Module, Optimizer]:
-        model = make_model(dtype, device)
+        model = make_model(dtype, device, case.matrices)
         value = torch.tensor(0.01, device=device) if lr == "tensor" else 0.01
         return model, case.make(model.parameters(), lr=value, min_8bit_size=SMALL)
 
@@ -239,7 +240,7 @@ def test_distributed_checkpoint_files(
     case: OptimizerCase, dtype: torch.dtype, tmp_path: Path, device: str
 ) -> None:
     """dcp.save and dcp.load, which write into the live tensors of the new optimizer."""
-    model = make_model(dtype, device)
+    model = make_model(dtype, device, case.matrices)
     optimizer = case.make(model.parameters(), min_8bit_size=SMALL)
     train_model(model, optimizer, range(3))
     dcp.save(
@@ -247,7 +248,7 @@ def test_distributed_checkpoint_files(
         checkpoint_id=tmp_path,
         no_dist=True,
     )
-    other_model = make_model(dtype, device)
+    other_model = make_model(dtype, device, case.matrices)
     other = case.make(other_model.parameters(), min_8bit_size=SMALL)
     state = {"optimizer": get_optimizer_state_dict(other_model, other)}
     dcp.load(state, checkpoint_id=tmp_path, no_dist=True)

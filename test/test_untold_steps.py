@@ -17,7 +17,7 @@ from torchao8 import Adagrad, Lion
 
 SHAPES = ((3, 300), (5,))
 # Rules whose steps do not depend on their number, but for the first one of a momentum buffer.
-COUNTS_FROM = {"lion": 0, "rmsprop": 0, "adagrad": 0, "sgd": 1, "lars": 1}
+COUNTS_FROM = {"lion": 0, "rmsprop": 0, "adagrad": 0, "sgd": 1, "lars": 1, "muon": 1}
 
 
 def foreign(case: OptimizerCase, **group: Any) -> dict[str, Any]:
@@ -32,6 +32,8 @@ def foreign(case: OptimizerCase, **group: Any) -> dict[str, Any]:
     saved = {"lr": 0.1, "params": [0, 1], **group}
     if case.rule == "lars":
         saved["trust_coefficient"] = 0.01
+    if case.rule == "muon":
+        saved["ns_steps"] = 5
     return {"state": state, "param_groups": [saved]}
 
 
@@ -48,7 +50,7 @@ def load(case: OptimizerCase, saved: dict[str, Any]) -> tuple[Any, list[Tensor],
 @pytest.mark.parametrize("step", [7, 7.0, torch.tensor(7), torch.tensor([7.0])], ids=repr)
 def test_the_group_tells(case: OptimizerCase, step: Any) -> None:
     optimizer, params, told = load(case, foreign(case, step=step))
-    if case.rule in ("sgd", "lars"):  # torch.optim's, whose buffer has no number
+    if case.rule in ("sgd", "lars", "muon"):  # torch.optim's, whose buffer has no number
         assert [float(optimizer.state[p]["step"]) for p in params] == [1.0, 1.0]
         return
     assert [float(optimizer.state[p]["step"]) for p in params] == [7.0, 7.0]
@@ -67,7 +69,7 @@ def test_nothing_tells(case: OptimizerCase) -> None:
     optimizer, params, told = load(case, saved)
     first = float(COUNTS_FROM[case.rule])
     assert [float(optimizer.state[p]["step"]) for p in params] == [first, first]
-    assert len(told) == (case.rule not in ("sgd", "lars"))
+    assert len(told) == (case.rule not in ("sgd", "lars", "muon"))
     # In 32 bits the numbers of the moments are those that were saved.
     for i, p in enumerate(params):
         for key, value in saved["state"][i].items():

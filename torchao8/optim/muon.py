@@ -52,9 +52,9 @@ class Muon(LowPrecisionOptimizer):
     The bits of O depend on PyTorch's matrix products: on the machine, the number of threads and the
     version of PyTorch. All else of a step has the same bits everywhere.
 
-    Sources: `Muon: An optimizer for hidden layers in neural networks
-    <https://kellerjordan.github.io/posts/muon/>`_ and `Muon is Scalable for LLM Training
-    <https://arxiv.org/abs/2502.16982>`_.
+    Source: `Muon: An optimizer for hidden layers in neural networks
+    <https://kellerjordan.github.io/posts/muon/>`_; for "match_rms_adamw" `Muon is Scalable for LLM
+    Training <https://arxiv.org/abs/2502.16982>`_.
 
     Args:
         params: matrices, (name, matrix) pairs, or dicts of groups. Their dtype is float32, bfloat16

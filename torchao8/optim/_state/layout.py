@@ -245,11 +245,11 @@ def init_states(optimizer: OptimizerContract) -> bool:
         for p in group["params"]:
             if p.grad is not None:
                 check_grad(optimizer, p)
-            if gets_state(p):
-                check_rule_takes(optimizer, group, p)
             if has_state(optimizer.state.get(p)):
                 check_layout(optimizer, group, p, states_of_group)
+                check_rule_takes(optimizer, group, p)
             elif gets_state(p):
+                check_rule_takes(optimizer, group, p)
                 if sharding.local(p).is_meta and p.grad is not None:
                     raise RuntimeError(meta_message(optimizer, p))
                 _warn_of_cut_row(optimizer, group, p)

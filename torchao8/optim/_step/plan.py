@@ -220,8 +220,6 @@ class GroupPlan:
         if group["stochastic_rounding"] and p.dtype == torch.float16:
             name = type(optimizer).__name__
             raise ValueError(f"{name}: {describe(optimizer, p)}: {NO_FLOAT16}")
-        if not torch.compiler.is_compiling():  # init_states() has looked when the trace began
-            check_rule_takes(optimizer, group, p)
         for key, each in self.told_by:
             if key in state:
                 entry.found = each
@@ -241,8 +239,10 @@ class GroupPlan:
                 pass
             if group["state_format"] == "dynamic":
                 pass
-        elif first := self.first_keys[entry.found.name]:
+            return
+        if first := self.first_keys[entry.found.name]:
             check_format(optimizer, group, p, [state[key] for key in first], entry.found)
+        check_rule_takes(optimizer, group, p)
 
     def place(self, optimizer: OptimizerContract, group: Group, entries: Sequence[Entry]) -> None:
         """Finds the op calls that the parameters go into."""
