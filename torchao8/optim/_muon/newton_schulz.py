@@ -67,7 +67,8 @@ def orthogonalize_(stack: Tensor, coefficients: Sequence[Triple], eps: float) ->
     if stack.numel() == 0:
         return
     device_type = stack.device.type
-    if torch.amp.is_autocast_available(device_type):
+    # Only where it is on: a device may know of it and lack what turning it off asks for.
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         with torch.no_grad(), torch.autocast(device_type, enabled=False):
             _iterate_(stack, coefficients, eps)
     else:
