@@ -104,7 +104,7 @@ def test_options_are_refused_wherever_they_come_from(
 
     # Options that lay out the state are not taken from a checkpoint. A schedule may have changed
     # what must go together in a new group, and the learning rate to less than 0.
-    layout = {"optim_bits", "min_8bit_size", "block_size", "is_paged", "page_dir"}
+    layout = {"optim_bits", "min_8bit_size", "block_size", "is_paged", "page_dir", "higher_dims"}
     below_0 = str(options.get("lr")) in ("-0.001", "tensor(-1.)")
     if not set(options) & layout and options.get("nesterov") is not True and not below_0:
         saved = copy.deepcopy(optimizer.state_dict())

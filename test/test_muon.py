@@ -120,6 +120,15 @@ def test_parameters_that_are_no_matrices() -> None:
     optimizer.add_param_group({"params": [vector.requires_grad_(False)]})  # no step reads it
 
 
+def test_parameters_that_fsdp1_flattened() -> None:
+    (p,) = make_params(shapes=[(40,)])
+    p._fsdp_flattened = True  # type: ignore[attr-defined]
+    assert refused(lambda: Muon([("layer.weight", p)])) == (
+        "Muon: params[0] (layer.weight): it was flattened by FSDP1, which does not tell where the "
+        "shards of a matrix are; Muon needs all of it. Shard with fully_shard (FSDP2)"
+    )
+
+
 def test_parameters_that_are_no_matrices_any_more() -> None:
     """Put into a group, thawed, or of a group whose option has changed: nothing is changed then."""
     params = make_params(shapes=((4, 5), (2, 3, 4)))

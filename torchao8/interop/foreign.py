@@ -130,9 +130,9 @@ def norm_history(label: str, saved: Mapping[str, Any]) -> Tensor | None:
 
 
 def _widened(saved: Mapping[str, Any], states: States) -> dict[str, Any] | None:
-    """torch.optim keeps moments in the dtype of the parameter, we keep float32. Its SGD counts no
-    steps, of which only the first one differs, and saves None in place of no buffer. Returns None
-    if there is nothing to change."""
+    """torch.optim keeps moments in the dtype of the parameter, we keep float32. Its SGD and
+    Muon count no steps, of which only the first one of SGD differs, and SGD saves None in place of
+    no buffer. Returns None if there is nothing to change."""
     if "step" not in saved and set(saved) <= {"momentum_buffer"}:
         present = {key: value for key, value in saved.items() if value is not None}
         saved = {"step": torch.tensor(1.0, dtype=torch.float32, device="cpu"), **present}

@@ -243,11 +243,12 @@ class LowPrecisionOptimizer(OptimizerContract):
 
         As in ``torch.optim``, the options of the checkpoint replace those of the groups, except
         those that lay out the state (``optim_bits``, ``min_8bit_size``, ``block_size``,
-        ``state_format``, ``block_wise``, ``is_paged``, ``page_dir``). State tensors keep their
-        bytes. They move to the device of their parameter, and to paged memory where it is paged;
-        those that are there already are taken over, not copied. State that was saved in another
-        precision or format than the parameter keeps here, or in other blocks, is converted, and one
-        warning says so.
+        ``state_format``, ``block_wise``, ``is_paged``, ``page_dir``), and except Adam's
+        ``decoupled_weight_decay`` and Muon's ``higher_dims``. State tensors keep their bytes. They
+        move to the device of their parameter, and to paged memory where it is paged; those that are
+        there already are taken over, not copied. State that was saved in another precision or
+        format than the parameter keeps here, or in other blocks, is converted, and one warning says
+        so.
 
         What others keep in the state of a parameter (a Lookahead, a logger) comes back as it was
         saved, on the device of the parameter. State of another library that does not tell how many
