@@ -223,6 +223,60 @@ def _runs(starts: Sequence[int], shape: tuple[int, ...], k: int) -> tuple[Run, .
     return tuple(runs)
 
 
+class Box(NamedTuple):
+    """Elements that are neighbours along each dimension, in the global and in the local tensor."""
+
+    whole: tuple[slice, ...]
+    local: tuple[slice, ...]
+
+
+class ShardBoxes(NamedTuple):
+    """A shard as boxes of the global tensor; none where it is empty.
+
+    Attributes:
+        shape: of the local tensor.
+    """
+
+    shape: tuple[int, ...]
+    boxes: tuple[Box, ...]
+
+
+def shard_boxes(
+    shape: tuple[int, ...],
+    mesh_shape: tuple[int, ...],
+    coordinate: Sequence[int],
+    placements: Sequence[Placement],
+) -> ShardBoxes:
+    """Where the elements of a rank's shard lie, to copy them between it and the global tensor.
+
+    (7, 300), ``Shard(0)`` over 2 ranks, the second one: a shard of (3, 300), which is one box, the
+    rows from 4 on. FSDP over tensor parallelism may give a rank several.
+    """
+    indices = [
+        shard_indices(shape, mesh_shape, coordinate, placements, d) for d in range(len(shape))
+    ]
+    local = tuple(map(len, indices))
+    if 0 in local:
+        return ShardBoxes(local, ())
+    cut = [_neighbours(index) for index in indices]
+    boxes = [
+        Box(tuple(whole for whole, _ in parts), tuple(mine for _, mine in parts))
+        for parts in itertools.product(*cut)
+    ]
+    return ShardBoxes(local, tuple(boxes))
+
+
+def _neighbours(index: Sequence[int]) -> list[tuple[slice, slice]]:
+    """The runs of indices without a gap: as slices of the global dimension and of the local one."""
+    if isinstance(index, range):
+        return [(slice(index.start, index.stop), slice(0, len(index)))]
+    starts = [0, *(i for i in range(1, len(index)) if index[i] != index[i - 1] + 1), len(index)]
+    return [
+        (slice(index[first], index[last - 1] + 1), slice(first, last))
+        for first, last in itertools.pairwise(starts)
+    ]
+
+
 def shard_indices(
     shape: tuple[int, ...],
     mesh_shape: tuple[int, ...],

@@ -1,0 +1,84 @@
+"""Who orthogonalizes what, and where the parts of a matrix lie: functions of shapes alone."""
+
+import itertools
+import math
+from collections import Counter
+
+import pytest
+import torch
+from test_estimate import PLACED
+from torch.distributed.tensor import Placement, Shard
+
+from torchao8.matrix_shape import MatrixShape
+from torchao8.optim._muon.owners import cost, rounds
+from torchao8.shard_layout import Box, shard_boxes
+
+LAYER = [(2304, 768), (768, 768), (3072, 768), (768, 3072)]
+GPT2 = [MatrixShape(1, *sides) for _ in range(12) for sides in LAYER]
+LIMIT = 1 << 24
+# One large, many small, one that costs little for its size, experts, and none at all.
+MIXED = [MatrixShape(1, 8192, 8192), *[MatrixShape(1, 64, 64)] * 9, MatrixShape(1, 16, 1 << 20)]
+MIXED += [MatrixShape(8, 128, 512)] * 3 + [MatrixShape(1, 1, 1)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 64])
+@pytest.mark.parametrize("shapes", [GPT2, MIXED, [], GPT2[:1]], ids=["gpt2", "mixed", "0", "1"])
+def test_every_parameter_has_an_owner_with_room_for_it(shapes: list[MatrixShape], ranks: int):
+    made = rounds(shapes, ranks, LIMIT)
+    members = [[i for own in owned for i in own] for owned in made]
+    assert sorted(i for each in members for i in each) == list(range(len(shapes)))
+    for owned in made:
+        assert len(owned) == ranks
+        for own in owned:
+            assert len(own) < 2 or sum(math.prod(shapes[i]) for i in own) <= LIMIT
+            groups = [key for key, _ in itertools.groupby(own, lambda i: shapes[i][1:])]
+            assert len(groups) == len(set(groups))  # what shares a stack is together
+    assert all(map(all, made[:-1]))  # while a rank has nothing to do, no other round begins
+    for each, after in itertools.pairwise(members):
+        assert min(cost(shapes[i]) for i in each) >= max(cost(shapes[i]) for i in after)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_ranks_are_done_at_about_the_same_time(ranks: int):
+    """Nobody has more than the mean and the largest matrix of the round."""
+    longest = 0
+    for owned in rounds(GPT2, ranks, LIMIT):
+        loads = [sum(cost(GPT2[i]) for i in own) for own in owned]
+        assert max(loads) <= sum(loads) / ranks + max(cost(GPT2[i]) for own in owned for i in own)
+        longest += max(loads)
+    assert longest <= 1.1 * sum(map(cost, GPT2)) / ranks
+
+
+def test_one_round_for_many_ranks():
+    """Then each matrix has a rank of its own."""
+    (owned,) = rounds(GPT2, 64, LIMIT)
+    assert Counter(map(len, owned)) == {1: 48, 0: 16}
+
+
+def test_a_shard_of_rows_is_one_box():
+    shape, boxes = shard_boxes((7, 300), (2,), (1,), (Shard(0),))
+    assert shape == (3, 300)
+    assert boxes == (Box((slice(4, 7), slice(0, 300)), (slice(0, 3), slice(0, 300))),)
+    assert shard_boxes((3, 5), (4,), (3,), (Shard(0),)) == ((0, 5), ())
+
+
+@pytest.mark.parametrize(("mesh_shape", "placements"), PLACED, ids=str)
+@pytest.mark.parametrize("shape", [(7, 12), (1, 3), (11, 3, 6), (26, 4)], ids=str)
+def test_boxes_hold_each_element_once(
+    shape: tuple[int, ...], mesh_shape: tuple[int, ...], placements: tuple[Placement, ...]
+):
+    """Local tensors copied out of numbered elements by boxes are those cut out by indices, and the
+    ranks that hold different parts hold all."""
+    numbers = torch.arange(math.prod(shape)).reshape(shape)
+    seen: Counter[int] = Counter()
+    for where in itertools.product(*(range(size) for size in mesh_shape)):
+        local, boxes = shard_boxes(shape, mesh_shape, where, placements)
+        here = torch.full(local, -1)
+        for whole, mine in boxes:
+            here[mine] = numbers[whole]
+        assert (here >= 0).all()
+        seen.update(here.flatten().tolist())
+    replicas = math.prod(
+        size for size, p in zip(mesh_shape, placements, strict=True) if p.is_replicate()
+    )
+    assert seen == dict.fromkeys(range(numbers.numel()), replicas)
