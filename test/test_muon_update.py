@@ -366,7 +366,8 @@ def test_chunks_have_all_parameters_and_an_end(monkeypatch):
     chunks = list(update._chunks(shapes, "cpu"))
     assert sorted(i for chunk in chunks for i in chunk) == list(range(len(SHAPES)))
     for chunk in chunks:
-        directions, stacks = update._directions([torch.empty(s) for s in SHAPES], shapes, chunk)
+        sizes = [SHAPES[i] for i in chunk]
+        directions, stacks = update.make_stacks(sizes, [shapes[i] for i in chunk], CPU)
         elements = sum(stack.numel() for stack in stacks)
         assert elements <= 40_000 or len(chunk) == 1
         assert [d.shape for d in directions] == [torch.Size(SHAPES[i]) for i in chunk]
@@ -376,8 +377,8 @@ def test_chunks_have_all_parameters_and_an_end(monkeypatch):
 
 def test_memory_of_a_stack_behind_its_directions():
     """Directions of a shape and what fills up their last stack are one piece of memory."""
-    shapes = [matrix_shape.of(s) for s in FEW]
-    directions, stacks = update._directions([torch.empty(s) for s in FEW], shapes, [1, 2])
+    sizes = FEW[1:3]
+    directions, stacks = update.make_stacks(sizes, [matrix_shape.of(s) for s in sizes], CPU)
     (stack,) = stacks
     for i, direction in enumerate(directions):
         assert direction.data_ptr() == stack[i].data_ptr()

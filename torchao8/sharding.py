@@ -8,10 +8,11 @@ DTensor's mesh are used only here; other files read its placements and call ``fu
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torchao8.block_layout import MIN_ROW_LENGTH, row_length, row_start
 from torchao8.shard_layout import ShardRows
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
@@ -203,6 +205,77 @@ def largest_over_shards(p: DTensor, numbers: Tensor) -> Tensor:
             if shard_layout.split_dim(placement) is not None:
                 dist.all_reduce(numbers, dist.ReduceOp.MAX, group=p.device_mesh.get_group(dim))
     return numbers
+
+
+# -- a parameter that is gathered ------------------------------------------------------------------
+
+
+class Peers(NamedTuple):
+    """The ranks that hold the parts of a tensor.
+
+    Attributes:
+        group: their process group; None where this rank holds all of it.
+        coordinates: of each in the mesh, in the order of the group.
+        here: which of them this rank is.
+    """
+
+    group: ProcessGroup | None
+    coordinates: tuple[tuple[int, ...], ...]
+    here: int
+
+
+def peers(mesh: DeviceMesh | None, dims: tuple[int, ...]) -> Peers:
+    """The ranks that differ from this one along some dimensions of a mesh, which it is part of.
+
+    A collective of these ranks where there are several dimensions: a process group is made then,
+    and kept for the next time.
+
+    Args:
+        mesh: None where there are no dimensions: then it is this rank alone.
+    """
+    coordinate = None if mesh is None else mesh.get_coordinate()
+    if mesh is None or coordinate is None:
+        return Peers(None, ((),), 0)
+    import torch.distributed as dist
+
+    where = tuple(coordinate)
+    by_rank = _ranks_along(mesh, where, dims)
+    group = mesh.get_group(dims[0]) if len(dims) == 1 else _group_of(tuple(sorted(by_rank)))
+    coordinates = tuple(by_rank[rank] for rank in dist.get_process_group_ranks(group))
+    return Peers(group, coordinates, coordinates.index(where))
+
+
+@functools.cache
+def _ranks_along(
+    mesh: DeviceMesh, where: tuple[int, ...], dims: tuple[int, ...]
+) -> dict[int, tuple[int, ...]]:
+    """The coordinates of these ranks, by their numbers among all."""
+    choices = [range(mesh.size(d)) if d in dims else (i,) for d, i in enumerate(where)]
+    return {int(mesh.mesh[c]): c for c in itertools.product(*choices)}
+
+
+# Process groups that peers() has made, by their ranks.
+_made_groups: dict[tuple[int, ...], ProcessGroup] = {}
+
+
+def _group_of(ranks: tuple[int, ...]) -> ProcessGroup:
+    import torch.distributed as dist
+
+    if len(ranks) == dist.get_world_size():
+        world = dist.group.WORLD
+        assert world is not None
+        return world
+    made = _made_groups.get(ranks)
+    if made is not None:
+        try:
+            dist.get_process_group_ranks(made)
+        except KeyError:  # all groups were destroyed since
+            made = None
+    if made is None:
+        # Other ranks need not call it: they may have no such parameter.
+        made = dist.new_group(list(ranks), use_local_synchronization=True)
+        _made_groups[ranks] = made
+    return made
 
 
 # -- tensors that lie as a parameter does ----------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +23,10 @@ CHUNK = 1 << 24
 # Of ops.NUMBERS of muon_step_: momentum, weight_decay, rate_scale.
 _RATE_SCALE = ops.NUMBERS["muon_step_"].index("rate_scale")
 
+_Value = TypeVar("_Value")
+
 _step_ = torch.ops.torchao8.muon_step_.default
+_check_step_ = torch.ops.torchao8.check_muon_step_.default
 _check_step_ = torch.ops.torchao8.check_muon_step_.default
 
 
@@ -37,6 +41,21 @@ def rate_scale(matrix: MatrixShape, match_rms: bool) -> float:
     if match_rms:
         return 0.2 * math.sqrt(max(rows, columns))
     return math.sqrt(max(1.0, rows / max(columns, 1)))
+
+
+def with_rate(numbers: Tensor, rate: float) -> Tensor:
+    """The numbers of the rule, with rate_scale multiplied by what :func:`rate_scale` gives."""
+    scaled = numbers.clone()
+    scaled[_RATE_SCALE].mul_(rate)
+    return scaled
+
+
+def kept_factors(pair: Tensor) -> Tensor:
+    """The factors of an update by the orthogonal matrix of a gradient that had these factors.
+
+    What clips a gradient is not to scale the matrix: 1 in its place, and NaN where it was NaN.
+    """
+    return torch.stack((pair[0] * 0 + 1, pair[1]))
 
 
 def update_(
@@ -162,10 +181,10 @@ def muon_update_(
     triples = _triples(coefficients)
     rates = [rate_scale(shape, match_rms) for shape in shapes]
     none = lr.new_zeros(())
-    # What clips a gradient is not to scale an orthogonal matrix: 1, and NaN where it was NaN.
-    kept = [torch.stack((pair[0] * 0 + 1, pair[1])) for pair in factors]
+    kept = [kept_factors(pair) for pair in factors]
     for members in _chunks(shapes, params[0].device.type):
-        directions, stacks = _directions(params, shapes, members)
+        sizes = [params[i].shape for i in members]
+        directions, stacks = make_stacks(sizes, _pick(shapes, members), params[0].device)
         _step_(
             directions,
             _pick(grads, members),
@@ -185,8 +204,6 @@ def muon_update_(
         for stack in stacks:
             orthogonalize_(stack, triples, eps)
         for rate in dict.fromkeys(rates[i] for i in members):
-            own_numbers = numbers.clone()
-            own_numbers[_RATE_SCALE].mul_(rate)
             own = [(i, d) for i, d in zip(members, directions, strict=True) if rates[i] == rate]
             moved = [i for i, _ in own]
             _step_(
@@ -198,7 +215,7 @@ def muon_update_(
                 _pick(kept, moved),
                 [],
                 lr,
-                own_numbers,
+                with_rate(numbers, rate),
                 None,
                 found_inf,
                 nesterov=False,
@@ -250,9 +267,9 @@ def _triples(numbers: Sequence[float]) -> list[Triple]:
     return [(numbers[i], numbers[i + 1], numbers[i + 2]) for i in range(0, len(numbers), 3)]
 
 
-def _pick(tensors: list[Tensor], members: Sequence[int]) -> list[Tensor]:
+def _pick(values: list[_Value], members: Sequence[int]) -> list[_Value]:
     """Those of the members; none if no parameter has one."""
-    return [tensors[i] for i in members] if tensors else []
+    return [values[i] for i in members] if values else []
 
 
 def _room(matrix: MatrixShape, count: int, device_type: str) -> int:
@@ -282,29 +299,29 @@ def _chunks(shapes: Sequence[MatrixShape], device_type: str) -> Iterator[list[in
         yield chunk
 
 
-def _directions(
-    params: list[Tensor], shapes: Sequence[MatrixShape], members: Sequence[int]
+def make_stacks(
+    sizes: Sequence[Sequence[int]], shapes: Sequence[MatrixShape], device: torch.device
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Zeros for the directions of a chunk.
+    """Zeros for the directions of some parameters.
+
+    Args:
+        sizes: the shape of each of them.
+        shapes: what each of them holds. Those of one shape of matrices are neighbours.
 
     Returns:
-        The direction of each member, in its shape, and the same memory as stacks of matrices. The
-        last stack of a shape goes on behind its last direction.
+        The directions, and the same memory as stacks of matrices. The last stack of a shape goes on
+        behind its last direction.
     """
-    device = params[0].device
-    counts: dict[tuple[int, int], int] = {}
-    for i in members:
-        counts[shapes[i][1:]] = counts.get(shapes[i][1:], 0) + shapes[i].matrices
+    members_of: dict[tuple[int, int], list[int]] = {}
+    for i, (_, rows, columns) in enumerate(shapes):
+        members_of.setdefault((rows, columns), []).append(i)
     directions: list[Tensor] = []
     stacks: list[Tensor] = []
-    members_of: dict[tuple[int, int], list[int]] = {key: [] for key in counts}
-    for i in members:
-        members_of[shapes[i][1:]].append(i)
-    for (rows, columns), own in members_of.items():  # in the order of the members
-        size = stack_size(rows, columns, device.type)
-        room = _room(shapes[own[0]], counts[rows, columns], device.type)
+    for (rows, columns), members in members_of.items():
+        counts = [shapes[i].matrices for i in members]
+        room = _room(shapes[members[0]], sum(counts), device.type)
         made = torch.zeros((room, rows, columns), dtype=torch.bfloat16, device=device)
-        stacks += made.split(size)
-        parts = made[: counts[rows, columns]].split([shapes[i].matrices for i in own])
-        directions += [part.view(params[i].shape) for i, part in zip(own, parts, strict=True)]
+        stacks += made.split(stack_size(rows, columns, device.type))
+        parts = made[: sum(counts)].split(counts)
+        directions += [part.view(sizes[i]) for i, part in zip(members, parts, strict=True)]
     return directions, stacks

@@ -205,7 +205,8 @@ def rows_of(optimizer: OptimizerContract, group: Group, p: DTensor, bits: int) -
 
 
 def _check_shards(optimizer: OptimizerContract, group: Group, p: Tensor, own: Format) -> None:
-    if is_dtensor(p) and (own.is_quantized or rounds_param(group, p)):
+    by_place = own.is_quantized or rounds_param(group, p) or optimizer._is_of_matrices(group)
+    if is_dtensor(p) and by_place:
         quantized = own.is_quantized
         rows = sharding.shard_rows(p, group["block_size"], own.bits) if quantized else None
         check_shard(optimizer, p, sharding.flat_shard_rows(p) if rows is None else rows)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Container
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from torchao8.matrix_shape import MatrixShape
 from torchao8.optim.options import Group
+
+_Value = TypeVar("_Value")
 
 # A parameter, by the number of its group and its own there.
 Number = tuple[int, int]
@@ -43,6 +46,26 @@ class Bucket(NamedTuple):
         """All tensors of state of its i-th parameter."""
         lists = (*self.values.values(), *self.scales.values())
         return [tensors[i] for tensors in lists if tensors]
+
+    def take(self, numbers: Container[int]) -> Bucket:
+        """A bucket of those of its entries that are of some parameters."""
+        kept = [i for i, number in enumerate(self.numbers) if number in numbers]
+
+        def of(values: list[_Value]) -> list[_Value]:
+            return [values[i] for i in kept] if values else []
+
+        return Bucket(
+            of(self.params),
+            of(self.grads),
+            of(self.steps),
+            {name: of(tensors) for name, tensors in self.values.items()},
+            {name: of(tensors) for name, tensors in self.scales.items()},
+            of(self.shard_offsets),
+            of(self.shard_row_strides),
+            of(self.numbers),
+            self.counts,
+            self.state_format,
+        )
 
     def part(self, first: int, last: int) -> Bucket:
         """A bucket of some of its parameters, ``last`` not included."""

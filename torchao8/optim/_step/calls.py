@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import TypeVar
@@ -57,7 +58,12 @@ def call_ops(
         )
 
     extremes = extremes_of(find, works, optimizer._shard_groups)
-    calls = [(i, work, bucket) for i, work in enumerate(works) for bucket in work.buckets]
+    calls = []
+    for i, work in enumerate(works):
+        if matrices.is_exchanged(work):
+            matrices.exchange_(work, functools.partial(arguments, i), extremes[i], found_inf)
+        else:
+            calls += [(i, work, bucket) for bucket in work.buckets]
     ahead = pages_ahead([(work, bucket) for _, work, bucket in calls])
     for (i, work, bucket), pages in zip(calls, ahead, strict=True):
         group = work.group
