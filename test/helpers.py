@@ -1,9 +1,10 @@
 """Parameters, gradients, checkpoints, and comparisons of bits that several tests share."""
 
+import contextlib
 import io
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -51,6 +52,24 @@ def make_params(
         shapes = [as_matrix(shape) for shape in shapes]
     values = [torch.randn(s, generator=generator) for s in shapes]
     return [torch.nn.Parameter(x.to(device, dtype)) for x in values]
+
+
+@contextlib.contextmanager
+def params_for(case: Any) -> Iterator[None]:
+    """Parameters that the optimizer of a case takes: matrices alone, where it multiplies them.
+
+    Also one thread for such products, whose bits may depend on their number: as ranks.py has.
+    """
+    global as_matrices
+    before = as_matrices, torch.get_num_threads()
+    as_matrices = case.matrices
+    if case.matrices:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        as_matrices = before[0]
+        torch.set_num_threads(before[1])
 
 
 def as_matrix(shape: Sequence[int]) -> tuple[int, int]:

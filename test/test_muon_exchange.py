@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from sharded import (
     whole,
 )
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -43,7 +44,7 @@ KINDS: list[tuple[torch.dtype, str, dict[str, Any], int]] = [
     (BF16, "Muon", {"stochastic_rounding": True, "nesterov": False}, update.CHUNK),
     (BF16, "Muon8bit", {"stochastic_rounding": True, "adjust_lr_fn": "match_rms_adamw"}, 1),
     (F32, "Muon8bit", {"block_wise": False, "percentile_clipping": 60}, update.CHUNK),
-    (BF16, "Muon8bit", {"state_format": "mulaw"}, update.CHUNK),
+    (BF16, "PagedMuon8bit", {"state_format": "mulaw"}, 20_000),
 ]
 STEPS = range(10)
 
@@ -149,6 +150,32 @@ def _replicas_of_shards_over_tensor_parallelism(rank: int, world_size: int) -> N
 
 def test_a_group_of_ranks_that_no_dimension_of_the_mesh_has() -> None:
     run_ranks(8, _replicas_of_shards_over_tensor_parallelism)
+
+
+def _part_of_the_ranks(rank: int, world_size: int, store: str) -> None:
+    """A mesh of four of five ranks; the fifth one has no part of the parameter. And all again when
+    the process groups have been destroyed."""
+    for again in (False, True):
+        if again:
+            dist.barrier()
+            dist.destroy_process_group()
+            place = {"rank": rank, "world_size": world_size}
+            dist.init_process_group("gloo", init_method=f"file://{store}", **place)
+        mesh = DeviceMesh("cpu", torch.arange(4).reshape(2, 2))
+        (p,) = make_params(BF16, [(40, 70)])
+        q = distributed_param(p, mesh, [Shard(0), Shard(1)])
+        alone, shared = make("Muon", [p]), make("Muon", [q])
+        step_with(alone, range(2))
+        step_with(shared, range(2))
+        if rank < 4:
+            assert bits(whole(q)) == bits(p)
+            assert list(sharding._made_groups) == [(0, 1, 2, 3)]
+        else:
+            assert not sharding._made_groups
+
+
+def test_ranks_without_a_part(tmp_path: Path) -> None:
+    run_ranks(5, _part_of_the_ranks, str(tmp_path / "store"))
 
 
 def _changed_gradients(rank: int, world_size: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from helpers import SMALL, bits, make_params
+from helpers import SMALL, bits, make_params, params_for
 from optim_table import OPTIMIZERS
 from ranks import run_ranks
 from sharded import (
@@ -68,7 +68,8 @@ def new_run(
     world_size: int, dtype: torch.dtype, name: str = "AdamW8bit"
 ) -> tuple[Weights, LowPrecisionOptimizer]:
     """A model sharded over all ranks, and its optimizer, with all states that the class has."""
-    model = fsdp_weights(init_device_mesh("cpu", (world_size,)), dtype)
+    with params_for(CASES[name]):
+        model = fsdp_weights(init_device_mesh("cpu", (world_size,)), dtype)
     return model, make(name, groups_of(model.parameters(), True))
 
 
@@ -79,8 +80,9 @@ def make(name: str, params: Any) -> LowPrecisionOptimizer:
 
 @functools.cache
 def unsharded_run(name: str, dtype: torch.dtype, steps: int) -> bytes:
-    optimizer = make(name, groups_of(Weights(dtype).parameters(), False))
-    step_with(optimizer, range(steps))
+    with params_for(CASES[name]):
+        optimizer = make(name, groups_of(Weights(dtype).parameters(), False))
+        step_with(optimizer, range(steps))
     return ends_of(optimizer)
 
 

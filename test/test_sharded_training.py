@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import SMALL, make_params, report, set_grads
+from helpers import SMALL, make_params, params_for, report, set_grads
 from optim_table import OPTIMIZERS, OptimizerCase
 from ranks import run_ranks
 from sharded import (
@@ -89,9 +89,10 @@ def options_of(case: OptimizerCase, everything: bool) -> dict[str, Any]:
 def _unsharded(i: int, kind: int) -> bytes:
     """The ends of four steps, once for all meshes."""
     case, (dtype, everything) = OPTIMIZERS[i], KINDS[kind]
-    params = groups_of(Weights(dtype).parameters(), False)
-    optimizer = case.make(params, **options_of(case, everything))
-    step_with(optimizer, range(4))
+    with params_for(case):
+        params = groups_of(Weights(dtype).parameters(), False)
+        optimizer = case.make(params, **options_of(case, everything))
+        step_with(optimizer, range(4))
     return ends_of(optimizer)
 
 
@@ -102,7 +103,8 @@ def _fsdp_against_unsharded(
     mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
     for i, kind, ends in runs:
         case, (dtype, everything) = OPTIMIZERS[i], KINDS[kind]
-        params = groups_of(fsdp_weights(mesh, dtype).parameters(), True)
+        with params_for(case):
+            params = groups_of(fsdp_weights(mesh, dtype).parameters(), True)
         optimizer = case.make(params, **options_of(case, everything))
         step_with(optimizer, range(4))
         assert_shards_of(optimizer, ends, (case.cls, dtype, everything))

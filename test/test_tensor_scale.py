@@ -18,6 +18,7 @@ from helpers import (
     assert_same_training,
     bits,
     make_params,
+    params_for,
     set_grads,
     through_file,
     train,
@@ -310,7 +311,8 @@ def _fsdp_against_unsharded(rank: int, world_size: int, mesh_shape: tuple[int, .
         options["stochastic_rounding"] = dtype == torch.bfloat16
         ends = []
         for m in (mesh, None):
-            params = groups_of(fsdp_weights(m, dtype).parameters(), m is not None)
+            with params_for(case):
+                params = groups_of(fsdp_weights(m, dtype).parameters(), m is not None)
             optimizer = case.make(params, **options)
             step_with(optimizer, range(4))
             ends.append(gathered(optimizer))
