@@ -102,6 +102,7 @@ PLACED: list[tuple[str, tuple[int, ...], tuple[Any, ...]]] = [
     ("refuse", (40, 70), ()),  # a plain tensor
     ("batch", (5, 24, 300), (Shard(0), Replicate())),  # whole experts
     ("batch", (1, 24, 300), (Shard(0), Shard(0))),  # and ranks that have none
+    ("refuse", (0, 300), (Shard(0), Shard(0))),
     ("batch", (3, 24, 300), (Shard(0), Shard(1))),
     ("batch", (4, 10, 512), (Shard(1), Shard(2))),
     ("batch", (2, 3, 20, 16), (Shard(1), Shard(0))),
@@ -112,7 +113,8 @@ PLACED: list[tuple[str, tuple[int, ...], tuple[Any, ...]]] = [
 
 def _placed(rank: int, world_size: int) -> None:
     mesh = init_device_mesh("cpu", (2, world_size // 2))
-    for name, dtype in (("Muon8bit", BF16), ("Muon", BF16), ("Muon8bit", F32)):
+    for name, dtype, block_wise in (("Muon8bit", BF16, True), ("Muon", BF16, True),
+                                    ("Muon8bit", F32, True), ("Muon8bit", F32, False)):  # fmt: skip
         groups: list[dict[str, dict[str, Any]]] = [{}, {}]
         plain = make_params(dtype, [shape for _, shape, _ in PLACED])
         for (higher_dims, _, placements), p in zip(PLACED, plain, strict=True):
@@ -121,11 +123,11 @@ def _placed(rank: int, world_size: int) -> None:
             for each, x in zip(groups, (p, q), strict=True):
                 group = each.setdefault(higher_dims, {"higher_dims": higher_dims, "params": []})
                 group["params"].append(x)
-        options = {"stochastic_rounding": True}
+        options = {"stochastic_rounding": True, "block_wise": block_wise}
         alone, shared = (make(name, list(each.values()), **options) for each in groups)
         step_with(alone, range(4))
         step_with(shared, range(4))
-        assert gathered(shared) == gathered(alone), name
+        assert gathered(shared) == gathered(alone), (name, dtype, block_wise)
 
 
 def test_same_bits_however_they_are_placed() -> None:

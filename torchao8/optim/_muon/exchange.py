@@ -117,10 +117,12 @@ class _Turn(NamedTuple):
             sizes, shapes = zip(*((whole.shape, whole.matrix) for whole in self.owned), strict=True)
             wholes, stacks = update.make_stacks(sizes, shapes, self.device)
             in_wholes, in_received = self._parts(wholes, received)
-            torch._foreach_copy_(in_wholes, in_received)
+            if in_wholes:
+                torch._foreach_copy_(in_wholes, in_received)
             for stack in stacks:
                 orthogonalize_(stack, iterations.coefficients, iterations.eps)
-            torch._foreach_copy_(in_received, in_wholes)
+            if in_wholes:
+                torch._foreach_copy_(in_received, in_wholes)
         if group is not None:
             dist.all_to_all_single(flat, received, list(to), list(of), group)
 
@@ -153,7 +155,7 @@ def _turns(work: Work) -> Iterator[_Turn]:
     wholes: dict[int, Whole] = {}
     for k, p in enumerate(work.params):
         mesh, whole = _whole_of(p, higher_dims)
-        if whole is not None and torch.Size(whole.shape).numel():
+        if whole is not None:  # one without elements may have a scale, which every rank steps
             wholes[k] = whole
             key = mesh if whole.dims else None, whole.dims, sharding.local(p).device
             alike.setdefault(key, []).append(k)
