@@ -5,7 +5,8 @@
 Ranks of one thread each talk over gloo on this machine. They step the hidden matrices of GPT-2
 124M, sharded by rows, and in turn each rank steps all of them by itself, as data parallelism
 without shards does. Two barriers stand around each all-to-all: the time before the first one ends
-is time that a rank waits for others, and the time from there on is the exchange.
+is time that a rank waits for others, and the time from there on is the exchange. Speed-up and
+memory stand beside those of ranks that step all of it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from benchmarks import reporting
 from benchmarks.process import Worker
+from benchmarks.step.devices import Cpu
 
 Shape = tuple[int, ...]
 # What is sent does not depend on the state: it is of bfloat16.
@@ -100,7 +102,12 @@ def measure(shapes: Sequence[Shape], name: str, dtype: torch.dtype, rounds: int)
         if turn:
             found["waited"].append(clock.waited)
             found["exchanged"].append(clock.exchanged)
-    return {**found, "sent_bytes": clock.sent}
+    memory = Cpu("cpu")
+    # All ranks make the same steps here, too.
+    peaks = {"alone": memory.peak_extra_bytes(alone.step)}
+    dist.barrier()
+    peaks["shared"] = memory.peak_extra_bytes(shared.step)
+    return {**found, "sent_bytes": clock.sent, "peak_extra_bytes": peaks}
 
 
 class Rank:
@@ -136,12 +143,20 @@ def row(name: str, dtype: str, of_ranks: Sequence[dict[str, Any]]) -> dict[str, 
         "exchanged_share": statistics.median(x / s for x, s in zip(exchanged, shared, strict=True)),
         "speed_up": statistics.median(a / s for a, s in zip(alone, shared, strict=True)),
         "sent_bytes": max(r["sent_bytes"] for r in of_ranks),
+        "peak_extra_bytes": _largest(of_ranks, "shared"),
+        "alone_peak_extra_bytes": _largest(of_ranks, "alone"),
     }
+
+
+def _largest(of_ranks: Sequence[dict[str, Any]], kind: str) -> int | None:
+    """None where the system does not tell."""
+    peaks = [r["peak_extra_bytes"][kind] for r in of_ranks]
+    return None if None in peaks else max(peaks)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     headers = ["optimizer", "dtype", "ms", "all of it on each rank", "speed-up", "waiting",
-               "exchange", "share", "MB sent"]  # fmt: skip
+               "exchange", "share", "MB sent", "peak extra MiB", "on each rank"]  # fmt: skip
     lines = [
         [
             one["optimizer"],
@@ -153,10 +168,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"{one['exchanged_ms']:.1f}",
             f"{one['exchanged_share']:.1%}",
             f"{one['sent_bytes'] / 1e6:.1f}",
+            _mebibytes(one["peak_extra_bytes"]),
+            _mebibytes(one["alone_peak_extra_bytes"]),
         ]
         for one in rows
     ]
     return reporting.format_table(headers, lines, left=2)
+
+
+def _mebibytes(value: int | None) -> str:
+    return "" if value is None else f"{value / 2**20:.0f}"
 
 
 def _parse(argv: Iterable[str] | None) -> argparse.Namespace:

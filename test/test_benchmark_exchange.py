@@ -31,9 +31,11 @@ def test_what_two_ranks_measure() -> None:
 def test_the_row_is_of_medians_over_rounds() -> None:
     of_ranks = [
         {"alone": [4.0, 8.0, 4.0], "shared": [2.0, 2.0, 9.0], "waited": [0.0, 1.0, 0.0],
-         "exchanged": [0.5, 0.5, 0.9], "sent_bytes": 3_000_000},
+         "exchanged": [0.5, 0.5, 0.9], "sent_bytes": 3_000_000,
+         "peak_extra_bytes": {"alone": 1, "shared": 4}},
         {"alone": [4.0, 8.0, 4.0], "shared": [2.0, 4.0, 9.0], "waited": [0.2, 1.0, 0.0],
-         "exchanged": [0.5, 0.7, 0.9], "sent_bytes": 2_000_000},
+         "exchanged": [0.5, 0.7, 0.9], "sent_bytes": 2_000_000,
+         "peak_extra_bytes": {"alone": 2, "shared": 3}},
     ]  # fmt: skip
     found = exchange.row("Muon8bit", "bfloat16", of_ranks)
     assert found["alone_ms"] == 4000.0
@@ -43,6 +45,7 @@ def test_the_row_is_of_medians_over_rounds() -> None:
     assert found["exchanged_share"] == pytest.approx(0.2)
     assert found["speed_up"] == 2.0
     assert found["sent_bytes"] == 3_000_000
+    assert (found["peak_extra_bytes"], found["alone_peak_extra_bytes"]) == (4, 2)
 
 
 def test_the_matrices_of_gpt2() -> None:
