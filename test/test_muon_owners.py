@@ -6,11 +6,12 @@ from collections import Counter
 
 import pytest
 import torch
+from mesh_worker import HIDDEN, INNER, KEYS, MESHES
 from test_estimate import PLACED
-from torch.distributed.tensor import Placement, Shard
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from torchao8.matrix_shape import MatrixShape
-from torchao8.optim._muon.owners import cost, rounds
+from torchao8.optim._muon.owners import Round, Whole, cost, plan, rounds, whole_of
 from torchao8.shard_layout import Box, shard_boxes
 
 LAYER = [(2304, 768), (768, 768), (3072, 768), (768, 3072)]
@@ -82,3 +83,65 @@ def test_boxes_hold_each_element_once(
         size for size, p in zip(mesh_shape, placements, strict=True) if p.is_replicate()
     )
     assert seen == dict.fromkeys(range(numbers.numel()), replicas)
+
+
+# -- what ranks send and receive -------------------------------------------------------------------
+
+
+def plans(
+    shapes: list[tuple[int, ...]],
+    mesh_shape: tuple[int, ...],
+    placements: tuple[Placement, ...],
+    limit: int,
+    ranks: int | None = None,
+) -> tuple[list[Whole], list[tuple[Round, ...]]]:
+    """Of the first so many ranks that share parameters: of all of those that differ in what they
+    hold."""
+    first = (0,) * len(mesh_shape)
+    wholes = [whole_of(s, mesh_shape, first, placements, "refuse") for s in shapes]
+    dims = wholes[0].dims
+    sizes = [range(size if d in dims else 1) for d, size in enumerate(mesh_shape)]
+    coordinates = tuple(itertools.product(*sizes))
+    args = tuple(wholes), mesh_shape, coordinates
+    return wholes, [plan(*args, here, limit) for here in range(len(coordinates))[:ranks]]
+
+
+@pytest.mark.parametrize(("mesh_shape", "placements"), PLACED, ids=str)
+def test_what_one_rank_sends_another_one_awaits(
+    mesh_shape: tuple[int, ...], placements: tuple[Placement, ...]
+):
+    shapes = [(7, 12), (1, 3), (24, 6), (26, 4), (40, 8)]
+    wholes, of_ranks = plans(shapes, mesh_shape, placements, 300)
+    assert len({len(made) for made in of_ranks}) == 1
+    for turns in zip(*of_ranks, strict=True):
+        assert len({turn.members for turn in turns}) == 1
+        for i, j in itertools.product(range(len(turns)), repeat=2):
+            assert turns[i].to[j] == turns[j].of[i]
+        owned = [i for turn in turns for i in turn.owned]
+        assert owned == list(turns[0].members)
+        for turn in turns:
+            assert sum(turn.of) == sum(math.prod(wholes[i].shape) for i in turn.owned)
+            assert sum(turn.to) == sum(map(math.prod, turn.shapes))
+
+
+@pytest.mark.parametrize("mesh", [m for m in MESHES if math.prod(m.values()) > 1000], ids=str)
+def test_large_meshes(mesh: dict[str, int]):
+    """Llama 3 70B: all of it in one round, and no owner has more than one matrix."""
+    placements = {"replicate": Replicate(), "shard": Shard(0), "tensor": Shard(1)}
+    shapes = [(HIDDEN, HIDDEN), (KEYS, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER)] * 80
+    placed = tuple(placements[name] for name in mesh)
+    wholes, of_ranks = plans(shapes, tuple(mesh.values()), placed, LIMIT, ranks=2)
+    for (turn,) in of_ranks:
+        assert len(turn.members) == 320
+        assert len(turn.owned) == 1
+        assert sum(turn.of) == math.prod(wholes[turn.owned[0]].shape)
+
+
+def test_experts_that_lie_whole_are_not_gathered():
+    mesh_shape, placements = (4, 2), (Shard(0), Shard(2))
+    found = whole_of((6, 30, 40), mesh_shape, (2, 1), placements, "batch")
+    assert found == Whole((2, 30, 40), MatrixShape(2, 30, 40), (Replicate(), Shard(2)), (1,))
+    alone = whole_of((6, 30, 40), (4,), (3,), (Shard(0),), "batch")
+    assert alone == Whole((0, 30, 40), MatrixShape(0, 30, 40), (), ())
+    flat = whole_of((6, 30, 40), (4,), (3,), (Shard(0),), "flatten")
+    assert flat == Whole((6, 30, 40), MatrixShape(1, 6, 1200), (Shard(0),), (0,))
