@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchao8 import hidden_matrices
+
 Options = Mapping[str, Any]
 
 
@@ -16,12 +18,18 @@ def param_groups(
     *,
     decay_vectors: bool = False,
     embeddings_in_32bit: bool = True,
+    muon: bool = False,
     patterns: Mapping[str, Options] | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer: as few as there are different options.
 
     >>> groups = torchao8.param_groups(model, patterns={"head.*": {"lr": 1e-4}})
     >>> optimizer = torchao8.AdamW8bit(groups, lr=1e-3, weight_decay=0.1)
+
+    With Muon for the hidden matrices, and AdamW for the rest:
+
+    >>> groups = torchao8.param_groups(model, muon=True)
+    >>> optimizer = torchao8.MuonAdamW8bit(groups, lr=1e-3, weight_decay=0.1)
 
     Frozen parameters are in none. A parameter that the model has in two places counts once, under
     its first name.
@@ -34,8 +42,18 @@ def param_groups(
             optim_bits=32: their gradients are sparse, a row being used now and then ("8-bit
             Optimizers via Block-wise Quantization", section 2.3). A vocabulary of 50,000 tokens and
             a model of 124M parameters: 39M of them.
+        muon: True says of each parameter whether Muon trains it, by ``use_muon``, as the classes of
+            :class:`torchao8.MuonAdamW` want it: True for the hidden matrices. These are parameters
+            of two dimensions, each of 16 or more, whose names end in ``weight``, without embeddings
+            and heads. An embedding is one by its class, or by a name with "embed" in it. A head is
+            what ``get_output_embeddings()`` of the model returns; a linear layer with as many
+            outputs as an embedding has rows, unless it is in a numbered block; and what is in a
+            module named lm_head, head, heads, output, classifier, score, fc or embed_out, in no
+            numbered block. A pattern decides otherwise: ``{"decoder.*": {"use_muon": False}}``, or,
+            for matrices of experts in one parameter of three dimensions, ``{"*.experts.*":
+            {"use_muon": True, "higher_dims": "batch"}}``.
         patterns: shell patterns of names, as ``"blocks.*.attention.*"``, and the options of those
-            that match. They hold before the two above, a later one before an earlier one.
+            that match. They hold before those above, a later one before an earlier one.
 
     Returns:
         Groups of ``params``, a list of (name, parameter) pairs, and options.
@@ -55,6 +73,7 @@ def param_groups(
             f"{{'head.*': {{'lr': 1e-4}}}}, got {type(patterns).__name__}"
         )
     embeddings = embedding_weights(model)
+    hidden = hidden_matrices.of_model(model) if muon else set()
     unused = set(patterns)
     groups: dict[str, dict[str, Any]] = {}
     for name, p in model.named_parameters():
@@ -63,6 +82,8 @@ def param_groups(
         if not p.requires_grad:
             continue
         options = _options(p, decay_vectors, embeddings_in_32bit and id(p) in embeddings)
+        if muon:
+            options["use_muon"] = name in hidden
         for pattern in matching:
             options.update(patterns[pattern])
         if "params" in options:
