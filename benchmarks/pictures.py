@@ -23,8 +23,8 @@ from matplotlib import pyplot
 from benchmarks import reporting
 from benchmarks.quality.report import groups
 from benchmarks.quality.runs import CODECS, REFERENCE
-from benchmarks.step.contenders import BASELINE, MEMORY
-from benchmarks.step.tables import milliseconds, of_rule, title
+from benchmarks.step.contenders import BASELINE, MEMORY, MUON_BASELINES
+from benchmarks.step.tables import milliseconds, of_rule, rule_of, title
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # What the documentation shows.
@@ -83,14 +83,16 @@ def _machine(record: dict[str, Any]) -> str:
 def _timed(case: dict[str, Any]) -> Rows:
     """The rows of optimizers, torch's once."""
     rows = [r for r in case["rows"] if "ms" in r and r["name"] not in {m.name for m in MEMORY}]
-    return [r for r in rows if r["name"] != BASELINE or r.get("batch", 0) == 0]
+    baseline = MUON_BASELINES.get(case["list"], BASELINE)
+    return [r for r in rows if r["name"] != baseline or r.get("batch", 0) == 0]
 
 
 def step(record: dict[str, Any], path: Path) -> None:
     """The time of a step: a panel for each list and dtype."""
     cases = {title(case): _timed(case) for case in record["cases"] if _timed(case)}
     heights = [len(rows) for rows in cases.values()]
-    with picture(path, "Time of one AdamW step", _machine(record), heights) as panels:
+    rules = " or ".join(dict.fromkeys(map(rule_of, record["cases"])))
+    with picture(path, f"Time of one {rules} step", _machine(record), heights) as panels:
         for panel, (subject, rows) in zip(panels, cases.items(), strict=True):
             shown = [(r["label"], r["ms"], f"{milliseconds(r['ms'])} ms", "torchao8" in r["label"])
                      for r in rows]  # fmt: skip

@@ -267,6 +267,7 @@ def test_lists_are_the_models_they_are_named_after() -> None:
     assert sizes["resnet101"] == (314, 44_549_160)
     assert sizes["gpt2"] == (148, 124_439_808)
     assert sizes["block"] == (12, 7_087_872)
+    assert sizes["gpt2-hidden"] == (48, 84_934_656)
     assert sizes["llama"] == (45, 1_090_560_000)
     (one,) = tensor_lists.tensor_lists()["one"].shapes
     assert one[0] * one[1] >= 1e9
@@ -283,7 +284,8 @@ def test_our_contenders_are_what_they_are_called() -> None:
     for one in contenders.CONTENDERS.values():
         assert one.options["weight_decay"] > 0  # zero lets some skip work
         if one.package in ("torchao8", "torch"):
-            optimizer = one.build(make_params())
+            matrices_only = one.lists == tuple(contenders.MUON_BASELINES)
+            optimizer = one.build([p for p in make_params() if p.ndim == 2 or not matrices_only])
             assert type(optimizer).__name__ == one.where.rpartition(".")[2]
             assert one.options.items() <= optimizer.defaults.items()
 
@@ -327,6 +329,21 @@ def test_a_rule_in_another_format_and_on_a_path_that_is_told() -> None:
     rows = [{"name": name, "ms": 1.0} for name in ("copy", ours.name, "sgd-fused")]
     found = tables.of_rule({"rule": "SGD", "fastest": "sgd-fused", "rows": rows})
     assert found == (rows[1], rows[2])
+
+
+def test_muon_is_timed_on_matrices_against_torch_s() -> None:
+    args, device = command.parse([])
+    muon = ["muon", "muon8bit", "muon8bit-mulaw"]
+    for quick in (False, True):
+        args.quick = quick
+        found = [one.name for one in command._chosen(args, device.kind, "gpt2-hidden")]
+        assert found == muon
+        assert not {*muon, "torch-muon"} & {
+            one.name for one in command._chosen(args, device.kind, "gpt2")
+        }
+    case = {"list": "gpt2-hidden", "rows": []}
+    assert tables.table(case).startswith("| Muon")
+    assert tables.table({**case, "list": "gpt2"}).startswith("| AdamW")
 
 
 def test_family_options_go_with_a_family(capsys: pytest.CaptureFixture[str]) -> None:

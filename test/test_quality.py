@@ -36,6 +36,7 @@ def _same_threads() -> Any:
 def test_every_optimizer_of_the_library_is_in_the_study() -> None:
     names = [name for name in torchao8.__all__ if not name.startswith("Paged")]
     classes = {name.removesuffix("8bit") for name in names if name.endswith("8bit")}
+    classes.remove("Muon")  # MuonAdamW steps with it
     assert {*study.RULES} == classes
     assert {run.row for run in study.plan(QUICK) if run.study == "family"} == classes
 

@@ -199,7 +199,8 @@ _SECTIONS = {
         """Held-out loss at the end, in nats: mean ± standard deviation over seeds. A seed
 gives the same parameters and the same batches to all. The second table has the mean and deviation
 of the differences of the same seed, and whether that mean is within one deviation of the 32-bit
-runs. "8-bit" is the dynamic map, "8-bit mulaw" the option state_format="mulaw".""",
+runs. "8-bit" is the dynamic map, "8-bit mulaw" the option state_format="mulaw". MuonAdamW is Muon
+for the hidden matrices and AdamW for the rest: torch.optim has two optimizers for it.""",
         family_table,
     ),
     "ablation": (

@@ -16,6 +16,7 @@ import torchao8
 from benchmarks.process import error_line
 from benchmarks.quality.moments import MAPS, SCOPES, EmulatedAdamW8bit, UpdateError
 from benchmarks.quality.tasks import Digits, Gpt, Task
+from benchmarks.quality.torch_muon import MuonAdamW as TorchMuonAdamW
 from benchmarks.reporting import installed
 from benchmarks.step.contenders import rule_names
 from benchmarks.step.job import state_bytes
@@ -38,6 +39,8 @@ _CHOSEN: dict[str, tuple[float, float, Options]] = {
     "LAMB": (1e-2, 2e-2, {"betas": (0.9, 0.999), **_DECAY}),
     "LARS": (0.3, 1.0, {"momentum": 0.9, "weight_decay": 1e-4, "trust_coefficient": 0.02}),
     "Lion": (5e-4, 2e-4, {"betas": (0.9, 0.99), **_DECAY}),
+    # Hidden matrices by Muon, the rest by AdamW.
+    "MuonAdamW": (2e-3, 2e-3, {"betas": (0.9, 0.95), **_DECAY}),
     "RMSprop": (1e-3, 2e-3, {"alpha": 0.99}),
     "SGD": (1e-1, 1e-1, {"momentum": 0.9}),
 }  # fmt: skip
@@ -132,6 +135,8 @@ class Run:
 
 def _class_of(source: str, name: str) -> Callable[..., torch.optim.Optimizer] | None:
     """The class that a source has for a rule, if it has one and is installed."""
+    if (source, name) == ("torch.optim", "MuonAdamW"):
+        return TorchMuonAdamW
     of = SOURCES[source]
     if not installed(of.package):
         return None
@@ -216,7 +221,12 @@ def make_optimizer(run: Run, model: nn.Module) -> torch.optim.Optimizer:
     if run.study == "family":
         cls = _class_of(run.column, run.row)
         assert cls is not None, run
-        return cls(model.parameters(), **options, **SOURCES[run.column].options)
+        params: Any = model.parameters()
+        if run.row == "MuonAdamW":  # decay and formats of state are the same for all, as elsewhere
+            params = torchao8.param_groups(
+                model, muon=True, decay_vectors=True, embeddings_in_32bit=False
+            )
+        return cls(params, **options, **SOURCES[run.column].options)
     in_32bit = OURS_32BIT if run.study == "rounding" else REFERENCE
     ours = torchao8.AdamW if in_32bit in (run.column, run.row) else torchao8.AdamW8bit
     if run.study == "rounding":

@@ -5,6 +5,7 @@ a machine whose speed drifts slows all of them alike. A row's time is the median
 speed-up is the median of the ratios to torch's fused AdamW in the same round. The machine's memory
 rate is measured by two more contenders in the same rounds. With --family it is every update rule
 with 8-bit state against the same rule of torch, and speed-ups are over torch's fastest form of it.
+With --list gpt2-hidden it is Muon, and speed-ups are over torch.optim.Muon.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from benchmarks.step.contenders import (
     CONTENDERS,
     CPU_PATHS,
     MEMORY,
+    MUON_BASELINES,
     QUICK,
     STATE_FORMATS,
     Contender,
@@ -131,7 +133,9 @@ def _chosen(args: argparse.Namespace, kind: str, list_name: str) -> list[Contend
     """The contenders that are named, or those that run on a list, beside torch's."""
 
     def runs(one: Contender) -> bool:
-        if args.quick:
+        if list_name in MUON_BASELINES:
+            chosen = one.lists is not None and list_name in one.lists
+        elif args.quick:
             chosen = one.name in QUICK.get(list_name, QUICK["gpt2"])
         else:  # on a GPU the quick form's, too: it has a compiled step
             in_quick = kind != "cpu" and one.name in QUICK.get(list_name, ())
@@ -139,7 +143,8 @@ def _chosen(args: argparse.Namespace, kind: str, list_name: str) -> list[Contend
         return kind in one.devices and chosen
 
     named = args.contenders or [name for name, one in CONTENDERS.items() if runs(one)]
-    return [CONTENDERS[name] for name in dict.fromkeys(named) if name != BASELINE]
+    baseline = MUON_BASELINES.get(list_name, BASELINE)
+    return [CONTENDERS[name] for name in dict.fromkeys(named) if name != baseline]
 
 
 def measure(
@@ -162,7 +167,8 @@ def measure(
             left_out.append({"list": list_name, "dtype": dtype, **named, "reason": reason})
             continue
         tensors = tensor_lists()[list_name]
-        chosen, theirs = _chosen(args, device.kind, list_name), [CONTENDERS[BASELINE]]
+        chosen = _chosen(args, device.kind, list_name)
+        theirs = [CONTENDERS[MUON_BASELINES.get(list_name, BASELINE)]]
         if name is not None:
             ours, _ = rule(name, args.state_format, args.cpu_path)
             chosen, theirs = [ours], rivals(name, device.kind, dtype)

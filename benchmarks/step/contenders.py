@@ -1,4 +1,4 @@
-"""The optimizers that are timed: AdamW of several libraries, and every rule of torchao8."""
+"""The optimizers that are timed: AdamW of several libraries, Muon, and every rule of torchao8."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from torch import Tensor
 from benchmarks.step import torch_rules
 
 BASELINE = "torch"
+# Of lists of matrices, on which Muon is timed in place of AdamW.
+MUON_BASELINES = {"gpt2-hidden": "torch-muon"}
 
 # A weight decay of zero would let some skip work.
 _DECAY = {"weight_decay": 1e-2}
 ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, **_DECAY}
+MUON: dict[str, Any] = {"lr": 1e-3, "momentum": 0.95, "nesterov": True, **_DECAY}
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,21 @@ _ADAMW = [
     _adamw("torchao", "torchao AdamW8bit", "torchao.optim.AdamW8bit", {},
            lists=_FEW_SHAPES, state_bytes=21.0),
 ]  # fmt: skip
-CONTENDERS = {contender.name: contender for contender in _ADAMW}
+
+
+def _muon(name: str, where: str, state_bytes: float, **more: Any) -> Contender:
+    label = where + "".join(f"({k}={v!r})".replace("'", '"') for k, v in more.items())
+    lists = tuple(MUON_BASELINES)
+    return Contender(name, label, where, {**MUON, **more}, lists, state_bytes=state_bytes)
+
+
+_MUON = [
+    _muon("torch-muon", "torch.optim.Muon", 4.0),
+    _muon("muon", "torchao8.Muon", 4.0),
+    _muon("muon8bit", "torchao8.Muon8bit", 1.1),
+    _muon("muon8bit-mulaw", "torchao8.Muon8bit", 1.1, **_MULAW),
+]
+CONTENDERS = {contender.name: contender for contender in (*_ADAMW, *_MUON)}
 
 # The first figures, on a GPU within a minute: lists, and who runs on them beside torch's.
 _COMMON = ("8bit", "32bit", "8bit-graph", "torch-graph")
@@ -149,11 +166,16 @@ _HINTS = {"params", "foreach", "fused", "capturable", "differentiable"}
 
 
 def rule_names() -> list[str]:
-    """The rules that the library has, by the names of their classes with 32-bit state."""
+    """The rules that the library has for tensors of all shapes, by the names of their classes with
+    32-bit state: all but Muon."""
     import torchao8
 
+    def takes_all_shapes(name: str) -> bool:
+        return "higher_dims" not in inspect.signature(getattr(torchao8, name)).parameters
+
     eight = [n.removesuffix("8bit") for n in torchao8.__all__ if n.endswith("8bit")]
-    return sorted((n for n in eight if not n.startswith("Paged")), key=str.lower)
+    rules = [n for n in eight if not n.startswith("Paged") and takes_all_shapes(n)]
+    return sorted(rules, key=str.lower)
 
 
 STATE_FORMATS = ("dynamic", "mulaw")  # of 8-bit state

@@ -8,7 +8,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from benchmarks.reporting import format_table
-from benchmarks.step.contenders import MEMORY, Contender
+from benchmarks.step.contenders import MEMORY, MUON_BASELINES, Contender
 from benchmarks.step.rounds import Row, ratios
 from benchmarks.step.tensor_lists import TensorList
 
@@ -148,7 +148,12 @@ def table(case: dict[str, Any]) -> str:
         else:
             values = [(row.get(key), form) for key, form in columns.values()]
             lines.append([label, *("" if v is None else form(v) for v, form in values)])
-    return "\n".join([format_table([case.get("rule", "AdamW"), *columns], lines), *notes])
+    return "\n".join([format_table([rule_of(case), *columns], lines), *notes])
+
+
+def rule_of(case: dict[str, Any]) -> str:
+    """The update rule whose step is timed."""
+    return str(case.get("rule", "Muon" if case["list"] in MUON_BASELINES else "AdamW"))
 
 
 def of_rule(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:

@@ -12,8 +12,8 @@ Shape = tuple[int, ...]
 TINY = ("tiny-148x64", "tiny-1000x64", "tiny-148x4096", "tiny-1000x4096")
 # What "all" is on a device, in this order: what a time limit may cut off stands last.
 LISTS = {
-    "cpu": ("gpt2", "block", "small", "huge", *TINY),
-    "cuda": ("huge", "gpt2", "small", "block", "one", "llama", "resnet101", *TINY),
+    "cpu": ("gpt2", "block", "small", "huge", *TINY, "gpt2-hidden"),
+    "cuda": ("huge", "gpt2", "small", "block", "one", "llama", "resnet101", *TINY, "gpt2-hidden"),
 }
 
 
@@ -55,10 +55,12 @@ def tensor_lists() -> dict[str, TensorList]:
     def of_model(name: str, *prefixes: str) -> list[Shape]:
         return [shape for key, shape in MODELS[name].items() if key.startswith(prefixes)]
 
+    hidden = [shape for shape in of_model("gpt2", "h.") if len(shape) == 2]
     layers = [f"model.layers.{i}." for i in range(5)]
     lists = {
         "gpt2": ("GPT-2 124M (148 tensors)", of_model("gpt2", "")),
         "block": ("one block of GPT-2 (12 tensors, 7.1M parameters)", of_model("gpt2", "h.0.")),
+        "gpt2-hidden": ("the hidden matrices of GPT-2 124M (48 tensors, 84.9M parameters)", hidden),
         "small": ("1,000 tensors of 1,000 elements", [(1000,)] * 1000),
         "huge": ("one tensor of 256M elements", [(16384, 16384)]),
         "tiny-148x64": ("148 tensors of 64 elements", [(64,)] * 148),
