@@ -100,7 +100,8 @@ def _rows(rows: list[list[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Of a docstring: the roles of Sphinx and double backticks as Markdown has them."""
+    """Of a docstring: roles of Sphinx, links and double backticks as Markdown has them."""
+    text = re.sub(r"`([^`<]+?) <([^>]+)>`_", r"[\1](\2)", text)
     text = re.sub(r":\w+:`~?(?:torchao8\.)?(.*?)`", r"`\1`", text)
     return text.replace("``", "`").replace("|", r"\|")
 

@@ -10,6 +10,7 @@ from torchao8.optim.lamb import *
 from torchao8.optim.lars import *
 from torchao8.optim.lion import *
 from torchao8.optim.muon import *
+from torchao8.optim.muon_adamw import *
 from torchao8.optim.nadam import *
 from torchao8.optim.rmsprop import *
 from torchao8.optim.sgd import *

@@ -53,6 +53,7 @@ class OptimizerContract(Optimizer):
         _has_4bit: whether the rule has state of 4 bits.
         _bad_gradients: what its docstring says of gradients that are not finite.
         _fixed: options of every group that the constructor does not take.
+        _kinds: what each group of a class of several rules must say, one entry for each rule.
         _torch_class: the class of torch.optim with the same rule, where there is one.
         _torch_state_at_start: whether that class has state before the first step.
     """
@@ -71,6 +72,7 @@ class OptimizerContract(Optimizer):
         "An element whose gradient is not finite keeps its value and its state, up to rounding."
     )
     _fixed: Group = {}  # noqa: RUF012
+    _kinds: tuple[Group, ...] = ({},)
     _torch_class: type[Optimizer] | None = None
     _torch_state_at_start = False
     __signature__: ClassVar[inspect.Signature]

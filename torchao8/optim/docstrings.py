@@ -18,7 +18,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from torchao8.optim.contract import OptimizerContract, bare_name, states_under
-from torchao8.optim.options import CommonOptions
+from torchao8.optim.options import CommonOptions, Group
 
 _SECTION = re.compile(r"^(Args|Attributes|Raises):\n", re.MULTILINE)
 _OPTIONS = """\
@@ -108,7 +108,17 @@ def _wrapped(text: str, first: str = "", others: str = "") -> str:
 
 def _state_of(cls: type[OptimizerContract]) -> str:
     """Which tensors ``optimizer.state[p]`` holds."""
-    states = states_under(cls, dict.fromkeys(cls._resting, 0.9))
+    text = [_state_of_kind(cls, kind) for kind in cls._kinds]
+    for option, name in cls._resting.items():
+        text.append(f"Without {option} there is no ``{name}``.")
+    for option, name in cls._added.items():
+        text.append(f"With {option} there is also ``{name}``.")
+    return _wrapped(" ".join([*text, cls._bad_gradients]))
+
+
+def _state_of_kind(cls: type[OptimizerContract], kind: Group) -> str:
+    """That of a parameter in a group which says this."""
+    states = states_under(cls, {**dict.fromkeys(cls._resting, 0.9), **kind})
     values = [f"``{state.name}``" for state in states if not state.is_scalar]
     numbers = ["``step``", *(f"``{state.name}``" for state in states if state.is_scalar)]
     form = "float32, of the shape of the parameter, whatever its dtype"
@@ -123,16 +133,11 @@ def _state_of(cls: type[OptimizerContract]) -> str:
             "each block"
         )
     each = "each " if len(values) > 1 else ""
-    text = [
-        f"State of a parameter: {_listed(numbers)}, {'each ' if len(numbers) > 1 else ''}one "
-        f"float32 number; {_listed(values)}, {each}{form}."
-    ]
-    for option, name in cls._resting.items():
-        text.append(f" Without {option} there is no ``{name}``.")
-    for option, name in cls._added.items():
-        text.append(f" With {option} there is also ``{name}``.")
-    text.append(f" {cls._bad_gradients}")
-    return _wrapped("".join(text))
+    where = "".join(f" with {option}={value}" for option, value in kind.items())
+    return (
+        f"State of a parameter{where}: {_listed(numbers)}, {'each ' if len(numbers) > 1 else ''}"
+        f"one float32 number; {_listed(values)}, {each}{form}."
+    )
 
 
 def _listed(names: list[str]) -> str:
