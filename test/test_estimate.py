@@ -143,7 +143,7 @@ def test_the_family(case: OptimizerCase) -> None:
 
 
 def test_every_class_can_be_estimated() -> None:
-    assert sorted(class_names()) == sorted(case.cls.__name__ for case in OF_32_BITS)
+    assert sorted(class_names()) == sorted([*(c.cls.__name__ for c in OF_32_BITS), "MuonAdamW"])
 
 
 def test_options_that_an_optimizer_lacks() -> None:
@@ -163,6 +163,73 @@ def test_options_that_an_optimizer_lacks() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             estimate(shapes, **options)
+
+
+def two_rules() -> nn.Module:
+    """An embedding of more than 4,096 elements, hidden matrices of both sizes, experts, a head."""
+    layers = (nn.Embedding(200, 48), nn.Linear(48, 120), nn.Linear(48, 20), nn.Linear(120, 64))
+    net = nn.ModuleDict({"blocks": nn.ModuleList(layers[1:]), "table": layers[0]})
+    net["lm_head"] = nn.Linear(64, 200)
+    net["experts"] = nn.ParameterList([torch.zeros(3, 40, 260)])
+    net.blocks[2].bias.requires_grad_(False)
+    return net
+
+
+@pytest.mark.parametrize("options", [{}, {"percentile_clipping": 5, "block_wise": False}], ids=str)
+@pytest.mark.parametrize("in_32bit", [False, True])
+def test_muon_beside_adamw(in_32bit: bool, options: dict[str, Any]) -> None:
+    """The bytes of optimizers of the groups that param_groups makes; who trains what."""
+    net = two_rules()
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    hidden = tuple(f"blocks.{i}.weight" for i in range(3))
+    estimated = estimate(
+        net, optimizer="PagedMuonAdamW8bit", embeddings_in_32bit=in_32bit, **options
+    )
+    assert estimated.optimizer == "MuonAdamW"
+    assert estimated.muon == hidden
+    for cls, nbytes in (
+        (torchao8.MuonAdamW, estimated.state_32bit),
+        (torchao8.MuonAdamW8bit, estimated.state_8bit),
+    ):
+        groups = torchao8.param_groups(net, muon=True, embeddings_in_32bit=in_32bit)
+        optimizer = cls(groups, **options)
+        optimizer.step()
+        assert nbytes == storage(t for s in optimizer.state.values() for t in s.values())
+    assert estimated.state_4bit is None
+    again = {**options, "optimizer": "MuonAdamW", "embeddings_in_32bit": in_32bit}
+    assert estimate(net.to("meta"), **again) == estimated
+    assert str(estimated).endswith(
+        "\nMuon: 3 of 10 (blocks.0.weight, ...); AdamW: the others"
+    )  # fmt: skip
+
+
+def test_muon_by_the_names_of_shapes() -> None:
+    """Without names, all matrices are hidden ones but for those that are said not to be."""
+    named = {"wte.weight": (500, 64), "h.0.w.weight": (64, 64), "head.weight": (500, 64), "b": (9,)}
+    assert estimate(named, optimizer="MuonAdamW").muon == ("h.0.w.weight",)
+    shapes = list(named.values())
+    assert estimate(shapes, optimizer="MuonAdamW").muon == ("[0]", "[1]", "[2]")
+    one = estimate(shapes, optimizer="MuonAdamW", embeddings_in_32bit=["[0]"])
+    assert one.muon == ("[1]", "[2]")
+    assert estimate(named).muon == ()
+    assert "AdamW: the others" not in str(estimate([(9,)], optimizer="MuonAdamW"))
+
+
+def test_muon_refuses_what_is_no_matrix() -> None:
+    with pytest.raises(ValueError) as error:
+        estimate({"w": (64, 64), "norm": (300,)}, optimizer="Muon8bit")
+    assert str(error.value) == (
+        "norm: expected a matrix, got the shape [300]. MuonAdamW trains the rest by AdamW: "
+        "optimizer='MuonAdamW'"
+    )
+    experts = [(4, 64, 64)]
+    with pytest.raises(ValueError, match=r"\[0\]: expected a matrix.*higher_dims='batch' takes"):
+        estimate(experts, optimizer="Muon")
+    sizes = estimate(experts, optimizer="Muon", higher_dims="batch")
+    assert sizes.state_32bit == 4 * 4 * 64 * 64 + 4
+    frozen = nn.ParameterList([nn.Parameter(torch.ones(3), requires_grad=False)])
+    assert estimate(frozen, optimizer="Muon").state_32bit == 0
 
 
 def test_32_bit_state_is_that_of_torch() -> None:
@@ -465,6 +532,15 @@ def test_command_with_an_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
     assert "RMSprop8bit too: 1 of 2" in str(table)
 
 
+def test_command_with_muon(capsys: pytest.CaptureFixture[str]) -> None:
+    shapes = "640x300:embedding,2*64x300,7"
+    assert command(["estimate", "--shapes", shapes, "--optimizer", "MuonAdamW8bit"]) == 0
+    assert "\nMuon: 2 of 4 (1: 64x300, ...); AdamW: the others\n" in capsys.readouterr().out
+    batch = "--shapes 4x64x300 --optimizer Muon --higher-dims batch"
+    assert command(["estimate", *batch.split()]) == 0
+    assert capsys.readouterr().out.startswith("shapes in float32: 1 tensor, 76,800 elements, 1 ra")
+
+
 def test_command_with_shapes(capsys: pytest.CaptureFixture[str]) -> None:
     assert command(["estimate", "--shapes", "2*640x300, 7,3x3X3"]) == 0
     out = capsys.readouterr().out
@@ -502,6 +578,8 @@ def test_command_with_embeddings(capsys: pytest.CaptureFixture[str]) -> None:
         ("estimate --model gpt2 --min-8bit-size 4x4", "expected one number, got '4x4'"),
         ("estimate --model gpt2 --optimizer Rprop", "invalid choice: 'Rprop'"),
         ("estimate --model gpt2 --amsgrad --optimizer Lion", "amsgrad: Lion has no such option"),
+        ("estimate --model gpt2 --optimizer Muon", "MuonAdamW trains the rest by AdamW"),
+        ("estimate --model gpt2 --higher-dims batch", "higher_dims: AdamW has no such option"),
         ("estimate --model gpt2 --momentum 0.9", "momentum: AdamW has no such option"),
         ("estimate --model gpt2 --momentum -1", "expected a finite number >= 0, got '-1'"),
         ("estimate --model gpt2 --percentile-clipping 0", "expected an int from 1 to 99"),

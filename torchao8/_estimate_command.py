@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torchao8.block_layout import check_block_size
 from torchao8.estimate import class_names, estimate
+from torchao8.matrix_shape import HIGHER_DIMS
 from torchao8.ops import FORMATS
 from torchao8.optim._params import PARAM_DTYPES
 from torchao8.optim.contract import bare_name
@@ -18,6 +19,7 @@ _EXAMPLES = """examples:
   python -m torchao8 estimate --shapes 32000x4096,32*4096x4096,65*4096
   python -m torchao8 estimate --model llama-8b --embeddings-in-32bit
   python -m torchao8 estimate --model gpt2 --optimizer SGD --momentum 0.9
+  python -m torchao8 estimate --model llama-8b --optimizer MuonAdamW
 """
 
 
@@ -105,6 +107,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the optimizer, if it has it: one more state, unless it is 0 (%(default)s)",
     )
     parser.add_argument(
+        "--higher-dims",
+        choices=[name for name in HIGHER_DIMS if name != "refuse"],
+        help="of Muon: a parameter of more than two dimensions is a batch of matrices, or one "
+        "matrix when it is flattened behind its first dimension",
+    )
+    parser.add_argument(
         "--percentile-clipping",
         type=_size,
         default=100,
@@ -118,6 +126,8 @@ def _tables(arguments: argparse.Namespace) -> str:
     layout = ("min_8bit_size", "block_size", "state_format", "block_wise")
     of_rule = ("optimizer", "amsgrad", "centered", "momentum", "percentile_clipping")
     options = {name: getattr(arguments, name) for name in (*layout, *of_rule)}
+    if arguments.higher_dims is not None:
+        options["higher_dims"] = arguments.higher_dims
     if arguments.embeddings_in_32bit:
         options["embeddings_in_32bit"] = _embeddings(shapes)
     tables = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +19,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from torchao8 import _tables, sharding
+from torchao8 import _tables, hidden_matrices, matrix_shape, sharding
 from torchao8.block_layout import Scales
 from torchao8.groups import embedding_weights
 from torchao8.optim import classes
 from torchao8.optim._params import PARAM_DTYPES
 from torchao8.optim._state.formats import FLOAT32, FORMATS, FOUR_BIT, Format
-from torchao8.optim._state.spec import State, beside_states
+from torchao8.optim._state.spec import beside_states
 from torchao8.optim.contract import OptimizerContract, bare_name, defaults_of, states_under
 from torchao8.optim.options import clips
 from torchao8.shard_layout import block_rows, shard_indices, split_dim
@@ -70,6 +71,7 @@ class Estimate:
             element once.
         total: summed over all ranks, replicas included.
         kept_32bit: the names of parameters that keep 32-bit state in an 8-bit optimizer, by reason.
+        muon: the names of the parameters that Muon trains in :class:`torchao8.MuonAdamW`.
     """
 
     optimizer: str
@@ -86,12 +88,13 @@ class Estimate:
     checkpoint_4bit: int | None
     total: Bytes
     kept_32bit: dict[str, tuple[str, ...]]
+    muon: tuple[str, ...] = ()
 
     def __repr__(self) -> str:  # what a notebook shows
         return str(self)
 
     def __str__(self) -> str:
-        return "\n".join([_heading(self), *_table(self), *_kept_lines(self)])
+        return "\n".join([_heading(self), *_table(self), *_kept_lines(self), *_rule_lines(self)])
 
 
 def estimate(
@@ -136,7 +139,9 @@ def estimate(
             state. Shapes do not tell which of them are embeddings: give the names of these, as
             ``["embed_tokens.weight"]``. In a list of shapes, ``"[0]"`` is the name of the first.
         rule_options: of the optimizer, where they add states: ``amsgrad``, ``centered``,
-            ``momentum``.
+            ``momentum``; and ``higher_dims`` of Muon. Of "MuonAdamW", Muon trains what
+            ``param_groups(model, muon=True)`` says. Of shapes, the names decide, and where there
+            are none, every matrix with sides of 16 and more is trained by Muon.
 
     Raises:
         TypeError: not a module or shapes; a mesh that is none of these; an option that no optimizer
@@ -156,15 +161,15 @@ def estimate(
         "block_wise": block_wise,
         "percentile_clipping": percentile_clipping,
     }
-    cls, all_states = _states(optimizer, common, rule_options)
-    states = sum(not state.is_scalar for state in all_states)
-    beside = sum(spec.nbytes for spec in beside_states(clips(common)).values())
-    beside += torch.float32.itemsize * (len(all_states) - states)
+    cls, options = _class_and_options(optimizer, common, rule_options)
     formats = {32: FLOAT32, 8: FORMATS[state_format]}
     if cls._has_4bit and block_wise:
         formats[4] = FOUR_BIT
     tensors = list(_tensors(model_or_shapes, _mesh_shape(mesh), dtype))
     in_32bit = _embeddings(model_or_shapes, tensors, embeddings_in_32bit)
+    hidden = _hidden(cls, model_or_shapes, tensors, in_32bit)
+    _check_shapes(cls, tensors, options)
+    kept_of = [_kept(cls, {**options, **kind}) for kind in cls._kinds]
     ranks = max([1, *(math.prod(t.mesh_shape) for t in tensors)])
     # What lies on the rank that holds most, of everything once, and on all ranks.
     views: tuple[Counter[str], ...] = (Counter(), Counter(), Counter())
@@ -173,6 +178,7 @@ def estimate(
         for view, elements in zip(views, _elements(t, ranks), strict=True):
             view["parameters"] += elements * t.dtype.itemsize
             view["gradients"] += elements * t.dtype.itemsize * t.trainable
+        states, beside = kept_of[0 if t.name in hidden else -1]
         for bits, own in formats.items() if t.trainable else ():
             scales = Scales(block_size or _BLOCK_SIZES[bits], block_wise)
             where = (t.shape, t.mesh_shape, t.placements, scales.block_size, min_8bit_size, bits)
@@ -198,6 +204,7 @@ def estimate(
         checkpoint_4bit=once.state_4bit,
         total=total,
         kept_32bit={reason: tuple(names) for reason, names in kept.items()},
+        muon=tuple(t.name for t in tensors if t.trainable and t.name in hidden),
     )
 
 
@@ -357,10 +364,10 @@ def class_names() -> list[str]:
     return [n for n, cls in vars(classes).items() if isinstance(cls, type) and n == bare_name(n)]
 
 
-def _states(
+def _class_and_options(
     optimizer: Any, common: dict[str, Any], rule_options: Mapping[str, Any]
-) -> tuple[type[OptimizerContract], tuple[State, ...]]:
-    """The class with 32-bit state, and the states that it says it has."""
+) -> tuple[type[OptimizerContract], dict[str, Any]]:
+    """The class with 32-bit state, and what its constructor is to be called with."""
     names = class_names()
     name = bare_name(optimizer) if isinstance(optimizer, str) else ""
     if name not in names:
@@ -374,7 +381,62 @@ def _states(
             raise TypeError(f"estimate() got an unexpected keyword argument {option!r}")
         elif value:
             raise ValueError(f"{option}: {name} has no such option, leave it out")
-    return cls, states_under(cls, options)
+    return cls, options
+
+
+def _is_mixed(cls: type[OptimizerContract]) -> bool:
+    """Whether Muon trains some of the parameters, and another rule the rest."""
+    return len(cls._kinds) > 1
+
+
+def _kept(cls: type[OptimizerContract], options: dict[str, Any]) -> tuple[int, int]:
+    """How many states as large as their parameter there are, and bytes beside them."""
+    all_states = states_under(cls, options)
+    states = sum(not state.is_scalar for state in all_states)
+    beside = sum(spec.nbytes for spec in beside_states(clips(options)).values())
+    return states, beside + torch.float32.itemsize * (len(all_states) - states)
+
+
+# A shape without a name: of a list, or on the command line.
+_NUMBERED = re.compile(r"\[\d+\]|\d+: .*")
+
+
+def _hidden(
+    cls: type[OptimizerContract],
+    model_or_shapes: Any,
+    tensors: Sequence[_Tensor],
+    embeddings: Collection[str],
+) -> Collection[str]:
+    """The names of the parameters that Muon trains in a class of two rules."""
+    if not _is_mixed(cls):
+        return ()
+    if isinstance(model_or_shapes, nn.Module):
+        return hidden_matrices.of_model(model_or_shapes)
+
+    def is_hidden(t: _Tensor) -> bool:
+        if _NUMBERED.fullmatch(t.name):
+            return hidden_matrices.is_matrix(t.shape) and not t.name.endswith(":embedding")
+        return hidden_matrices.is_hidden(t.name, t.shape)
+
+    return {t.name for t in tensors if t.name not in embeddings and is_hidden(t)}
+
+
+def _check_shapes(
+    cls: type[OptimizerContract], tensors: Sequence[_Tensor], options: Mapping[str, Any]
+) -> None:
+    """Raises ValueError for a shape that an optimizer of matrices does not take."""
+    arguments = inspect.signature(cls).parameters
+    if "higher_dims" not in arguments or _is_mixed(cls):
+        return
+    higher_dims = options.get("higher_dims", arguments["higher_dims"].default)
+    for t in tensors:
+        if t.trainable:
+            try:
+                matrix_shape.of(t.shape, higher_dims)
+            except ValueError as error:
+                raise ValueError(
+                    f"{t.name}: {error}. MuonAdamW trains the rest by AdamW: optimizer='MuonAdamW'"
+                ) from None
 
 
 # -- what of them lies where -----------------------------------------------------------------------
@@ -448,6 +510,12 @@ def _together(column: Estimate | Bytes, names: Iterable[str], bits: int) -> int:
         getattr(column, f"state_{bits}bit" if name == "state" else name) for name in names
     )
     return total
+
+
+def _rule_lines(e: Estimate) -> Iterator[str]:
+    if e.muon:
+        example = f"{e.muon[0]}, ..." if len(e.muon) > 1 else e.muon[0]
+        yield f"Muon: {len(e.muon):,} of {e.tensors:,} ({example}); AdamW: the others"
 
 
 def _kept_lines(e: Estimate) -> Iterator[str]:

@@ -7,8 +7,8 @@ its class, by what it is tied to, by its size, or by its name; shapes say it by 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from itertools import dropwhile, takewhile
 
 from torch import nn
 
@@ -64,10 +64,13 @@ def _is_embedding(module: str) -> bool:
 
 def _is_head(modules: Sequence[str]) -> bool:
     """Of the parts of a module's name: blocks are numbered, and a head is in none."""
-    return not _HEADS.isdisjoint(takewhile(lambda part: not part.isdigit(), modules))
+    return any(part in _HEADS for part in itertools.takewhile(_is_word, modules))
 
 
 def _is_in_block(modules: Sequence[str]) -> bool:
     """A layer of a Sequential is numbered, too, but has no name behind its number."""
-    behind = dropwhile(lambda part: not part.isdigit(), modules)
-    return not all(part.isdigit() for part in behind)
+    return any(map(_is_word, itertools.dropwhile(_is_word, modules)))
+
+
+def _is_word(part: str) -> bool:
+    return not part.isdigit()
