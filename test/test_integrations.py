@@ -153,14 +153,31 @@ def test_patterns_decide_before_the_trainer(adapter: Any) -> None:
 @pytest.mark.parametrize("name", sorted(set(torchao8.optim.__all__) - {"CommonOptions"}))
 def test_every_class_takes_its_numbers(name: str, adapter: Any) -> None:
     cls = getattr(torchao8, name)
-    optimizer = adapter.create_optimizer(Model(), ARGUMENTS, cls)
+    model: nn.Module = Model()
+    if issubclass(cls, torchao8.Muon):  # which refuses all but matrices
+        model = nn.ModuleDict({"words": nn.Embedding(10, 8)})
+    optimizer = adapter.create_optimizer(model, ARGUMENTS, cls)
     given = optimizer.defaults
     assert (given["lr"], given["weight_decay"]) == (3e-4, 0.1)
     if "betas" in given:
         assert given["betas"][:2] == (0.8, 0.9)
-        assert given.get("eps", 1e-6) == 1e-6
+        assert given.get("adamw_eps", given.get("eps", 1e-6)) == 1e-6
+        assert given.get("adamw_eps") is None or given["eps"] == 1e-7  # Muon's own
     else:
         assert given.get("eps") != 1e-6
+
+
+def test_muon_trains_the_hidden_matrices(adapter: Any) -> None:
+    model = Model()
+    model.layer = nn.Linear(32, 32)
+    optimizer = adapter.create_optimizer(model, ARGUMENTS, torchao8.MuonAdamW8bit)
+    rules = {
+        name: group["use_muon"] for group in optimizer.param_groups for name in group["param_names"]
+    }
+    assert rules.pop("layer.weight") is True
+    assert rules == dict.fromkeys(("words.weight", "layer.bias", "norm.weight", "norm.bias"), False)
+    with pytest.raises(ValueError, match=r"params\[\d\] .*: expected a matrix.* MuonAdamW8bit\("):
+        adapter.create_optimizer(model, ARGUMENTS, torchao8.Muon8bit)
 
 
 def test_options_hold_before_the_arguments(adapter: Any) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from torchao8.groups import Options, param_groups
 from torchao8.optim.adam import AdamW8bit
 from torchao8.optim.base import LowPrecisionOptimizer
+from torchao8.optim.muon_adamw import MuonAdamW
 
 try:
     from transformers import Trainer
@@ -64,8 +65,9 @@ def create_optimizer(
 
     ``learning_rate`` and ``weight_decay`` of the arguments are used for every class; ``adam_beta1``
     and ``adam_beta2`` for those with ``betas``, and ``adam_epsilon`` for those of them with
-    ``eps``. ``optim`` and ``optim_args`` are not read. The parameters without weight decay are
-    those that the Trainer itself chooses: biases and norms.
+    ``eps``. Of :class:`torchao8.MuonAdamW` it is ``adamw_eps``, and Muon trains what
+    ``param_groups(model, muon=True)`` says. ``optim`` and ``optim_args`` are not read. The
+    parameters without weight decay are those that the Trainer itself chooses: biases and norms.
 
     Args:
         model: whose parameters are trained; frozen ones are left out.
@@ -88,6 +90,7 @@ def create_optimizer(
             model,
             decay_vectors=True,
             embeddings_in_32bit=embeddings_in_32bit,
+            muon=issubclass(cls, MuonAdamW),
             patterns=patterns,
         ),
         decayed,
@@ -129,6 +132,7 @@ def _numbers_of(args: TrainingArguments, cls: type[LowPrecisionOptimizer]) -> di
     defaults = inspect.signature(cls).parameters
     if "betas" in defaults:
         numbers["betas"] = (args.adam_beta1, args.adam_beta2, *defaults["betas"].default[2:])
-        if "eps" in defaults:
-            numbers["eps"] = args.adam_epsilon
+        eps = "adamw_eps" if "adamw_eps" in defaults else "eps"
+        if eps in defaults:
+            numbers[eps] = args.adam_epsilon
     return numbers
