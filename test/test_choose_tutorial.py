@@ -37,7 +37,7 @@ def results(eight: float, embeddings: float, **others: tuple[float, int]) -> lis
 
 def test_state_bytes_are_those_of_the_tensors() -> None:
     model = torch.nn.Linear(256, 64, bias=False)
-    size = {"AdamW8bit": 2, "AdEMAMix8bit": 3, "RMSprop8bit": 1, "Lion8bit": 1}
+    size = {"AdamW8bit": 2, "AdEMAMix8bit": 3, "RMSprop8bit": 1, "Lion8bit": 1, "MuonAdamW8bit": 1}
     for choice in tutorial.CHOICES:
         optimizer = choice.make(model)
         model(torch.ones(1, 256)).sum().backward()

@@ -10,7 +10,8 @@ Three questions, in the order in which they matter:
 2. Is the loss with 8 bits worse? Train the same model on the same batches with 8 and with 32 bits,
    from several seeds. Seeds change the loss, too: a difference smaller than theirs says nothing.
 3. Is another rule better, or as good with less memory? Lion and SGD keep one number for each
-   parameter, AdEMAMix keeps three.
+   parameter, AdEMAMix keeps three. Muon keeps one for each element of the matrices inside of the
+   model; AdamW trains the rest.
 
 Everything is measured here, and the advice at the end follows from the measured numbers. With
 another model, text or learning rate the advice may be another. Replace `GPT` and `Text` by your own
@@ -67,6 +68,12 @@ CHOICES = [
     YARDSTICK,
     EIGHT_BITS,
     EMBEDDINGS,
+    # `muon=True` says which parameters are matrices inside of the model. Both rules share AdamW's
+    # learning rate.
+    Choice(
+        "MuonAdamW8bit",
+        lambda m: torchao8.MuonAdamW8bit(torchao8.param_groups(m, muon=True), **ADAM),
+    ),
     Choice("AdEMAMix8bit", lambda m: torchao8.AdEMAMix8bit(m.parameters(), **ADAM, alpha=2.0)),
     Choice("RMSprop8bit", lambda m: torchao8.RMSprop8bit(m.parameters(), lr=1e-3)),
     Choice("Lion8bit", lambda m: torchao8.Lion8bit(m.parameters(), lr=5e-4, weight_decay=0.5)),
