@@ -318,11 +318,14 @@ def test_from_muon_with_aux_adam() -> None:
 
 
 def test_eps_of_a_group_of_adamw() -> None:
-    """As the groups of other libraries have it; the dict of the caller stays as it is."""
+    """As the groups of other libraries have it; what is given twice counts under its own name."""
     group = {"params": [nn.Parameter(torch.ones(3))], "use_muon": False, "eps": 1e-3}
     optimizer = MuonAdamW([group])
     (own,) = optimizer.param_groups
     assert (own["eps"], own["adamw_eps"]) == (1e-7, 1e-3)
+    params = [nn.Parameter(torch.ones(3))]
+    both = MuonAdamW([{"params": params, "use_muon": False, "eps": 1e-3, "adamw_eps": 1e-4}])
+    assert both.param_groups[0]["adamw_eps"] == 1e-4
 
 
 def test_checkpoints_of_one_rule_are_refused() -> None:

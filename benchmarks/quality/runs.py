@@ -40,7 +40,7 @@ _CHOSEN: dict[str, tuple[float, float, Options]] = {
     "LARS": (0.3, 1.0, {"momentum": 0.9, "weight_decay": 1e-4, "trust_coefficient": 0.02}),
     "Lion": (5e-4, 2e-4, {"betas": (0.9, 0.99), **_DECAY}),
     # Hidden matrices by Muon, the rest by AdamW.
-    "MuonAdamW": (2e-3, 2e-3, {"betas": (0.9, 0.95), **_DECAY}),
+    "MuonAdamW": (8e-3, 4e-3, {"betas": (0.9, 0.95), **_DECAY}),
     "RMSprop": (1e-3, 2e-3, {"alpha": 0.99}),
     "SGD": (1e-1, 1e-1, {"momentum": 0.9}),
 }  # fmt: skip

@@ -107,7 +107,7 @@ class MuonAdamW(LowPrecisionOptimizer):
 
     def add_param_group(self, param_group: Group) -> None:
         if isinstance(param_group, dict):
-            param_group = self._normalized(param_group)
+            _rename_eps(param_group)
         super().add_param_group(param_group)
 
     # -- options -------------------------------------------------------------------------------
@@ -115,9 +115,7 @@ class MuonAdamW(LowPrecisionOptimizer):
     @classmethod
     def _normalized(cls, options: Group) -> Group:
         options = Muon._normalized(options)
-        # What other libraries, and their checkpoints, have in a group of Adam.
-        if options.get("use_muon") is False and "eps" in options and "adamw_eps" not in options:
-            options["adamw_eps"] = options.pop("eps")
+        _rename_eps(options)
         return options
 
     @classmethod
@@ -180,6 +178,13 @@ class MuonAdamW(LowPrecisionOptimizer):
                 "does not tell which of its states are Muon's. Those of torch.optim.Muon and of "
                 "torch.optim.AdamW are loaded by Muon and by AdamW"
             )
+
+
+def _rename_eps(options: Group) -> None:
+    """In a group of AdamW the name that other libraries, and their checkpoints, have for its eps
+    becomes ours, in place."""
+    if options.get("use_muon") is False and "eps" in options and "adamw_eps" not in options:
+        options["adamw_eps"] = options.pop("eps")
 
 
 def _as_its_rule_has_it(group: Group) -> Group:
