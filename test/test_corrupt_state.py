@@ -142,9 +142,9 @@ def test_an_impossible_step_is_refused(step: float) -> None:
     assert call_bits(call) == before
 
 
-@pytest.mark.parametrize("values", [(-1.0, 1.0), (math.nan, 1.0), (1.0, math.inf)])
+@pytest.mark.parametrize("values", [(-1.0, 1.0), (math.inf, 1.0), (1.0, math.inf), (1.0, math.nan)])
 def test_impossible_factors_are_refused(values: tuple[float, float]) -> None:
-    """On the CPU, as with steps."""
+    """On the CPU, as with steps. A NaN for the gradient is possible: nothing changes then."""
     params, grads = [[torch.ones(4, 512) for _ in range(2)] for _ in range(2)]
     ones = torch.ones(2, dtype=torch.float64)
     factors = [ones, torch.tensor(values, dtype=torch.float64)]

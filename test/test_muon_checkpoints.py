@@ -3,10 +3,12 @@ optimizers whose momentum buffer is something else."""
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from helpers import (
     SMALL,
     all_bits,
@@ -17,10 +19,11 @@ from helpers import (
     through_file,
     train,
 )
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 import torchao8
 from torchao8 import LARS, SGD, Muon, Muon8bit
-from torchao8.checkpoint import load_safetensors, save_safetensors, to_torch
+from torchao8.checkpoint import load_dcp, load_safetensors, save_safetensors, to_torch
 
 SHAPES = ((40, 70), (3, 300), (1, 5))
 POLAR_EXPRESS = ((8.2, -22.9, 16.5), (4.0, -2.8, 0.5))
@@ -129,7 +132,7 @@ def test_buffers_that_are_sums(cls: Any) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"ns_coefficients": POLAR_EXPRESS, "ns_steps": 2}])
-def test_options_survive(options: dict[str, Any], tmp_path: Any) -> None:
+def test_options_survive(options: dict[str, Any], tmp_path: Path) -> None:
     """torch.save, safetensors and a copy: the same options, and the same next steps."""
     params = [("a", make_params(shapes=[(40, 70)])[0]), ("b", make_params(shapes=[(4, 6, 9)])[0])]
     source = Muon8bit(params, lr=0.02, higher_dims="batch", min_8bit_size=SMALL, **options)
@@ -149,6 +152,27 @@ def test_options_survive(options: dict[str, Any], tmp_path: Any) -> None:
         assert group["ns_coefficients"] == source.param_groups[0]["ns_coefficients"]
         train(optimizer, group["params"], range(2, 5))
         assert_same_training(source, optimizer) if optimizer is not source else None
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_triples_in_distributed_checkpoints(is_flat: bool, tmp_path: Path) -> None:
+    """A sequence of triples is no tensor and no dict, so that a flat checkpoint keeps it whole."""
+    matrix, experts = make_params(shapes=[(40, 70), (4, 6, 9)])
+    model = torch.nn.ParameterDict({"matrix": matrix, "experts": experts})
+    options: dict[str, Any] = {"higher_dims": "batch", "min_8bit_size": SMALL}
+    source = Muon8bit(model.parameters(), ns_coefficients=POLAR_EXPRESS, ns_steps=2, **options)
+    train(source, model.parameters(), range(2))
+    how = StateDictOptions(flatten_optimizer_state_dict=is_flat)
+    saved = {"optimizer": get_optimizer_state_dict(model, source, options=how)}
+    dcp.save(saved, checkpoint_id=tmp_path, no_dist=True)
+    same = copy.deepcopy(model)
+    other = Muon8bit(same.parameters(), **options)
+    load_dcp(same, other, tmp_path, no_dist=True)
+    assert other.param_groups[0]["ns_coefficients"] == POLAR_EXPRESS
+    train(source, model.parameters(), [2])
+    train(other, same.parameters(), [2])
+    assert_same_training(source, other)
 
 
 def test_a_checkpoint_does_not_say_what_a_tensor_is() -> None:
