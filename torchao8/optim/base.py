@@ -19,6 +19,7 @@ from torchao8._messages import warn_caller
 from torchao8._modes import normal_tensors
 from torchao8._numbers import plain_numbers
 from torchao8.block_layout import Scales
+from torchao8.optim._muon import exchange
 from torchao8.optim._params import check_new_params, check_params
 from torchao8.optim._state import paging
 from torchao8.optim._state.convert import in_32bit
@@ -305,6 +306,9 @@ def _run_when_traced(cls: type[LowPrecisionOptimizer]) -> None:
     torch.compiler.assume_constant_result(cls._init_states)
     torch.compiler.assume_constant_result(cls._shard_rows)
     torch.compiler.assume_constant_result(cls._shard_groups)
+    if "_exchange" not in vars(LowPrecisionOptimizer):  # once: a graph is kept for one object only
+        untraced = staticmethod(torch.compiler.disable(exchange.step_))
+        LowPrecisionOptimizer._exchange = untraced  # type: ignore[method-assign]
 
 
 def _warn_of_misspelled(group: Group, options: Group) -> None:

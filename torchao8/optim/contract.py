@@ -7,7 +7,7 @@ them. The one option of a rule that they look at themselves is ``dampening`` (la
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -31,7 +31,7 @@ from torchao8.optim.options import (
 )
 
 if TYPE_CHECKING:
-    from torchao8.optim._step.bucket import Bucket
+    from torchao8.optim._step.bucket import Bucket, Work
 
 
 class OptimizerContract(Optimizer):
@@ -257,6 +257,17 @@ class OptimizerContract(Optimizer):
     def _shard_rows(self, group: int, param: int, bits: int) -> sharding.ShardRows | None:
         """Where the shard of a DTensor parameter with state of so many bits lies; by its numbers,
         which can be traced."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _exchange(
+        work: Work,
+        arguments: Callable[[Bucket], ops.Arguments],
+        extremes: Mapping[int, Tensor],
+        found_inf: Tensor | None,
+    ) -> None:
+        """Steps a group of matrices some of which are DTensors. Not traced at all: a compiled step
+        calls it between two graphs."""
         raise NotImplementedError
 
     def _shard_groups(self, numbers: tuple[tuple[int, int], ...]) -> list[sharding.ShardGroup]:

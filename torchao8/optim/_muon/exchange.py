@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 _check_step_ = torch.ops.torchao8.check_muon_step_.default
 
 
-@torch.compiler.disable
 def step_(
     work: Work,
     arguments: Callable[[Bucket], ops.Arguments],
@@ -49,8 +48,8 @@ def step_(
 ) -> None:
     """Steps all parameters of a group of matrices, some of which are DTensors.
 
-    A collective of the ranks that hold them, which must have gradients of the same ones. A compiled
-    step calls it between two graphs.
+    A collective of the ranks that hold them, which must have gradients of the same ones. It is
+    never traced: optimizers call it through torch.compiler.disable.
 
     Args:
         arguments: those of the op of the rule, for a bucket of the work.

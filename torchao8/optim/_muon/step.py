@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -75,15 +74,3 @@ def step_(
 def is_exchanged(work: Work) -> bool:
     """Whether it takes the road of :mod:`.exchange`: some of its matrices are DTensors."""
     return work.matrices is not None and bool(work.sharded)
-
-
-def exchange_(
-    work: Work,
-    arguments: Callable[[Bucket], ops.Arguments],
-    extremes: Mapping[int, Tensor],
-    found_inf: Tensor | None,
-) -> None:
-    """Steps all tensors of a work, see :func:`.exchange.step_`."""
-    from torchao8.optim._muon import exchange  # loads the compiler
-
-    exchange.step_(work, arguments, extremes, found_inf)

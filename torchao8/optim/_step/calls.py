@@ -61,7 +61,7 @@ def call_ops(
     calls = []
     for i, work in enumerate(works):
         if matrices.is_exchanged(work):
-            matrices.exchange_(work, functools.partial(arguments, i), extremes[i], found_inf)
+            optimizer._exchange(work, functools.partial(arguments, i), extremes[i], found_inf)
         else:
             calls += [(i, work, bucket) for bucket in work.buckets]
     ahead = pages_ahead([(work, bucket) for _, work, bucket in calls])
