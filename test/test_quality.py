@@ -353,7 +353,9 @@ def test_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         # Four steps: the two are within rounding of each other, and torch's rule is ours.
         assert eight == pytest.approx(exact, rel=5e-3), rule
         if "torch.optim" in sources:
-            assert sources["torch.optim"]["mean"] == pytest.approx(exact, rel=1e-4), rule
+            # Muon rounds products of matrices to bfloat16, and not always as torch's does.
+            near = 1e-3 if rule == "MuonAdamW" else 1e-4
+            assert sources["torch.optim"]["mean"] == pytest.approx(exact, rel=near), rule
     assert "## The codec" in (tmp_path / "quality.md").read_text()
 
 
