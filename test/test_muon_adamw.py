@@ -11,7 +11,11 @@ from typing import Any
 import pytest
 import torch
 from helpers import SMALL, all_bits, bits, reset_compiler
+from ranks import run_ranks
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 import torchao8
 from torchao8 import MuonAdamW, MuonAdamW8bit
@@ -369,3 +373,42 @@ def test_docstring() -> None:
     assert "with use_muon=False: ``step``, one float32 number; ``exp_avg`` and ``exp_avg_sq``" in (
         " ".join(text.split())
     )
+
+
+# -- sharded ---------------------------------------------------------------------------------------
+
+
+def stepped(net: nn.Module, steps: int = 3) -> list[str]:
+    """The whole parameters and states, as bits, after steps on gradients of the whole model."""
+    optimizer = MuonAdamW8bit(groups_of(net), lr=0.05, min_8bit_size=SMALL)
+    whole = model()
+    for step in range(steps):
+        set_grads(whole, step)
+        for p, q in zip(net.parameters(), whole.parameters(), strict=True):
+            grad = q.grad
+            if isinstance(p, DTensor):
+                grad = distribute_tensor(grad, p.device_mesh, p.placements)
+            p.grad = grad
+        optimizer.step()
+    names = ("0.weight", "1.weight", "3.weight")  # vectors keep 32 bits where they are sharded
+    states = states_of(optimizer)
+    tensors = [dict(net.named_parameters())[name].detach() for name in names]
+    tensors += [t for name in names for t in states[name].values()]
+    return [bits(t.full_tensor() if isinstance(t, DTensor) else t) for t in tensors]
+
+
+def step_sharded(rank: int, world_size: int) -> list[str]:
+    net = model()
+    fully_shard(net, mesh=init_device_mesh("cpu", (world_size,)))
+    return stepped(net)
+
+
+def test_sharding_changes_no_bit_of_either_rule() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as on the ranks
+    try:
+        whole = stepped(model())
+    finally:
+        torch.set_num_threads(threads)
+    for of_rank in run_ranks(2, step_sharded):
+        assert of_rank == whole
