@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,13 +35,18 @@ def entries(doc: str) -> dict[str, tuple[str, str | None]]:
     return found
 
 
+def one_group(cls: type[LowPrecisionOptimizer], p: torch.Tensor) -> list[dict[str, Any]]:
+    """Of a class of several rules it says the first of them."""
+    return [{"params": [p], **cls._kinds[0]}]
+
+
 @EACH
 def test_every_argument_has_its_meaning_and_its_default(cls: type[LowPrecisionOptimizer]) -> None:
     doc, signature = inspect.getdoc(cls), inspect.signature(cls)
     assert doc is not None
     found = entries(doc)
     assert list(found) == list(signature.parameters)
-    options = cls([torch.nn.Parameter(torch.ones(1, 1))]).defaults
+    options = cls(one_group(cls, torch.nn.Parameter(torch.ones(1, 1)))).defaults
     for name, argument in signature.parameters.items():
         text, default = found[name]
         assert len(text) > 10, name
@@ -67,15 +73,17 @@ def test_it_has_formula_source_state_and_errors(cls: type[LowPrecisionOptimizer]
     assert max(map(len, doc.splitlines())) <= 100
     p = torch.nn.Parameter(torch.ones(64, 64))
     p.grad = torch.ones(64, 64)
-    case = CASES[cls.__name__.removeprefix("Paged")]
-    optimizer = cls([p], **case.base, **case.full)
-    optimizer.step()
-    for key in optimizer.state[p]:
-        name, codes_or_scale = re.fullmatch(
-            r"(.*?)(_codes|_scale|_4bit|_4bit_scale)?", key
-        ).groups()  # type: ignore[union-attr]
-        assert f"``{name}``" in doc, key
-        assert codes_or_scale is None or f"``{codes_or_scale}``" in doc
+    case = CASES.get(cls.__name__.removeprefix("Paged"))  # those of two rules are in no table
+    options = {**case.base, **case.full} if case else {}
+    for kind in cls._kinds:
+        optimizer = cls([{"params": [p], **kind}], **options)
+        optimizer.step()
+        for key in optimizer.state[p]:
+            name, codes_or_scale = re.fullmatch(
+                r"(.*?)(_codes|_scale|_4bit|_4bit_scale)?", key
+            ).groups()  # type: ignore[union-attr]
+            assert f"``{name}``" in doc, key
+            assert codes_or_scale is None or f"``{codes_or_scale}``" in doc
 
 
 @EACH

@@ -30,11 +30,18 @@ class MuonAdamW(LowPrecisionOptimizer):
         groups = torchao8.param_groups(model, muon=True)
         optimizer = torchao8.MuonAdamW(groups, lr=1e-3, weight_decay=0.1)
 
-    The rules are those of :class:`torchao8.Muon` and of :class:`torchao8.AdamW`. They share lr and
-    weight_decay: with ``adjust_lr_fn="match_rms_adamw"`` an update of Muon is about as large as one
-    of AdamW.
+    With use_muon=True, the rule is that of :class:`torchao8.Muon`, with G the gradient of a matrix
+    and M its momentum buffer::
 
-    Sources: `Muon: An optimizer for hidden layers in neural networks
+        M = momentum * M + (1 - momentum) * G
+        D = M, or with nesterov momentum * M + (1 - momentum) * G
+        O = the orthogonal factor of D, about, in bfloat16
+        p = p * (1 - lr * weight_decay) - lr * adjusted * O
+
+    With use_muon=False, it is that of :class:`torchao8.AdamW`. Both share lr and weight_decay: with
+    ``adjust_lr_fn="match_rms_adamw"`` an update of Muon is about as large as one of AdamW.
+
+    Source: `Muon: An optimizer for hidden layers in neural networks
     <https://kellerjordan.github.io/posts/muon/>`_, `Muon is Scalable for LLM Training
     <https://arxiv.org/abs/2502.16982>`_ and `Decoupled Weight Decay Regularization
     <https://arxiv.org/abs/1711.05101>`_.
@@ -51,12 +58,15 @@ class MuonAdamW(LowPrecisionOptimizer):
         eps: of Muon: what a matrix is divided by at least, in place of its norm. A Python number.
             In a group with use_muon=False it is adamw_eps.
         ns_steps: of Muon: how many iterations there are, from 1 to 99.
-        adjust_lr_fn: of Muon: how the learning rate follows from the shape of a matrix, see
-            :class:`torchao8.Muon`.
+        adjust_lr_fn: of Muon: what ``adjusted`` is for a matrix of r rows and c columns.
+            "match_rms_adamw": 0.2 * sqrt(max(r, c)), with which updates are about as large as those
+            of AdamW. "original", or None: sqrt(max(1, r / c)).
         betas: of AdamW: decay rates of its two averages, in [0, 1).
         adamw_eps: of AdamW: added to the root, which keeps the update finite.
-        higher_dims: of Muon: what a parameter of three dimensions or more is, see
-            :class:`torchao8.Muon`.
+        higher_dims: of Muon: what a parameter of three dimensions or more is. "refuse": an error.
+            "batch": the last two dimensions are a matrix, those before them count the matrices, as
+            in experts. "flatten": one matrix, whose rows are shape[1:] flattened, as in a
+            convolution.
         common: the options of every optimizer, by keyword: :class:`torchao8.optim.CommonOptions`.
 
     Raises:
