@@ -30,7 +30,7 @@ void find_extremes(const Rule& r, const ExtremeRun& run, float* found) {
     rule.template moments<true>(p, load(grad + i), values);
     const Mask good = all_in_range<Rule>(values);
     for_each_state<N>([&](auto s) TORCHAO8_LAMBDA {
-      const F v = select(good, values[s], old[s] * F(scale[s] / rule.unit[s]));
+      const F v = select(good, values[s], old[s] * F(Decoder::kept(scale[s] / rule.unit[s])));
       extremes.add(s, v);
       if constexpr (Rule::kSigned[s]) nan[s].add(v);
     });
