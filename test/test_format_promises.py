@@ -22,7 +22,16 @@ from format_table import (
     has_blocks,
 )
 from format_table import moment as decoded
-from helpers import SHAPES, SMALL, assert_same_training, bits, make_params, set_grads, train
+from helpers import (
+    SHAPES,
+    SMALL,
+    assert_same_training,
+    bits,
+    make_params,
+    params_for,
+    set_grads,
+    train,
+)
 from optim_table import OptimizerCase, Options
 from paged import SHAPES as PAGED_SHAPES
 from paged import assert_paged, paged
@@ -182,15 +191,17 @@ def sharded_options(case: OptimizerCase, form: FormatCase, block_wise: bool) -> 
 
 
 def unsharded(case: OptimizerCase, options: Options, steps: int) -> bytes:
-    optimizer = case.make(groups_of(Weights().parameters(), False), **options)
-    step_with(optimizer, range(steps))
+    with params_for(case):
+        optimizer = case.make(groups_of(Weights().parameters(), False), **options)
+        step_with(optimizer, range(steps))
     return ends_of(optimizer)
 
 
 def sharded_run(
     world_size: int, case: OptimizerCase, options: Options
 ) -> tuple[Weights, LowPrecisionOptimizer]:
-    model = fsdp_weights(init_device_mesh("cpu", (world_size,)))
+    with params_for(case):
+        model = fsdp_weights(init_device_mesh("cpu", (world_size,)))
     return model, case.make(groups_of(model.parameters(), True), **options)
 
 
