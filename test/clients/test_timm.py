@@ -65,7 +65,15 @@ def test_every_class_is_in_the_registry() -> None:
     assert sorted(names) == sorted(f"torchao8.{name}" for name in classes)
     model = runs.Net()
     for name in names:
-        optimizer = timm.optim.create_optimizer_v2(model, name, lr=1e-3, weight_decay=0.1)
+        params: Any = model
+        options: dict[str, Any] = {}
+        if "MuonAdamW" in name:  # its groups say what Muon trains
+            options["param_group_fn"] = lambda m: torchao8.param_groups(m, muon=True)
+        elif "Muon" in name:
+            params = [p for p in model.parameters() if p.ndim == 2]
+        optimizer = timm.optim.create_optimizer_v2(
+            params, name, lr=1e-3, weight_decay=0.1, **options
+        )
         assert f"torchao8.{type(optimizer).__name__}" == name
         runs.loop(model, optimizer, runs.batches(1))
 
