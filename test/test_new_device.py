@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers import SMALL, all_bits, bits, make_params, set_grads, train
 from new_device import HERE, NAME, library, run_there, waits
-from optim_table import OPTIMIZERS, OptimizerCase, Options, every_optimizer
+from optim_table import OF_ELEMENTS, OPTIMIZERS, OptimizerCase, Options, every_optimizer
 from sharded import Weights
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
@@ -165,7 +165,7 @@ def test_bad_gradients_stay_where_they_are(device_file: Path) -> None:
 
 
 def _bad_gradients() -> None:
-    for case in OPTIMIZERS:
+    for case in OF_ELEMENTS:
         params = make_params(device=HERE)
         optimizer = case.make(params, min_8bit_size=SMALL)
         set_grads(params, 0)
@@ -194,7 +194,10 @@ def _checkpoints(saved_on: str) -> None:
     loads_on = DEVICES[1 - DEVICES.index(saved_on)]
     for case in OPTIMIZERS:
         options = {**case.full, "percentile_clipping": 50, "min_8bit_size": SMALL}
-        writer, reader = (case.make(make_params(device=d), **options) for d in (saved_on, loads_on))
+        writer, reader = (
+            case.make(make_params(device=d, matrices=case.matrices), **options)
+            for d in (saved_on, loads_on)
+        )
         params = writer.param_groups[0]["params"]
         train(writer, params, range(2))
         file = io.BytesIO()

@@ -33,16 +33,24 @@ def raw_bytes(tensor: Tensor) -> bytes:
 
 
 def take_steps(name: str) -> list[Tensor]:
-    """Parameters and states after three steps of the class of that name."""
+    """Parameters and states after three steps of the class of that name.
+
+    Muon trains matrices only. Its parameters are left out: their bits depend on the matrix products
+    of the machine.
+    """
     shapes = (((20, 300), torch.float32), ((20, 300), torch.bfloat16), ((64,), torch.float32))
     params = [nn.Parameter(pattern(shape, dtype, 97)) for shape, dtype in shapes]
-    optimizer = getattr(torchao8, name)(params, lr=1e-3, weight_decay=0.1)
+    matrices = [p for p in params if p.dim() == 2] if "Muon" in name else []
+    rest = [p for p in params if not any(p is matrix for matrix in matrices)]
+    groups = [{"params": matrices, "use_muon": True}, {"params": rest, "use_muon": False}]
+    of_class = {"Muon": matrices, "Muon8bit": matrices}.get(name, groups if matrices else params)
+    optimizer = getattr(torchao8, name)(of_class, lr=1e-3, weight_decay=0.1)
     for period in (101, 89, 113):
         for param in params:
             param.grad = pattern(tuple(param.shape), param.dtype, period)
         optimizer.step()
-    states = [optimizer.state[p][key] for p in params for key in sorted(optimizer.state[p])]
-    return [*params, *states]
+    states = [optimizer.state[p][key] for p in params for key in sorted(optimizer.state.get(p, {}))]
+    return [*rest, *states]
 
 
 def digest_of_classes() -> str:

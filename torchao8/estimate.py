@@ -162,14 +162,14 @@ def estimate(
         "percentile_clipping": percentile_clipping,
     }
     cls, options = _class_and_options(optimizer, common, rule_options)
-    formats = {32: FLOAT32, 8: FORMATS[state_format]}
-    if cls._has_4bit and block_wise:
-        formats[4] = FOUR_BIT
     tensors = list(_tensors(model_or_shapes, _mesh_shape(mesh), dtype))
     in_32bit = _embeddings(model_or_shapes, tensors, embeddings_in_32bit)
     hidden = _hidden(cls, model_or_shapes, tensors, in_32bit)
     _check_shapes(cls, tensors, options)
-    kept_of = [_kept(cls, {**options, **kind}) for kind in cls._kinds]
+    kept_of = [_kept(cls, {**options, **kind}) for kind in cls._kinds]  # which checks the options
+    formats = {32: FLOAT32, 8: FORMATS[state_format]}
+    if cls._has_4bit and block_wise:
+        formats[4] = FOUR_BIT
     ranks = max([1, *(math.prod(t.mesh_shape) for t in tensors)])
     # What lies on the rank that holds most, of everything once, and on all ranks.
     views: tuple[Counter[str], ...] = (Counter(), Counter(), Counter())
