@@ -15,6 +15,7 @@ import torch
 from optim_table import OF_4_BITS, OPTIMIZERS
 
 import torchao8
+from torchao8.optim import docstrings
 from torchao8.optim.base import LowPrecisionOptimizer
 
 CASES = {case.cls.__name__: case for case in (*OPTIMIZERS, *OF_4_BITS)}
@@ -121,3 +122,10 @@ def test_a_subclass_keeps_its_own_docstring() -> None:
 
     assert Mine.__doc__ == "Mine."
     assert inspect.getdoc(Silent) == inspect.getdoc(torchao8.AdamW8bit)
+
+
+def test_a_broken_docstring_names_its_class() -> None:
+    """It breaks the import, where the reader has to learn at which class to look."""
+    cls = type("Lion", (torchao8.Lion,), {"__doc__": "A rule.\n\n        Args:\n    lr: rate."})
+    with pytest.raises(KeyError, match="docstring of Lion: expected a text of the argument 'param"):
+        docstrings.complete(cls, {"Lion": cls})

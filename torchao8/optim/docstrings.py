@@ -85,6 +85,11 @@ def _entries(section: str) -> dict[str, str]:
 def _arguments(cls: type[OptimizerContract], texts: Mapping[str, str]) -> str:
     lines = []
     for name, argument in inspect.signature(cls).parameters.items():
+        if name not in texts:
+            raise KeyError(
+                f"docstring of {bare_name(cls.__name__)}: expected a text of the argument {name!r} "
+                f"in its section Args, got those of {sorted(texts)}. Are its lines indented alike?"
+            )
         text = f"{name}: {texts[name]}"
         if argument.default is not argument.empty:
             default = cls._paged if name == "is_paged" else argument.default
