@@ -230,6 +230,8 @@ def test_muon_refuses_what_is_no_matrix() -> None:
     assert sizes.state_32bit == 4 * 4 * 64 * 64 + 4
     frozen = nn.ParameterList([nn.Parameter(torch.ones(3), requires_grad=False)])
     assert estimate(frozen, optimizer="Muon").state_32bit == 0
+    with pytest.raises(ValueError, match=r"^higher_dims: expected one of .*, got 'foo'$"):
+        estimate(experts, optimizer="Muon", higher_dims="foo")
 
 
 def test_32_bit_state_is_that_of_torch() -> None:

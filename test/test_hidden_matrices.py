@@ -106,6 +106,8 @@ def test_groups() -> None:
     model.blocks[0].up.weight.requires_grad_(False)
     groups = torchao8.param_groups(model, muon=True)
     assert len(groups) == 4
+    with pytest.raises(ValueError, match="muon: expected True or False, got 'yes'"):
+        torchao8.param_groups(model, muon="yes")  # type: ignore[arg-type]
     options, before = options_of(model, muon=True), options_of(model)
     assert options.keys() == before.keys()
     for name, of_one in options.items():

@@ -429,6 +429,7 @@ def _check_shapes(
     if "higher_dims" not in arguments or _is_mixed(cls):
         return
     higher_dims = options.get("higher_dims", arguments["higher_dims"].default)
+    matrix_shape.of((1, 1), higher_dims)  # raises where the option itself is wrong
     for t in tensors:
         if t.trainable:
             try:

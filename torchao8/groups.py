@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchao8 import hidden_matrices
+from torchao8.optim.options import check_flag
 
 Options = Mapping[str, Any]
 
@@ -60,12 +61,14 @@ def param_groups(
 
     Raises:
         TypeError: ``model`` is no module, or ``patterns`` no mapping.
-        ValueError: a pattern that matches no parameter, or one that gives ``params``.
+        ValueError: a pattern that matches no parameter, or one that gives ``params``; ``muon`` is
+            neither True nor False.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model: expected an nn.Module, whose parameters have names, got {type(model).__name__}"
         )
+    check_flag("muon", muon)
     patterns = {} if patterns is None else patterns
     if not isinstance(patterns, Mapping):
         raise TypeError(
