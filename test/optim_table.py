@@ -308,7 +308,9 @@ BAD_BETAS: tuple[tuple[Options, str], ...] = (
     ({"betas": 0.9}, "betas: expected two numbers, got 0.9"),
     ({"betas": (0.9, torch.tensor(1.0))}, "betas[1]: expected a number in [0, 1), got 1.0"),
 )
-BAD_COEFFICIENTS = "ns_coefficients: expected three finite Python numbers, or a sequence of such"
+BAD_COEFFICIENTS = (
+    "ns_coefficients: expected three Python numbers that float32 can hold, or"
+)
 BAD_NESTEROV = "nesterov: expected a momentum above 0 and a dampening of 0 with it, got"
 BAD_OF_RULE: dict[str, tuple[tuple[Options, str], ...]] = {
     "adam": (
@@ -380,6 +382,8 @@ BAD_OF_RULE: dict[str, tuple[tuple[Options, str], ...]] = {
         ({"ns_coefficients": ((3.4, -4.8), (3.4, -4.8))}, BAD_COEFFICIENTS),
         ({"ns_coefficients": ()}, BAD_COEFFICIENTS),
         ({"ns_coefficients": (3.4, -4.8, float("nan"))}, BAD_COEFFICIENTS),
+        ({"ns_coefficients": (3.4, -(10**400), 1)}, BAD_COEFFICIENTS),
+        ({"eps": 1e300}, "eps: expected a number that float32 can hold, got 1e+300"),
         ({"ns_coefficients": (3.4, -4.8, torch.tensor(2.0))}, BAD_COEFFICIENTS),
         (
             {"adjust_lr_fn": "rms"},

@@ -286,8 +286,8 @@ AdamW: gradient of parameter 0 (weight): expected a dense tensor of float32, bfl
     float16, got torch.float64
 AdamW: state of parameter 0: expected the keys ['step', 'exp_avg', 'exp_avg_sq',
     'max_exp_avg_sq'], got ['step', 'exp_avg', 'exp_avg_sq']. An option that decides which
-    state there is, such as amsgrad, centered or percentile_clipping, must be set before the
-    first step.
+    state there is, such as amsgrad, centered, percentile_clipping or use_muon, must be set
+    before the first step.
 params[0]: expected a dense tensor of float32, bfloat16 or float16, got torch.float64""",
     )
 

@@ -242,6 +242,18 @@ def test_a_bad_gradient_stays_in_its_matrix(bad: float, options: dict[str, Any])
 # -- torch.compile ---------------------------------------------------------------------------------
 
 
+def test_a_compiled_step_checks_the_number_of_triples(fresh_compiler: None) -> None:
+    params = make_params(shapes=SHAPES)
+    optimizer = Muon8bit(params, ns_coefficients=POLAR_EXPRESS, ns_steps=len(POLAR_EXPRESS))
+    set_grads(params, 0)
+    optimizer.step()
+    optimizer.param_groups[0]["ns_steps"] = 1
+    before = all_bits(optimizer)
+    with pytest.raises(ValueError, match="ns_steps: expected 5, the number"):
+        torch.compile(optimizer.step, backend="eager")()
+    assert all_bits(optimizer) == before
+
+
 def test_one_graph_under_a_schedule(fresh_compiler: None) -> None:
     """The op of a whole step is one node; other learning rates and momenta compile nothing anew."""
     graphs: list[torch.fx.GraphModule] = []

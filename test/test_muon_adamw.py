@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -309,10 +310,17 @@ def test_from_muon_with_aux_adam() -> None:
     net = model()
     groups = groups_of(net, embeddings_in_32bit=False, decay_vectors=True)
     optimizer = MuonAdamW(groups)
-    optimizer.load_state_dict(with_aux_adam(net))
+    saved = with_aux_adam(net)
+    told = "'match_rms_adamw', and is 'original' from here on, .* of the checkpoint, 0.02, was"
+    with pytest.warns(UserWarning, match=told):
+        optimizer.load_state_dict(saved)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.load_state_dict(saved)
     for group in optimizer.param_groups:
         if group["use_muon"]:
             assert (group["momentum"], group["eps"]) == (0.9, 1e-7)
+            assert group["adjust_lr_fn"] == "original"  # to go on with steps of the same size
         else:
             assert (group["betas"], group["adamw_eps"], group["eps"]) == ((0.8, 0.9), 1e-10, 1e-7)
     states = states_of(optimizer)
@@ -321,15 +329,59 @@ def test_from_muon_with_aux_adam() -> None:
     train(net, [optimizer], [0])
 
 
+def adamw_group(**options: Any) -> dict[str, Any]:
+    return {"params": [nn.Parameter(torch.ones(3))], "use_muon": False, **options}
+
+
 def test_eps_of_a_group_of_adamw() -> None:
-    """As the groups of other libraries have it; what is given twice counts under its own name."""
-    group = {"params": [nn.Parameter(torch.ones(3))], "use_muon": False, "eps": 1e-3}
-    optimizer = MuonAdamW([group])
+    """As the groups of other libraries have it. One that would have no effect is refused."""
+    optimizer = MuonAdamW([adamw_group(eps=1e-3)], eps=1e-5)
     (own,) = optimizer.param_groups
     assert (own["eps"], own["adamw_eps"]) == (1e-7, 1e-3)
+    refusal = "eps: expected 1e-07, which has no effect in a group with use_muon=False, got 0.05"
+    with pytest.raises(ValueError, match=f"{refusal}. Its eps is adamw_eps=0.0001"):
+        MuonAdamW([adamw_group(eps=0.05, adamw_eps=1e-4)])
+    (p,) = own["params"]
+    p.grad = torch.ones(3)
+    optimizer.step()
+    before = bits(p)
+    own["eps"] = 0.05
+    with pytest.raises(ValueError, match=f"{refusal}. Its eps is adamw_eps=0.001: change that one"):
+        optimizer.step()
+    assert bits(p) == before
+    own["eps"], own["adamw_eps"] = 1e-7, 0.05
+    optimizer.step()
+    again = MuonAdamW([{**own, "params": [nn.Parameter(torch.ones(3))]}], eps=1e-4)
+    assert again.param_groups[0]["adamw_eps"] == 0.05
+    again.load_state_dict(optimizer.state_dict())
+
+
+def test_amsgrad_is_refused() -> None:
+    MuonAdamW([adamw_group(amsgrad=False)])
+    with pytest.raises(ValueError, match=r"amsgrad: expected False, got True: .* has no such state"):
+        MuonAdamW([adamw_group(amsgrad=True)])
+
+
+@pytest.mark.parametrize("cls", [torchao8.AdamW, torchao8.Adam8bit])
+def test_adamw_takes_its_eps(cls: Any) -> None:
+    """From what MuonAdamW saved for it; after that, eps is its own."""
     params = [nn.Parameter(torch.ones(3))]
-    both = MuonAdamW([{"params": params, "use_muon": False, "eps": 1e-3, "adamw_eps": 1e-4}])
-    assert both.param_groups[0]["adamw_eps"] == 1e-4
+    source = MuonAdamW([adamw_group(adamw_eps=1e-3)])
+    source.param_groups[0]["params"][0].grad = torch.ones(3)
+    source.step()
+    optimizer = cls(params)
+    optimizer.load_state_dict(source.state_dict())
+    assert optimizer.param_groups[0]["eps"] == 1e-3
+    optimizer.param_groups[0]["eps"] = 1e-4
+    again = cls([nn.Parameter(torch.ones(3))])
+    again.load_state_dict(optimizer.state_dict())
+    assert again.param_groups[0]["eps"] == 1e-4
+
+
+def test_use_muon_in_a_class_without_muon() -> None:
+    groups = groups_of(model())
+    with pytest.warns(UserWarning, match="AdamW8bit: a group has use_muon=True, which has no eff"):
+        torchao8.AdamW8bit(groups)
 
 
 def test_checkpoints_of_one_rule_are_refused() -> None:

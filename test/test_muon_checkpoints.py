@@ -93,6 +93,10 @@ def test_what_keller_jordans_class_saved() -> None:
     saved["param_groups"] = [{**group, "params": saved["param_groups"][0]["params"]}]
     ours = Muon8bit(copied(params), min_8bit_size=SMALL, optim_bits=32)
     ours.load_state_dict(copy.deepcopy(saved))
+    ours.param_groups[0]["adjust_lr_fn"] = "match_rms_adamw"
+    with pytest.warns(UserWarning, match="and is 'original' from here on"):
+        ours.load_state_dict(copy.deepcopy(saved))
+    assert ours.param_groups[0]["adjust_lr_fn"] == "original"
     for p, q in zip(params, ours.param_groups[0]["params"], strict=True):
         assert bits(source.state[p]["momentum_buffer"]) == bits(ours.state[q]["momentum_buffer"])
     group = ours.param_groups[0]

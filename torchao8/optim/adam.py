@@ -91,6 +91,12 @@ class _Adam(LowPrecisionOptimizer):
         decoupled = group["decoupled_weight_decay"]
         return {"decoupled_weight_decay": decoupled, "maximize": group["maximize"]}
 
+    def _saved_options(self, saved: Group) -> Group:
+        if saved.get("use_muon") is not False or "adamw_eps" not in saved:
+            return saved
+        # MuonAdamW saved it: its ``eps`` is Muon's.
+        return {k: v for k, v in saved.items() if k != "adamw_eps"} | {"eps": saved["adamw_eps"]}
+
     def _warnings_of_load(
         self, groups: Sequence[Group], saved: Sequence[Group], writers: Collection[str]
     ) -> list[str]:

@@ -73,6 +73,12 @@ class LowPrecisionOptimizer(OptimizerContract):
             if not isinstance(given, (Tensor, list, set)):
                 param_group["params"] = given = list(given)  # an iterator can be read only once
             _warn_of_misspelled(param_group, self.defaults)
+            if param_group.get("use_muon") is True and not self._is_of_matrices(param_group):
+                name = type(self).__name__
+                warn_caller(
+                    f"{name}: a group has use_muon=True, which has no effect here: {name} trains "
+                    "its parameters as all others. The classes MuonAdamW train them by Muon"
+                )
             options = {**self.defaults, **self._normalized(param_group)}
             plain_numbers(options)
             self._check_new(options)
@@ -307,7 +313,11 @@ def _run_when_traced(cls: type[LowPrecisionOptimizer]) -> None:
     torch.compiler.assume_constant_result(cls._shard_rows)
     torch.compiler.assume_constant_result(cls._shard_groups)
     if "_exchange" not in vars(LowPrecisionOptimizer):  # once: a graph is kept for one object only
-        untraced = staticmethod(torch.compiler.disable(exchange.step_))
+        reason = (
+            "Muon on sharded matrices sends them between ranks, which no graph can hold: compile "
+            "without fullgraph=True"
+        )
+        untraced = staticmethod(torch.compiler.disable(exchange.step_, reason=reason))
         LowPrecisionOptimizer._exchange = untraced  # type: ignore[method-assign]
 
 

@@ -224,6 +224,11 @@ class OptimizerContract(Optimizer):
         """Raises ValueError where these options of a checkpoint tell that its state means something
         else than the state of the same name here."""
 
+    def _saved_options(self, saved: Group) -> Group:
+        """The options of a group of a checkpoint, as this class means them: those that another
+        class has under another name, or not at all, are added or renamed in a copy."""
+        return saved
+
     def _warnings_of_load(
         self, groups: Sequence[Group], saved: Sequence[Group], writers: Collection[str]
     ) -> list[str]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +31,8 @@ __all__ = ["Muon", "Muon8bit", "PagedMuon", "PagedMuon8bit"]
 # What torch.optim.Muon calls the ways to adjust the learning rate to the shape of a matrix.
 ADJUST_LR = ("original", "match_rms_adamw")
 _MOST_STEPS = 99
+# The largest number of float32, in which the products are computed.
+_LARGEST = torch.finfo(torch.float32).max
 
 
 class Muon(LowPrecisionOptimizer):
@@ -188,6 +189,14 @@ class Muon(LowPrecisionOptimizer):
                 "of SGD and LARS are sums. SGD and LARS take them"
             )
 
+    def _saved_options(self, saved: Group) -> Group:
+        return options_of_saved(saved)
+
+    def _warnings_of_load(
+        self, groups: Sequence[Group], saved: Sequence[Group], writers: Collection[str]
+    ) -> list[str]:
+        return warnings_of_rate(self.param_groups, saved)
+
     def _check_for_torch(self, group: Group) -> None:
         if group["maximize"]:
             raise ValueError(
@@ -210,12 +219,40 @@ class Muon(LowPrecisionOptimizer):
         return {name: value for name, value in state.items() if name != "step"}
 
 
+def options_of_saved(saved: Group) -> Group:
+    """The options of a saved group. One of Keller Jordan's classes has no ``adjust_lr_fn``: its
+    learning rate fits the factor that these classes always take, which is "original"."""
+    return {"adjust_lr_fn": ADJUST_LR[0], **saved} if _has_no_adjust(saved) else saved
+
+
+def warnings_of_rate(live: Sequence[Group], saved: Sequence[Group]) -> list[str]:
+    """What to tell where :func:`options_of_saved` changes how the learning rate is adjusted.
+
+    Args:
+        live: the groups before the load.
+    """
+    for ours, theirs in zip(live, saved, strict=True):
+        if _has_no_adjust(theirs) and ours["adjust_lr_fn"] != ADJUST_LR[0]:
+            return [
+                "the checkpoint does not say adjust_lr_fn, as those of MuonWithAuxAdam; here it "
+                f"was {ours['adjust_lr_fn']!r}, and is {ADJUST_LR[0]!r} from here on, for which "
+                f"the learning rate of the checkpoint, {theirs.get('lr')}, was chosen"
+            ]
+    return []
+
+
+def _has_no_adjust(saved: Group) -> bool:
+    return saved.get("use_muon") is True and "adjust_lr_fn" not in saved
+
+
 def _check_iterations(group: Group) -> None:
     """Raises ValueError unless the options of the Newton-Schulz iterations fit one another."""
     eps, steps = group["eps"], group["ns_steps"]
     if isinstance(eps, Tensor):
         raise ValueError("eps: expected a Python number, got a tensor")
     check_number("eps", eps)
+    if eps > _LARGEST:
+        raise ValueError(f"eps: expected a number that float32 can hold, got {eps!r}")
     if not is_int(steps) or not 1 <= steps <= _MOST_STEPS:
         raise ValueError(f"ns_steps: expected an int from 1 to {_MOST_STEPS}, got {steps!r}")
     value = group["ns_coefficients"]
@@ -223,8 +260,8 @@ def _check_iterations(group: Group) -> None:
         return
     if not isinstance(value, (tuple, list)) or not value or not all(map(_is_triple, value)):
         raise ValueError(
-            "ns_coefficients: expected three finite Python numbers, or a sequence of such triples, "
-            f"one for each iteration, got {value!r}"
+            "ns_coefficients: expected three Python numbers that float32 can hold, or a sequence "
+            f"of such triples, one for each iteration, got {value!r}"
         )
     if len(value) != steps:
         triples = "1 triple" if len(value) == 1 else f"{len(value)} triples"
@@ -238,7 +275,7 @@ def _is_triple(value: Any) -> bool:
         isinstance(value, (tuple, list))
         and len(value) == 3
         and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
-        and all(map(math.isfinite, value))
+        and all(-_LARGEST <= v <= _LARGEST for v in value)  # of any size, and false for NaN
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,13 +13,16 @@ from torchao8.optim._state.spec import State
 from torchao8.optim.adam import AdamW
 from torchao8.optim.base import LowPrecisionOptimizer
 from torchao8.optim.contract import OptimizerContract
-from torchao8.optim.muon import Muon
+from torchao8.optim.muon import Muon, options_of_saved, warnings_of_rate
 from torchao8.optim.options import LAYOUT_OPTIONS, CommonOptions, Group, check_betas, check_number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["MuonAdamW", "MuonAdamW8bit", "PagedMuonAdamW", "PagedMuonAdamW8bit"]
+
+# Muon's eps. In a group of AdamW it has no effect, and is this number: any other is refused.
+_EPS = 1e-7
 
 
 class MuonAdamW(LowPrecisionOptimizer):
@@ -56,7 +59,7 @@ class MuonAdamW(LowPrecisionOptimizer):
         ns_coefficients: of Muon: a, b and c of the Newton-Schulz iterations; or a sequence of such
             triples, one for each iteration.
         eps: of Muon: what a matrix is divided by at least, in place of its norm. A Python number.
-            In a group with use_muon=False it is adamw_eps.
+            A group with use_muon=False that gives it gets it as adamw_eps; later, change adamw_eps.
         ns_steps: of Muon: how many iterations there are, from 1 to 99.
         adjust_lr_fn: of Muon: what ``adjusted`` is for a matrix of r rows and c columns.
             "match_rms_adamw": 0.2 * sqrt(max(r, c)), with which updates are about as large as those
@@ -91,7 +94,7 @@ class MuonAdamW(LowPrecisionOptimizer):
         momentum: float | Tensor = 0.95,
         nesterov: bool = True,
         ns_coefficients: Sequence[float] | Sequence[Sequence[float]] = (3.4445, -4.775, 2.0315),
-        eps: float = 1e-7,
+        eps: float = _EPS,
         ns_steps: int = 5,
         adjust_lr_fn: str | None = "match_rms_adamw",
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.95),
@@ -117,7 +120,7 @@ class MuonAdamW(LowPrecisionOptimizer):
 
     def add_param_group(self, param_group: Group) -> None:
         if isinstance(param_group, dict):
-            _rename_eps(param_group)
+            _rename_eps(param_group)  # in place: as in torch.optim, the dict becomes the group
         super().add_param_group(param_group)
 
     # -- options -------------------------------------------------------------------------------
@@ -134,6 +137,11 @@ class MuonAdamW(LowPrecisionOptimizer):
         Muon._check_options(group)
         check_betas(group["betas"], 2)
         check_number("adamw_eps", group["adamw_eps"])
+        if group.get("amsgrad"):
+            raise ValueError(
+                f"amsgrad: expected False, got {group['amsgrad']!r}: the AdamW of MuonAdamW has no "
+                "such state. Muon and AdamW are also two classes, for two optimizers"
+            )
         # The defaults have no parameters and do not say it.
         if "params" in group and not isinstance(group.get("use_muon"), bool):
             got = repr(group["use_muon"]) if "use_muon" in group else "a group without it"
@@ -141,6 +149,11 @@ class MuonAdamW(LowPrecisionOptimizer):
                 f"use_muon: expected True or False in each group, got {got}. "
                 f"{cls.__name__}(torchao8.param_groups(model, muon=True)) says of each parameter "
                 "whether Muon trains it: an embedding and a head are matrices, too, but AdamW's"
+            )
+        if "params" in group and not group["use_muon"] and group["eps"] != _EPS:
+            raise ValueError(
+                f"eps: expected {_EPS}, which has no effect in a group with use_muon=False, got "
+                f"{group['eps']!r}. Its eps is adamw_eps={group['adamw_eps']!r}: change that one"
             )
 
     @classmethod
@@ -189,12 +202,22 @@ class MuonAdamW(LowPrecisionOptimizer):
                 "torch.optim.AdamW are loaded by Muon and by AdamW"
             )
 
+    def _saved_options(self, saved: Group) -> Group:
+        return options_of_saved(saved)
+
+    def _warnings_of_load(
+        self, groups: Sequence[Group], saved: Sequence[Group], writers: Collection[str]
+    ) -> list[str]:
+        return warnings_of_rate(self.param_groups, saved)
+
 
 def _rename_eps(options: Group) -> None:
     """In a group of AdamW the name that other libraries, and their checkpoints, have for its eps
     becomes ours, in place."""
-    if options.get("use_muon") is False and "eps" in options and "adamw_eps" not in options:
-        options["adamw_eps"] = options.pop("eps")
+    if options.get("use_muon") is False:
+        if "eps" in options and "adamw_eps" not in options:
+            options["adamw_eps"] = options.pop("eps")
+        options.setdefault("eps", _EPS)
 
 
 def _as_its_rule_has_it(group: Group) -> Group:

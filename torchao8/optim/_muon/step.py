@@ -27,6 +27,12 @@ def iterations_of(group: Group) -> Iterations:
     given, eps = group["ns_coefficients"], float(group["eps"])
     match_rms = group["adjust_lr_fn"] == "match_rms_adamw"
     if isinstance(given[0], (tuple, list)):
+        # Only a step that is not compiled checks all options.
+        if len(given) != group["ns_steps"]:
+            raise ValueError(
+                f"ns_steps: expected {len(given)}, the number of triples in ns_coefficients, got "
+                f"{group['ns_steps']}"
+            )
         return Iterations([(a, b, c) for a, b, c in given], eps, match_rms)
     a, b, c = given
     return Iterations([(a, b, c)] * group["ns_steps"], eps, match_rms)

@@ -131,7 +131,7 @@ class _Loading:
             has_state = any(map(self._has_state, saved["params"]))
             if has_state:
                 self.optimizer._check_source(saved)
-            options = self._own_options(saved)
+            options = self.optimizer._saved_options(self._own_options(saved))
             group = {**missing, **_in_form(self.optimizer._normalized(options), live), **kept}
             self.optimizer._check_options(group)
             if group["stochastic_rounding"]:

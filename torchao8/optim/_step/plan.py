@@ -466,5 +466,5 @@ def _keys_message(optimizer: OptimizerContract, p: Tensor, keys: list[str]) -> s
     return (
         f"{type(optimizer).__name__}: state of {describe(optimizer, p)}: expected the keys {keys}, "
         f"got {list(optimizer.state[p])}. An option that decides which state there is, such as "
-        "amsgrad, centered or percentile_clipping, must be set before the first step."
+        "amsgrad, centered, percentile_clipping or use_muon, must be set before the first step."
     )
