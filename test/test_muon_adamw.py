@@ -358,7 +358,7 @@ def test_eps_of_a_group_of_adamw() -> None:
 
 def test_amsgrad_is_refused() -> None:
     MuonAdamW([adamw_group(amsgrad=False)])
-    with pytest.raises(ValueError, match=r"amsgrad: expected False, got True: .* has no such state"):
+    with pytest.raises(ValueError, match=r"amsgrad: expected False, got True: .* no such state"):
         MuonAdamW([adamw_group(amsgrad=True)])
 
 

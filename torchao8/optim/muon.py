@@ -86,8 +86,8 @@ class Muon(LowPrecisionOptimizer):
     _own_options = (*LAYOUT_OPTIONS, "higher_dims")
     _torch_class = torch.optim.Muon
     _bad_gradients = (
-        "A matrix with a gradient element that is not finite keeps its values and its state, up to "
-        "rounding. Its step is counted, and the other matrices are updated."
+        "A parameter with a gradient element that is not finite keeps its values and its state, up "
+        "to rounding. Its step is counted, and the other parameters are updated."
     )
 
     def __init__(

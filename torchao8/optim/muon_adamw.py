@@ -82,7 +82,7 @@ class MuonAdamW(LowPrecisionOptimizer):
     _own_options = (*LAYOUT_OPTIONS, "use_muon", "higher_dims")
     _kinds = ({"use_muon": True}, {"use_muon": False})
     _bad_gradients = (
-        "A matrix of Muon with a gradient element that is not finite keeps its values and its "
+        "A parameter of Muon with a gradient element that is not finite keeps its values and its "
         "state, up to rounding. Of AdamW's parameters, the element keeps its value and its state."
     )
 
