@@ -220,8 +220,8 @@ def test_muon_refuses_what_is_no_matrix() -> None:
     with pytest.raises(ValueError) as error:
         estimate({"w": (64, 64), "norm": (300,)}, optimizer="Muon8bit")
     assert str(error.value) == (
-        "norm: expected a matrix, got the shape [300]. MuonAdamW trains the rest by AdamW: "
-        "optimizer='MuonAdamW'"
+        "norm: expected a matrix, got the shape [300]. The optimizer MuonAdamW trains the rest by "
+        "AdamW"
     )
     experts = [(4, 64, 64)]
     with pytest.raises(ValueError, match=r"\[0\]: expected a matrix.*higher_dims='batch' takes"):

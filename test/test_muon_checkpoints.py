@@ -73,8 +73,8 @@ def test_what_torch_does_not_have() -> None:
     )
     optimizer = Muon(params, ns_coefficients=POLAR_EXPRESS, ns_steps=2)
     assert refused(lambda: to_torch(optimizer)) == (
-        "to_torch: expected one triple of ns_coefficients, got 2: torch.optim.Muon takes one for "
-        "all iterations"
+        "to_torch: expected ns_coefficients to be one triple (a, b, c), got a sequence of length 2:"
+        " torch.optim.Muon takes one triple for all iterations"
     )
     experts = [("experts", make_params(shapes=[(2, 8, 9)])[0])]
     assert refused(lambda: to_torch(Muon(experts, higher_dims="batch"))) == (

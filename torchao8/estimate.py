@@ -436,7 +436,7 @@ def _check_shapes(
                 matrix_shape.of(t.shape, higher_dims)
             except ValueError as error:
                 raise ValueError(
-                    f"{t.name}: {error}. MuonAdamW trains the rest by AdamW: optimizer='MuonAdamW'"
+                    f"{t.name}: {error}. The optimizer MuonAdamW trains the rest by AdamW"
                 ) from None
 
 

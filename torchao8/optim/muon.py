@@ -205,8 +205,9 @@ class Muon(LowPrecisionOptimizer):
             )
         if not _is_triple(group["ns_coefficients"]):
             raise ValueError(
-                "to_torch: expected one triple of ns_coefficients, got "
-                f"{len(group['ns_coefficients'])}: torch.optim.Muon takes one for all iterations"
+                "to_torch: expected ns_coefficients to be one triple (a, b, c), got a sequence of "
+                f"length {len(group['ns_coefficients'])}: torch.optim.Muon takes one triple for "
+                "all iterations"
             )
         for p in group["params"]:
             if gets_state(p) and p.dim() != 2:
