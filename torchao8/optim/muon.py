@@ -42,8 +42,8 @@ class Muon(LowPrecisionOptimizer):
 
         M = momentum * M + (1 - momentum) * G
         D = M, or with nesterov momentum * M + (1 - momentum) * G
-        O = the orthogonal factor of D, about, in bfloat16
-        p = p * (1 - lr * weight_decay) - lr * adjusted * O
+        O = (nearly) the orthogonal factor of D, in bfloat16
+        p = p * (1 - lr * weight_decay) - lr * s * O
 
     D is divided by its norm (at least eps) and replaced by ``a X + b (X X') X + c (X X')^2 X``, so
     often as ns_steps says, which moves its singular values towards 1.
@@ -61,19 +61,21 @@ class Muon(LowPrecisionOptimizer):
         params: matrices, (name, matrix) pairs, or dicts of groups. Their dtype is float32, bfloat16
             or float16.
         lr: learning rate.
-        weight_decay: factor of the decay, by the learning rate that is not adjusted.
+        weight_decay: a step multiplies the weights by 1 - lr * weight_decay, with lr as you give
+            it.
         momentum: how much of the buffer a step keeps, in [0, 1).
         nesterov: Nesterov's momentum.
         ns_coefficients: a, b and c of the Newton-Schulz iterations; or a sequence of such triples,
             one for each iteration, as of `Polar Express <https://arxiv.org/abs/2505.16932>`_.
         eps: what a matrix is divided by at least, in place of its norm. A Python number.
         ns_steps: how many iterations there are, from 1 to 99.
-        adjust_lr_fn: what ``adjusted`` is for a matrix of r rows and c columns. "original", or
-            None: sqrt(max(1, r / c)). "match_rms_adamw": 0.2 * sqrt(max(r, c)), with which updates
-            are about as large as those of AdamW, so that its learning rate fits.
+        adjust_lr_fn: the factor s of the formula, for a matrix of r rows and c columns.
+            "original", or None: sqrt(max(1, r / c)). "match_rms_adamw": 0.2 * sqrt(max(r, c)), with
+            which updates are about as large as those of AdamW, so that its learning rate fits.
         higher_dims: what a parameter of three dimensions or more is. "refuse": an error. "batch":
             the last two dimensions are a matrix, those before them count the matrices, as in
-            experts. "flatten": one matrix, whose rows are shape[1:] flattened, as in a convolution.
+            experts. "flatten": one matrix. The first dimension counts the rows, the others together
+            the columns, as in a convolution.
         common: the options of every optimizer, by keyword: :class:`torchao8.optim.CommonOptions`.
 
     Raises:

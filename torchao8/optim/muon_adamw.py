@@ -38,8 +38,8 @@ class MuonAdamW(LowPrecisionOptimizer):
 
         M = momentum * M + (1 - momentum) * G
         D = M, or with nesterov momentum * M + (1 - momentum) * G
-        O = the orthogonal factor of D, about, in bfloat16
-        p = p * (1 - lr * weight_decay) - lr * adjusted * O
+        O = (nearly) the orthogonal factor of D, in bfloat16
+        p = p * (1 - lr * weight_decay) - lr * s * O
 
     With use_muon=False, it is that of :class:`torchao8.AdamW`. Both share lr and weight_decay: with
     ``adjust_lr_fn="match_rms_adamw"`` an update of Muon is about as large as one of AdamW.
@@ -53,7 +53,8 @@ class MuonAdamW(LowPrecisionOptimizer):
         params: dicts of groups, each with ``use_muon``. The dtype of parameters is float32,
             bfloat16 or float16.
         lr: learning rate of both rules.
-        weight_decay: factor of the decay of both rules, by the learning rate that is not adjusted.
+        weight_decay: of both rules: a step multiplies the weights by 1 - lr * weight_decay, with lr
+            as you give it.
         momentum: of Muon: how much of the buffer a step keeps, in [0, 1).
         nesterov: of Muon: Nesterov's momentum.
         ns_coefficients: of Muon: a, b and c of the Newton-Schulz iterations; or a sequence of such
@@ -61,15 +62,15 @@ class MuonAdamW(LowPrecisionOptimizer):
         eps: of Muon: what a matrix is divided by at least, in place of its norm. A Python number.
             A group with use_muon=False that gives it gets it as adamw_eps; later, change adamw_eps.
         ns_steps: of Muon: how many iterations there are, from 1 to 99.
-        adjust_lr_fn: of Muon: what ``adjusted`` is for a matrix of r rows and c columns.
+        adjust_lr_fn: of Muon: the factor s of the formula, for a matrix of r rows and c columns.
             "match_rms_adamw": 0.2 * sqrt(max(r, c)), with which updates are about as large as those
             of AdamW. "original", or None: sqrt(max(1, r / c)).
         betas: of AdamW: decay rates of its two averages, in [0, 1).
         adamw_eps: of AdamW: added to the root, which keeps the update finite.
         higher_dims: of Muon: what a parameter of three dimensions or more is. "refuse": an error.
             "batch": the last two dimensions are a matrix, those before them count the matrices, as
-            in experts. "flatten": one matrix, whose rows are shape[1:] flattened, as in a
-            convolution.
+            in experts. "flatten": one matrix. The first dimension counts the rows, the
+            others together the columns, as in a convolution.
         common: the options of every optimizer, by keyword: :class:`torchao8.optim.CommonOptions`.
 
     Raises:
