@@ -291,7 +291,7 @@ def _collectives(rank: int, world_size: int) -> list[tuple[int, int]]:
 
     dist.all_to_all_single = counted
     mesh = init_device_mesh("cpu", (world_size,))
-    optimizer = make("Muon", fully_shard(Weights(F32, [(64, 64)] * 4), mesh=mesh).parameters())
+    optimizer = make("Muon", fully_shard(Weights(F32, [(256, 256)] * 4), mesh=mesh).parameters())
     step_with(optimizer, range(1))
     # What each rank has whole is not sent.
     experts = [distributed_param(torch.ones(2, 64, 64), mesh, [Shard(0)])]
@@ -305,7 +305,7 @@ def test_two_all_to_alls_a_round() -> None:
     """Four matrices, two of which each rank owns: it sends half of the others, and gets half of its
     own; and back."""
     for seen in run_ranks(2, _collectives):
-        assert seen == [(4096, 4096), (4096, 4096)]
+        assert seen == [(65536, 65536), (65536, 65536)]
 
 
 # -- torch.compile ---------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ The products of a matrix have the same shape, strides and batch at every world s
 :mod:`.newton_schulz`; all else is element by element. So the bits do not depend on how a parameter
 is sharded.
 
-A rank owns at most ``update.CHUNK`` elements at a time, or one parameter. It holds them twice, as
-they are sent and as matrices, beside the directions of its own shards and what the products need,
-which is about one stack more.
+The stacks of a rank have at most ``update.CHUNK`` elements at a time, or are those that one
+parameter needs. Beside them are the same matrices as they are sent, the directions of the shards
+of this rank, and what the products of a stack need.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ def step_(
 ) -> None:
     """Steps all parameters of a group of matrices, some of which are DTensors.
 
-    A collective of the ranks that hold them, which must have gradients of the same ones. It is
-    never traced: optimizers call it through torch.compiler.disable.
+    A collective of the ranks that hold them, which must have gradients of the same ones: otherwise
+    they wait for one another until the process group times out. It is never traced: optimizers call
+    it through torch.compiler.disable.
 
     Args:
         arguments: those of the op of the rule, for a bucket of the work.
@@ -162,7 +163,8 @@ def _turns(work: Work) -> Iterator[_Turn]:
         mesh_shape = () if mesh is None else tuple(mesh.shape)
         peers = sharding.peers(mesh, dims)
         mine = tuple(wholes[k] for k in numbers)
-        for each in plan(mine, mesh_shape, peers.coordinates, peers.here, update.CHUNK):
+        at = peers.coordinates, peers.here
+        for each in plan(mine, mesh_shape, *at, update.CHUNK, device.type):
             members = [numbers[i] for i in each.members]
             yield _Turn(peers, each, members, [mine[i] for i in each.owned], device)
 

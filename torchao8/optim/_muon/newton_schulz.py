@@ -25,6 +25,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from torchao8.matrix_shape import MatrixShape
+
 # a, b and c of one iteration.
 Triple = tuple[float, float, float]
 
@@ -51,6 +53,12 @@ def stack_size(rows: int, columns: int, device_type: str) -> int:
     if device_type == "cpu":
         return _CPU_STACK if elements < _CPU_SMALL else 1
     return min(_DEVICE_STACK, 1 << max(_DEVICE_ELEMENTS // elements, 1).bit_length() - 1)
+
+
+def stack_room(matrix: MatrixShape, device_type: str) -> int:
+    """How many matrices the stacks hold that so many take, with those that fill up the last one."""
+    size = stack_size(matrix.rows, matrix.columns, device_type)
+    return -(-matrix.matrices // size) * size
 
 
 def orthogonalize_(stack: Tensor, coefficients: Sequence[Triple], eps: float) -> None:

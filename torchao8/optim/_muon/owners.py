@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torchao8 import matrix_shape
 from torchao8.matrix_shape import MatrixShape
+from torchao8.optim._muon.newton_schulz import stack_room
 from torchao8.shard_layout import ShardBoxes, shard_boxes, split_dim
 
 if TYPE_CHECKING:
@@ -29,58 +30,90 @@ def cost(shape: MatrixShape) -> int:
     return matrices * rows * columns * min(rows, columns)
 
 
-def rounds(shapes: Sequence[MatrixShape], ranks: int, limit: int) -> list[Owned]:
+class Bundle(NamedTuple):
+    """Parameters that have one owner, as they fill up the same stacks of matrices.
+
+    Attributes:
+        members: their numbers.
+        stacks: the matrices that are computed for them, with those that fill up the last stack.
+    """
+
+    members: tuple[int, ...]
+    stacks: MatrixShape
+
+
+def bundles(shapes: Sequence[MatrixShape], device_type: str) -> list[Bundle]:
+    """Puts parameters of the same shape of matrices together while that costs nothing.
+
+    A stack takes the same time whether it is full or not. So the last stack of a parameter takes
+    others that fit in, where a second owner would have to compute a stack for them.
+    """
+    made: list[tuple[list[int], MatrixShape]] = []
+    last: dict[tuple[int, int], tuple[list[int], int]] = {}  # members, matrices that still fit in
+    for i, shape in enumerate(shapes):
+        count, rows, columns = shape
+        members, free = last.get((rows, columns), ([], -1))
+        if count > free:
+            members, free = [], stack_room(shape, device_type)
+            made.append((members, MatrixShape(free, rows, columns)))
+        members.append(i)
+        last[rows, columns] = members, free - count
+    return [Bundle(tuple(members), stacks) for members, stacks in made]
+
+
+def rounds(shapes: Sequence[MatrixShape], ranks: int, limit: int, device_type: str) -> list[Owned]:
     """Shares parameters out among ranks.
 
-    In order of falling cost, each goes to the rank that has least to do in the round. When that
-    rank has no room left, the next round begins. So the ranks of a round are done at about the same
-    time, and none holds more than ``limit`` elements, or one parameter.
+    In order of falling cost, each bundle goes to the rank that has least to do in the round. When
+    that rank has no room left, the next round begins. So the ranks of a round are done at about the
+    same time, and the stacks of a rank have at most ``limit`` elements, or are those of one bundle,
+    which one of its parameters needs by itself.
 
     Args:
         shapes: of the parameters.
         ranks: how many there are.
-        limit: elements that a rank owns at most in a round, if they are of more than one parameter.
+        limit: elements that the stacks of a rank have at most in a round, if they are of more than
+            one bundle.
+        device_type: on which the matrices are computed: stacks are of different sizes.
 
     Returns:
         The rounds. What a rank owns of one shape of matrices is together.
     """
     made: list[Owned] = []
-    filling = _Filling(shapes, ranks, limit)
-    for i in sorted(range(len(shapes)), key=lambda i: (-cost(shapes[i]), i)):
-        if not filling.take(i):
-            made.append(filling.done())
-            filling = _Filling(shapes, ranks, limit)
-            filling.take(i)
+    filling = _Filling(ranks, limit)
+    for bundle in sorted(bundles(shapes, device_type), key=lambda b: (-cost(b.stacks), b.members)):
+        if not filling.take(bundle):
+            made.append(filling.done(shapes))
+            filling = _Filling(ranks, limit)
+            filling.take(bundle)
     if any(filling.owned):
-        made.append(filling.done())
+        made.append(filling.done(shapes))
     return made
 
 
 class _Filling:
     """A round that still takes parameters."""
 
-    def __init__(self, shapes: Sequence[MatrixShape], ranks: int, limit: int) -> None:
-        self.shapes = shapes
+    def __init__(self, ranks: int, limit: int) -> None:
         self.limit = limit
         self.owned: list[list[int]] = [[] for _ in range(ranks)]
         self.held = [0] * ranks
         self.loads = [(0, 0, rank) for rank in range(ranks)]  # a heap: cost, parameters, rank
 
-    def take(self, i: int) -> bool:
-        """Gives a parameter to a rank; False if that one has no room."""
+    def take(self, bundle: Bundle) -> bool:
+        """Gives a bundle to a rank; False if that one has no room."""
         load, count, rank = self.loads[0]
-        elements = math.prod(self.shapes[i])
+        elements = math.prod(bundle.stacks)
         if count and self.held[rank] + elements > self.limit:
             return False
-        heapq.heapreplace(self.loads, (load + cost(self.shapes[i]), count + 1, rank))
-        self.owned[rank].append(i)
+        more = count + len(bundle.members)
+        heapq.heapreplace(self.loads, (load + cost(bundle.stacks), more, rank))
+        self.owned[rank] += bundle.members
         self.held[rank] += elements
         return True
 
-    def done(self) -> Owned:
-        return tuple(
-            tuple(sorted(own, key=lambda i: (self.shapes[i][1:], i))) for own in self.owned
-        )
+    def done(self, shapes: Sequence[MatrixShape]) -> Owned:
+        return tuple(tuple(sorted(own, key=lambda i: (shapes[i][1:], i))) for own in self.owned)
 
 
 class Whole(NamedTuple):
@@ -158,6 +191,7 @@ def plan(
     coordinates: tuple[tuple[int, ...], ...],
     here: int,
     limit: int,
+    device_type: str,
 ) -> tuple[Round, ...]:
     """The rounds of parameters that the same ranks have parts of.
 
@@ -166,14 +200,15 @@ def plan(
         mesh_shape: of the mesh that they share; empty where one rank has all of them.
         coordinates: of the ranks.
         here: which of these this one is.
-        limit: see :func:`rounds`.
+        limit, device_type: see :func:`rounds`.
     """
 
     def part(i: int, rank: int) -> ShardBoxes:
         return shard_boxes(wholes[i].shape, mesh_shape, coordinates[rank], wholes[i].placements)
 
     made = []
-    for owned in rounds([whole.matrix for whole in wholes], len(coordinates), limit):
+    matrices = [whole.matrix for whole in wholes]
+    for owned in rounds(matrices, len(coordinates), limit, device_type):
         shapes = [[part(i, here).shape for i in own] for own in owned]
         parts = [[part(i, rank) for i in owned[here]] for rank in range(len(coordinates))]
         made.append(

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from torchao8 import ops
 from torchao8.matrix_shape import MatrixShape
-from torchao8.optim._muon.newton_schulz import Triple, orthogonalize_, stack_size
+from torchao8.optim._muon.newton_schulz import Triple, orthogonalize_, stack_room, stack_size
 
-# Elements of the directions that exist at a time (32 MiB), unless one parameter has more.
+# Elements of the stacks that exist at a time (32 MiB), unless those of one parameter have more.
 CHUNK = 1 << 24
 # Of ops.NUMBERS of muon_step_: momentum, weight_decay, rate_scale.
 _RATE_SCALE = ops.NUMBERS["muon_step_"].index("rate_scale")
@@ -26,7 +26,6 @@ _RATE_SCALE = ops.NUMBERS["muon_step_"].index("rate_scale")
 _Value = TypeVar("_Value")
 
 _step_ = torch.ops.torchao8.muon_step_.default
-_check_step_ = torch.ops.torchao8.check_muon_step_.default
 _check_step_ = torch.ops.torchao8.check_muon_step_.default
 
 
@@ -272,12 +271,6 @@ def _pick(values: list[_Value], members: Sequence[int]) -> list[_Value]:
     return [values[i] for i in members] if values else []
 
 
-def _room(matrix: MatrixShape, count: int, device_type: str) -> int:
-    """Matrices that so many of a shape take when their last stack is filled up."""
-    size = stack_size(matrix.rows, matrix.columns, device_type)
-    return -(-count // size) * size
-
-
 def _chunks(shapes: Sequence[MatrixShape], device_type: str) -> Iterator[list[int]]:
     """The numbers of the parameters of each chunk, those of one shape of matrices together."""
     order = sorted(range(len(shapes)), key=lambda i: (shapes[i][1:], i))
@@ -287,11 +280,13 @@ def _chunks(shapes: Sequence[MatrixShape], device_type: str) -> Iterator[list[in
     for i in order:
         count, rows, columns = shapes[i]
         before = counts.get((rows, columns), 0)
-        more = _room(shapes[i], before + count, device_type) - _room(shapes[i], before, device_type)
+        together = MatrixShape(before + count, rows, columns)
+        held = stack_room(MatrixShape(before, rows, columns), device_type)
+        more = stack_room(together, device_type) - held
         if chunk and elements + more * rows * columns > CHUNK:
             yield chunk
             chunk, counts, elements, before = [], {}, 0, 0
-            more = _room(shapes[i], count, device_type)
+            more = stack_room(shapes[i], device_type)
         chunk.append(i)
         counts[rows, columns] = before + count
         elements += more * rows * columns
@@ -319,7 +314,7 @@ def make_stacks(
     stacks: list[Tensor] = []
     for (rows, columns), members in members_of.items():
         counts = [shapes[i].matrices for i in members]
-        room = _room(shapes[members[0]], sum(counts), device.type)
+        room = stack_room(MatrixShape(sum(counts), rows, columns), device.type)
         made = torch.zeros((room, rows, columns), dtype=torch.bfloat16, device=device)
         stacks += made.split(stack_size(rows, columns, device.type))
         parts = made[: sum(counts)].split(counts)
