@@ -87,8 +87,8 @@ def orthogonalize_(stack: Tensor, coefficients: Sequence[Triple], eps: float) ->
 def _iterate_(stack: Tensor, coefficients: Sequence[Triple], eps: float) -> None:
     count, rows, columns = stack.shape
     norms = torch.linalg.vector_norm(stack, dim=(1, 2), keepdim=True).clamp(min=eps)
-    products = _Products(stack)
     plan = list(_plan(rows, columns, coefficients))
+    products = _Products(stack, composes=any(len(triples) == 2 for triples in plan))
     x, other = stack, torch.empty_like(stack)
     # Each entry of the plan writes into the other matrix. The last one is to write into the stack.
     if len(plan) % 2:
@@ -137,27 +137,30 @@ class _Symmetric:
 class _Products:
     """The iterations, and the small matrices that they need, for matrices of one shape."""
 
-    def __init__(self, stack: Tensor) -> None:
+    def __init__(self, stack: Tensor, composes: bool) -> None:
         count, rows, columns = stack.shape
         single = count == 1
         self.is_tall = rows > columns
         side = min(rows, columns)
         self.edges = _edges(side) if single and stack.is_cpu else [0, side]
         shape = (side, side) if single else (count, side, side)
-        small = [_Symmetric(stack.new_empty(shape), self.edges) for _ in range(4)]
-        self.gram, self.factor, self.half, self.second = small
+        # Composed iterations need two more, which are small: only long matrices have composed ones.
+        # So the small matrices have at most twice the elements of the stack.
+        small = [_Symmetric(stack.new_empty(shape), self.edges) for _ in range(2 + 2 * composes)]
+        self.gram, self.factor, *self.more = small
         self.multiply = torch.mm if single else torch.bmm
         self.multiply_add = torch.addmm if single else torch.baddbmm
 
     def advance(self, x: Tensor, triples: Sequence[Triple], out: Tensor) -> None:
         """One iteration, or two composed ones."""
-        gram, factor, half, second = self.gram, self.factor, self.half, self.second
+        gram, factor = self.gram, self.factor
         self.gram_of(x)
         if len(triples) == 1:
             a, b, c = triples[0]
             self.squared(gram, gram, b, c, factor)
             self.multiply_add(x, *self.factors(factor, x), beta=a, out=out)
             return
+        half, second = self.more
         # The first iteration is P X, of P = a I + b A + c A A. The second one has P A P for A.
         self.polynomial(gram, triples[0], half, factor)
         self.product(factor, gram, half)
