@@ -62,7 +62,8 @@ def step_(
         [_Call(work, b, arguments(b), extremes, found_inf) for b in buckets if b.params]
         for buckets in taken
     ]
-    # All that may be refused is refused before anything is written or sent.
+    # What the ops of this group would refuse is refused before any of it is written or sent. Groups
+    # before this one have stepped by then. If one rank alone refuses, the others wait for it.
     for call in (call for own in calls for call in own):
         call.check()
     ahead = iter(pages_ahead([(work, call.bucket) for own in calls for call in own]))

@@ -3,6 +3,9 @@
 A product of matrices spreads one NaN over all of a matrix. So a matrix with a gradient element that
 is NaN or infinite keeps all of its elements and its momentum at that step: the factor of its
 gradient is NaN, by which the step op finds none of its elements to be finite.
+
+Gradients are looked at as they are, before they are divided by grad_scale. One that only that makes
+infinite is not found here: the step op leaves out its elements, and the others move the matrix.
 """
 
 from __future__ import annotations
