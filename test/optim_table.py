@@ -308,9 +308,7 @@ BAD_BETAS: tuple[tuple[Options, str], ...] = (
     ({"betas": 0.9}, "betas: expected two numbers, got 0.9"),
     ({"betas": (0.9, torch.tensor(1.0))}, "betas[1]: expected a number in [0, 1), got 1.0"),
 )
-BAD_COEFFICIENTS = (
-    "ns_coefficients: expected three Python numbers that float32 can hold, or"
-)
+BAD_COEFFICIENTS = "ns_coefficients: expected three Python numbers that float32 can hold, or"
 BAD_NESTEROV = "nesterov: expected a momentum above 0 and a dampening of 0 with it, got"
 BAD_OF_RULE: dict[str, tuple[tuple[Options, str], ...]] = {
     "adam": (
