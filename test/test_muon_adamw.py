@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from helpers import SMALL, all_bits, bits, reset_compiler
 from ranks import run_ranks
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -228,7 +230,9 @@ def test_the_rule_of_a_group_does_not_change_after_the_first_step() -> None:
 # -- copies and checkpoints ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["state_dict", "file", "pickle", "deepcopy", "safetensors"])
+@pytest.mark.parametrize(
+    "way", ["state_dict", "file", "pickle", "deepcopy", "safetensors", "dcp", "flat dcp"]
+)
 def test_goes_on_to_the_bit(way: str, tmp_path: Any) -> None:
     net = model()
     optimizer: Any = MuonAdamW8bit(groups_of(net), lr=0.05, min_8bit_size=SMALL)
@@ -246,6 +250,11 @@ def test_goes_on_to_the_bit(way: str, tmp_path: Any) -> None:
         pytest.importorskip("safetensors")
         torchao8.checkpoint.save_safetensors(optimizer, tmp_path / "o.safetensors")
         torchao8.checkpoint.load_safetensors(again, tmp_path / "o.safetensors")
+    elif way.endswith("dcp"):
+        how = StateDictOptions(flatten_optimizer_state_dict=way.startswith("flat"))
+        saved = {"optimizer": get_optimizer_state_dict(net, optimizer, options=how)}
+        dcp.save(saved, checkpoint_id=tmp_path, no_dist=True)
+        torchao8.checkpoint.load_dcp(other, again, tmp_path, no_dist=True)
     else:
         both = (other, again) if way == "pickle" else (net, optimizer)
         if way == "pickle":
@@ -255,6 +264,22 @@ def test_goes_on_to_the_bit(way: str, tmp_path: Any) -> None:
     train(other, [again], range(3, 6))
     assert all_bits(again) == all_bits(optimizer)
     assert [g["lr"] for g in again.param_groups] == [0.05] * len(again.param_groups)
+
+
+def test_one_scheduler_drives_both_rules() -> None:
+    net = model()
+    optimizer = MuonAdamW8bit(groups_of(net), lr=0.05)
+    before = [p.detach().clone() for p in net.parameters()]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: float(epoch != 1))
+    train(net, [optimizer], [0])
+    scheduler.step()  # to 0
+    between = [p.detach().clone() for p in net.parameters()]
+    train(net, [optimizer], [1])
+    for p, first, then in zip(net.parameters(), before, between, strict=True):
+        assert not torch.equal(first, then)
+        assert bits(p) == bits(then)
+    scheduler.step()
+    assert [g["lr"] for g in optimizer.param_groups] == [0.05] * len(optimizer.param_groups)
 
 
 def test_from_32_bits_to_8() -> None:
