@@ -94,7 +94,8 @@ def test_compiled_pieces_of_every_class(
         assert_alike(case, eager, compiling, wanted, 0.0, differences)
         copy_state(eager, compiling)
     differences.check()
-    assert len(compiled._compiled) == 1
+    # Muon's steps have two pieces: one makes directions, the other moves parameters.
+    assert len(compiled._compiled) == (2 if case.matrices else 1)
 
 
 def test_where_compiling_fails_it_runs_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -459,6 +459,18 @@ void check_largest_codes(FourBitFormat) {
 template <bool kSigned>
 void check_largest_codes(DynamicFormat) {}
 
+// What the scales of the mu-law format are divided by: the nearest quotient, to the bit.
+void check_quotients() {
+  std::mt19937 random(3);
+  int64_t wrong = 0;
+  for (int i = 0; i < 10000; i++) {
+    const float a = std::ldexp(1.0f + float(random() >> 9) * 0x1p-23f, -1 - int(random() % 30));
+    const float b = std::ldexp(1.0f + float(random() >> 9) * 0x1p-23f, int(random() % 120) - 60);
+    wrong += cuda::mulaw::twice_quotient<false>(a, b) != 2.0f * (a / b);
+  }
+  failures.add(wrong != 0, "quotients");
+}
+
 // Every third float from 2^-32 up to the largest quotient of a value and its scale, in the dynamic
 // format.
 void check_every_nearest_code() {
@@ -541,6 +553,7 @@ void check_families() {
 void check_rules() {
   check_counts();
   check_largest_codes<false>(Format());
+  if (std::is_same_v<Format, MulawFormat>) check_quotients();
   AdamOptions decoupled = {};
   decoupled.beta1 = 0.9;
   decoupled.beta2 = 0.999;
