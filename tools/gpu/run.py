@@ -216,7 +216,9 @@ def main(argv: Sequence[str] | None = None, stages: Sequence[Stage] = real.STAGE
     """Exits with 0 where no stage failed, was cut or was left out for want of time."""
     args, chosen = parse(argv, stages)
     args.out.mkdir(parents=True, exist_ok=True)
-    # Whoever ends it by a signal gets a summary, as with Ctrl-C.
+    # Whoever ends it by a signal gets a summary, as with Ctrl-C. A shell that starts it in the
+    # background has it ignore SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     minutes = sum(s.expected for s in chosen) / 60
     print(f"{len(chosen)} stages, about {minutes:.1f} minutes. All output: {args.out}/log.txt")
